@@ -1,0 +1,1 @@
+"""timm models with LocAt in them."""

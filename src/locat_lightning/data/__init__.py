@@ -1,0 +1,1 @@
+"""Images, views and masks: from files to batches. Knows no model."""

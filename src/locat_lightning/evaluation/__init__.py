@@ -1,0 +1,1 @@
+"""What a frozen backbone is worth, without a Trainer."""

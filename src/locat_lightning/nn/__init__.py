@@ -1,0 +1,1 @@
+"""The method itself: Gaussian-augmented attention and patch representation refinement."""
