@@ -1,1 +1,21 @@
-"""The method itself: Gaussian-augmented attention and patch representation refinement."""
+"""The method itself: Gaussian-augmented attention and patch representation refinement.
+
+Dimensions, in the names of tensors' shapes throughout this package:
+
+    B  images          N  tokens: P prefix tokens ([CLS], registers), then the patches, row by row
+    h  heads           H, W  rows and columns of the patch grid, so N = P + H·W
+    d  width of a head
+"""
+
+from locat_lightning.nn.attention import GaussianAttention, gaussian_attention
+from locat_lightning.nn.gaussian import GaussianAugmentation, PatchGrid, gaussian_kernel
+from locat_lightning.nn.refinement import PatchRefinement
+
+__all__ = [
+    "GaussianAttention",
+    "GaussianAugmentation",
+    "PatchGrid",
+    "PatchRefinement",
+    "gaussian_attention",
+    "gaussian_kernel",
+]

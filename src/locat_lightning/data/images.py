@@ -1,0 +1,464 @@
+"""Labelled images for classification: from a folder, from timm's data sets, or the digits that need none."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.data import suggested_max_num_workers
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.accelerators import CUDAAccelerator
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from torch.utils.data import IterableDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from locat_lightning.data import digits
+from locat_lightning.data.reading import (
+    EvaluationOrder,
+    ImageBatch,
+    ImageLoader,
+    Images,
+    Source,
+    TrainOrder,
+    UnreadableImages,
+    read_image,
+    to_rgb,
+)
+from locat_lightning.data.transforms import train_transform
+from locat_lightning.errors import InputError
+
+__all__ = ["ImageBatch", "ImageData"]
+
+# Where each split is looked for, in this order: as a folder, and as a split of a timm data set.
+SPLITS = {
+    "train": ("train",),
+    "val": ("val", "validation", "test"),
+    "test": ("test", "val", "validation"),
+}
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+TIMM_KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
+
+
+class ImageData(LightningDataModule):
+    """Images with a label each, in batches for training, evaluation and prediction.
+
+    What a person has to put right (a folder without images, a class that training lacks) is found by `setup`,
+    before anything is trained.
+
+    Args:
+        root: the folder of the images: `train/` and one of `val/`, `validation/`, `test/`, each with a folder
+            per class. For `predict` also any folder of images without these.
+        dataset: `folder`; `digits` (scikit-learn's handwritten digits, which need no root); or a name of
+            timm's: `torch/cifar10`, `hfds/timm/mini-imagenet`, `wds/…`.
+        download: whether a timm data set may be downloaded to root.
+        classes: the number of classes of a timm data set that does not know it.
+        img_size: height and width of the images in pixels, after the transforms.
+        batch_size: images per batch in each process.
+        num_workers: processes that read images, for each process that trains; 0 reads in that process itself,
+            null takes the available processors but one (16 at most).
+        mean: of each channel (RGB, 0 to 1), subtracted.
+        std: of each channel (RGB, 0 to 1), divided by.
+        scale: smallest and largest share of the image's area in a random crop.
+        ratio: smallest and largest width-to-height ratio of a random crop.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of the jitter of brightness, contrast and saturation; timm leaves it out where
+            auto_augment does the same, which is every policy but `3a`.
+        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `3a`, `augmix-…`); null for none.
+        random_erasing: probability of replacing a rectangle by noise.
+        interpolation: of the random crop: `random` (bilinear or bicubic), `bilinear`, `bicubic`.
+        eval_interpolation: of the resizing in evaluation.
+        crop_pct: share of the resized image's shorter side that the central crop in evaluation keeps.
+        seed: of the order and the augmentation of training.
+        max_unreadable: images that may turn out unreadable, in each process, before the run stops. They are
+            skipped and listed at the end of the epoch.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str = "data",
+        dataset: str = "folder",
+        download: bool = False,
+        classes: int | None = None,
+        img_size: int = 224,
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        color_jitter: float = 0.4,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        random_erasing: float = 0.25,
+        interpolation: str = "random",
+        eval_interpolation: str = "bicubic",
+        crop_pct: float = 0.875,
+        seed: int = 0,
+        max_unreadable: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name, value, smallest in (
+            ("img_size", img_size, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers or 0, 0),
+            ("max_unreadable", max_unreadable, 0),
+        ):
+            if value < smallest:
+                raise InputError(f"{name} ({value}) must be at least {smallest}")
+        if not 0 < crop_pct <= 1:
+            raise InputError(f"crop_pct ({crop_pct}) must be above 0 and at most 1")
+        self.root = Path(root).expanduser().absolute()
+        self.dataset = dataset
+        self.download = download
+        self.classes = classes
+        self.img_size = img_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.normalisation = {"mean": tuple(mean), "std": tuple(std)}
+        self.augmentation = {
+            "scale": tuple(scale),
+            "ratio": tuple(ratio),
+            "hflip": hflip,
+            "color_jitter": color_jitter,
+            "auto_augment": auto_augment,
+            "interpolation": interpolation,
+            "re_prob": random_erasing,
+            "re_mode": "pixel",
+        }
+        self.resizing = {"interpolation": eval_interpolation, "crop_pct": crop_pct}
+        self.seed = seed
+        self.unreadable = UnreadableImages(max_unreadable)
+        # A rank without an image to evaluate is no mistake: the images are shared out, not padded.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._sources: dict[str, Source | Stream] = {}
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The classes in the order of their labels; none if the root has images to predict only.
+
+        Raises:
+            InputError: the classes cannot be found.
+        """
+        if self.dataset == "folder":
+            return [] if self._is_unlabelled() else _class_folders(self._split_folder("train"))
+        if self.dataset == "digits":
+            return digits.CLASS_NAMES
+        source = self.source("train")
+        assert isinstance(source, TimmSource | Stream)
+        known = source.class_names or [str(label) for label in range(self.classes or 0)]
+        if not known:
+            raise InputError(
+                f"data set {self.dataset!r} does not know its classes: give their number as classes"
+            )
+        return known
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0 if the root has images to predict only."""
+        return len(self.class_names)
+
+    @property
+    def predict_paths(self) -> list[str]:
+        """The path of each image that `predict` reads: what the indices of its batches count.
+
+        Raises:
+            InputError: the images are a stream, which has no paths.
+        """
+        source = self.source("predict")
+        if isinstance(source, Stream):
+            raise InputError(f"data set {self.dataset!r} is a stream without paths, which predict needs")
+        return [source.path(index) for index in range(len(source))]
+
+    def prepare_data(self) -> None:
+        """Downloads what may be downloaded; Lightning calls it once a machine."""
+        if self.download and self.dataset not in ("folder", "digits"):
+            for split in ("train", "val"):
+                self._timm_source(split, download=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds and checks the images of a stage, once.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`; all but the last if None.
+
+        Raises:
+            InputError: the images or the augmentation are not as they should be.
+        """
+        for split in STAGES[stage] if stage else SPLITS:
+            self.source(split)
+        if stage == "fit":
+            self.train_transform()
+        _ = self.predict_paths if stage == "predict" else self.class_names
+
+    def train_transform(self) -> Callable[[Image.Image], Any]:
+        """Makes the augmentation: RGB image to tensor [3, img_size, img_size].
+
+        Raises:
+            InputError: timm does not know the policy.
+        """
+        try:
+            return train_transform(self.img_size, **self.normalisation, **self.augmentation)  # type: ignore[no-any-return]
+        except (AssertionError, KeyError, ValueError) as error:
+            policy, interpolation = self.augmentation["auto_augment"], self.augmentation["interpolation"]
+            raise InputError(
+                f"timm cannot make an augmentation of auto_augment {policy!r} and interpolation"
+                f" {interpolation!r}: {_in_a_line(error)}"
+            ) from error
+
+    def eval_transform(self) -> Callable[[Image.Image], Any]:
+        """Makes the transform of evaluation: resize, central crop, normalise."""
+        return create_transform(self.img_size, **self.normalisation, **self.resizing)  # type: ignore[no-any-return]
+
+    def train_dataloader(self) -> ImageLoader:
+        """Augmented images in random order, the same number for every process."""
+        return self._loader(self.source("train"), training=True)
+
+    def val_dataloader(self) -> ImageLoader:
+        """The images of `val`, each in one process once."""
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> ImageLoader:
+        """The images of `test` (of `val`, if there is none), each in one process once."""
+        return self.eval_dataloader("test")
+
+    def predict_dataloader(self) -> ImageLoader:
+        """The images of `predict_paths`, each in one process once."""
+        return self.eval_dataloader("predict")
+
+    def eval_dataloader(self, split: str) -> ImageLoader:
+        """The images of any split (also `train`) in order, not augmented, each in one process once."""
+        return self._loader(self.source(split), training=False)
+
+    def source(self, split: str) -> "Source | Stream":
+        """Finds the images of `train`, `val`, `test` or `predict`, once.
+
+        Raises:
+            InputError: they are not as they should be.
+        """
+        if split not in self._sources:
+            self._sources[split] = self._find(split)
+        return self._sources[split]
+
+    def _find(self, split: str) -> "Source | Stream":
+        if split == "predict":
+            if self.dataset == "folder" and self._is_unlabelled():
+                return _unlabelled_files(self.root)
+            return self.source("test")
+        if self.dataset == "folder":
+            return _labelled_files(self._split_folder(split), self.class_names, complete=split == "train")
+        if self.dataset == "digits":
+            return digits.Digits(train=split == "train")
+        return self._timm_source(split, download=False)
+
+    def _is_unlabelled(self) -> bool:
+        """Whether the root is a folder that holds no splits."""
+        return self.root.is_dir() and not any(
+            (self.root / name).is_dir() for name in ("train", *SPLITS["val"])
+        )
+
+    def _split_folder(self, split: str) -> Path:
+        """Finds the folder of a split."""
+        if not self.root.is_dir():
+            what = "not a folder" if self.root.exists() else "no such folder"
+            raise InputError(f"{what}: {self.root}; set root to the folder that holds train/ and val/")
+        for name in SPLITS[split]:
+            if (self.root / name).is_dir():
+                return self.root / name
+        wanted = " or ".join(f"{name}/" for name in SPLITS[split])
+        raise InputError(f"no {wanted} in {self.root}: it should hold a folder per class, with its images")
+
+    def _timm_source(self, split: str, download: bool) -> "TimmSource | Stream":
+        """Has timm make a data set, of the first name of the split that it knows."""
+        kind = self.dataset.partition("/")[0].lower()
+        if kind not in TIMM_KINDS:
+            known = ", ".join(f"{kind}/…" for kind in TIMM_KINDS)
+            raise InputError(
+                f"unknown data set {self.dataset!r}: use folder, digits, or a name of timm's ({known})"
+            )
+        failed: Exception | None = None
+        for name in SPLITS[split]:
+            try:
+                made = create_dataset(
+                    self.dataset,
+                    root=str(self.root),
+                    split=name,
+                    is_training=split == "train",
+                    download=download,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                )
+            except ImportError as error:
+                raise InputError(
+                    f"data set {self.dataset!r} needs a package that is missing: pip install {error.name}"
+                ) from error
+            except Exception as error:  # each kind of data set has its own way to say what is wrong
+                failed = failed or error
+            else:
+                is_stream = isinstance(made, IterableDataset)
+                return Stream(made, to_rgb) if is_stream else TimmSource(made, f"{self.dataset}/{name}")
+        assert failed is not None
+        hint = " (download: true allows it)" if kind == "torch" and not self.download else ""
+        raise InputError(
+            f"data set {self.dataset!r}, {split}, in {self.root}: {_in_a_line(failed)}{hint}"
+        ) from failed
+
+    def _loader(self, source: "Source | Stream", training: bool) -> ImageLoader:
+        trainer = self.trainer
+        workers = self.num_workers
+        if workers is None:
+            workers = min(16, suggested_max_num_workers(trainer.num_devices if trainer else 1))
+        transform = self.train_transform() if training else self.eval_transform()
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": trainer is not None and isinstance(trainer.accelerator, CUDAAccelerator),
+            "training": training,
+            "unreadable": self.unreadable,
+        }
+        if isinstance(source, Stream):
+            return ImageLoader(Stream(source.dataset, transform), **options)
+        images = Images(source, transform, self.seed)
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if not training:
+            return ImageLoader(images, sampler=EvaluationOrder(images, world, rank, shuffle=False), **options)
+        order = TrainOrder(images, world, rank, seed=self.seed)
+        return ImageLoader(images, sampler=order, drop_last=len(order) > self.batch_size, **options)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files and their labels (a `Source`)."""
+
+    paths: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        """The file of image `index`."""
+        return self.paths[index]
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Reads image `index`."""
+        return read_image(self.paths[index]), self.labels[index]
+
+
+@dataclass(frozen=True)
+class TimmSource:
+    """A data set that timm made, of torchvision's or with a reader of timm's own (a `Source`)."""
+
+    dataset: Any
+    name: str
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names that the data set knows."""
+        return _known_classes(self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def path(self, index: int) -> str:
+        """The data set's name and the position there."""
+        return f"{self.name}/{index}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Reads image `index`; past timm's data set, which would put another for one that it cannot read."""
+        if hasattr(self.dataset, "reader"):
+            file, label = self.dataset.reader[index]
+            with file:
+                image = read_image(file)
+        else:
+            image, label = self.dataset[index]
+            image = to_rgb(image)
+        return image, -1 if label is None else int(label)
+
+
+class Stream(IterableDataset):
+    """A data set that timm reads front to back, shuffling and sharing it out by itself, transformed.
+
+    Args:
+        dataset: timm's `IterableImageDataset`.
+        transform: makes a tensor of an RGB image.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Image.Image], Any]) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.class_names = _known_classes(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+        for image, label in self.dataset:
+            yield self.transform(to_rgb(image)), -1 if label is None else int(label), -1
+
+
+def _known_classes(dataset: Any) -> list[str]:
+    """Class names of torchvision's or timm's data set, in the order of their labels; [] if it has none."""
+    if hasattr(dataset, "reader"):
+        index = getattr(dataset.reader, "class_to_idx", None) or {}
+        return sorted(map(str, index), key={str(name): label for name, label in index.items()}.__getitem__)
+    return [str(name) for name in getattr(dataset, "classes", [])]
+
+
+def _labelled_files(folder: Path, class_names: list[str], complete: bool) -> Files:
+    """Finds the images of a split; a `complete` one has some of every class."""
+    if unknown := sorted(set(_class_folders(folder)) - set(class_names)):
+        raise InputError(f"{folder} has classes that train lacks: {_listed(unknown)}; remove or rename them")
+    files = [_images_beneath(folder / name) for name in class_names]
+    if not any(files):
+        raise InputError(f"no images in the class folders of {folder}: {EXTENSIONS}")
+    if complete and (empty := [name for name, paths in zip(class_names, files, strict=True) if not paths]):
+        raise InputError(f"class folders without an image in {folder}: {_listed(empty)}; {EXTENSIONS}")
+    return Files(
+        [path for paths in files for path in paths],
+        [label for label, paths in enumerate(files) for _ in paths],
+    )
+
+
+def _unlabelled_files(folder: Path) -> Files:
+    """Finds every image beneath a folder."""
+    if not (paths := _images_beneath(folder)):
+        raise InputError(f"no images beneath {folder}: {EXTENSIONS}")
+    return Files(paths, [-1] * len(paths))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    if not names:
+        raise InputError(
+            f"no class folders in {folder}: the images of each class belong in a folder of its name"
+        )
+    return names
+
+
+def _images_beneath(folder: Path) -> list[str]:
+    return sorted(
+        os.path.join(parent, name)  # noqa: PTH118 - a Path for each of a million files takes seconds
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
+    )
+
+
+EXTENSIONS = f"files ending in {', '.join(IMG_EXTENSIONS)} count"
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,267 @@
+"""Reading images: from a file to the RGB a viewer shows, from many to batches, and what becomes of the rest.
+
+The order and the augmentation of training follow from (seed, epoch, index) alone: any number of worker
+processes gives the same batches, and so does a run that is taken up again.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import cycle, islice
+from os import PathLike
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from locat_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Modes of more than 8 bits a channel, and the value that they show as white.
+WHITE = {"I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "F": 1}
+
+
+def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
+    """Reads an image as a viewer shows it: RGB, 8 bits, upright, transparent parts on white.
+
+    Args:
+        file: a path, or an open binary file.
+
+    Raises:
+        Exception: of whichever kind the decoder raises when it cannot read the file.
+    """
+    with Image.open(file) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turns an image of any mode into the RGB that a viewer shows; may turn `image` itself upright.
+
+    A plain RGB image is returned as it is, not copied.
+    """
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except (
+        Exception
+    ) as error:  # the parser raises anything on broken EXIF data; the pixels are sound all the same
+        log.debug("broken EXIF data, orientation not applied: %s", error)
+    if image.mode in WHITE:
+        values = np.asarray(image, np.float64)
+        white = max(WHITE[image.mode], values.max())
+        image = Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class ImageBatch(NamedTuple):
+    """Images as a model takes them.
+
+    Attributes:
+        images: [B, 3, H, W], float32, normalised.
+        labels: [B], int64; -1 where unknown.
+        indices: [B], int64, the images' positions in the data set; -1 in a stream.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class Failure(NamedTuple):
+    """An image that could not be read."""
+
+    path: str
+    reason: str
+
+
+class Source(Protocol):
+    """Where images come from."""
+
+    def __len__(self) -> int: ...
+
+    def path(self, index: int) -> str:
+        """The name by which a person finds image `index`."""
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Image `index` in RGB, and its label (-1 if unknown)."""
+
+
+class Images(Dataset):
+    """The images of a source, transformed.
+
+    Item `epoch · len + index` is image `index` as epoch `epoch` sees it, so `images[index]` is what the first
+    epoch sees. Each item has its own random numbers, and those of the process are left as they were.
+
+    Args:
+        source: where the images come from.
+        transform: makes a tensor (or several, for several views) of an RGB image.
+        seed: of the transform's random numbers.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Image.Image], Any], seed: int = 0) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: int) -> tuple[Any, int, int] | Failure:
+        epoch, index = divmod(item, len(self))
+        try:
+            image, label = self.source.read(index)
+        except (
+            Exception
+        ) as error:  # decoders raise anything; a worker that raises would hide which image it was
+            return Failure(self.source.path(index), _reason(error))
+        with isolate_rng(include_cuda=False):
+            random.seed(f"{self.seed} {epoch} {index}")
+            np.random.seed(random.getrandbits(32))  # noqa: NPY002 - timm's transforms draw from the global state
+            torch.default_generator.manual_seed(random.getrandbits(63))
+            return self.transform(image), label, index
+
+
+class TrainOrder(DistributedSampler):
+    """The items of `Images` for one epoch, shuffled anew in each and shared out evenly among processes."""
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]
+        return (start + index for index in super().__iter__())
+
+
+class EvaluationOrder(DistributedSampler):
+    """Every image once, in order: process r of n reads r, r + n, …, and nobody pads.
+
+    Lightning leaves subclasses of DistributedSampler alone; any other it would replace by one that pads.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+class UnreadableImages:
+    """The images that this process could not read: counted once each, listed, and at some point too many.
+
+    Args:
+        limit: the run stops when there are more.
+    """
+
+    LISTED = 10
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.reasons: dict[str, str] = {}
+        self._reported = 0
+
+    def add(self, failures: Iterable[Failure]) -> None:
+        """Takes note of failures.
+
+        Raises:
+            InputError: there are more than `limit` by now.
+        """
+        for path, reason in failures:
+            self.reasons[path] = reason
+            if len(self.reasons) > self.limit:
+                skipped = f" and {self.limit} more before" if self.limit else ""
+                raise InputError(
+                    f"cannot read image {path} ({reason}){skipped}: repair or remove it, or allow more"
+                    f" with max_unreadable (now {self.limit})"
+                )
+
+    def report(self) -> None:
+        """Lists what was noted since the last report."""
+        new = list(self.reasons.items())[self._reported :]
+        if new:
+            self._reported += len(new)
+            lines = [f"  {path}: {reason}" for path, reason in new[: self.LISTED]]
+            if len(new) > self.LISTED:
+                lines.append(f"  and {len(new) - self.LISTED} more")
+            count = f"{len(new)} image{'s' * (len(new) > 1)} could not be read"
+            total = f"{len(self.reasons)} in all, the run stops at more than {self.limit}"
+            log.warning(
+                "\n".join([f"{count} and {'were' if len(new) > 1 else 'was'} skipped ({total}):", *lines])
+            )
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader of `ImageBatch`es that leaves out what cannot be read.
+
+    In training a batch keeps its size by repeating its readable images, in evaluation it shrinks. The
+    unreadable ones are listed with the last batch, or when the iteration is given up.
+
+    Args:
+        dataset: `Images`, or an iterable data set of the same items.
+        training: whether batches keep their size.
+        unreadable: takes note of what could not be read.
+        options: the DataLoader's.
+
+    Raises:
+        InputError: while iterating, when too many images, or all of a training batch, cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset: Images | IterableDataset,
+        *,
+        training: bool,
+        unreadable: UnreadableImages,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, collate_fn=partial(_collate, refill=training), **options)
+        self.training = training
+        self.unreadable = unreadable
+
+    def __iter__(self) -> Iterator[ImageBatch]:  # type: ignore[override]
+        # A generator: the workers start at the first batch, after Lightning has set the epoch.
+        last = len(self)
+        try:
+            for number, (batch, failures) in enumerate(super().__iter__(), 1):
+                self.unreadable.add(failures)
+                if number == last:  # Lightning does not ask for one more
+                    self.unreadable.report()
+                if batch is not None:
+                    yield batch
+                elif self.training:
+                    raise InputError(
+                        f"no image of a training batch of {len(failures)} can be read, the first being"
+                        f" {failures[0].path} ({failures[0].reason}): repair or remove them"
+                    )
+        finally:
+            self.unreadable.report()
+
+
+def _collate(
+    items: Sequence[tuple[Any, int, int] | Failure], *, refill: bool
+) -> tuple[ImageBatch | None, list[Failure]]:
+    """Makes a batch of what was read, which is None if nothing was."""
+    failures = [item for item in items if isinstance(item, Failure)]
+    read = [item for item in items if not isinstance(item, Failure)]
+    if not read:
+        return None, failures
+    if refill:
+        read = list(islice(cycle(read), len(items)))
+    return ImageBatch(*default_collate(read)), failures
+
+
+def _reason(error: Exception) -> str:
+    """Says in a line what was wrong with an image."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of an unknown format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,181 @@
+"""DINO's multi-crop: two global and several local views of an image.
+
+Workers decode, crop, resize and flip on uint8 (`MultiCrop`); the colours follow batched on the training device, or in
+the worker too. All random numbers come from one generator per image, so (seed, epoch, index) fixes every view.
+
+Source: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/dino.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from locat_lightning.data.colour import apply_colour, draw_colour
+from locat_lightning.errors import InputError
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+FLIP_PROBABILITY = 0.5
+ATTEMPTS = 10  # to draw a box inside the image, as torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class Views:
+    """The V views of one size, of one image or (behind V) of a batch of B.
+
+    Lightning moves it by `to`; the colour parameters stay on the CPU, where they steer the work without a wait.
+
+    Attributes:
+        crops: uint8 [V, 3, H, W] or [V, B, 3, H, W]; once coloured, normalised float32.
+        colour: float32 [V, 8] or [V, B, 8] from `draw_colour`; None once the crops are coloured.
+    """
+
+    crops: Tensor
+    colour: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Views":
+        """The views with their crops on a device."""
+        return replace(self, crops=self.crops.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Views":
+        """The views with their crops in pinned memory (DataLoader calls it)."""
+        return replace(self, crops=self.crops.pin_memory())
+
+    def coloured(self) -> "Views":
+        """The views with their colours augmented and normalised, on the device where the crops are."""
+        if self.colour is None:
+            return self
+        crops = apply_colour(self.crops.flatten(0, -4), self.colour.flatten(0, -2))
+        return Views(crops.view(self.crops.shape), None)
+
+
+def collate_views(images: Sequence[Sequence[Views]]) -> list[Views]:
+    """Batch the views of B images, size by size.
+
+    Args:
+        images: of each image the list that `MultiCrop` gave.
+
+    Returns:
+        One `Views` for each size, [V, B, ...]: flattened, the first view of every image comes first, as DINO's loss
+        wants it. The crops are a transposed view of [B, V, ...].
+    """
+    batches = []
+    for views in zip(*images, strict=True):
+        crops = default_collate([v.crops for v in views]).transpose(0, 1)
+        colours = [v.colour for v in views if v.colour is not None]
+        batches.append(Views(crops, torch.stack(colours, dim=1) if colours else None))
+    return batches
+
+
+class MultiCrop:
+    """Cut an image into two global and several local views, at random.
+
+    Args:
+        global_size: side of the global views in pixels.
+        local_size: side of the local views in pixels.
+        local_views: how many local views; 0 leaves them out.
+        global_scale: smallest and largest share of the image's area that a global view shows.
+        local_scale: the same for local views.
+        colour_on: where the colours are augmented: "device" returns uint8 crops, to be finished there by
+            `Views.coloured`; "worker" returns finished float crops, at four times the memory and far more CPU.
+
+    Raises:
+        InputError: if a size, a count, a scale or `colour_on` is out of range.
+    """
+
+    def __init__(
+        self,
+        global_size: int = 224,
+        local_size: int = 96,
+        local_views: int = 8,
+        global_scale: tuple[float, float] = (0.4, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.4),
+        colour_on: Literal["device", "worker"] = "device",
+    ) -> None:
+        if min(global_size, local_size) < 1:
+            raise InputError(
+                f"global_size ({global_size}) and local_size ({local_size}) must be at least 1 pixel"
+            )
+        if local_views < 0:
+            raise InputError(f"local_views ({local_views}) must not be negative")
+        for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
+            if not 0 < low <= high <= 1:
+                raise InputError(
+                    f"{name} ({low}, {high}) must be two shares of the area, 0 < low <= high <= 1"
+                )
+        if colour_on not in ("device", "worker"):
+            raise InputError(f'colour_on ("{colour_on}") must be "device" or "worker"')
+        self.colour_on = colour_on
+        self.sizes = [global_size] * 2 + [local_size] * local_views
+        self.scales = np.array([global_scale] * 2 + [local_scale] * local_views)
+        self.blur = [1.0, 0.1] + [0.5] * local_views  # probabilities
+        self.solarize = [0.0, 0.2] + [0.0] * local_views
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Views]:
+        """Draw the views of an image.
+
+        A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box still has twice
+        the pixels of its view on each side.
+
+        Args:
+            image: of any mode; best opened but not loaded.
+            rng: the image's own generator, e.g. `np.random.default_rng([seed, epoch, index])`.
+
+        Returns:
+            The global views, and the local views if there are any.
+        """
+        boxes = draw_boxes(rng, image.size, self.scales)
+        flipped = rng.random(len(boxes)) < FLIP_PROBABILITY
+        colour = draw_colour(rng, self.blur, self.solarize)
+
+        width, height = image.size
+        spare = max(1.0, (boxes[:, 2:].min(axis=1) / self.sizes).min() / 2)
+        image.draft("RGB", (math.ceil(width / spare), math.ceil(height / spare)))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        reduction = width / pixels.shape[1]
+        boxes = np.rint(boxes / reduction).astype(int)
+
+        parts = [slice(0, 2), slice(2, None)] if len(boxes) > 2 else [slice(0, 2)]
+        views = [Views(_cut(pixels, boxes[p], flipped[p], self.sizes[p][0]), colour[p]) for p in parts]
+        return [v.coloured() for v in views] if self.colour_on == "worker" else views
+
+
+def draw_boxes(rng: np.random.Generator, size: tuple[int, int], scales: np.ndarray) -> np.ndarray:
+    """Draw the boxes of an image's V views as torchvision's `RandomResizedCrop` does.
+
+    Args:
+        rng: where the random numbers come from.
+        size: the image's (width, height) in pixels.
+        scales: [V, 2], smallest and largest share of the image's area.
+
+    Returns:
+        int [V, 4]: left, top, width, height. Where ten attempts fail to fit, the largest central box whose aspect
+        ratio is allowed.
+    """
+    area = size[0] * size[1] * rng.uniform(*scales.T[:, :, None], (len(scales), ATTEMPTS))
+    ratio = np.exp(rng.uniform(*np.log(ASPECT_RATIOS), area.shape))
+    extent = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], axis=-1))).astype(int)  # [V, 10, 2]
+    fits = ((extent > 0) & (extent <= size)).all(axis=-1)
+    first = extent[np.arange(len(extent)), fits.argmax(axis=1)]  # [V, 2]
+    corner = rng.integers(np.maximum(size - first, 0) + 1)
+    low, high = ASPECT_RATIOS
+    largest = np.array([min(size[0], round(size[1] * high)), min(size[1], round(size[0] / low))])
+    central = np.concatenate([(size - largest) // 2, largest])
+    return np.where(fits.any(axis=1)[:, None], np.concatenate([corner, first], axis=1), central)
+
+
+def _cut(pixels: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, size: int) -> Tensor:
+    """Resize V boxes of uint8 [H, W, 3]: bicubic with antialiasing, to within a level of PIL's -> [V, 3, size, size]."""
+    crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
+    for crop, (left, top, width, height), flip in zip(crops, boxes.tolist(), flipped.tolist(), strict=True):
+        box = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)
+        resized = F.interpolate(box[None], (size, size), mode="bicubic", antialias=True)
+        crop.copy_(resized[0].flip(-1) if flip else resized[0])
+    return crops

@@ -1,0 +1,185 @@
+"""Features of a frozen backbone: every image of a data set once, in its order, by any number of processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import track
+from torch import Tensor, nn
+
+from locat_lightning.errors import InputError
+
+
+class LabelledImages(Protocol):
+    """A batch of images with their labels and their places in the data set."""
+
+    @property
+    def images(self) -> Tensor:
+        """[B, 3, H, W]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[B] int64; -1 is "no label"."""
+
+    @property
+    def indices(self) -> Tensor:
+        """[B] int64: positions in the data set."""
+
+
+Batch_co = TypeVar("Batch_co", bound=LabelledImages, covariant=True)
+
+
+class ImageLoader(Protocol[Batch_co]):
+    """What is needed of a `DataLoader`: its length in batches, and the batches."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch_co]: ...
+
+
+class Features(NamedTuple):
+    """A data set as a backbone sees it, in the order of the data set, in CPU memory."""
+
+    features: Tensor  # [N, D] float32
+    labels: Tensor  # [N] int64
+
+
+@contextmanager
+def frozen(backbone: nn.Module) -> Iterator[None]:
+    """Put `backbone` in evaluation mode; afterwards every submodule has its own training flag again."""
+    training = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def image_features(
+    backbone: nn.Module, images: Tensor, *, autocast_dtype: torch.dtype | None = None
+) -> Tensor:
+    """One vector per image: what a timm model hands to its classifier, or the output of any other module.
+
+    For LocAt models that is PRR's [CLS]. An autocast context around this call has no effect inside it.
+
+    Args:
+        backbone: a timm model (its classifier is left out), or any module that maps images to vectors.
+        images: [B, 3, H, W].
+        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
+
+    Returns:
+        [B, D] float32.
+
+    Raises:
+        InputError: `backbone` does not give one vector per image.
+    """
+    # Without the cache: weights cast in here under inference mode must not meet a training step around us.
+    with torch.autocast(
+        images.device.type, autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
+    ):
+        timm: Any = backbone
+        if hasattr(timm, "forward_head"):
+            features = timm.forward_head(timm.forward_features(images), pre_logits=True)
+        else:
+            features = backbone(images)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(
+            f"{type(backbone).__name__} gives {shape} for {len(images)} images where [B, D] is needed: "
+            "choose a backbone that pools (for timm models, global_pool other than '')"
+        )
+    return features.float()
+
+
+def extract_features(
+    backbone: nn.Module,
+    loader: ImageLoader[LabelledImages],
+    device: torch.device | str,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Features:
+    """Run every image once through a frozen backbone.
+
+    With `torch.distributed` initialised, each process brings its part of the data set and all get the whole;
+    parts may differ in size or overlap (`DistributedSampler` repeats images). A training around this call is
+    not touched: training flags and the states of the random number generators are put back.
+
+    Args:
+        backbone: see `image_features`; already on `device`.
+        loader: batches with `images`, `labels` and `indices`.
+        device: where the backbone computes.
+        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
+        progress: show a progress bar (on the first process only).
+
+    Returns:
+        Features and labels of each distinct index, ascending; ordinary tensors, fit for autograd.
+
+    Raises:
+        InputError: there are no images, or the backbone does not give one vector per image.
+    """
+    device = torch.device(device)
+    features, labels, indices = [], [], []
+    show = progress and not (_distributed() and dist.get_rank() > 0)
+    with isolate_rng(), frozen(backbone), torch.inference_mode():
+        for batch in track(loader, "Extracting features", total=len(loader), disable=not show):
+            images = batch.images.to(device, non_blocking=True)
+            features.append(image_features(backbone, images, autocast_dtype=autocast_dtype).cpu())
+            labels.append(batch.labels)
+            indices.append(batch.indices)
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=torch.int64)
+        # Copies, because a single batch would come back from `cat` as the inference tensor it is.
+        return _in_order(
+            torch.cat(features).clone() if features else torch.empty(0, 0),
+            torch.cat([empty, *labels]),
+            torch.cat([empty, *indices]),
+            device,
+        )
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _in_order(features: Tensor, labels: Tensor, indices: Tensor, device: torch.device) -> Features:
+    """Bring the parts of all processes together, one row for each distinct index, ascending."""
+    all_indices = list(_parts(indices[:, None], device))
+    distinct = torch.cat(all_indices)[:, 0].unique()
+    if len(distinct) == 0:
+        raise InputError("no images to extract features from: the loader is empty (check root and split)")
+    bank: Tensor | None = None
+    bank_labels = torch.empty(len(distinct), dtype=torch.int64)
+    parts = zip(all_indices, _parts(features, device), _parts(labels[:, None], device), strict=True)
+    for part_indices, part_features, part_labels in parts:
+        if len(part_indices) == 0:
+            continue
+        if bank is None:
+            bank = torch.empty(len(distinct), part_features.shape[1])
+        rows = torch.searchsorted(distinct, part_indices[:, 0])
+        bank[rows] = part_features
+        bank_labels[rows] = part_labels[:, 0]
+    assert bank is not None  # some part has an index, so it has features
+    return Features(bank, bank_labels)
+
+
+def _parts(part: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """The part [n, D] of each process in turn, one at a time and without padding, in CPU memory."""
+    if not _distributed():
+        yield part
+        return
+    shape = torch.tensor(part.shape, device=device)
+    shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(shapes, shape)
+    for rank, (rows, columns) in enumerate(shape.tolist() for shape in shapes):
+        if rows == 0:
+            yield part.new_empty(0, columns)
+            continue
+        mine = rank == dist.get_rank()
+        sent = part.to(device) if mine else torch.empty(rows, columns, dtype=part.dtype, device=device)
+        dist.broadcast(sent, src=rank)
+        yield part if mine else sent.cpu()

@@ -1,0 +1,230 @@
+"""Weighted k-nearest-neighbour classification, the protocol of DINO (Caron et al. 2021; Wu et al. 2018)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from locat_lightning.errors import InputError
+
+GROUP = 8  # similarities per group: of 4, 8, 16 and 32 the fastest for 200 neighbours among 50,000
+VOTES = 2**24  # entries of the table of votes at a time: 64 MiB
+
+
+class KnnAccuracy(NamedTuple):
+    """Accuracy of one k."""
+
+    neighbours: int  # that voted: k, or the size of the bank where that is smaller
+    top1: float  # share of the test images, 0 to 1
+    top5: float
+
+
+class Neighbours(NamedTuple):
+    """The nearest neighbours of some queries, nearest first."""
+
+    similarities: Tensor  # [Q, K] cosines, float32
+    indices: Tensor  # [Q, K] int64, rows of the bank
+
+
+def knn_classify(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    query_chunk: int = 1024,
+    bank_chunk: int = 8192,
+) -> dict[int, KnnAccuracy]:
+    """Classify test images by votes of their nearest training images, weighted exp(cosine / temperature).
+
+    One search, for the largest k, serves every k. It runs where `train_features` are, in full float32
+    whatever precision the training around it has chosen, and takes some 250 MB besides the features.
+
+    Args:
+        train_features: [N, D], the bank; need not be normalised.
+        train_labels: [N] int64, any number of classes.
+        test_features: [M, D].
+        test_labels: [M] int64.
+        k: numbers of neighbours that vote; one above N is capped at N.
+        temperature: of the votes.
+        query_chunk: test images searched for at a time.
+        bank_chunk: training images compared with at a time.
+
+    Returns:
+        Accuracy for each k. As in the original, top-5 counts the first min(5, k) classes, and of classes with
+        equal votes the one of smaller number ranks first.
+
+    Raises:
+        InputError: images or labels are missing, features do not match or are not finite, or k or temperature
+            is not positive.
+    """
+    if not k or min(k) < 1:
+        raise InputError(
+            f"k is {list(k)}: give one or more numbers of neighbours, such as DINO's 10, 20, 100, 200"
+        )
+    if temperature <= 0:
+        raise InputError(f"k-NN temperature is {temperature}: give a positive number, DINO's is 0.07")
+    _check_labelled(train_features, train_labels, "training")
+    _check_labelled(test_features, test_labels, "test")
+    size, device = len(train_features), train_features.device
+    train_labels, test_labels = train_labels.to(device), test_labels.to(device)
+    classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
+    ks = sorted({min(each, size) for each in k})
+    found = nearest_neighbours(
+        train_features, test_features, ks[-1], query_chunk=query_chunk, bank_chunk=bank_chunk
+    )
+    hits = torch.zeros(len(ks), 2, dtype=torch.int64, device=device)
+    start = 0
+    for similarities, indices in found:
+        # Below the nearest one's, so that no temperature overflows: a factor per image changes no ranking.
+        weights = ((similarities - similarities[:, :1]) / temperature).exp_()
+        rows = max(1, VOTES // classes)
+        for weight, index in zip(weights.split(rows), indices.split(rows), strict=True):
+            labels = test_labels[start : start + len(weight)]
+            start += len(weight)
+            votes = weight.new_zeros(len(weight), classes)
+            voted = 0
+            for row, voters in enumerate(ks):
+                votes.scatter_add_(1, train_labels[index[:, voted:voters]], weight[:, voted:voters])
+                voted = voters
+                ranks = label_ranks(votes, labels)
+                hits[row] += torch.stack([(ranks < 1).sum(), (ranks < min(5, voters)).sum()])
+    accuracy = {
+        voters: KnnAccuracy(voters, *(hit / len(test_labels) for hit in row))
+        for voters, row in zip(ks, hits.tolist(), strict=True)
+    }
+    return {each: accuracy[min(each, size)] for each in k}
+
+
+def nearest_neighbours(
+    bank: Tensor, queries: Tensor, k: int, *, query_chunk: int = 1024, bank_chunk: int = 8192
+) -> Iterator[Neighbours]:
+    """Find the k rows of `bank` with the largest cosine to each query, exactly.
+
+    The bank passes by in chunks. Similarities are taken in groups of eight, and only groups whose maximum
+    beats the query's k-th best so far are looked into: at most k of them can matter, and soon few do.
+
+    Args:
+        bank: [N, D]; need not be normalised, and is not copied.
+        queries: [M, D].
+        k: neighbours, 1 to N.
+        query_chunk: queries at a time.
+        bank_chunk: rows of the bank at a time.
+
+    Yields:
+        The neighbours of `query_chunk` queries after another, on the device of `bank`.
+
+    Raises:
+        InputError: features do not match or are not finite, or k is not in 1..N.
+    """
+    if not 1 <= k <= len(bank):
+        raise InputError(f"k is {k}: a k-NN search among {len(bank)} images needs k from 1 to {len(bank)}")
+    if bank.shape[1:] != queries.shape[1:] or bank.ndim != 2:
+        raise InputError(
+            f"features of shape {list(bank.shape)} and {list(queries.shape)} cannot be compared: "
+            "extract both with the same backbone"
+        )
+    scales, query_scales = _inverse_norms(bank, "bank"), _inverse_norms(queries, "query")
+    for chunk, scale in zip(queries.split(query_chunk), query_scales.split(query_chunk), strict=True):
+        yield _search(bank, scales, (chunk.detach().float() * scale).to(bank.device), k, bank_chunk)
+
+
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Number of classes placed before the label's, as a stable descending sort of the scores places them.
+
+    Args:
+        scores: [..., C]. A label whose own score is NaN ranks C, behind all.
+        labels: [...] int64.
+
+    Returns:
+        [...] int64; below n means that the label is among the top n.
+    """
+    labels = labels[..., None]
+    own = scores.gather(-1, labels)
+    not_above = (scores <= own).sum(-1)
+    earlier = torch.arange(scores.shape[-1], device=scores.device) < labels
+    return scores.shape[-1] - not_above + ((scores == own) & earlier).sum(-1)
+
+
+@torch.no_grad()
+def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int, bank_chunk: int) -> Neighbours:
+    """Neighbours of one chunk of normalised queries [Q, D]; `scales` [N, 1] normalises the bank."""
+    best = queries.new_full((len(queries), k), -torch.inf)
+    best_index = torch.zeros_like(best, dtype=torch.int64)
+    chunks = min(bank_chunk, len(bank))
+    buffer = queries.new_empty(len(queries), -(-chunks // GROUP) * GROUP)
+    offsets = torch.arange(GROUP, device=bank.device)[:, None]
+    for start in range(0, len(bank), bank_chunk):
+        rows = bank[start : start + bank_chunk].float() * scales[start : start + bank_chunk]
+        groups = -(-len(rows) // GROUP)
+        similarities = buffer[:, : groups * GROUP]
+        similarities[:, len(rows) :] = -torch.inf
+        with _full_float32(bank.device):
+            torch.mm(queries, rows.T, out=similarities[:, : len(rows)])
+        # A group is every `groups`-th column, so that its maximum is one of whole rows: vectorised.
+        peaks = similarities.unflatten(1, (GROUP, groups)).amax(1)
+        beaten = (peaks > best.amin(1, keepdim=True)).sum(1).max()
+        looked_into = min(k, int(beaten))
+        if looked_into:
+            group = peaks.topk(looked_into, sorted=False).indices
+            candidates = (offsets * groups + group[:, None]).flatten(1)
+            values = torch.cat([best, similarities.gather(1, candidates)], 1)
+            best, kept = values.topk(k, sorted=False)
+            best_index = torch.cat([best_index, candidates.add_(start)], 1).gather(1, kept)
+    best, order = best.sort(1, descending=True)
+    return Neighbours(best, best_index.gather(1, order))
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """No autocast, TF32 or bfloat16 in float32 products, whatever is set for the training around us."""
+    with torch.autocast(device.type, enabled=False):
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
+            mkldnn: Any = torch.backends.mkldnn
+            backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+            before = [backend.fp32_precision for backend in backends]
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            try:
+                yield
+            finally:
+                for backend, precision in zip(backends, before, strict=True):
+                    backend.fp32_precision = precision
+        else:
+            legacy = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(legacy)
+
+
+def _inverse_norms(features: Tensor, role: str) -> Tensor:
+    """[N, 1] factors that normalise the rows of `features`; a zero row stays zero."""
+    norms = torch.linalg.vector_norm(features.detach(), dim=1, keepdim=True, dtype=torch.float32)
+    finite = norms.isfinite()
+    if not finite.all():
+        bad = (~finite).flatten().nonzero().flatten()
+        raise InputError(
+            f"{len(bad)} of {len(features)} {role} features are not finite (first: row {int(bad[0])}): "
+            "check the weights, or extract without mixed precision"
+        )
+    scales: Tensor = norms.clamp_(min=1e-12).reciprocal_()
+    return scales
+
+
+def _check_labelled(features: Tensor, labels: Tensor, split: str) -> None:
+    if len(features) == 0 or len(features) != len(labels):
+        raise InputError(
+            f"{len(features)} {split} features with {len(labels)} labels: give one or more, each labelled"
+        )
+    unlabelled = int((labels < 0).sum())
+    if unlabelled:
+        raise InputError(
+            f"{unlabelled} of {len(labels)} {split} images have no label: "
+            "use labelled images (a folder for each class), for example of another data set"
+        )
