@@ -1,6 +1,6 @@
-"""Views for DINO, images a second on one CPU core: ours beside lightly's `DINOTransform`, in interleaved rounds.
+"""Views for DINO: images a second on one CPU core, beside lightly's `DINOTransform`.
 
-Run: python benchmarks/views.py
+Interleaved rounds, by CPU time, which others' load distorts less. Run: python benchmarks/views.py
 """
 
 import io

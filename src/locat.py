@@ -1,1 +1,82 @@
-"""The `locat` command."""
+"""The `locat` command: what needs no torch answers at once, everything else is `locat_lightning.cli`.
+
+This module stands beside the package because importing `locat_lightning` imports torch and registers models,
+which takes seconds.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+HELP = """usage: locat [--debug] COMMAND [options]
+
+Vision Transformers whose patch features are good (LocAtViT), trained in PyTorch Lightning.
+
+commands:
+  fit        train                      locat fit --config classify_tiny.yaml --data.root DIR
+  validate   measure on the val split   locat validate --weights runs/…/checkpoints/best.ckpt
+  test       measure on the test split
+  predict    classes of a folder of images, as a CSV
+  configs    list the configs that --config takes by name
+  runs       list the runs beneath a directory, with their results: locat runs [DIR]
+
+options:
+  --help     this text; `locat COMMAND --help` lists every option of a command
+  --version  print the version
+  --debug    show the traceback of an error
+
+`--config` takes a path or the name of a shipped config, and every key of it is an option too:
+`--data.batch_size 64`. `--weights` says where a model's weights come from: a checkpoint of a run, a file, a
+timm name, or `random`. A run that was cut off goes on with `--ckpt_path last`.
+"""
+
+
+def config_directory() -> Path:
+    """Where the shipped configs are: inside an installed package, or at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "locat_lightning" / "configs"
+    return installed if installed.is_dir() else here.parent / "configs"
+
+
+def list_configs() -> str:
+    """A line for each shipped config: its name, and its first comment."""
+    lines = []
+    for path in sorted(config_directory().rglob("*.yaml")):
+        name = path.relative_to(config_directory()).as_posix()
+        lines.append(f"{name:24}{path.read_text().splitlines()[0].lstrip('# ')}")
+    return "\n".join(lines)
+
+
+def list_runs(directory: Path) -> str:
+    """A line for each finished run beneath a directory: its path and its metrics."""
+    lines = []
+    for path in sorted(directory.rglob("metrics.json")):
+        metrics = json.loads(path.read_text())
+        values = "   ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()
+        )
+        lines.append(f"{path.parent.as_posix()}   {values}")
+    return "\n".join(lines) or f"no finished run beneath {directory}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with `arguments`, those of the process if None."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    match arguments:
+        case [] | ["--help" | "-h" | "help", *_]:
+            print(HELP, end="")
+        case ["--version"]:
+            print(f"locat-lightning {version('locat-lightning')}")
+        case ["configs"]:
+            print(list_configs())
+        case ["runs", *rest]:
+            print(list_runs(Path(rest[0] if rest else "runs")))
+        case _:
+            from locat_lightning.cli import main as run
+
+            run(arguments)
+
+
+if __name__ == "__main__":
+    main()

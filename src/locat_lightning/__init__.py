@@ -1,5 +1,10 @@
-"""LocAtViT (ICLR 2026) in PyTorch Lightning: Vision Transformers whose patch features are good."""
+"""LocAtViT (ICLR 2026) in PyTorch Lightning: Vision Transformers whose patch features are good.
+
+Importing this registers the paper's models with timm: `timm.create_model("locatvit_tiny")`.
+"""
 
 from importlib.metadata import version
+
+from locat_lightning.backbones import registry as registry
 
 __version__ = version("locat-lightning")

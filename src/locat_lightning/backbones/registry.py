@@ -36,8 +36,10 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _vision_transformer(*, gaug: bool, prr: bool, global_pool: str = "token", **kwargs: Any) -> VisionTransformer:
-    """timm's `VisionTransformer` with LocAt plugged into its own arguments."""
+def _vision_transformer(
+    *, gaug: bool, prr: bool, global_pool: str = "token", **kwargs: Any
+) -> VisionTransformer:
+    """Timm's `VisionTransformer` with LocAt plugged into its own arguments."""
     if prr:
         if global_pool not in ("token", "prr", ""):
             raise ValueError(

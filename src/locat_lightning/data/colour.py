@@ -1,7 +1,7 @@
 """DINO's colour augmentation for a batch of uint8 crops, with random parameters of their own for each crop.
 
-The random numbers are drawn beside the crops (`draw_colour`); what they do to the pixels (`apply_colour`) is a pure
-function that runs batched on any device and never waits for it. A resumed run therefore sees the same views.
+The random numbers are drawn beside the crops (`draw_colour`); what they do to the pixels (`apply_colour`) is
+a pure function that runs on any device and never waits for it. A resumed run therefore sees the same views.
 
 Source: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/dino.
 """
@@ -16,7 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 # Columns of a colour parameter tensor. A neutral value (1, 1, 1, 0; 0 elsewhere) leaves the crop as it is.
-BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, SIGMA, SOLARIZE = COLUMNS = range(8)
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, SIGMA, SOLARIZE = range(8)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 JITTER_PROBABILITY = 0.8
@@ -25,7 +25,7 @@ JITTER_ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
 GRAYSCALE_PROBABILITY = 0.2
 BLUR_SIGMAS = (0.1, 2.0)  # pixels
 BLUR_REACH = 6  # pixels that the widest of these blurs reaches to each side
-BLOCK = 64  # rows of a banded matrix product at once
+BLOCK = 96  # rows of a banded matrix product at once
 SOLARIZE_THRESHOLD = 128 / 255
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
@@ -40,12 +40,13 @@ def draw_colour(rng: np.random.Generator, blur: Sequence[float], solarize: Seque
         solarize: V probabilities of inverting the bright pixels.
 
     Returns:
-        float32 [V, 8], columns `BRIGHTNESS` to `SOLARIZE`: three factors, a shift of the hue in turns, the index into
-        `JITTER_ORDERS`, 1 for grayscale, the blur's sigma in pixels, 1 for solarize. Neutral where not applied.
+        float32 [V, 8], columns `BRIGHTNESS` to `SOLARIZE`: three factors, a shift of the hue in turns, the
+        index into `JITTER_ORDERS`, 1 for grayscale, the blur's sigma in pixels, 1 for solarize. Neutral where
+        not applied.
     """
     views = len(blur)
     low, high = np.transpose(JITTER_RANGES)
-    parameters = np.tile(np.float32(NEUTRAL), (views, 1))
+    parameters = np.tile(np.array(NEUTRAL, dtype=np.float32), (views, 1))
     jitter = np.concatenate(
         [rng.uniform(low, high, (views, 4)), rng.integers(len(JITTER_ORDERS), size=(views, 1))], axis=1
     )
@@ -65,32 +66,34 @@ def apply_colour(
 ) -> Tensor:
     """Jitter, grayscale, blur, solarize and normalise crops, each by its own parameters.
 
-    Every operation runs only for the crops that need it. On a GPU those with the same operation at the same step are
-    gathered, by indices that are known on the CPU: the device is never waited for. A CPU takes crop by crop, in cache.
+    Every operation runs only for the crops that need it. On a GPU those with the same operation at the same
+    step are gathered, by indices that are known on the CPU: the device is never waited for. A CPU takes crop
+    by crop, in its cache.
 
     Args:
         crops: uint8 [N, 3, S, S] on any device.
         parameters: float32 [N, 8] on the CPU, from `draw_colour`.
-        mean: of the three channels, in 0–1, subtracted at the end.
+        mean: of the three channels, from 0 to 1, subtracted at the end.
         std: of the three channels, by which the result is divided.
 
     Returns:
-        float32 [N, 3, S, S] on the crops' device. Unlike in PIL, shades are not rounded to 1/255 between operations.
+        float32 [N, 3, S, S] on the crops' device. Unlike PIL, nothing rounds to 1/255 between operations.
     """
     augment = _augment_one_by_one if crops.device.type == "cpu" else _augment_together
     with torch.autocast(crops.device.type, enabled=False):  # a blur in bfloat16 would round to 1/256
-        return augment(crops, parameters, mean, std)
+        x = augment(crops, parameters)
+    for channel, m, s in zip(x.unbind(1), mean, std, strict=True):
+        channel.sub_(m).div_(s)
+    return x
 
 
 def _steps(parameters: list[float]) -> list[tuple[int, int]]:
-    """The operations on one crop: (step, column), steps 0–3 the jitter in its order, then 4–6."""
+    """The operations on one crop: (step, column), first the jitter in its order."""
     columns = (*JITTER_ORDERS[int(parameters[ORDER])], GRAYSCALE, SIGMA, SOLARIZE)
     return [(step, column) for step, column in enumerate(columns) if parameters[column] != NEUTRAL[column]]
 
 
-def _augment_one_by_one(
-    crops: Tensor, parameters: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def _augment_one_by_one(crops: Tensor, parameters: Tensor) -> Tensor:
     x = torch.empty(crops.shape)
     blurred = parameters[parameters[:, SIGMA] > 0, SIGMA, None, None, None]
     bands = iter(_blur_bands(crops.shape[-1], blurred).split(1))
@@ -101,13 +104,10 @@ def _augment_one_by_one(
         torch.mul(source, 1 / 255, out=crop)
         for _, column in _steps(row):
             _OPERATIONS[column](crop, next(bands) if column == SIGMA else values[column])
-        _normalise(crop, mean, std)
     return x
 
 
-def _augment_together(
-    crops: Tensor, parameters: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+def _augment_together(crops: Tensor, parameters: Tensor) -> Tensor:
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row, values in enumerate(parameters.tolist()):
         for step in _steps(values):
@@ -122,17 +122,11 @@ def _augment_together(
         part, values = x[r], on_device[r, column, None, None, None]
         _OPERATIONS[column](part, _blur_bands(x.shape[-1], values) if column == SIGMA else values)
         x[r] = part
-    _normalise(x, mean, std)
     return x
 
 
-def _normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-    for channel, m, s in zip(x.unbind(1), mean, std, strict=True):
-        channel.sub_(m).div_(s)
-
-
-# Each operation changes crops [N, 3, H, W] in place by values [N, 1, 1, 1]. Arithmetic stands where torch.where would
-# read better, since that takes ten times as long on a CPU.
+# Each operation changes crops [N, 3, S, S] in place by values [N, 1, 1, 1]. Arithmetic stands where
+# torch.where would read better, since that takes ten times as long on a CPU.
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -157,9 +151,9 @@ def _saturation(x: Tensor, factor: Tensor) -> None:
 def _hue(x: Tensor, turns: Tensor) -> None:
     """HSV there and back with the hue turned by at most 1/6; saturation and value need not be computed.
 
-    With u, v, w = (red, green, blue - smallest) / chroma, one of them 0 and one 1, the hue in sixths of a turn, -3
-    to 3 with red at 0, is ±(1 - u + v + w), positive where green is above blue. A channel is at its largest within
-    one sixth of its own hue and at its smallest from two sixths on.
+    With u, v, w = (red, green, blue - smallest) / chroma, one of them 0 and one 1, the hue in sixths of a
+    turn, -3 to 3 with red at 0, is ±(1 - u + v + w), positive where green is above blue. A channel is at its
+    largest within one sixth of its own hue and at its smallest from two sixths on.
     """
     red, green, blue = x.chunk(3, dim=1)
     largest, smallest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -182,23 +176,20 @@ def _blur(x: Tensor, band: Tensor) -> None:
 
 
 def _banded_product(band: Tensor, x: Tensor) -> Tensor:
-    """band @ x, where band [..., M, M] is 0 beyond `BLUR_REACH` of its diagonal: half the time of the full product."""
+    """Multiply by a matrix [..., M, M] that is 0 beyond `BLUR_REACH` of its diagonal: skip most zeros."""
     blocks = []
     for start in range(0, band.shape[-1], BLOCK):
-        rows, near = (
-            slice(start, start + BLOCK),
-            slice(max(0, start - BLUR_REACH), start + BLOCK + BLUR_REACH),
-        )
-        blocks.append(band[..., rows, near] @ x[..., near, :])
+        near = slice(max(0, start - BLUR_REACH), start + BLOCK + BLUR_REACH)
+        blocks.append(band[..., start : start + BLOCK, near] @ x[..., near, :])
     return torch.cat(blocks, dim=-2)
 
 
 def _blur_bands(size: int, sigma: Tensor) -> Tensor:
     """The blur of a line of pixels as a banded matrix: [N, 1, 1, 1] -> [N, 1, size, size].
 
-    As PIL's `GaussianBlur`, but without its rounding: three box blurs, the border pixels extended before each. A box
-    reaches `whole` pixels to each side, and one more with weight `part` (Gwosdek et al., "Theoretical foundations of
-    Gaussian convolution by extended box filtering", 2011).
+    As PIL's `GaussianBlur`, but without its rounding: three box blurs, the border pixels extended before
+    each. A box reaches `whole` pixels to each side, and one more with weight `part` (Gwosdek et al.,
+    "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
     """
     variance = sigma.square() / 3
     whole = ((12 * variance + 1).sqrt().sub_(1) / 2).floor_()

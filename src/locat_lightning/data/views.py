@@ -1,7 +1,8 @@
 """DINO's multi-crop: two global and several local views of an image.
 
-Workers decode, crop, resize and flip on uint8 (`MultiCrop`); the colours follow batched on the training device, or in
-the worker too. All random numbers come from one generator per image, so (seed, epoch, index) fixes every view.
+Workers decode, crop, resize and flip on uint8 (`MultiCrop`); the colours follow batched on the training
+device, or in the worker too. All random numbers come from one generator per image: (seed, epoch, index) can
+fix its views.
 
 Source: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/dino.
 """
@@ -30,7 +31,7 @@ ATTEMPTS = 10  # to draw a box inside the image, as torchvision's RandomResizedC
 class Views:
     """The V views of one size, of one image or (behind V) of a batch of B.
 
-    Lightning moves it by `to`; the colour parameters stay on the CPU, where they steer the work without a wait.
+    Lightning moves it by `to`. The colour parameters stay on the CPU, where they are read without a wait.
 
     Attributes:
         crops: uint8 [V, 3, H, W] or [V, B, 3, H, W]; once coloured, normalised float32.
@@ -63,8 +64,8 @@ def collate_views(images: Sequence[Sequence[Views]]) -> list[Views]:
         images: of each image the list that `MultiCrop` gave.
 
     Returns:
-        One `Views` for each size, [V, B, ...]: flattened, the first view of every image comes first, as DINO's loss
-        wants it. The crops are a transposed view of [B, V, ...].
+        One `Views` for each size, [V, B, ...]: flattened, the first view of every image comes first, as
+        DINO's loss wants it. The crops are a transposed view of [B, V, ...].
     """
     batches = []
     for views in zip(*images, strict=True):
@@ -84,7 +85,8 @@ class MultiCrop:
         global_scale: smallest and largest share of the image's area that a global view shows.
         local_scale: the same for local views.
         colour_on: where the colours are augmented: "device" returns uint8 crops, to be finished there by
-            `Views.coloured`; "worker" returns finished float crops, at four times the memory and far more CPU.
+            `Views.coloured`; "worker" returns finished float crops, at four times the memory and thrice
+            the time.
 
     Raises:
         InputError: if a size, a count, a scale or `colour_on` is out of range.
@@ -121,8 +123,8 @@ class MultiCrop:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Views]:
         """Draw the views of an image.
 
-        A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box still has twice
-        the pixels of its view on each side.
+        A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box then
+        still has twice the pixels of its view on each side.
 
         Args:
             image: of any mode; best opened but not loaded.
@@ -136,9 +138,10 @@ class MultiCrop:
         colour = draw_colour(rng, self.blur, self.solarize)
 
         width, height = image.size
+        # How many times more pixels than needed; PIL rounds the reduction down to a power of two.
         spare = max(1.0, (boxes[:, 2:].min(axis=1) / self.sizes).min() / 2)
         image.draft("RGB", (math.ceil(width / spare), math.ceil(height / spare)))
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         reduction = width / pixels.shape[1]
         boxes = np.rint(boxes / reduction).astype(int)
 
@@ -156,23 +159,25 @@ def draw_boxes(rng: np.random.Generator, size: tuple[int, int], scales: np.ndarr
         scales: [V, 2], smallest and largest share of the image's area.
 
     Returns:
-        int [V, 4]: left, top, width, height. Where ten attempts fail to fit, the largest central box whose aspect
-        ratio is allowed.
+        int [V, 4]: left, top, width, height. Where ten attempts do not fit, the largest central box of an
+        allowed aspect ratio.
     """
-    area = size[0] * size[1] * rng.uniform(*scales.T[:, :, None], (len(scales), ATTEMPTS))
-    ratio = np.exp(rng.uniform(*np.log(ASPECT_RATIOS), area.shape))
+    shape = (len(scales), ATTEMPTS)
+    area = size[0] * size[1] * rng.uniform(scales[:, :1], scales[:, 1:], shape)
+    ratio = np.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]), shape))
     extent = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], axis=-1))).astype(int)  # [V, 10, 2]
-    fits = ((extent > 0) & (extent <= size)).all(axis=-1)
+    inside = (extent > 0) & (extent <= size)
+    fits = inside[..., 0] & inside[..., 1]
     first = extent[np.arange(len(extent)), fits.argmax(axis=1)]  # [V, 2]
     corner = rng.integers(np.maximum(size - first, 0) + 1)
     low, high = ASPECT_RATIOS
     largest = np.array([min(size[0], round(size[1] * high)), min(size[1], round(size[0] / low))])
     central = np.concatenate([(size - largest) // 2, largest])
-    return np.where(fits.any(axis=1)[:, None], np.concatenate([corner, first], axis=1), central)
+    return np.where(fits.any(axis=1, keepdims=True), np.concatenate([corner, first], axis=1), central)
 
 
 def _cut(pixels: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, size: int) -> Tensor:
-    """Resize V boxes of uint8 [H, W, 3]: bicubic with antialiasing, to within a level of PIL's -> [V, 3, size, size]."""
+    """Resize V boxes of uint8 [H, W, 3] to [V, 3, size, size], as PIL's bicubic to within one level."""
     crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
     for crop, (left, top, width, height), flip in zip(crops, boxes.tolist(), flipped.tolist(), strict=True):
         box = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)

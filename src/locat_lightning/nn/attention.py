@@ -45,7 +45,8 @@ class GaussianAttention(Attention):
         x = self.norm(x)
         if gate is not None:
             x = x * gate
-        return self.proj_drop(self.proj(x))
+        out: Tensor = self.proj_drop(self.proj(x))
+        return out
 
 
 def gaussian_attention(
@@ -64,8 +65,9 @@ def gaussian_attention(
         dropout: Probability of dropping an attention weight.
 
     Returns:
-        [B, h, N, d] in the type of q.
+        [B, h, N, d] in the type of v.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
     if torch.compiler.is_compiling() or dropout > 0:
         prefix = q.shape[-2] - log_gaussian.y.shape[-2]
         s = F.pad(gaussian_kernel(log_gaussian).to(q.dtype), (prefix, 0, prefix, 0))

@@ -4,7 +4,7 @@ Source: "Locality-Attending Vision Transformer" (ICLR 2026), the section on Gaus
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class PatchGrid:
         self.built_for = built_for
         self._by_patches = {math.prod(built_for): built_for}
 
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
+    def __call__(self, patch_embed: Any, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
         """Take note of the grid: `patches` is [B, H, W, D] from a dynamic embedding, else [B, H·W, D]."""
         if patches.ndim == 4:
             rows, columns = patches.shape[1:3]

@@ -21,4 +21,5 @@ class PatchRefinement(AttentionPoolPrr):
         heads = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         queries = heads[:, :, :1] if self.pool == "token" else heads
         refined = F.scaled_dot_product_attention(queries, heads, heads)
-        return self.post_norm(refined.transpose(1, 2).flatten(2)).mean(1)
+        pooled: Tensor = self.post_norm(refined.transpose(1, 2).flatten(2)).mean(1)
+        return pooled

@@ -1,0 +1,141 @@
+"""Weights into a model, from every kind of checkpoint, safely: nothing in a file is executed."""
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from locat_lightning.errors import InputError
+
+RANDOM = "random"
+
+# Where training scripts put the weights in their checkpoints, best first: DINO's teacher before its student.
+CONTAINERS = ("teacher", "state_dict_ema", "state_dict", "model_ema", "model", "student")
+
+
+def load_weights(model: nn.Module, weights: str, *, new_head: bool = False) -> None:
+    """Read weights into a timm model and say what matched.
+
+    Args:
+        model: Takes the weights.
+        weights: `random` (leaves the model as it is), a file (a checkpoint of Lightning's, timm's or DINO's,
+            a plain state dict, safetensors), or a name for timm (`vit_small_patch16_224.augreg_in21k`,
+            `hf-hub:…`, `local-dir:…`).
+        new_head: Whether a classifier of another size is left as it is, as a warm start wants it.
+
+    Raises:
+        InputError: there is no such file or name, the file holds no weights that can be read safely, or less
+            than half of the model is in it.
+    """
+    if weights == RANDOM:
+        rank_zero_warn(f"--weights {RANDOM}: the model has not been trained")
+        return
+    state = _below_prefix(_read_state(weights), model)
+    if isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(state, model)
+    own = model.state_dict()
+    other_shape = sorted(k for k, v in state.items() if k in own and v.shape != own[k].shape)
+    matched = {k: v for k, v in state.items() if k in own and k not in other_shape}
+    missing = sorted(own.keys() - matched.keys() - set(other_shape))
+    unexpected = sorted(state.keys() - own.keys())
+    summary = (
+        f"{weights}: {len(matched)} of the model's {len(own)} tensors matched"
+        + _listed("missing", missing)
+        + _listed("unexpected", unexpected)
+        + _listed("of another shape", other_shape)
+    )
+    head = _head_parameters(model)
+    if 2 * len(matched) < len(own):
+        raise InputError(f"too poor a match: {summary}; is it a checkpoint of another model?")
+    if wrong := [k for k in (*missing, *other_shape) if not (new_head and k in head)]:
+        raise InputError(f"weights do not fit ({', '.join(wrong[:3])}): {summary}")
+    model.load_state_dict(matched, strict=False)
+    rank_zero_info(summary)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's contents on the CPU, of which nothing is executed.
+
+    Raises:
+        InputError: the file is missing, broken, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no such file: {path.absolute()}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # The original DINO code stores its command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported global" in reason or "weights_only" in reason:
+            raise InputError(
+                f"{path} holds Python objects besides weights, and loading them could execute code: save its "
+                "state dict alone, or as safetensors"
+            ) from error
+        raise InputError(f"{path} is not a checkpoint: {reason.splitlines()[0]}") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputError(f"{path} cannot be read (truncated, or of another kind?): {error}") from error
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    return contents
+
+
+def _read_state(weights: str) -> dict[str, Tensor]:
+    """The tensors by name of a file or a timm name."""
+    if Path(weights).is_file():
+        contents = read_checkpoint(weights)
+        for container in CONTAINERS:
+            if isinstance(contents.get(container), dict):
+                contents = contents[container]
+                break
+        return {name: value for name, value in contents.items() if isinstance(value, Tensor)}
+    if not weights.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(weights):
+        raise InputError(
+            f"--weights: no such file: {Path(weights).absolute()}; timm knows no such model either"
+        )
+    try:
+        state: dict[str, Tensor] = timm.create_model(weights, pretrained=True).state_dict()
+    except Exception as error:  # each source has its own way to say that there is nothing
+        reason = " ".join(str(error).split())
+        raise InputError(f"--weights: timm cannot load {weights}: {reason}") from error
+    return state
+
+
+def _below_prefix(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The part of a state dict beneath the prefix (`module.`, `backbone.`, …) that has most of the model."""
+    own = list(model.state_dict())
+    prefixes = {name.removesuffix(own[0]) for name in state if name.endswith(own[0])} | {""}
+    best = max(
+        sorted(prefixes),
+        key=lambda prefix: (sum(prefix + name in state for name in own), "teacher" in prefix),
+    )
+    return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
+
+
+def _head_parameters(model: nn.Module) -> set[str]:
+    """Names of the classifier's parameters."""
+    classifier = model.get_classifier()  # type: ignore[operator]
+    modules = set(classifier.modules()) if isinstance(classifier, nn.Module) else set()
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if module in modules
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    return f", {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

@@ -1,0 +1,320 @@
+"""Pictures of what a model looks at: Gaussian kernels, attention of [CLS], predictions."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image, ImageDraw, ImageFont
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from locat_lightning.callbacks.kernels import observe
+from locat_lightning.data.images import ImageData, Stream
+from locat_lightning.data.reading import Failure, Images
+from locat_lightning.errors import InputError
+from locat_lightning.nn import GaussianAttention, gaussian_kernel
+
+__all__ = ["AttentionPictures", "cls_attention", "draw", "gaussian_kernels"]
+
+# Ten colours of matplotlib's "inferno", from 0 to 1.
+INFERNO = "000004 1b0c42 4b0c6b 781c6d a52c60 cf4446 ed6925 fb9a06 f7d03c fcffa4"
+PATCHES = ((0.5, 0.5), (0.2, 0.2), (0.8, 0.8))  # where the drawn kernels sit: shares of height and width
+SHOWN_CLASSES = 3
+INK, FAINT, PAPER, MARK = "#1f2328", "#6e7781", "#ffffff", "#5ce1ff"
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """The kernels S of each block with GAug, mean of the heads.
+
+    Args:
+        backbone: a timm Vision Transformer; any other model has none.
+        images: [B, 3, height, width], normalised.
+
+    Returns:
+        For each block [B, H·W, H, W] float32: what each patch, row by row, adds to its logit for each patch.
+    """
+    gaugs = [layer.gaug for layer in _attention_layers(backbone) if isinstance(layer, GaussianAttention)]
+    if not gaugs:
+        return []
+    factors = [call.output for call in observe(backbone, images, gaugs)]
+    return [
+        gaussian_kernel(each).mean(1).unflatten(-1, (each.y.shape[-1], each.x.shape[-1])) for each in factors
+    ]
+
+
+def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
+    """What [CLS] attends to in the last block: its row of the softmax, without the prefix tokens' share.
+
+    Args:
+        backbone: a timm model.
+        images: [B, 3, height, width], normalised.
+
+    Returns:
+        [B, h, H, W] float32; None if the model is no Vision Transformer or has no [CLS].
+    """
+    model: Any = backbone
+    layers = _attention_layers(model)
+    if not layers or model.cls_token is None:
+        return None
+    attention = layers[-1]
+    [call] = observe(model, images, [attention])
+    with torch.no_grad():
+        q, k, _ = (
+            attention.qkv(call.inputs[0])
+            .unflatten(-1, (3, attention.num_heads, attention.head_dim))
+            .permute(2, 0, 3, 1, 4)
+        )
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        # GAug's S is 0 in this row.
+        row = (q[:, :, 0].unsqueeze(-2) * attention.scale @ k.transpose(-2, -1)).float().softmax(-1)
+    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    patches: Tensor = row[..., 0, model.num_prefix_tokens :].unflatten(-1, grid)
+    return patches
+
+
+def draw(
+    images: Tensor,
+    labels: Sequence[int],
+    class_names: Sequence[str] = (),
+    *,
+    kernels: Sequence[Tensor] = (),
+    attention: Tensor | None = None,
+    probabilities: Tensor | None = None,
+    side: int = 224,
+) -> Tensor:
+    """A row for each image; a column for the image itself and for each of the things that are given.
+
+    Args:
+        images: [B, 3, height, width], RGB from 0 to 1.
+        labels: of each image; -1 where unknown.
+        class_names: by label; the labels' numbers stand in for names that are missing.
+        kernels: what `gaussian_kernels` gives. Those of three patches are drawn, of the first, the middle and
+            the last block, each column in a scale of its own.
+        attention: what `cls_attention` gives. Each image has a scale of its own.
+        probabilities: [B, classes].
+        side: shorter side of an image in the picture, in pixels; small images are enlarged without smoothing.
+
+    Returns:
+        [3, height, width] uint8.
+    """
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    size = (round(height * side / shorter), round(width * side / shorter))
+    images = images.detach().float().cpu().clamp(0, 1)
+    tiles = (
+        F.interpolate(images, size, mode="nearest-exact")
+        if side > shorter
+        else F.interpolate(images, size, mode="bilinear", antialias=True)
+    )
+    columns = [_Column("input", "", [to_pil_image(tile) for tile in tiles])]
+    depths = {0, (len(kernels) - 1) // 2, len(kernels) - 1} if kernels else set()
+    columns += [_kernel_column(f"kernels, block {block}", tiles, kernels[block]) for block in sorted(depths)]
+    if attention is not None:
+        heat = attention.float().cpu().mean(1)
+        heat = heat / heat.amax((-2, -1), keepdim=True)
+        columns.append(_Column("attention of [CLS]", "last block, mean of heads", _overlaid(tiles, heat)))
+    if probabilities is not None:
+        panels = [
+            _prediction(size, row, label, class_names)
+            for row, label in zip(probabilities.float().cpu(), labels, strict=True)
+        ]
+        columns.append(_Column("prediction", "", panels))
+    return pil_to_tensor(_table(columns, side))  # type: ignore[no-any-return]
+
+
+class AttentionPictures(Callback):
+    """Draws the same validation images in TensorBoard, as the model sees them, at each validation.
+
+    Each row: the image, the Gaussian kernels of three patches at three depths, the attention of [CLS] in the
+    last block, the likeliest classes. What a model lacks is left out: a plain ViT has no kernels, a CNN no
+    attention either. Without a TensorBoard logger nothing is drawn.
+
+    Args:
+        images: how many, evenly spaced over the validation set.
+        every_n_epochs: epochs from one picture to the next.
+        side: shorter side of an image in the picture, in pixels; small images are enlarged without smoothing.
+
+    Raises:
+        InputError: an argument is out of its range, or the data are not `ImageData`.
+    """
+
+    def __init__(self, images: int = 8, every_n_epochs: int = 1, side: int = 224) -> None:
+        for name, value in (("images", images), ("every_n_epochs", every_n_epochs), ("side", side)):
+            if value < 1:
+                raise InputError(f"{name} ({value}) must be at least 1")
+        self.images = images
+        self.every_n_epochs = every_n_epochs
+        self.side = side
+        self._fixed: tuple[Tensor, list[int]] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the images of an earlier run."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ImageData):
+            raise InputError(f"AttentionPictures draws the images of ImageData, not of {type(data).__name__}")
+        self._fixed = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draws after the first batch: a moving average of the weights is still in place then."""
+        if trainer.sanity_checking or not trainer.is_global_zero or batch_idx or dataloader_idx:
+            return
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if loggers:
+            picture = self._picture(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+        for logger in loggers:
+            logger.experiment.add_image("pictures/validation", picture, global_step=trainer.global_step)
+
+    def _picture(self, data: ImageData, module: LightningModule) -> Tensor:
+        if self._fixed is None:
+            self._fixed = _spaced(data, self.images)
+        images, labels = self._fixed
+        backbone: Any = module.backbone
+        inputs = images.to(module.device, next(backbone.parameters()).dtype)
+        probabilities = None
+        if getattr(backbone, "num_classes", 0) > 0:
+            [call] = observe(backbone, inputs, [backbone])
+            probabilities = call.output.float().softmax(-1)
+        mean, std = (torch.tensor(data.normalisation[name]).view(3, 1, 1) for name in ("mean", "std"))
+        return draw(
+            images * std + mean,
+            labels,
+            module.class_names,  # type: ignore[arg-type]
+            kernels=gaussian_kernels(backbone, inputs),
+            attention=cls_attention(backbone, inputs),
+            probabilities=probabilities,
+            side=self.side,
+        )
+
+
+def _spaced(data: ImageData, count: int) -> tuple[Tensor, list[int]]:
+    """Images [B, 3, height, width] and labels, evenly spaced over the validation set; a stream's first."""
+    dataset = data.val_dataloader().dataset
+    items: list[Any]
+    if isinstance(dataset, Images):
+        last = len(dataset) - 1
+        places = torch.linspace(0, last, min(count, last + 1)).round().int().tolist()
+        items = [dataset[place] for place in places]
+    else:
+        assert isinstance(dataset, Stream)
+        with isolate_rng():
+            items = list(islice(dataset, count))
+    read = [item for item in items if not isinstance(item, Failure)]
+    return torch.stack([item[0] for item in read]), [item[1] for item in read]
+
+
+class _Column(NamedTuple):
+    """A title, a smaller line beneath, and a tile for each image."""
+
+    title: str
+    note: str
+    tiles: list[Image.Image]
+
+
+def _kernel_column(title: str, tiles: Tensor, kernels: Tensor) -> _Column:
+    """The kernels [B, H·W, H, W] of `PATCHES` over images [B, 3, height, width], with the patches marked."""
+    rows, columns = kernels.shape[-2:]
+    places = [(int(down * rows), int(right * columns)) for down, right in PATCHES]
+    drawn = kernels.float().cpu()[:, [i * columns + j for i, j in places]].amax(1)
+    peak = drawn.max()
+    overlaid = _overlaid(tiles, drawn / peak)
+    patch_height, patch_width = tiles.shape[-2] / rows, tiles.shape[-1] / columns
+    for tile in overlaid:
+        for i, j in places:
+            box = (j * patch_width, i * patch_height, (j + 1) * patch_width - 1, (i + 1) * patch_height - 1)
+            ImageDraw.Draw(tile).rectangle(box, outline=MARK, width=2)
+    return _Column(title, f"mean of heads, brightest {peak:.2f}", overlaid)
+
+
+def _overlaid(tiles: Tensor, heat: Tensor) -> list[Image.Image]:
+    """Dimmed images [B, 3, height, width] under heat [B, H, W] from 0 to 1, which hides more where hotter."""
+    heat = F.interpolate(heat.unsqueeze(1), tiles.shape[-2:], mode="bicubic").clamp(0, 1)
+    table = torch.tensor([list(bytes.fromhex(colour)) for colour in INFERNO.split()]) / 255
+    place = heat.squeeze(1) * (len(table) - 1)
+    lower = place.long().clamp_max(len(table) - 2)
+    colour = torch.lerp(table[lower], table[lower + 1], (place - lower).unsqueeze(-1)).movedim(-1, 1)
+    grey = 0.7 * tiles.mean(1, keepdim=True).expand_as(tiles)
+    mixed = torch.lerp(grey, colour, 0.4 + 0.5 * heat)
+    return [to_pil_image(tile) for tile in mixed]
+
+
+def _prediction(
+    size: tuple[int, int], probabilities: Tensor, label: int, class_names: Sequence[str]
+) -> Image.Image:
+    """The likeliest classes as bars (green: the true one; red: the first, if wrong), and the true class."""
+    height, width = size
+    panel = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(panel)
+    line = min(size) / 11
+    font = ImageFont.load_default(size=0.8 * line)
+
+    def name_of(label: int) -> str:
+        return class_names[label] if label < len(class_names) else str(label)
+
+    likeliest = probabilities.topk(min(SHOWN_CLASSES, len(probabilities)))
+    for rank, (share, predicted) in enumerate(
+        zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+    ):
+        top = 2.6 * rank * line
+        colour = RIGHT if predicted == label else WRONG if rank == 0 and label >= 0 else FAINT
+        percent = f"{share:.0%}"
+        room = width - pen.textlength(percent, font) - line
+        pen.text((0, top), _fitted(name_of(predicted), room, font), colour, font)
+        pen.text((width, top), percent, colour, font, anchor="ra")
+        pen.rectangle((0, top + 1.2 * line, width - 1, top + 1.7 * line), "#eaeef2")
+        pen.rectangle((0, top + 1.2 * line, share * (width - 1), top + 1.7 * line), colour)
+    if label >= 0:
+        pen.text((0, 9 * line), _fitted(f"true: {name_of(label)}", width, font), INK, font)
+    return panel
+
+
+def _fitted(text: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, cut short where it is longer than that many pixels."""
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(f"{text}…") > room:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _table(columns: list[_Column], side: int) -> Image.Image:
+    """The columns side by side under their titles."""
+    gap = max(4, side // 20)
+    title, note = (ImageFont.load_default(size=side / parts) for parts in (13, 18))
+    header = round(side / 13 + side / 18) + 2 * gap
+    width, height = columns[0].tiles[0].size
+    rows = len(columns[0].tiles)
+    table = Image.new("RGB", (gap + len(columns) * (width + gap), header + rows * (height + gap)), PAPER)
+    pen = ImageDraw.Draw(table)
+    for number, column in enumerate(columns):
+        left = gap + number * (width + gap)
+        pen.text((left, gap), column.title, INK, title)
+        pen.text((left, header - gap // 2), column.note, FAINT, note, anchor="ld")
+        for row, tile in enumerate(column.tiles):
+            table.paste(tile, (left, header + row * (height + gap)))
+    return table
+
+
+def _attention_layers(backbone: nn.Module) -> list[Attention]:
+    """The attention layers of a Vision Transformer, by block; none of another model."""
+    blocks: Iterable[Any] = getattr(backbone, "blocks", ())
+    layers = (getattr(block, "attn", None) for block in blocks)
+    return [layer for layer in layers if isinstance(layer, Attention)]

@@ -1,0 +1,185 @@
+"""Supervised classification: the paper's ImageNet recipe around any timm model."""
+
+from typing import Any
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from locat_lightning.backbones.weights import load_weights
+from locat_lightning.data.reading import ImageBatch
+from locat_lightning.errors import InputError
+from locat_lightning.optim import linear_rule, warmup_then_linear
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, create_backbone
+
+
+class Classification(Task):
+    """Trains a timm model to name the class of an image.
+
+    The defaults are the recipe of "Locality-Attending Vision Transformer" (ICLR 2026) for ImageNet-1K, which
+    is DeiT's: AdamW, warm-up then linear decay by step, mixup, cutmix and label smoothing.
+
+    Args:
+        backbone: timm's name of the model: `locatvit_tiny`, `vit_tiny_patch16_224`, …
+        backbone_args: further arguments of the model, as in `timm.create_model`.
+        num_classes: how many classes there are; null takes as many as the data have.
+        weights: where the weights come from (see --weights); null starts from random ones.
+        lr: peak learning rate; null takes base_lr · global batch / 512.
+        base_lr: learning rate at 512 images a step.
+        optimizer: timm's name of an optimizer.
+        weight_decay: of matrices; biases, 1-d parameters, position and class tokens have none.
+        warmup_epochs: epochs of linear warm-up.
+        warmup_lr: learning rate of the first step.
+        min_lr: learning rate of the last step.
+        label_smoothing: share of the target that is spread over all classes.
+        mixup: α of mixup's Beta distribution; 0 for none.
+        cutmix: α of cutmix's Beta distribution; 0 for none.
+        mixup_prob: probability that a batch is mixed at all.
+        mixup_switch_prob: probability of cutmix where both are on.
+        class_names: names of the classes, by label; null takes those of the data.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "locatvit_tiny",
+        *,
+        backbone_args: dict[str, Any] | None = None,
+        num_classes: int | None = None,
+        weights: str | None = None,
+        lr: float | None = None,
+        base_lr: float = 5e-4,
+        optimizer: str = "adamw",
+        weight_decay: float = 0.05,
+        warmup_epochs: float = 20,
+        warmup_lr: float = 1e-7,
+        min_lr: float = 1e-7,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        mixup_prob: float = 1.0,
+        mixup_switch_prob: float = 0.5,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="weights")
+        self.weights = weights
+        self.class_names = list(class_names or [])
+
+    def configure_model(self) -> None:
+        """Build the backbone for the classes of the data, and read its weights."""
+        if hasattr(self, "backbone"):
+            return
+        num_classes = self._agree_on_classes()
+        self.backbone = create_backbone(self.hp.backbone, self.hp.backbone_args, num_classes)
+        announce_size(self.hp.backbone, self.backbone)
+        if self.weights is not None:
+            load_weights(self.backbone, self.weights, new_head=self._is_training())
+        tops = {
+            f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro")
+            for k in (1, 5)
+            if k < num_classes
+        }
+        self.train_accuracy = MetricCollection(dict(tops), prefix="train/")
+        self.val_accuracy = MetricCollection(dict(tops), prefix="val/").clone()
+        self.test_accuracy = self.val_accuracy.clone(prefix="test/")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.mixup = self._mixup(num_classes)
+
+    def _is_training(self) -> bool:
+        return self._trainer is not None and self.trainer.training
+
+    def _agree_on_classes(self) -> int:
+        """The number of classes, from the arguments or the data; the names of the data are noted."""
+        told: int | None = self.hp.num_classes
+        data = getattr(self._trainer, "datamodule", None)
+        names: list[str] = data.class_names if data is not None else []
+        if names and told is not None and len(names) != told:
+            raise InputError(
+                f"model.num_classes is {told}, but the data have {len(names)} classes "
+                f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): leave model.num_classes out, or "
+                "mend data.root"
+            )
+        if told is None and not names:
+            raise InputError("model.num_classes has to be given where the data do not name their classes")
+        self.class_names = self.class_names or names
+        number = told if told is not None else len(names)
+        self.hp.num_classes, self.hp.class_names = number, self.class_names
+        return number
+
+    def _mixup(self, num_classes: int) -> Mixup | None:
+        hp = self.hp
+        if hp.mixup == 0 and hp.cutmix == 0:
+            return None
+        return Mixup(
+            mixup_alpha=hp.mixup,
+            cutmix_alpha=hp.cutmix,
+            prob=hp.mixup_prob,
+            switch_prob=hp.mixup_switch_prob,
+            label_smoothing=hp.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of normalised images [B, 3, H, W]."""
+        logits: Tensor = self.backbone(images)
+        return logits
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Cross-entropy with soft targets."""
+        images, labels, _ = batch
+        if self.mixup is None:
+            logits = self(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing)
+        else:
+            even = len(images) - len(images) % 2  # mixup pairs the images of a batch
+            images, targets = self.mixup(images[:even], labels[:even])
+            logits = self(images)
+            loss = F.cross_entropy(logits, targets)
+            labels = targets.argmax(-1)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(self.train_accuracy(logits, labels))
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Loss, top-1 and top-5 over the whole set, each image once."""
+        self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Loss, top-1 and top-5 over the whole set, each image once."""
+        self._evaluate(batch, "test", self.test_loss, self.test_accuracy)
+
+    def _evaluate(
+        self, batch: ImageBatch, split: str, mean_loss: MeanMetric, accuracy: MetricCollection
+    ) -> None:
+        logits = self(batch.images)
+        mean_loss.update(F.cross_entropy(logits.float(), batch.labels, reduction="none"))
+        accuracy.update(logits, batch.labels)
+        self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
+        self.log_dict(accuracy, prog_bar=True)
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Positions in the data set [B] and probabilities [B, classes] (float32)."""
+        return batch.indices, self(batch.images).float().softmax(-1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW without decay on biases, norms and tokens; the schedule goes by optimizer step."""
+        hp = self.hp
+        batch = self.global_batch_size()
+        lr = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 512)
+        announce_learning_rate(lr, batch)
+        optimizer = create_optimizer_v2(self.backbone, opt=hp.optimizer, lr=lr, weight_decay=hp.weight_decay)
+        steps, warmup = self.optimizer_steps(), self.warmup_steps(hp.warmup_epochs)
+
+        def share_of_peak(step: int) -> float:
+            now = warmup_then_linear(
+                step, steps=steps, warmup=warmup, peak=lr, start=hp.warmup_lr, end=hp.min_lr
+            )
+            return now / lr
+
+        schedule = LambdaLR(optimizer, share_of_peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,89 @@
+"""Weights, outputs and gradients of the authors' released code, on both paths of the attention."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import locat_lightning.backbones.registry  # noqa: F401 (registers the models)
+from locat_lightning.nn import attention
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason="no golden tensors: ../shared/golden is not there"
+)
+
+CASES = [
+    ("locat_vit", 0),
+    ("locat_vit", 1),  # another grid than the model was built for
+    ("gaug_only_vit", 0),
+    ("prr_only_vit", 0),
+    ("locat_vit_no_pos", 0),
+    ("locat_regvit", 0),
+    ("locat_vit_layerscale_qknorm", 0),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small only wait for one another's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read(name):
+    """The tensors of a golden file, and the arguments that its model takes here."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        kwargs = json.loads(file.metadata()["kwargs"])
+    del kwargs["store_metrics"]
+    if kwargs.pop("no_pos_emb", False):
+        kwargs["pos_embed"] = "none"
+    return tensors, kwargs
+
+
+def beneath(tensors, prefix):
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def assert_relative(ours, golden, tolerance, name):
+    assert ours.shape == golden.shape, name
+    worst, largest = (ours - golden).abs().max(), golden.abs().max()
+    assert worst <= tolerance * largest, f"{name}: {worst:.1e} beside {largest:.1e}"
+
+
+@pytest.mark.parametrize("path", ["chunks", "one expression"])
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_agrees_with_the_authors(monkeypatch, path, name, number):
+    tensors, kwargs = read(name)
+    model = timm.create_model("locatvit_tiny", **kwargs)
+    model.load_state_dict(beneath(tensors, "state."), strict=True)
+    model.eval()
+    image = tensors[f"input.{number}"]
+    if path == "one expression":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(attention, "_ChunkedGaussianAttention", None)
+    else:
+        monkeypatch.setattr(attention, "gaussian_kernel", None)
+
+    tokens, patch_maps = model.forward_intermediates(image, indices=1)
+    logits = model(image)
+    logits.square().sum().backward()
+
+    assert_relative(logits, tensors[f"logits.{number}"], 1e-5, "logits")
+    assert_relative(model.forward_features(image), tensors[f"tokens.{number}"], 1e-5, "tokens")
+    assert_relative(tokens, tensors[f"tokens.{number}"], 1e-5, "tokens beside the patch map")
+    assert_relative(patch_maps[-1], tensors[f"patch_map.{number}"], 1e-5, "patch map")
+
+    golden = beneath(tensors, f"grad.{number}.")
+    gradients = {key: p.grad for key, p in model.named_parameters() if ".gaug." in key}
+    assert gradients.keys() == golden.keys()
+    assert len(golden) == (0 if name == "prr_only_vit" else 4 * kwargs["depth"])
+    for key, expected in golden.items():
+        assert_relative(gradients[key], expected, 5e-5, key)

@@ -1,0 +1,303 @@
+"""Gaussian-augmented attention against its definition written as loops, on all of its paths."""
+
+import copy
+import math
+
+import pytest
+import torch
+from timm.layers import Attention
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from locat_lightning.nn import (
+    GaussianAttention,
+    GaussianAugmentation,
+    PatchGrid,
+    attention,
+    gaussian_attention,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small only wait for one another's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def augmentation(head_dim):
+    torch.manual_seed(0)
+    gaug = GaussianAugmentation(head_dim)
+    with torch.no_grad():
+        for parameter in gaug.parameters():
+            parameter.normal_()
+    return gaug
+
+
+def slices_of(images, heads):
+    """A stand-in for `_chunks` with chunks of that size, the last ones smaller."""
+
+    def chunks(q):
+        for b in range(0, q.shape[0], images):
+            for h in range(0, q.shape[1], heads):
+                yield slice(b, b + images), slice(h, h + heads)
+
+    return chunks
+
+
+def force(monkeypatch, path):
+    """Take one of the two paths, and fail where the other one would be taken."""
+    if path == "one expression":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(attention, "_ChunkedGaussianAttention", None)
+    else:
+        monkeypatch.setattr(attention, "gaussian_kernel", None)
+        if path != "chunks":
+            monkeypatch.setattr(attention, "_chunks", slices_of(*path))
+
+
+def attention_by_loops(q, k, v, gaug, grid, built_for):
+    """method.md, section 1: token after token, for all images and heads at once; differentiable."""
+    height, width = grid
+    tokens, d = q.shape[2:]
+    prefix = tokens - height * width
+    largest = max(built_for) ** 2
+    shift = math.log(largest - 1) if largest > 2 else 0.0
+    scale = 1.0 if grid == built_for else min(grid) / min(built_for)
+    cap = min((max(built_for) - 1) ** 2, 13100)
+    epsilon = 0.2 if max(built_for) == 32 else 0.1
+
+    rows = []
+    for p in range(tokens):
+        z = (gaug.log_var.weight * q[:, :, p, None]).sum(-1) + gaug.log_var.bias
+        a = (gaug.log_alpha.weight * q[:, :, p, None]).sum(-1) + gaug.log_alpha.bias
+        var = largest / (1 + torch.exp(shift - z)) * scale + epsilon
+        alpha = torch.log1p(a[..., 0].exp())
+        logits = []
+        for t in range(tokens):
+            logit = (q[:, :, p] * k[:, :, t]).sum(-1) / math.sqrt(d)
+            if p >= prefix and t >= prefix:
+                i, j = divmod(p - prefix, width)
+                i_, j_ = divmod(t - prefix, width)
+                d_y, d_x = min((i - i_) ** 2, cap), min((j - j_) ** 2, cap)
+                logit = logit + alpha * torch.exp(-0.5 * (d_y / var[..., 0] + d_x / var[..., 1]))
+            logits.append(logit)
+        weights = torch.stack(logits, -1).softmax(-1)
+        rows.append((weights.unsqueeze(-1) * v).sum(-2))
+    return torch.stack(rows, 2)
+
+
+def value_and_gradients(function, gaug, shape, dtype):
+    """`function` of q, k, v and `gaug` in `dtype`: its value and the gradients of a random projection."""
+    gaug = copy.deepcopy(gaug).to(dtype)
+    qkv = [normal(*shape, seed=seed).to(dtype).requires_grad_() for seed in (1, 2, 3)]
+    out = function(*qkv, gaug)
+    loss = (out * normal(*shape, seed=4).to(dtype)).sum()
+    names = ["q", "k", "v", *dict(gaug.named_parameters())]
+    gradients = torch.autograd.grad(loss, [*qkv, *gaug.parameters()])
+    return {"value": out, **dict(zip(names, gradients, strict=True))}
+
+
+def assert_same(ours, reference, tolerance=2e-5):
+    assert ours.keys() == reference.keys()
+    for name, expected in reference.items():
+        assert ours[name].dtype == torch.float32, name
+        worst, largest = (ours[name] - expected).abs().max(), expected.abs().max()
+        assert worst <= tolerance * largest, f"{name}: {worst:.1e} beside {largest:.1e}"
+
+
+# grid of the images, grid that the model was built for, prefix tokens
+CASES = [
+    ((4, 4), (4, 4), 1),
+    ((5, 3), (5, 3), 5),
+    ((3, 5), (5, 3), 0),
+    ((3, 4), (2, 2), 1),  # capped
+    ((1, 7), (1, 7), 1),
+    ((6, 1), (4, 4), 0),
+    ((3, 2), (1, 1), 1),
+    ((3, 3), (14, 14), 5),
+    ((4, 3), (32, 32), 1),
+]
+
+
+@pytest.fixture(scope="module")
+def by_loops():
+    """The reference of each case, computed once."""
+    results = {}
+
+    def reference(grid, built_for, prefix, shape):
+        key = grid, built_for, prefix, shape
+        if key not in results:
+            results[key] = value_and_gradients(
+                lambda q, k, v, gaug: attention_by_loops(q, k, v, gaug, grid, built_for),
+                augmentation(shape[-1]),
+                shape,
+                torch.float64,
+            )
+        return results[key]
+
+    return reference
+
+
+@pytest.mark.parametrize("path", ["chunks", (2, 3), (1, 2), "one expression"], ids=str)
+@pytest.mark.parametrize(("grid", "built_for", "prefix"), CASES)
+def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, grid, built_for, prefix):
+    shape = (3, 3, prefix + math.prod(grid), 4)
+    expected = by_loops(grid, built_for, prefix, shape)
+    force(monkeypatch, path)
+    ours = value_and_gradients(
+        lambda q, k, v, gaug: gaussian_attention(q, k, v, gaug(q, grid, built_for)),
+        augmentation(4),
+        shape,
+        torch.float32,
+    )
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("B", "h", "N"), [(1, 1, 5), (8, 3, 17), (5, 3, 197), (7, 2, 257), (3, 6, 160), (2, 12, 700)]
+)
+def test_the_chunks_are_every_image_and_head_once(B, h, N):  # noqa: N803 (the package's dimensions)
+    q = torch.empty(B, h, N, 1)
+    seen = torch.zeros(B, h, dtype=torch.int)
+    for part in attention._chunks(q):
+        seen[part] += 1
+        assert seen[part].numel() * N**2 <= max(2**17, N**2)
+    assert (seen == 1).all()
+
+
+def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
+    """197 tokens and 5 heads: a chunk is some of one image's heads, the last one smaller."""
+    shape, grid = (2, 5, 197, 8), (14, 14)
+
+    def ours(q, k, v, gaug):
+        return gaussian_attention(q, k, v, gaug(q, grid, grid))
+
+    sizes = {tuple(p.stop - p.start for p in part) for part in attention._chunks(torch.empty(shape))}
+    assert sizes == {(1, 3)}
+    chunked = value_and_gradients(ours, augmentation(8), shape, torch.float32)
+    force(monkeypatch, "one expression")
+    assert_same(chunked, value_and_gradients(ours, augmentation(8), shape, torch.float32))
+
+
+def test_dropout_drops_attention_weights():
+    """As in timm: PyTorch's own dropout, so that one seed gives one result."""
+    q, k, v = (normal(2, 2, 17, 8, seed=seed) for seed in (1, 2, 3))
+    gaug = augmentation(8)
+    s = gaug(q, (4, 4), (4, 4))
+    kernel = torch.zeros(2, 2, 17, 17)
+    kernel[..., 1:, 1:] = attention.gaussian_kernel(s)
+
+    torch.manual_seed(5)
+    ours = gaussian_attention(q, k, v, s, dropout=0.5)
+    torch.manual_seed(5)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=kernel, dropout_p=0.5)
+
+    assert_close(ours, expected)
+    assert (ours - gaussian_attention(q, k, v, s)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("path", ["chunks", "one expression"])
+@pytest.mark.parametrize("qk", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32 from q-norm"])
+def test_mixed_precision(monkeypatch, path, qk):
+    """Layer norm under autocast on a GPU gives float32 queries and keys beside bfloat16 values."""
+    gaug = augmentation(8)
+    q, k, v = (normal(3, 3, 17, 8, seed=seed) for seed in (1, 2, 3))
+    expected = [t.bfloat16().float().requires_grad_() for t in (q, k, v)]
+    value = gaussian_attention(*expected, gaug(expected[0], (4, 4), (4, 4)))
+    gradients = torch.autograd.grad(value.square().sum(), expected)
+
+    force(monkeypatch, path)
+    half = [
+        t.detach().to(dtype).requires_grad_()
+        for t, dtype in zip((q, k, v), (qk, qk, torch.bfloat16), strict=True)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gaussian_attention(*half, gaug(half[0], (4, 4), (4, 4)))
+    assert ours.dtype == torch.bfloat16
+    ours_gradients = torch.autograd.grad(ours.float().square().sum(), half)
+
+    for a, b, like in zip([ours, *ours_gradients], [value, *gradients], [ours, *half], strict=True):
+        assert a.dtype == like.dtype
+        assert (a.float() - b).abs().max() <= 0.05 * b.abs().max()
+
+
+def layer(**kwargs):
+    torch.manual_seed(0)
+    gaussian = GaussianAttention(24, num_heads=3, norm_layer=torch.nn.LayerNorm, **kwargs)
+    gaussian.grid, gaussian.num_prefix_tokens = PatchGrid((4, 4)), 1
+    return gaussian
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"qkv_bias": True, "qk_norm": True},
+        {"gated": True, "scale_norm": True},
+        {"attn_head_dim": 5, "dim_out": 7},
+    ],
+    ids=str,
+)
+def test_without_a_kernel_the_layer_is_timms(kwargs):
+    """alpha = 0: all else of timm's layer, gate and norms too, is where it was."""
+    ours, theirs = layer(**kwargs), Attention(24, num_heads=3, norm_layer=torch.nn.LayerNorm, **kwargs)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = normal(2, 17, 24, seed=1)
+        with_kernel = ours(x)
+        ours.gaug.log_alpha.bias.fill_(-1e4)
+        keys = theirs.load_state_dict(ours.state_dict(), strict=False)
+        assert not keys.missing_keys
+        assert all(key.startswith("gaug.") for key in keys.unexpected_keys)
+        assert_close(ours(x), theirs(x))
+        assert (with_kernel - theirs(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kwargs", [{"attn_mask": torch.zeros(17, 17)}, {"is_causal": True}], ids=list)
+def test_a_mask_is_an_error(kwargs):
+    with pytest.raises(ValueError, match="takes no attn_mask"):
+        layer()(normal(1, 17, 24, seed=1), **kwargs)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest output of any operation had, in memory of its own."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def largest_tensor(images, heads, side):
+    tokens, d = 1 + side * side, 8
+    gaug = augmentation(d)
+    q, k, v = (normal(images, heads, tokens, d, seed=seed).requires_grad_() for seed in (1, 2, 3))
+    with LargestTensor() as largest:
+        gaussian_attention(q, k, v, gaug(q, (side, side), (side, side))).sum().backward()
+    assert q.grad is not None
+    return largest.numel
+
+
+def test_memory_is_a_chunk_and_the_factors():
+    """The matrix of one head at a time: nothing that grows as B·h·N²."""
+    one_chunk, factors = 257**2, 8 * 3 * 257 * (16 + 16)
+    assert one_chunk <= largest_tensor(images=8, heads=3, side=16) <= max(one_chunk, factors)
+
+
+def test_one_expression_has_the_kernel_and_nothing_larger(monkeypatch):
+    force(monkeypatch, "one expression")
+    assert largest_tensor(images=8, heads=3, side=16) == 8 * 3 * 257**2
