@@ -215,6 +215,19 @@ def test_bfloat16_autocast(kwargs):
         assert gradient.isfinite().all(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_type_trains(dtype):
+    model = build(qk_norm=True).to(dtype)
+    logits = model(images().to(dtype))
+    assert logits.dtype == dtype
+    for name, gradient in gradients(model, logits).items():
+        assert gradient.dtype == dtype, name
+        assert gradient.isfinite().all(), name
+    expected = build(qk_norm=True)(images())
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
+    assert_same({"logits": logits.float()}, {"logits": expected}, tolerance)
+
+
 # timm's abilities
 
 

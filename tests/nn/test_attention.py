@@ -165,7 +165,7 @@ def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, g
 @pytest.mark.parametrize(
     ("B", "h", "N"), [(1, 1, 5), (8, 3, 17), (5, 3, 197), (7, 2, 257), (3, 6, 160), (2, 12, 700)]
 )
-def test_the_chunks_are_every_image_and_head_once(B, h, N):  # noqa: N803 (the package's dimensions)
+def test_the_chunks_are_every_image_and_head_once(B, h, N):
     q = torch.empty(B, h, N, 1)
     seen = torch.zeros(B, h, dtype=torch.int)
     for part in attention._chunks(q):

@@ -153,14 +153,16 @@ class AttentionPictures(Callback):
         self.images = images
         self.every_n_epochs = every_n_epochs
         self.side = side
-        self._fixed: tuple[Tensor, list[int]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets the images of an earlier run."""
+        """Reads the images, in the main process."""
+        if stage not in ("fit", "validate") or not _tensorboards(trainer):
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, ImageData):
-            raise InputError(f"AttentionPictures draws the images of ImageData, not of {type(data).__name__}")
-        self._fixed = None
+            raise InputError(f"AttentionPictures draws images of ImageData, not of {type(data).__name__}")
+        if trainer.is_global_zero:
+            self.inputs, self.labels = _spaced(data, self.images)
 
     def on_validation_batch_end(
         self,
@@ -177,32 +179,32 @@ class AttentionPictures(Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if loggers:
+        if loggers := _tensorboards(trainer):
             picture = self._picture(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
-        for logger in loggers:
-            logger.experiment.add_image("pictures/validation", picture, global_step=trainer.global_step)
+            for logger in loggers:
+                logger.experiment.add_image("pictures/validation", picture, global_step=trainer.global_step)
 
     def _picture(self, data: ImageData, module: LightningModule) -> Tensor:
-        if self._fixed is None:
-            self._fixed = _spaced(data, self.images)
-        images, labels = self._fixed
         backbone: Any = module.backbone
-        inputs = images.to(module.device, next(backbone.parameters()).dtype)
+        inputs = self.inputs.to(module.device, next(backbone.parameters()).dtype)
         probabilities = None
         if getattr(backbone, "num_classes", 0) > 0:
             [call] = observe(backbone, inputs, [backbone])
             probabilities = call.output.float().softmax(-1)
         mean, std = (torch.tensor(data.normalisation[name]).view(3, 1, 1) for name in ("mean", "std"))
         return draw(
-            images * std + mean,
-            labels,
+            self.inputs * std + mean,
+            self.labels,
             module.class_names,  # type: ignore[arg-type]
             kernels=gaussian_kernels(backbone, inputs),
             attention=cls_attention(backbone, inputs),
             probabilities=probabilities,
             side=self.side,
         )
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _spaced(data: ImageData, count: int) -> tuple[Tensor, list[int]]:

@@ -1,0 +1,121 @@
+"""Widths and strengths of the kernels: right numbers, where they belong, and training as without them."""
+
+import csv
+
+import pytest
+import timm
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn import functional as F
+
+from locat_lightning.backbones import registry  # noqa: F401 - names the models
+from locat_lightning.callbacks.kernels import KernelWidths, kernel_widths, observe
+from locat_lightning.data.images import ImageData
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # Lightning, of torch 2.15
+    "ignore:.*does not have many workers:UserWarning",
+)
+
+
+def locatvit(**options):
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
+    torch.manual_seed(0)
+    model = timm.create_model("locatvit_tiny", **(small | options))
+    for name, weight in model.named_parameters():
+        if "gaug" in name:
+            torch.nn.init.normal_(weight)
+    return model
+
+
+class Classifier(LightningModule):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self.backbone(batch.images), batch.labels)
+
+    def validation_step(self, batch, _):
+        self.backbone(batch.images)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module, callbacks, folder):
+    torch.manual_seed(1)
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=2,
+        limit_train_batches=1,
+        limit_val_batches=2,
+        logger=CSVLogger(folder, name="", version=""),
+        log_every_n_steps=1,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, ImageData(dataset="digits", img_size=16, batch_size=8, num_workers=0))
+    return trainer
+
+
+def test_means_over_images_heads_patches_and_directions():
+    backbone, images = locatvit(), torch.randn(3, 3, 16, 16)
+    found = kernel_widths(backbone, images)
+    tokens = backbone._pos_embed(backbone.patch_embed(images))
+    for block, (variance, alpha) in zip(backbone.blocks, found, strict=True):
+        attn = block.attn
+        q = attn.qkv(block.norm1(tokens))[:, 1:, :24].unflatten(-1, (3, 8))
+        z, a = attn.gaug.log_var(q), attn.gaug.log_alpha(q)
+        assert variance == pytest.approx((16 * torch.sigmoid(z - torch.tensor(15.0).log())).mean().item())
+        assert alpha == pytest.approx(F.softplus(a).mean().item())
+        tokens = block(tokens)
+
+
+def test_a_model_without_gaug_has_none():
+    assert kernel_widths(locatvit(gaug=False), torch.zeros(1, 3, 16, 16)) == []
+    assert kernel_widths(timm.create_model("resnet10t"), torch.zeros(1, 3, 16, 16)) == []
+
+
+def test_observing_leaves_nothing_behind():
+    backbone = locatvit(drop_path_rate=0.5).train()
+    backbone.blocks[0].eval()
+    flags = [module.training for module in backbone.modules()]
+    hooks = [list(module._forward_hooks) for module in backbone.modules()]
+    [block, whole] = observe(backbone, torch.randn(2, 3, 16, 16), [backbone.blocks[1], backbone])[:2]
+    assert [module.training for module in backbone.modules()] == flags
+    assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
+    assert block.inputs[0].shape == block.output.shape == (2, 17, 24)
+    assert not whole.output.requires_grad
+    with pytest.raises(AssertionError):
+        observe(backbone, torch.randn(2, 3, 7, 7), [backbone])
+    assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
+
+
+def test_a_compiled_model_is_observed_too():
+    backbone, images = locatvit(), torch.randn(2, 3, 16, 16)
+    expected = kernel_widths(backbone, images)
+    compiled = torch.compile(backbone, backend="eager")
+    with torch.no_grad():
+        compiled.eval()(images)
+    assert kernel_widths(compiled, images) == expected
+
+
+def test_each_validation_is_logged_by_block_and_training_is_as_without(tmp_path):
+    with_it, without = (Classifier(locatvit()) for _ in range(2))
+    trainer = fit(with_it, [KernelWidths(images=4)], tmp_path / "with")
+    fit(without, [], tmp_path / "without")
+    for ours, theirs in zip(with_it.parameters(), without.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+    with (tmp_path / "with" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["gaug_alpha/block_00"]]
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    images = next(iter(trainer.datamodule.val_dataloader())).images[:4]
+    for block, (variance, alpha) in enumerate(kernel_widths(with_it.backbone, images)):
+        assert float(rows[-1][f"gaug_variance/block_{block:02}"]) == pytest.approx(variance)
+        assert float(rows[-1][f"gaug_alpha/block_{block:02}"]) == pytest.approx(alpha)

@@ -1,0 +1,252 @@
+"""Pictures: the numbers behind them, their shape, and training as without them."""
+
+import math
+
+import pytest
+import timm
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+from locat_lightning.backbones import registry  # noqa: F401 - names the models
+from locat_lightning.callbacks.pictures import AttentionPictures, cls_attention, draw, gaussian_kernels
+from locat_lightning.data.images import ImageData
+from locat_lightning.errors import InputError
+from locat_lightning.nn import gaussian_kernel
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # Lightning, of torch 2.15
+    "ignore:.*does not have many workers:UserWarning",
+)
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
+
+
+def vit(name="locatvit_tiny", **options):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **(SMALL | options))
+    for part, weight in model.named_parameters():
+        if "gaug" in part or "qkv" in part:
+            torch.nn.init.normal_(weight)
+    return model
+
+
+def rows_of_the_last_softmax(backbone, images):
+    """softmax(q kᵀ / √d + S) [B, h, N, N] of the last block, and S of every block."""
+    tokens = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))
+    kernels = []
+    for block in backbone.blocks:
+        attn, x = block.attn, block.norm1(tokens)
+        q, k, _ = attn.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        logits = q @ k.transpose(-1, -2) / math.sqrt(8)
+        if hasattr(attn, "gaug"):
+            P = backbone.num_prefix_tokens
+            S = gaussian_kernel(attn.gaug(q, attn.grid.of(x.shape[1] - P), attn.grid.built_for))
+            logits = logits + F.pad(S, (P, 0, P, 0))
+            kernels.append(S)
+        tokens = block(tokens)
+    return logits.softmax(-1), kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("locatvit_tiny", {}, (16, 16)),
+        ("locatvit_tiny", {"reg_tokens": 2, "qk_norm": True}, (16, 16)),
+        ("locatvit_tiny", {"dynamic_img_size": True}, (12, 20)),
+        ("vit_tiny_patch16_224", {"qk_norm": True}, (16, 16)),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}, (12, 20)),
+    ],
+)
+@torch.no_grad()
+def test_values(name, options, size):
+    backbone, images = vit(name, **options).eval(), torch.randn(2, 3, *size)
+    grid = size[0] // 4, size[1] // 4
+    attention, kernels = rows_of_the_last_softmax(backbone, images)
+
+    found = cls_attention(backbone, images)
+    assert found.shape == (2, 3, *grid)
+    P = backbone.num_prefix_tokens
+    torch.testing.assert_close(found.flatten(-2), attention[:, :, 0, P:])
+    torch.testing.assert_close(found.sum((-2, -1)), 1 - attention[:, :, 0, :P].sum(-1))
+
+    drawn = gaussian_kernels(backbone, images)
+    assert len(drawn) == (3 if name == "locatvit_tiny" else 0)
+    for ours, S in zip(drawn, kernels, strict=True):
+        assert ours.shape == (2, math.prod(grid), *grid)
+        torch.testing.assert_close(ours.flatten(-2), S.mean(1))
+
+
+def test_a_model_without_cls_or_attention():
+    images = torch.randn(1, 3, 16, 16)
+    registers = vit(class_token=False, reg_tokens=2, global_pool="avg", prr=False)
+    assert cls_attention(registers, images) is None
+    assert gaussian_kernels(registers, images)[0].shape == (1, 16, 4, 4)
+    for cnn in ("resnet10t", "efficientnet_lite0"):
+        backbone = timm.create_model(cnn, num_classes=2)
+        assert gaussian_kernels(backbone, images) == []
+        assert cls_attention(backbone, images) is None
+
+
+def test_training_goes_on_as_before():
+    backbone = vit(drop_path_rate=0.5)
+    hooks = [list(module._forward_hooks) for module in backbone.modules()]
+    random = torch.get_rng_state()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    gaussian_kernels(backbone, images)
+    cls_attention(backbone, images)
+    assert all(module.training for module in backbone.modules())
+    assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def picture(size=(16, 16), side=56, **parts):
+    return draw(torch.rand(2, 3, *size), [1, -1], ["ant", "bee"], side=side, **parts)
+
+
+def test_a_column_for_each_thing_given():
+    gap, header = 4, 56 // 13 + 56 // 18 + 8
+    everything = {
+        "kernels": [torch.rand(2, 16, 4, 4)] * 5,
+        "attention": torch.rand(2, 3, 4, 4),
+        "probabilities": torch.tensor([[0.1, 0.9], [0.5, 0.5]]),
+    }
+    full = picture(**everything)
+    assert full.dtype == torch.uint8
+    assert full.shape[2] == gap + 6 * (56 + gap)
+    assert abs(full.shape[1] - (header + 2 * (56 + gap))) <= 1
+    for left_out, columns in (("kernels", 3), ("attention", 5), ("probabilities", 5)):
+        parts = {name: part for name, part in everything.items() if name != left_out}
+        assert picture(**parts).shape[2] == gap + columns * (56 + gap)
+    assert picture(kernels=everything["kernels"][:1]).shape[2] == gap + 2 * (56 + gap)
+    assert picture(size=(16, 32)).shape[2] == gap + 112 + gap
+    assert picture(size=(112, 56)).shape[1] == full.shape[1] + 2 * 56
+
+
+def test_an_image_is_shown_as_it_is_and_a_kernel_where_it_is():
+    images = torch.rand(1, 3, 16, 16)
+    kernel = torch.zeros(1, 16, 4, 4)
+    kernel[0, 2 * 4 + 2, 2, 2] = 3.0  # the middle patch sees only itself
+    drawn = draw(images, [0], kernels=[kernel], side=64).float() / 255
+    gap, bottom = 4, drawn.shape[1] - 4
+    shown = drawn[:, bottom - 64 : bottom, gap : gap + 64]
+    torch.testing.assert_close(shown[:, 2::4, 2::4], images[0], atol=1.5 / 255, rtol=0)
+    tile = drawn[:, bottom - 64 : bottom, 2 * gap + 64 :][:, :, :64]
+    assert tile[0, 40, 40] > 0.9  # yellow
+    assert tile[:, 8, 56].max() < 0.5
+
+
+@pytest.mark.parametrize("predicted", [0, 1])
+def test_the_prediction_is_green_where_true_and_red_where_false(predicted):
+    probabilities = F.one_hot(torch.tensor([predicted]), 2).float()
+    panel = draw(torch.zeros(1, 3, 8, 8), [1], ["a", "b"], probabilities=probabilities)[:, -228:-11, -234:-11]
+    colours = {tuple(colour) for colour in panel.flatten(1).T.unique(dim=0).tolist()}
+    green, red = (0x1A, 0x7F, 0x37), (0xCF, 0x22, 0x2E)
+    assert (red in colours) == (predicted == 0)
+    assert green in colours
+
+
+def test_long_missing_and_many_names():
+    probabilities = torch.eye(3)
+    drawn = draw(torch.rand(3, 3, 8, 8), [0, 2, -1], ["n" * 200], probabilities=probabilities)
+    assert drawn.shape[2] == 11 + 2 * (224 + 11)
+
+
+class Classifier(LightningModule):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.class_names = list("0123456789")
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self.backbone(batch.images), batch.labels)
+
+    def validation_step(self, batch, _):
+        self.backbone(batch.images)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(folder, callbacks=(), logger=True):
+    return Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=2,
+        limit_train_batches=1,
+        limit_val_batches=2,
+        logger=logger and TensorBoardLogger(folder, name="", version=""),
+        log_every_n_steps=1,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def digits():
+    return ImageData(dataset="digits", img_size=16, batch_size=8, num_workers=0)
+
+
+def drawn_in(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    return events.Images("pictures/validation") if events.Tags()["images"] else []
+
+
+def test_a_run_is_drawn_and_trains_as_without(tmp_path):
+    weights = []
+    for name, callbacks in (("with", [AttentionPictures(images=3, side=48)]), ("without", [])):
+        module = Classifier(vit(drop_path_rate=0.2))
+        torch.manual_seed(1)
+        trainer(tmp_path / name, callbacks).fit(module, digits())
+        weights.append(list(module.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    first, second = drawn_in(tmp_path / "with")
+    assert (first.step, second.step) == (1, 2)
+    assert (first.width, second.width) == (4 + 6 * 52,) * 2
+    assert drawn_in(tmp_path / "without") == []
+
+
+@pytest.mark.parametrize(("name", "columns"), [("vit_tiny_patch16_224", 3), ("resnet10t", 2)])
+def test_other_models_every_second_epoch(tmp_path, name, columns):
+    backbone = timm.create_model(name, num_classes=10) if name == "resnet10t" else vit(name)
+    callback = AttentionPictures(images=2, side=48, every_n_epochs=2)
+    trainer(tmp_path, [callback]).fit(Classifier(backbone), digits())
+    [drawn] = drawn_in(tmp_path)
+    assert (drawn.step, drawn.width) == (2, 4 + columns * 52)
+
+
+def test_a_backbone_without_classes_and_a_validation_by_itself(tmp_path):
+    callback = AttentionPictures(images=2, side=48, every_n_epochs=100)
+    trainer(tmp_path, [callback]).validate(Classifier(vit(num_classes=0)), digits(), verbose=False)
+    [drawn] = drawn_in(tmp_path)
+    assert drawn.width == 4 + 5 * 52
+
+
+def test_the_images_are_spread_over_the_validation_set(tmp_path):
+    callback, data = AttentionPictures(images=4), digits()
+    trainer(tmp_path, [callback]).validate(Classifier(vit()), data, verbose=False)
+    images = data.val_dataloader().dataset
+    assert callback.labels == [images[place][1] for place in (0, 120, 239, 359)]
+    assert torch.equal(callback.inputs[3], images[359][0])
+
+
+def test_without_tensorboard_nothing_is_done(tmp_path):
+    callback = AttentionPictures()
+    trainer(tmp_path, [callback], logger=False).validate(Classifier(vit()), digits(), verbose=False)
+    assert not hasattr(callback, "inputs")
+
+
+@pytest.mark.parametrize("name", ["images", "every_n_epochs", "side"])
+def test_arguments_out_of_range(name):
+    with pytest.raises(InputError, match=rf"{name} \(0\) must be at least 1"):
+        AttentionPictures(**{name: 0})
+
+
+def test_other_data(tmp_path):
+    loader = torch.utils.data.DataLoader([torch.zeros(3, 16, 16)])
+    with pytest.raises(InputError, match="AttentionPictures draws images of ImageData, not of NoneType"):
+        trainer(tmp_path, [AttentionPictures()]).validate(Classifier(vit()), loader)
