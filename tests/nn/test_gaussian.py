@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from locat_lightning.nn import GaussianAugmentation, PatchGrid, gaussian_kernel
+from locat_lightning.nn.gaussian import factors
 
 # grid of the images, grid that the model was built for
 GRIDS = [
@@ -91,12 +92,15 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
     assert_close(kernel, expected.float(), rtol=2e-5, atol=1e-6)
 
 
-def test_the_two_factors_are_what_is_returned():
+def test_the_kernel_is_the_product_of_its_two_factors():
     q = queries(2, 3, 1 + 15, 8)
-    y, x = augmentation(8)(q, (5, 3), (5, 3))
+    gaussians = augmentation(8)(q, (5, 3), (5, 3))
+    y, x = factors(gaussians)
     assert y.shape == (2, 3, 15, 5)
     assert x.shape == (2, 3, 15, 3)
     assert y.dtype == x.dtype == torch.float32
+    product = torch.einsum("bhpi,bhpj->bhpij", y, x).flatten(-2)
+    assert_close(gaussian_kernel(gaussians), product, rtol=0, atol=0)
 
 
 def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():
@@ -134,9 +138,7 @@ def test_no_entry_is_a_denormal_number():
     with torch.no_grad():
         gaug.log_var.bias.fill_(-4.0)
     kernel = gaussian_kernel(gaug(queries(1, 2, 14 * 14, 8), (14, 14), (14, 14)))
-    far = kernel[kernel > 0].min()
-    assert torch.finfo(torch.float32).tiny < far < 1e-15
-    assert (kernel == 0).any()
+    assert torch.finfo(torch.float32).tiny < kernel.min() < 1e-15
 
 
 def test_under_autocast_the_factors_are_those_of_float32():
@@ -147,7 +149,7 @@ def test_under_autocast_the_factors_are_those_of_float32():
         half = gaug(q, (5, 4), (5, 4))
     full = gaug(q.float(), (5, 4), (5, 4))
 
-    for a, b in zip(half, full, strict=True):
+    for a, b in zip(half[:2], full[:2], strict=True):
         assert a.dtype == torch.float32
         assert_close(a, b, rtol=0, atol=0)
 

@@ -46,7 +46,7 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
         return []
     factors = [call.output for call in observe(backbone, images, gaugs)]
     return [
-        gaussian_kernel(each).mean(1).unflatten(-1, (each.y.shape[-1], each.x.shape[-1])) for each in factors
+        gaussian_kernel(each).mean(1).unflatten(-1, each.grid) for each in factors
     ]
 
 

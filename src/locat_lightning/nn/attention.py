@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from timm.layers import Attention
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from locat_lightning.nn.gaussian import GaussianAugmentation, LogGaussian, PatchGrid, gaussian_kernel
+from locat_lightning.nn.gaussian import (
+    GaussianAugmentation,
+    Gaussians,
+    PatchGrid,
+    factors,
+    gaussian_kernel,
+    squared_distances,
+)
 
 
 class GaussianAttention(Attention):
@@ -34,13 +41,14 @@ class GaussianAttention(Attention):
         if attn_mask is not None or is_causal:
             raise ValueError("Gaussian-augmented attention takes no attn_mask and is not causal")
         gate = self.gate(x).sigmoid() if self.gate is not None else None
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
         q, k = self.q_norm(q), self.k_norm(k)
 
         grid = self.grid.of(x.shape[1] - self.num_prefix_tokens)
-        log_gaussian = self.gaug(q, grid, self.grid.built_for)
+        gaussians = self.gaug(q, grid, self.grid.built_for)
         dropout = self.attn_drop.p if self.training else 0.0
-        x = gaussian_attention(q, k, v, log_gaussian, dropout=dropout).transpose(1, 2).flatten(2)
+        x = gaussian_attention(q, k, v, gaussians, dropout=dropout).transpose(1, 2).flatten(2)
 
         x = self.norm(x)
         if gate is not None:
@@ -50,18 +58,18 @@ class GaussianAttention(Attention):
 
 
 def gaussian_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_gaussian: LogGaussian, *, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians, *, dropout: float = 0.0
 ) -> Tensor:
     """softmax(q kᵀ / √d + S) v, with S = 0 in every row and column of a prefix token.
 
-    S exists for a few images or heads at a time, in the forward and in the backward pass: the memory is that
+    S exists for a few heads at a time, in the forward and in the backward pass: the memory is that
     of flash attention. Under `torch.compile`, `torch.export` and with dropout it is one expression instead.
 
     Args:
         q: Queries [B, h, N, d].
         k: Keys [B, h, N, d].
         v: Values [B, h, N, d].
-        log_gaussian: Factors of S for the last H·W tokens.
+        gaussians: Kernels of the last H·W tokens.
         dropout: Probability of dropping an attention weight.
 
     Returns:
@@ -69,87 +77,115 @@ def gaussian_attention(
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
     if torch.compiler.is_compiling() or dropout > 0:
-        prefix = q.shape[-2] - log_gaussian.y.shape[-2]
-        s = F.pad(gaussian_kernel(log_gaussian).to(q.dtype), (prefix, 0, prefix, 0))
+        prefix = q.shape[-2] - gaussians.slope.shape[-2]
+        s = F.pad(gaussian_kernel(gaussians).to(q.dtype), (prefix, 0, prefix, 0))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
-    out: Tensor = _ChunkedGaussianAttention.apply(q, k, v, log_gaussian.y, log_gaussian.x)
-    return out
+    slope, log_alpha, grid, cap = gaussians
+    heads = (t.flatten(0, 1) for t in (q, k, v, slope, log_alpha))
+    out: Tensor = _ChunkedGaussianAttention.apply(*heads, grid, cap)
+    return out.unflatten(0, q.shape[:2])
 
 
 class _ChunkedGaussianAttention(torch.autograd.Function):
-    """`gaussian_attention` a chunk of images (or of one image's heads) at a time, forward and backward.
+    """`gaussian_attention` of all images' heads, [B·h, N, d], a chunk of heads at a time, both ways.
 
-    With P = softmax(q kᵀ / √d + S), A its argument and T = ∂A ∘ S, the factors' gradients are
-    ∂(ln g_y)[p, i] = Σ_j T[p, (i, j)] and ∂(ln g_x)[p, j] = Σ_i T[p, (i, j)]: one product with an indicator.
+    With A = q kᵀ / √d + S, P = softmax(A) and T = ∂A ∘ S, the gradients of the logarithms of S's factors are
+    T summed by row, T_y[p, i] = Σ_j T[p, (i, j)], and by column, T_x[p, j] = Σ_i T[p, (i, j)]: one product
+    with an indicator. Then ∂(slope_y)[p] = Σ_i T_y[p, i] D_y[p, i], likewise x, and ∂(ln α)[p] = Σ_i T_y[p, i].
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, log_y: Tensor, log_x: Tensor) -> Tensor:
-        B, h, N, d = q.shape
-        out = q.new_empty(B, N, h, d).transpose(1, 2)
-        y, x = log_y.exp(), log_x.exp()
-        s = None
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slope: Tensor,
+        log_alpha: Tensor,
+        grid: tuple[int, int],
+        cap: int,
+    ) -> Tensor:
+        gaussians = Gaussians(slope, log_alpha, grid, cap)
+        y, x = factors(gaussians)
+        out = torch.empty_like(v)
+        s = _room(q, y.dtype)
         for part in _chunks(q):
-            s = _kernel_of_tokens(y[part], x[part], N, s)
-            mask = s.to(q.dtype)
-            out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], attn_mask=mask)
-        ctx.save_for_backward(q, k, v, y, x, out)
+            mask = _kernel_of_tokens(y[part], x[part], s).to(q.dtype)
+            chunk = F.scaled_dot_product_attention(
+                q[None, part], k[None, part], v[None, part], attn_mask=mask[None]
+            )
+            out[part] = chunk[0]
+        ctx.save_for_backward(q, k, v, y, x, out, *squared_distances(gaussians))
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, y, x, out = ctx.saved_tensors
-        N, d = q.shape[-2:]
-        H, W = y.shape[-1], x.shape[-1]
-        scale = d**-0.5
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, x, out, d_y, d_x = ctx.saved_tensors
+        N, (H, W) = q.shape[1], (len(d_y), len(d_x))
+        scale = q.shape[-1] ** -0.5
+        grad = grad.contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        grad_yx = y.new_empty(*y.shape[:-1], H + W)
-        rows_and_columns = _rows_and_columns(H, W, N - H * W, y)
-        mean_grad = (grad * out).sum(-1, keepdim=True, dtype=torch.float32)
-        s = None
+        grad_yx = y.new_empty(q.shape[0], N, H + W)
+        rows_and_columns = _rows_and_columns((H, W), N - H * W, y)
+        grad_softmax = (grad * out).sum(-1, keepdim=True, dtype=y.dtype)
+        q_scaled = q * scale
+        rooms = [_room(q, y.dtype) for _ in range(3)]
         for part in _chunks(q):
-            pairs = q[part].shape[:2]
-            q_, k_, v_, grad_ = (t[part].flatten(0, 1) for t in (q, k, v, grad))
-            s = _kernel_of_tokens(y[part], x[part], N, s)
-            s_ = s.flatten(0, 1)
-            q_ = q_ * scale
-            attention = torch.bmm(q_, k_.transpose(1, 2)).float().add_(s_).softmax(-1)
-            grad_logits = torch.bmm(grad_, v_.transpose(1, 2)).float()
-            grad_logits.sub_(mean_grad[part].flatten(0, 1)).mul_(attention)
-            grad_v[part] = torch.bmm(attention.to(q.dtype).transpose(1, 2), grad_).unflatten(0, pairs)
-            narrow = grad_logits.to(q.dtype)
-            grad_q[part] = torch.bmm(narrow, k_).mul_(scale).unflatten(0, pairs)
-            grad_k[part] = torch.bmm(narrow.transpose(1, 2), q_).unflatten(0, pairs)
-            by_log_kernel = grad_logits.mul_(s_).flatten(0, 1)
-            grad_yx[part] = torch.mm(by_log_kernel, rows_and_columns).view(*pairs, N, -1)[:, :, N - H * W :]
-        grad_y, grad_x = grad_yx.split([H, W], dim=-1)
-        return grad_q, grad_k, grad_v, grad_y, grad_x
+            s, p, g = (room[: part.stop - part.start] for room in rooms)
+            _kernel_of_tokens(y[part], x[part], s)
+            torch.softmax(_product(q_scaled[part], k[part].mT, p).add_(s), -1, out=p)
+            _product(grad[part], v[part].mT, g).sub_(grad_softmax[part]).mul_(p)
+            torch.bmm(p.to(q.dtype).mT, grad[part], out=grad_v[part])
+            narrow = g.to(q.dtype)
+            torch.bmm(narrow, k[part], out=grad_q[part])
+            torch.bmm(narrow.mT, q_scaled[part], out=grad_k[part])
+            torch.mm(g.mul_(s).flatten(0, 1), rows_and_columns, out=grad_yx[part].flatten(0, 1))
+        grad_y, grad_x = grad_yx[:, N - H * W :].split([H, W], dim=-1)
+        by_y = (grad_y * d_y.repeat_interleave(W, 0)).sum(-1)
+        by_x = (grad_x * d_x.repeat(H, 1)).sum(-1)
+        grad_slope, grad_log_alpha = torch.stack([by_y, by_x], dim=-1), grad_y.sum(-1, keepdim=True)
+        return grad_q.mul_(scale), grad_k, grad_v, grad_slope, grad_log_alpha, None, None
 
 
-def _chunks(q: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of (images, heads) whose [N, N] matrices stay in a CPU's cache, or fill a GPU once."""
-    B, h, N, _ = q.shape
-    matrices = max(1, (2**17 if q.device.type == "cpu" else 2**26) // N**2)
-    images, heads = max(1, matrices // h), min(h, matrices)
-    for b in range(0, B, images):
-        for head in range(0, h, heads):
-            yield slice(b, b + images), slice(head, head + heads)
+def _chunk_size(q: Tensor) -> int:
+    """How many heads' [N, N] matrices stay in a CPU's cache, or fill a GPU."""
+    heads, N, _ = q.shape
+    return min(heads, max(1, (2**18 if q.device.type == "cpu" else 2**26) // N**2))
 
 
-def _kernel_of_tokens(y: Tensor, x: Tensor, tokens: int, out: Tensor | None) -> Tensor:
-    """S [b, h, N, N] of all tokens from the patches' factors, into `out` where it fits."""
+def _chunks(q: Tensor) -> Iterator[slice]:
+    """Slices of the B·h heads."""
+    size = _chunk_size(q)
+    for start in range(0, len(q), size):
+        yield slice(start, min(start + size, len(q)))
+
+
+def _room(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the [heads, N, N] of a chunk of q [B·h, N, d]."""
+    N = q.shape[1]
+    return q.new_empty(_chunk_size(q), N, N, dtype=dtype)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """A batched product in the type of its factors, kept in that of `out`."""
+    return torch.bmm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.bmm(a, b))
+
+
+def _kernel_of_tokens(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """S [heads, N, N] of all tokens from the patches' factors, into the first of `out`."""
     H, W = y.shape[-1], x.shape[-1]
-    prefix = tokens - H * W
-    if out is None or out.shape[:2] != y.shape[:2]:
-        out = y.new_zeros(*y.shape[:2], tokens, tokens)
-    patches = out[..., prefix:, prefix:].unflatten(-1, (H, W))
-    torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=patches)
+    out = out[: len(y)]
+    prefix = out.shape[-1] - H * W
+    out[:, :prefix] = 0
+    out[:, prefix:, :prefix] = 0
+    torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=out[:, prefix:, prefix:].unflatten(-1, (H, W)))
     return out
 
 
-def _rows_and_columns(H: int, W: int, prefix: int, like: Tensor) -> Tensor:
+def _rows_and_columns(grid: tuple[int, int], prefix: int, like: Tensor) -> Tensor:
     """Indicator [N, H + W] of each token's row and column; zero for prefix tokens."""
+    H, W = grid
     rows = torch.eye(H, dtype=like.dtype, device=like.device).repeat_interleave(W, 0)
     columns = torch.eye(W, dtype=like.dtype, device=like.device).repeat(H, 1)
     return F.pad(torch.cat([rows, columns], dim=1), (0, 0, prefix, 0))

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# A factor of 1e-10 beside 1 is beneath float32's resolution of a logit. Smaller ones, left alone, make
+# denormal numbers, with which a CPU computes several times slower.
+_LEAST_EXPONENT = -23.0
+
 
 class PatchGrid:
     """The patch grid (rows, columns) of the images under way, shared by all layers of one model.
@@ -43,18 +47,21 @@ class PatchGrid:
             ) from None
 
 
-class LogGaussian(NamedTuple):
-    """The logarithms of the kernel's two factors: S[p, (i, j)] = exp(y[p, i]) · exp(x[p, j]).
+class Gaussians(NamedTuple):
+    """The kernels of a layer's patches, each centred on its own patch.
 
-    `y` [B, h, H·W, H] holds ln α too; `x` is [B, h, H·W, W]. Both float32.
+    `slope` [B, h, H·W, 2] is −½ / (σ² + ε), vertical and horizontal; `log_alpha` [B, h, H·W, 1] is ln α; both
+    float32. `grid` is (H, W), and `cap` bounds the squared distances.
     """
 
-    y: Tensor
-    x: Tensor
+    slope: Tensor
+    log_alpha: Tensor
+    grid: tuple[int, int]
+    cap: int
 
 
 class GaussianAugmentation(nn.Module):
-    """The query-dependent Gaussian kernel S of one attention layer, as its two factors.
+    """The query-dependent Gaussian kernel S of one attention layer.
 
     For a patch at (i, j) with query q, and a patch at (i', j'):
 
@@ -63,8 +70,7 @@ class GaussianAugmentation(nn.Module):
         S = α · exp(−½ ((i − i')² / (σ²_y + ε) + (j − j')² / (σ²_x + ε)))
 
     so that z = 0 is a variance of one patch. On another grid than (H0, W0), which the model was built for,
-    variances are scaled by min(H, W) / min(H0, W0). The exponential of a sum is a product: H + W
-    exponentials a row instead of H · W, and nothing of size [B, h, N, N, 2].
+    variances are scaled by min(H, W) / min(H0, W0).
 
     Args:
         head_dim: Width d of one head's query; the maps are shared by all heads of the layer.
@@ -99,8 +105,8 @@ class GaussianAugmentation(nn.Module):
             var = var * (min(grid) / min(built_for))
         return var, F.softplus(a)
 
-    def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> LogGaussian:
-        """Factors of S for the patches' queries.
+    def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
+        """Kernels of the patches' queries.
 
         Args:
             q: Queries [B, h, N, d] after q-norm, before rotary embedding; the patches' are the last H·W.
@@ -109,33 +115,39 @@ class GaussianAugmentation(nn.Module):
         """
         with torch.autocast(q.device.type, enabled=False):
             var, alpha = self.variance_and_alpha(q.to(self.log_var.weight.dtype), grid, built_for)
-            half_precision = -0.5 / (var + _epsilon(built_for))
-            to_y, to_x = half_precision.unflatten(-2, grid).unsqueeze(-1).unbind(-2)
+            log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
             cap = min((max(built_for) - 1) ** 2, 13100)
-            y = _drop_tail(to_y * _squared_distances(grid[0], cap, q.device)[:, None, :])
-            x = _drop_tail(to_x * _squared_distances(grid[1], cap, q.device))
-            smallest = torch.finfo(alpha.dtype).tiny
-            return LogGaussian(y.flatten(-3, -2) + alpha.clamp_min(smallest).log(), x.flatten(-3, -2))
+            return Gaussians(-0.5 / (var + _epsilon(built_for)), log_alpha, grid, cap)
 
 
-def gaussian_kernel(log_gaussian: LogGaussian) -> Tensor:
-    """S [B, h, H·W, H·W] of the patches among themselves, float32."""
-    y, x = log_gaussian
-    return (y.exp().unsqueeze(-1) * x.exp().unsqueeze(-2)).flatten(-2)
+def factors(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
+    """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y.
 
+    The exponential of a sum is a product: this takes H + W exponentials a row instead of H · W, and nothing
+    of size [B, h, N, N, 2].
 
-def _squared_distances(size: int, cap: int, device: torch.device) -> Tensor:
-    """min((i − i')², cap) for i, i' < size: [size, size], in squared patches."""
-    position = torch.arange(size, device=device, dtype=torch.float32)
-    return (position[:, None] - position).square().clamp_max(cap)
-
-
-def _drop_tail(exponent: Tensor) -> Tensor:
-    """Exponents below −23 to −∞: kernels of 1e-10 beside 1 are beneath float32's resolution of a logit.
-
-    Left in, their products are denormal numbers, with which a CPU computes several times slower.
+    Returns:
+        y [B, h, H·W, H] and x [B, h, H·W, W].
     """
-    return exponent.masked_fill(exponent < -23.0, -math.inf)
+    slope, log_alpha, (H, W), _ = gaussians
+    d_y, d_x = squared_distances(gaussians)
+    slope_y, slope_x = slope.unflatten(-2, (H, W)).unsqueeze(-1).unbind(-2)
+    y = (slope_y * d_y[:, None, :]).clamp_min(_LEAST_EXPONENT).exp().flatten(-3, -2)
+    x = (slope_x * d_x).clamp_min(_LEAST_EXPONENT).exp().flatten(-3, -2)
+    return y * log_alpha.exp(), x
+
+
+def gaussian_kernel(gaussians: Gaussians) -> Tensor:
+    """S [B, h, H·W, H·W] of the patches among themselves, float32."""
+    y, x = factors(gaussians)
+    return (y.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+
+
+def squared_distances(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
+    """(i − i')² [H, H] between rows and (j − j')² [W, W] between columns, in squared patches, capped."""
+    device, dtype = gaussians.slope.device, gaussians.slope.dtype
+    rows, columns = (torch.arange(size, device=device, dtype=dtype) for size in gaussians.grid)
+    return tuple((p[:, None] - p).square().clamp_max(gaussians.cap) for p in (rows, columns))  # type: ignore[return-value]
 
 
 def _epsilon(built_for: tuple[int, int]) -> float:
