@@ -28,3 +28,15 @@ check: $(INSTALLED) ## format, lint and strict types, without changing a file
 format: $(INSTALLED) ## format and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+quickstart: $(INSTALLED) ## train a LocAtViT and a plain ViT on real digits, minutes on a CPU
+	$(BIN)/locat fit --config quickstart.yaml --name quickstart_vit \
+		--model.backbone_args.gaug false --model.backbone_args.prr false
+	$(BIN)/locat fit --config quickstart.yaml --name quickstart_locatvit
+	@echo; $(BIN)/locat runs
+	@echo 'look: $(BIN)/tensorboard --logdir runs'
+
+bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN
+	$(BIN)/python benchmarks/backbones.py
+	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/knn.py

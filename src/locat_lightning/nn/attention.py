@@ -79,19 +79,20 @@ def gaussian_attention(
     if torch.compiler.is_compiling() or dropout > 0:
         prefix = q.shape[-2] - gaussians.slope.shape[-2]
         s = F.pad(gaussian_kernel(gaussians).to(q.dtype), (prefix, 0, prefix, 0))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
+        expression: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
+        return expression
     slope, log_alpha, grid, cap = gaussians
     heads = (t.flatten(0, 1) for t in (q, k, v, slope, log_alpha))
-    out: Tensor = _ChunkedGaussianAttention.apply(*heads, grid, cap)
-    return out.unflatten(0, q.shape[:2])
+    out: Tensor = _ChunkedGaussianAttention.apply(*heads, grid, cap).unflatten(0, q.shape[:2])
+    return out
 
 
 class _ChunkedGaussianAttention(torch.autograd.Function):
-    """`gaussian_attention` of all images' heads, [B·h, N, d], a chunk of heads at a time, both ways.
+    """`gaussian_attention` of all images' heads, [B·h, N, d], a chunk of heads or rows at a time.
 
     With A = q kᵀ / √d + S, P = softmax(A) and T = ∂A ∘ S, the gradients of the logarithms of S's factors are
     T summed by row, T_y[p, i] = Σ_j T[p, (i, j)], and by column, T_x[p, j] = Σ_i T[p, (i, j)]: one product
-    with an indicator. Then ∂(slope_y)[p] = Σ_i T_y[p, i] D_y[p, i], likewise x, and ∂(ln α)[p] = Σ_i T_y[p, i].
+    with an indicator. Then ∂(slope_y)[p] = Σ_i T_y[p, i] D_y[p, i], likewise x, and ∂(ln α)[p] is T_y's sum.
     """
 
     @staticmethod
@@ -106,15 +107,16 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         cap: int,
     ) -> Tensor:
         gaussians = Gaussians(slope, log_alpha, grid, cap)
-        y, x = factors(gaussians)
+        prefix = q.shape[1] - slope.shape[1]
+        y, x = (F.pad(factor, (0, 0, prefix, 0)) for factor in factors(gaussians))
         out = torch.empty_like(v)
-        s = _room(q, y.dtype)
-        for part in _chunks(q):
-            mask = _kernel_of_tokens(y[part], x[part], s).to(q.dtype)
+        room = _room(q, y.dtype)
+        for head, row in _chunks(q):
+            s = _kernel_of_tokens(y[head, row], x[head, row], prefix, room).to(q.dtype)
             chunk = F.scaled_dot_product_attention(
-                q[None, part], k[None, part], v[None, part], attn_mask=mask[None]
+                q[None, head, row], k[None, head], v[None, head], attn_mask=s[None]
             )
-            out[part] = chunk[0]
+            out[head, row] = chunk[0]
         ctx.save_for_backward(q, k, v, y, x, out, *squared_distances(gaussians))
         return out
 
@@ -122,49 +124,57 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, x, out, d_y, d_x = ctx.saved_tensors
-        N, (H, W) = q.shape[1], (len(d_y), len(d_x))
+        H, W = len(d_y), len(d_x)
+        prefix = q.shape[1] - H * W
         scale = q.shape[-1] ** -0.5
         grad = grad.contiguous()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        grad_yx = y.new_empty(q.shape[0], N, H + W)
-        rows_and_columns = _rows_and_columns((H, W), N - H * W, y)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_yx = y.new_empty(*y.shape[:2], H + W)
+        rows_and_columns = _rows_and_columns((H, W), prefix, y)
         grad_softmax = (grad * out).sum(-1, keepdim=True, dtype=y.dtype)
         q_scaled = q * scale
         rooms = [_room(q, y.dtype) for _ in range(3)]
-        for part in _chunks(q):
-            s, p, g = (room[: part.stop - part.start] for room in rooms)
-            _kernel_of_tokens(y[part], x[part], s)
-            torch.softmax(_product(q_scaled[part], k[part].mT, p).add_(s), -1, out=p)
-            _product(grad[part], v[part].mT, g).sub_(grad_softmax[part]).mul_(p)
-            torch.bmm(p.to(q.dtype).mT, grad[part], out=grad_v[part])
+        for head, row in _chunks(q):
+            s, p, g = (_first(room, head, row) for room in rooms)
+            _kernel_of_tokens(y[head, row], x[head, row], prefix, s)
+            torch.softmax(_product(q_scaled[head, row], k[head].mT, p).add_(s), -1, out=p)
+            _product(grad[head, row], v[head].mT, g).sub_(grad_softmax[head, row]).mul_(p)
+            grad_v[head].baddbmm_(p.to(q.dtype).mT, grad[head, row])
             narrow = g.to(q.dtype)
-            torch.bmm(narrow, k[part], out=grad_q[part])
-            torch.bmm(narrow.mT, q_scaled[part], out=grad_k[part])
-            torch.mm(g.mul_(s).flatten(0, 1), rows_and_columns, out=grad_yx[part].flatten(0, 1))
-        grad_y, grad_x = grad_yx[:, N - H * W :].split([H, W], dim=-1)
+            grad_q[head, row] = torch.bmm(narrow, k[head])
+            grad_k[head].baddbmm_(narrow.mT, q_scaled[head, row])
+            grad_yx[head, row] = (g.mul_(s).flatten(0, 1) @ rows_and_columns).unflatten(0, g.shape[:2])
+        grad_y, grad_x = grad_yx[:, prefix:].split([H, W], dim=-1)
         by_y = (grad_y * d_y.repeat_interleave(W, 0)).sum(-1)
         by_x = (grad_x * d_x.repeat(H, 1)).sum(-1)
         grad_slope, grad_log_alpha = torch.stack([by_y, by_x], dim=-1), grad_y.sum(-1, keepdim=True)
         return grad_q.mul_(scale), grad_k, grad_v, grad_slope, grad_log_alpha, None, None
 
 
-def _chunk_size(q: Tensor) -> int:
-    """How many heads' [N, N] matrices stay in a CPU's cache, or fill a GPU."""
+def _chunk_size(q: Tensor) -> tuple[int, int]:
+    """Of how many heads, and of how many rows of a head, the logits stay in a CPU's cache, or fill a GPU."""
     heads, N, _ = q.shape
-    return min(heads, max(1, (2**18 if q.device.type == "cpu" else 2**26) // N**2))
+    size = 2**18 if q.device.type == "cpu" else 2**26
+    chunks_of_a_head = -(-(N**2) // size)
+    return min(heads, max(1, size // N**2)), -(-N // chunks_of_a_head)
 
 
-def _chunks(q: Tensor) -> Iterator[slice]:
-    """Slices of the B·h heads."""
-    size = _chunk_size(q)
-    for start in range(0, len(q), size):
-        yield slice(start, min(start + size, len(q)))
+def _chunks(q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of the B·h heads and of the rows of q [B·h, N, d]."""
+    heads, rows = _chunk_size(q)
+    for head in range(0, q.shape[0], heads):
+        for row in range(0, q.shape[1], rows):
+            yield slice(head, min(head + heads, q.shape[0])), slice(row, min(row + rows, q.shape[1]))
 
 
 def _room(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the [heads, N, N] of a chunk of q [B·h, N, d]."""
-    N = q.shape[1]
-    return q.new_empty(_chunk_size(q), N, N, dtype=dtype)
+    """Room for the logits [heads, rows, N] of a chunk of q [B·h, N, d]."""
+    return q.new_empty(*_chunk_size(q), q.shape[1], dtype=dtype)
+
+
+def _first(room: Tensor, head: slice, row: slice) -> Tensor:
+    """As much of the room as the chunk needs."""
+    return room[: head.stop - head.start, : row.stop - row.start]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -172,14 +182,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.bmm(a, b))
 
 
-def _kernel_of_tokens(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """S [heads, N, N] of all tokens from the patches' factors, into the first of `out`."""
-    H, W = y.shape[-1], x.shape[-1]
-    out = out[: len(y)]
-    prefix = out.shape[-1] - H * W
-    out[:, :prefix] = 0
-    out[:, prefix:, :prefix] = 0
-    torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=out[:, prefix:, prefix:].unflatten(-1, (H, W)))
+def _kernel_of_tokens(y: Tensor, x: Tensor, prefix: int, out: Tensor) -> Tensor:
+    """S [heads, rows, N] from its factors in these rows, into the first of `out`."""
+    out = out[: y.shape[0], : y.shape[1]]
+    out[..., :prefix] = 0
+    patches = out[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
+    torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=patches)
     return out
 
 

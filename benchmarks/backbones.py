@@ -1,0 +1,114 @@
+"""What LocAt costs: training steps, PRR, and large images, against timm's own models on the same machine.
+
+Runs of the two sides alternate in one process, and medians and ratios of neighbouring runs are shown: the
+machines are shared. Memory is measured in a process of its own for each model.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import timm
+import torch
+from timm.layers import AttentionPoolPrr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import locat_lightning  # noqa: F401 - registers the models
+from locat_lightning.nn import PatchRefinement
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAIRS = {size: (f"vit_{size}_patch16_224", f"locatvit_{size}") for size in ("tiny", "small")}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = perf_counter()
+    run()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+def compare(
+    plain: Callable[[], object], ours: Callable[[], object], rounds: int
+) -> tuple[float, float, float]:
+    """Median seconds of each side, and the median ratio of neighbouring runs; the first rounds warm up."""
+    pairs = [(seconds(plain), seconds(ours)) for _ in range(rounds + 3)][3:]
+    a, b = zip(*pairs, strict=True)
+    return median(a), median(b), median(y / x for x, y in pairs)
+
+
+def row(what: str, plain: float, ours: float, ratio: float, unit: str = "ms", scale: float = 1e3) -> None:
+    print(
+        f"| {what:42} | {scale * plain:9.1f} {unit} | {scale * ours:9.1f} {unit} | {ratio:5.2f}x |",
+        flush=True,
+    )
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+
+    return step
+
+
+def forward(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    @torch.inference_mode()
+    def run() -> Tensor:
+        out: Tensor = model(images)
+        return out
+
+    return run
+
+
+def peak_memory(name: str, size: int, batch: int) -> float:
+    """MiB that building the model and one forward pass add to a fresh process (CPU)."""
+    script = (
+        "import resource, sys, timm, torch, locat_lightning\n"
+        "now = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
+        "before = now()\n"
+        f"model = timm.create_model({name!r}, img_size={size}).eval()\n"
+        f"with torch.inference_mode(): model(torch.zeros({batch}, 3, {size}, {size}))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def main() -> None:
+    device = (
+        torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(f"torch {torch.__version__}, timm {timm.__version__}, {device}\n")
+    print(
+        f"| {'':42} | {'plain ViT':>12} | {'LocAtViT':>12} | ratio  |\n|{'-' * 44}|{'-' * 14}|{'-' * 14}|{'-' * 8}|"
+    )
+    images, labels = torch.randn(8, 3, 224, 224, device=DEVICE), torch.randint(1000, (8,), device=DEVICE)
+    for size, names in PAIRS.items():
+        plain, ours = (training_step(timm.create_model(n).to(DEVICE), images, labels) for n in names)
+        rounds = 21 if size == "tiny" else 11
+        row(f"training step, {size}, 224 px, batch 8", *compare(plain, ours, rounds))
+    large = torch.randn(2, 3, 512, 512, device=DEVICE)
+    for size, names in PAIRS.items():
+        models = [timm.create_model(n, img_size=512).eval().to(DEVICE) for n in names]
+        row(
+            f"forward, {size}, 512 px, batch 2",
+            *compare(forward(models[0], large), forward(models[1], large), 7),
+        )
+    for batch in (2, 8):
+        mib, our_mib = (peak_memory(name, 512, batch) for name in PAIRS["small"])
+        row(f"peak memory, small, 512 px, batch {batch}", mib, our_mib, our_mib / mib, "MiB", 1)
+
+    tokens = torch.randn(8, 197, 384, device=DEVICE)
+    every, only_cls = AttentionPoolPrr(384, num_heads=6), PatchRefinement(384, num_heads=6)
+    rows, one, ratio = compare(lambda: every(tokens), lambda: only_cls(tokens), 101)
+    print(
+        f"\nPRR of [CLS] alone: {1e3 * one:.2f} ms, of every row: {1e3 * rows:.2f} ms, {1 / ratio:.1f}x cheaper"
+    )
+
+
+if __name__ == "__main__":
+    main()
