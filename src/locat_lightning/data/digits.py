@@ -1,5 +1,8 @@
 """Scikit-learn's handwritten digits: 1,797 real images that come with a dependency and need no download."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -37,3 +40,8 @@ class Digits:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Gives the image (RGB, 8 x 8) and its digit."""
         return to_rgb(Image.fromarray(self.pixels[index])), self.labels[index]
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:
+        """Gives the same as `read`."""
+        yield self.read(index)

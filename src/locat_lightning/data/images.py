@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,11 @@ from locat_lightning.data.reading import (
     ImageBatch,
     ImageLoader,
     Images,
+    ResumableLoader,
     Source,
     TrainOrder,
     UnreadableImages,
+    open_image,
     read_image,
     to_rgb,
 )
@@ -219,7 +222,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """Augmented images in random order, the same number for every process."""
-        return self._loader(self.source("train"), training=True)
+        return self._train_loader()
 
     def val_dataloader(self) -> ImageLoader:
         """The images of `val`, each in one process once."""
@@ -235,7 +238,7 @@ class ImageData(LightningDataModule):
 
     def eval_dataloader(self, split: str) -> ImageLoader:
         """The images of any split (also `train`) in order, not augmented, each in one process once."""
-        return self._loader(self.source(split), training=False)
+        return self._loader(self.source(split))
 
     def source(self, split: str) -> "Source | Stream":
         """Finds the images of `train`, `val`, `test` or `predict`, once.
@@ -310,13 +313,41 @@ class ImageData(LightningDataModule):
             f"data set {self.dataset!r}, {split}, in {self.root}: {_in_a_line(failed)}{hint}"
         ) from failed
 
-    def _loader(self, source: "Source | Stream", training: bool) -> ImageLoader:
+    def _train_loader(self) -> ImageLoader:
+        source, transform = self.source("train"), self.train_transform()
+        if isinstance(source, Stream):
+            return ImageLoader(Stream(source.dataset, transform), **self._loader_options(training=True))
+        return self._shuffled(Images(source, transform, self.seed))
+
+    def _shuffled(self, images: Images, **more: Any) -> ResumableLoader:
+        order = TrainOrder(images, *self._processes(), seed=self.seed)
+        options = self._loader_options(training=True) | more
+        return ResumableLoader(
+            images,
+            trainer=self.trainer,
+            sampler=order,
+            drop_last=len(order) > self.batch_size,
+            **options,
+        )
+
+    def _loader(self, source: "Source | Stream") -> ImageLoader:
+        transform, options = self.eval_transform(), self._loader_options(training=False)
+        if isinstance(source, Stream):
+            return ImageLoader(Stream(source.dataset, transform), **options)
+        images = Images(source, transform, self.seed)
+        order = EvaluationOrder(images, *self._processes(), shuffle=False)
+        return ImageLoader(images, sampler=order, **options)
+
+    def _processes(self) -> tuple[int, int]:
+        """How many processes train, and which this one is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _loader_options(self, training: bool) -> dict[str, Any]:
         trainer = self.trainer
         workers = self.num_workers
         if workers is None:
             workers = min(16, suggested_max_num_workers(trainer.num_devices if trainer else 1))
-        transform = self.train_transform() if training else self.eval_transform()
-        options: dict[str, Any] = {
+        return {
             "batch_size": self.batch_size,
             "num_workers": workers,
             "persistent_workers": workers > 0,
@@ -324,14 +355,6 @@ class ImageData(LightningDataModule):
             "training": training,
             "unreadable": self.unreadable,
         }
-        if isinstance(source, Stream):
-            return ImageLoader(Stream(source.dataset, transform), **options)
-        images = Images(source, transform, self.seed)
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        if not training:
-            return ImageLoader(images, sampler=EvaluationOrder(images, world, rank, shuffle=False), **options)
-        order = TrainOrder(images, world, rank, seed=self.seed)
-        return ImageLoader(images, sampler=order, drop_last=len(order) > self.batch_size, **options)
 
 
 @dataclass(frozen=True)
@@ -351,6 +374,12 @@ class Files:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Reads image `index`."""
         return read_image(self.paths[index]), self.labels[index]
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:
+        """Opens image `index`."""
+        with open_image(self.paths[index]) as image:
+            yield image, self.labels[index]
 
 
 @dataclass(frozen=True)
@@ -374,14 +403,20 @@ class TimmSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Reads image `index`; past timm's data set, which would put another for one that it cannot read."""
+        with self.open(index) as (image, label):
+            image.load()
+            return image, label
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:
+        """Opens image `index`."""
         if hasattr(self.dataset, "reader"):
             file, label = self.dataset.reader[index]
-            with file:
-                image = read_image(file)
+            with file, open_image(file) as image:
+                yield image, -1 if label is None else int(label)
         else:
             image, label = self.dataset[index]
-            image = to_rgb(image)
-        return image, -1 if label is None else int(label)
+            yield to_rgb(image), -1 if label is None else int(label)
 
 
 class Stream(IterableDataset):

@@ -7,6 +7,7 @@ processes gives the same batches, and so does a run that is taken up again.
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import cycle, islice
 from os import PathLike
@@ -14,6 +15,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -37,9 +39,23 @@ def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
     Raises:
         Exception: of whichever kind the decoder raises when it cannot read the file.
     """
-    with Image.open(file) as image:
+    with open_image(file) as image:
         image.load()
-        return to_rgb(image)
+        return image
+
+
+@contextmanager
+def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
+    """Opens an image as `read_image` shows it; a plain RGB one is not decoded yet, which leaves `draft` to do.
+
+    Args:
+        file: a path, or an open binary file.
+
+    Raises:
+        Exception: of whichever kind the decoder raises when it cannot read the file, now or on first use.
+    """
+    with Image.open(file) as image:
+        yield to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -98,6 +114,13 @@ class Source(Protocol):
         """Image `index` in RGB, and its label (-1 if unknown)."""
 
 
+class LazySource(Source, Protocol):
+    """A source whose images need not be decoded in full."""
+
+    def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
+        """Image `index` in RGB, perhaps still undecoded (see `open_image`), and its label."""
+
+
 class Images(Dataset):
     """The images of a source, transformed.
 
@@ -134,11 +157,17 @@ class Images(Dataset):
 
 
 class TrainOrder(DistributedSampler):
-    """The items of `Images` for one epoch, shuffled anew in each and shared out evenly among processes."""
+    """The items of `Images` for one epoch, shuffled anew in each and shared out evenly among processes.
+
+    Attributes:
+        skip: so many items of this process are left out at the beginning.
+    """
+
+    skip = 0
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * len(self.dataset)  # type: ignore[arg-type]
-        return (start + index for index in super().__iter__())
+        return (start + index for index in islice(super().__iter__(), self.skip, None))
 
 
 class EvaluationOrder(DistributedSampler):
@@ -208,6 +237,7 @@ class ImageLoader(DataLoader):
         dataset: `Images`, or an iterable data set of the same items.
         training: whether batches keep their size.
         unreadable: takes note of what could not be read.
+        collate: makes a batch of the items that could be read.
         options: the DataLoader's.
 
     Raises:
@@ -220,17 +250,27 @@ class ImageLoader(DataLoader):
         *,
         training: bool,
         unreadable: UnreadableImages,
+        collate: Callable[[Sequence[Any]], Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, collate_fn=partial(_collate, refill=training), **options)
+        self.collate = collate or collate_images
+        super().__init__(
+            dataset, collate_fn=partial(_collate, refill=training, collate=self.collate), **options
+        )
         self.training = training
         self.unreadable = unreadable
 
-    def __iter__(self) -> Iterator[ImageBatch]:  # type: ignore[override]
+    def seen(self) -> int:
+        """Batches that this iteration leaves out at the beginning."""
+        return 0
+
+    def __iter__(self) -> Iterator[Any]:
         # A generator: the workers start at the first batch, after Lightning has set the epoch.
-        last = len(self)
+        last, seen = len(self), self.seen()
+        if isinstance(self.sampler, TrainOrder):
+            self.sampler.skip = seen * (self.batch_size or 1)
         try:
-            for number, (batch, failures) in enumerate(super().__iter__(), 1):
+            for number, (batch, failures) in enumerate(super().__iter__(), seen + 1):
                 self.unreadable.add(failures)
                 if number == last:  # Lightning does not ask for one more
                     self.unreadable.report()
@@ -245,9 +285,44 @@ class ImageLoader(DataLoader):
             self.unreadable.report()
 
 
+class ResumableLoader(ImageLoader):
+    """An `ImageLoader` of training images that a resumed run takes up where it was cut off.
+
+    Args:
+        dataset: `Images`; the sampler, among the options, is their `TrainOrder`.
+        trainer: knows how many batches of the epoch it has behind it; None iterates from the beginning.
+        options: those of `ImageLoader`.
+    """
+
+    def __init__(self, dataset: Images, *, trainer: Trainer | None, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.trainer = trainer
+
+    def seen(self) -> int:
+        """Batches of this epoch that the trainer has behind it; 0 for anyone else who iterates a loader."""
+        if self.trainer is None or self.trainer.train_dataloader is not self:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing besides the trainer's progress; Lightning calls a loader with these methods resumable."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: see `state_dict`."""
+
+
+def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
+    """Make a batch of items of `Images`."""
+    return ImageBatch(*default_collate(items))
+
+
 def _collate(
-    items: Sequence[tuple[Any, int, int] | Failure], *, refill: bool
-) -> tuple[ImageBatch | None, list[Failure]]:
+    items: Sequence[tuple[Any, int, int] | Failure],
+    *,
+    refill: bool,
+    collate: Callable[[Sequence[Any]], Any],
+) -> tuple[Any, list[Failure]]:
     """Makes a batch of what was read, which is None if nothing was."""
     failures = [item for item in items if isinstance(item, Failure)]
     read = [item for item in items if not isinstance(item, Failure)]
@@ -255,7 +330,7 @@ def _collate(
         return None, failures
     if refill:
         read = list(islice(cycle(read), len(items)))
-    return ImageBatch(*default_collate(read)), failures
+    return collate(read), failures
 
 
 def _reason(error: Exception) -> str:
