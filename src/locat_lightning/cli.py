@@ -2,12 +2,16 @@
 
 import csv
 import json
+import logging
 import platform
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +20,39 @@ import timm
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import locat_lightning
 from locat import config_directory, list_configs
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
+from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.callbacks.kernels import KernelWidths
 from locat_lightning.callbacks.pictures import AttentionPictures
 from locat_lightning.callbacks.predictions import PredictionTable
 from locat_lightning.callbacks.progress import ProgressBar
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
+from locat_lightning.tasks.base import Task
 
-import locat_lightning.data  # isort: skip - their classes are known to the parser by short name
-import locat_lightning.tasks  # isort: skip
+import locat_lightning.data  # isort: skip - the parser knows the classes of data and tasks by short name
 
+# Warnings of Lightning's that say nothing to a user.
+EXPECTED = (
+    # A run's directory has TensorBoard's log before metrics.csv is begun, a resumed run's all that it had.
+    "Experiment logs directory .* exists and is not empty",
+    "Checkpoint directory .* exists and is not empty",
+    # Models that are too large for one GPU are not for this trainer, and all others can be averaged.
+    "You're using the WeightAveraging callback with a model that overrides the configure_model",
+    # Lightning 2.6 asks torch's pytree in a way that torch 2.15 wants asked differently.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+GROUPS = ("trainer", "checkpoint", "pictures")
 COMMANDS = {
     "fit": "train",
     "validate": "measure on the val split",
@@ -59,34 +78,55 @@ def find_config(name: str) -> str:
     for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
         if path.is_file():
             return str(path)
-    shipped = ", ".join(line.split()[0] for line in list_configs().splitlines())
-    raise InputError(f"--config: no file {Path(name).absolute()} and no shipped config {name!r} ({shipped})")
+    raise InputError(
+        f"--config: no file {Path(name).absolute()} and no shipped config {name!r} ({_shipped_configs()})"
+    )
+
+
+def _shipped_configs() -> str:
+    return ", ".join(line.split()[0] for line in list_configs().splitlines())
 
 
 class RunRecord(SaveConfigCallback):
     """Writes down what a run is (config and versions) and, at its end, what came of it."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet: a run that fails before its work begins leaves nothing, and no record is lost."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Config and versions, once."""
+        super().setup(trainer, pl_module, str(trainer.state.fn))
+
+    on_test_start = on_predict_start = on_train_start
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same, where validation is all there is to do."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_train_start(trainer, pl_module)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Config and versions as text in TensorBoard."""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 config = self.parser.dump(self.config, skip_none=False)
-                logger.experiment.add_text("config", _as_code(config))
-                logger.experiment.add_text("versions", _as_code(_versions(trainer)))
+                logger.experiment.add_text("config", _as_code(config), trainer.global_step)
+                logger.experiment.add_text("versions", _as_code(_versions(trainer)), trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Final metrics: `metrics.json` of the run, HParams of TensorBoard, and a line for the reader."""
-        if not trainer.is_global_zero or trainer.log_dir is None:
+        if not self.already_saved:
+            rank_zero_info("nothing was left to train: raise trainer.max_epochs to go on")
+        if not (self.already_saved and trainer.is_global_zero):
             return
+        assert trainer.log_dir is not None
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
+            if isinstance(checkpoint, Checkpoints) and checkpoint.best_model_score is not None:
                 metrics[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and metrics:
-                logger.log_hyperparams(
-                    _flat(pl_module.hparams), {f"final/{k}": v for k, v in metrics.items()}
-                )
+                final = {f"final/{k}": v for k, v in metrics.items()}
+                logger.log_hyperparams(_flat(pl_module.hparams), final, trainer.global_step)
         directory = Path(trainer.log_dir)
         record = {"epochs": trainer.current_epoch, **metrics}
         (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -97,19 +137,18 @@ class RunRecord(SaveConfigCallback):
 class LocatCLI(LightningCLI):
     """LightningCLI whose runs have directories of their own and whose weights come from `--weights`."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        self._recorded = _recorded_config(arguments)
+    def __init__(self) -> None:
+        self._recorded = _recorded_config(sys.argv[1:])
         super().__init__(
             save_config_callback=RunRecord,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "prog": "locat"}
+            parser_kwargs={"exit_on_error": False, "prog": "locat", "allow_abbrev": False}
             | {
                 name: {"exit_on_error": False, "description": description}
                 for name, description in COMMANDS.items()
             },
-            args=arguments,
         )
 
     @staticmethod
@@ -145,7 +184,7 @@ class LocatCLI(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, default=None, help="name of the run; the config's by default"
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(AttentionPictures, "pictures")
         parser.set_defaults(
             {
@@ -155,6 +194,7 @@ class LocatCLI(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.save_last": True,
                 "checkpoint.save_on_exception": True,
+                "checkpoint.enable_version_counter": False,
             }
             | self._recorded
         )
@@ -173,8 +213,13 @@ class LocatCLI(LightningCLI):
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self.resume_from = self._checkpoint_to_resume(config) if self.subcommand == "fit" else None
         if self.resume_from is not None:
-            config.ckpt_path = str(self.resume_from)
-            config.model.init_args.weights = None
+            config.ckpt_path = config.model.init_args.weights = None
+
+    def instantiate_classes(self) -> None:
+        """What can be said without data or a model is said before they are made."""
+        super().instantiate_classes()
+        if isinstance(self.model, Task):
+            self.model.check(self.trainer, training=self.subcommand == "fit")
 
     def _checkpoint_to_resume(self, config: Namespace) -> Path | None:
         if config.ckpt_path is None:
@@ -194,9 +239,10 @@ class LocatCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with a directory for the run: a fresh one, or that of the checkpoint to go on from."""
         config = self.config[self.subcommand]
+        board, step = self._board(config)
         if config.trainer.logger in (None, True):
-            kwargs["logger"] = self._loggers(config)
-        return super().instantiate_trainer(default_root_dir=config.runs, **kwargs)
+            kwargs["logger"] = [board, MetricsTable(board.log_dir, step)]
+        return super().instantiate_trainer(default_root_dir=board.log_dir, **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what watches every run."""
@@ -208,62 +254,93 @@ class LocatCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Checkpoints are read without executing anything in them."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        return kwargs | {"weights_only": True} if subcommand == "fit" else kwargs
-
-    def _loggers(self, config: Namespace) -> list[Any]:
-        if self.resume_from is None:
-            name = config.name if self.subcommand == "fit" else f"{config.name}_{self.subcommand}"
-            board = TensorBoardLogger(config.runs, name=name, default_hp_metric=False)
-            return [board, CSVLogger(board.log_dir, name="", version="")]
-        directory = self.resume_from.parent.parent
-        step = read_checkpoint(self.resume_from)["global_step"]
-        board = TensorBoardLogger(
-            directory.parent, name="", version=directory.name, default_hp_metric=False, purge_step=step
+        return (
+            kwargs | {"ckpt_path": self.resume_from, "weights_only": True} if subcommand == "fit" else kwargs
         )
-        return [board, _continued_table(directory, step)]
+
+    def _board(self, config: Namespace) -> tuple[TensorBoardLogger, int]:
+        """TensorBoard's logger in the directory of the run, and the step at which it begins or goes on."""
+        if self.resume_from is not None:
+            step = read_checkpoint(self.resume_from).get("global_step")
+            if step is None:
+                raise InputError(f"--ckpt_path: {self.resume_from} is no checkpoint of a run (see --weights)")
+            directory = self.resume_from.parent.parent
+            if (directory / "config.yaml").is_file():
+                options: dict[str, Any] = {"name": "", "version": directory.name, "purge_step": step}
+                return TensorBoardLogger(directory.parent, default_hp_metric=False, **options), step
+        name = config.name if self.subcommand == "fit" else f"{config.name}_{self.subcommand}"
+        return TensorBoardLogger(config.runs, name=name, default_hp_metric=False), 0
 
 
-@rank_zero_only
-def _recorded(path: Path, step: int) -> list[dict[str, str]]:
-    """Rows of a run's metrics.csv up to a step."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) < step]
+class MetricsTable(CSVLogger):
+    """`metrics.csv` of a run. It keeps the rows before a step, where Lightning's logger would begin anew.
 
+    Args:
+        directory: of the run.
+        step: at which the run begins or goes on.
+    """
 
-def _continued_table(directory: Path, step: int) -> CSVLogger:
-    """A logger whose metrics.csv keeps what was logged before `step`; Lightning's own would begin anew."""
-    rows = _recorded(directory / "metrics.csv", step) or []
-    (directory / "metrics.csv").unlink(missing_ok=True)
-    table = CSVLogger(directory, name="", version="")
-    table.experiment.metrics = [{k: v for k, v in row.items() if v != ""} for row in rows]
-    return table
+    def __init__(self, directory: str, step: int) -> None:
+        super().__init__(directory, name="", version="")
+        self._step = step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Lightning's writer, which deletes the table there is: the rows to keep are written again."""
+        if self._experiment is None:
+            rows = self._rows_before()
+            writer: Any = super().experiment
+            writer.metrics = rows
+            writer.save()
+        return super().experiment
+
+    def _rows_before(self) -> list[dict[str, str]]:
+        path = Path(self.log_dir) / "metrics.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if int(row["step"]) < self._step]
 
 
 def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     """What the given checkpoint's run wrote down of itself, where no --config says it, by dotted key.
 
     So `locat validate --weights runs/…/best.ckpt` and `locat fit --ckpt_path runs/…/last.ckpt` need no more.
+
+    Raises:
+        InputError: there is neither a config nor a record.
     """
-    command, options = arguments[0], dict(_options(arguments[1:]))
-    if "--config" in options or "-c" in options:
+    options = dict(_options(arguments))
+    command = next(iter(options), "")
+    if command not in COMMANDS or options.keys() & {"--config", "-c", "--help", "-h", "--print_config"}:
         return {}
     checkpoint = Path(options.get("--ckpt_path" if command == "fit" else "--weights", ""))
     record = checkpoint.parent.parent / "config.yaml"
     if not (checkpoint.is_file() and record.is_file()):
-        return {}
+        if options.keys() & {"--model", "--model.class_path"}:
+            return {}
+        raise InputError(
+            f"locat {command} needs --config, a file or one of {_shipped_configs()}"
+            + (f"; --weights {RANDOM}, a checkpoint of a run, …" if command != "fit" else "")
+        )
     config = yaml.safe_load(record.read_text())
-    recorded = {key: config[key] for key in ("model", "data", "name", "runs") if config.get(key)}
+    keys = {"model", "data", "name", "runs"}
     if command == "fit":
-        for group in ("trainer", "checkpoint", "pictures"):
-            recorded |= {f"{group}.{key}": value for key, value in config[group].items()}
-    return recorded
+        keys |= {"seed_everything", "weights"}
+        nested = {f"{group}.{key}": v for group in GROUPS for key, v in config.get(group, {}).items()}
+    else:
+        # The data of a run say how many classes it has; those to predict may have none.
+        arguments_of_model = config["model"]["init_args"]
+        known = read_checkpoint(checkpoint).get("hyper_parameters", {})
+        arguments_of_model |= {key: known[key] for key in arguments_of_model.keys() & known.keys()}
+        nested = {}
+    return {key: config[key] for key in keys if config.get(key) is not None} | nested
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
     """Pairs of `--option value` and `--option=value`."""
-    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         key, equals, value = option.partition("=")
         yield key, value if equals else following
 
@@ -298,6 +375,8 @@ def _flat(hparams: Any, prefix: str = "") -> dict[str, Any]:
     """Hyper-parameters by dotted name, in the types that TensorBoard's HParams shows."""
     flat: dict[str, Any] = {}
     for key, value in dict(hparams).items():
+        if key.startswith("_"):  # Lightning's own
+            continue
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         elif isinstance(value, bool | int | float | str):
@@ -305,25 +384,63 @@ def _flat(hparams: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _in_a_line(message: str) -> str:
+    """Key and problem, from jsonargparse's account of every type that it tried."""
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    key, problem = ".".join(keys), message.rpartition('Parser key "')[2]
+    if option := re.search(r"Option '([^']+)' is not accepted", problem):
+        return f"{key}.{option[1]}: there is no such option"
+    if fault := re.search(
+        r"(?:Problem with given class_path '[^']+':\s*|Expected a dot import path) *(.*)", problem
+    ):
+        return f"{key}: {fault[1]}"
+    if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
+        tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])
+        types = " or ".join("null" if name == "NoneType" else name or other for name, other in tried)
+        return f"{key}: {value[1]!r} is not of the type {types}" if types else f"{key}: {value[1]!r} is wrong"
+    return " ".join(message.split())
+
+
+def _mistake(error: BaseException | None) -> str | None:
+    """What a user can put right of an error, or of one that it came from; None if there is nothing."""
+    while error is not None:
+        if isinstance(error, InputError | MisconfigurationException):
+            return " ".join(str(error).split())
+        if isinstance(error, ArgumentError) and not isinstance(error.__cause__, InputError):
+            return _in_a_line(str(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
 @contextmanager
 def _errors_in_a_line(debug: bool) -> Iterator[None]:
     """What a user can put right is one line on standard error and exit code 2."""
     try:
         yield
-    except (InputError, ArgumentError) as error:
-        if debug:
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # as the shell has it: whoever sent the signal sees that it was heeded
+    except Exception as error:
+        mistake = _mistake(error)
+        if debug or mistake is None:
             raise
-        print(f"locat: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"locat: error: {mistake}", file=sys.stderr)
         sys.exit(2)
 
 
 def main(arguments: list[str]) -> None:
     """Run `locat` with these arguments."""
-    debug = "--debug" in arguments
-    # The run's directory holds TensorBoard's log before metrics.csv is begun, and all is as it should be.
-    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-    # Lightning 2.6 asks torch's pytree in a way that torch 2.15 wants asked differently.
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-    with _errors_in_a_line(debug):
-        sys.argv = sys.argv[:1]  # LightningCLI warns of arguments besides those that it is given
-        LocatCLI([argument for argument in arguments if argument != "--debug"])
+    for expected in EXPECTED:
+        warnings.filterwarnings("ignore", expected)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    given = sys.argv
+    # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
+    sys.argv = [given[0], *(argument for argument in arguments if argument != "--debug")]
+    try:
+        with _errors_in_a_line("--debug" in arguments):
+            LocatCLI()
+    finally:
+        sys.argv = given

@@ -1,5 +1,7 @@
 """Schedules as functions of the optimizer step, and the linear rule for the learning rate."""
 
+import math
+
 
 def linear_rule(base_lr: float, global_batch: int, reference_batch: int) -> float:
     """The learning rate for a global batch, proportional to it: base_lr at `reference_batch` images a step.
@@ -17,3 +19,25 @@ def warmup_then_linear(step: int, *, steps: int, warmup: int, peak: float, start
     if step < warmup:
         return start + (peak - start) * step / warmup
     return peak + (end - peak) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+
+
+def cosine(step: int, *, steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 towards `end`, which step `steps` would have."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def warmup_then_cosine(step: int, *, steps: int, warmup: int, peak: float, end: float) -> float:
+    """DINO's schedule: linear from 0 up to `peak` in `warmup` steps, then half a cosine towards `end`.
+
+    The last step of the warm-up and the first after it both have the peak.
+
+    Source: `cosine_scheduler` in `utils.py` of github.com/facebookresearch/dino.
+    """
+    if step < warmup:
+        return peak * step / max(1, warmup - 1)
+    return cosine(step - warmup, steps=steps - warmup, start=peak, end=end)
+
+
+def linear_warmup(epoch: int, *, warmup: int, start: float, end: float) -> float:
+    """From `start` in epoch 0 to `end` in epoch `warmup` - 1, in equal steps; `end` from then on."""
+    return start + (end - start) * epoch / (warmup - 1) if epoch < warmup - 1 else end

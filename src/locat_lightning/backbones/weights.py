@@ -61,6 +61,19 @@ def load_weights(model: nn.Module, weights: str, *, new_head: bool = False) -> N
     rank_zero_info(summary)
 
 
+def check_source(weights: str) -> None:
+    """See that there is such a source of weights; nothing is read yet.
+
+    Raises:
+        InputError: there is not.
+    """
+    remote = weights.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if not (weights == RANDOM or remote or Path(weights).is_file() or timm.is_model(weights)):
+        raise InputError(
+            f"--weights: no such file: {Path(weights).absolute()}; timm knows no such model either"
+        )
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's contents on the CPU, of which nothing is executed.
 
@@ -100,10 +113,7 @@ def _read_state(weights: str) -> dict[str, Tensor]:
                 contents = contents[container]
                 break
         return {name: value for name, value in contents.items() if isinstance(value, Tensor)}
-    if not weights.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(weights):
-        raise InputError(
-            f"--weights: no such file: {Path(weights).absolute()}; timm knows no such model either"
-        )
+    check_source(weights)
     try:
         state: dict[str, Tensor] = timm.create_model(weights, pretrained=True).state_dict()
     except Exception as error:  # each source has its own way to say that there is nothing

@@ -45,9 +45,7 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     if not gaugs:
         return []
     factors = [call.output for call in observe(backbone, images, gaugs)]
-    return [
-        gaussian_kernel(each).mean(1).unflatten(-1, each.grid) for each in factors
-    ]
+    return [gaussian_kernel(each).mean(1).unflatten(-1, each.grid) for each in factors]
 
 
 def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:

@@ -222,7 +222,10 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """Augmented images in random order, the same number for every process."""
-        return self._train_loader()
+        source, transform = self.source("train"), self.train_transform()
+        if isinstance(source, Stream):
+            return ImageLoader(Stream(source.dataset, transform), **self._loader_options(training=True))
+        return self._shuffled(Images(source, transform, self.seed))
 
     def val_dataloader(self) -> ImageLoader:
         """The images of `val`, each in one process once."""
@@ -253,7 +256,7 @@ class ImageData(LightningDataModule):
     def _find(self, split: str) -> "Source | Stream":
         if split == "predict":
             if self.dataset == "folder" and self._is_unlabelled():
-                return _unlabelled_files(self.root)
+                return unlabelled_files(self.root)
             return self.source("test")
         if self.dataset == "folder":
             return _labelled_files(self._split_folder(split), self.class_names, complete=split == "train")
@@ -313,20 +316,15 @@ class ImageData(LightningDataModule):
             f"data set {self.dataset!r}, {split}, in {self.root}: {_in_a_line(failed)}{hint}"
         ) from failed
 
-    def _train_loader(self) -> ImageLoader:
-        source, transform = self.source("train"), self.train_transform()
-        if isinstance(source, Stream):
-            return ImageLoader(Stream(source.dataset, transform), **self._loader_options(training=True))
-        return self._shuffled(Images(source, transform, self.seed))
-
-    def _shuffled(self, images: Images, **more: Any) -> ResumableLoader:
+    def _shuffled(self, images: Images, **options: Any) -> ResumableLoader:
+        """Batches of these images in random order, the same number for every process."""
         order = TrainOrder(images, *self._processes(), seed=self.seed)
-        options = self._loader_options(training=True) | more
         return ResumableLoader(
             images,
             trainer=self.trainer,
             sampler=order,
             drop_last=len(order) > self.batch_size,
+            **self._loader_options(training=True),
             **options,
         )
 
@@ -463,7 +461,7 @@ def _labelled_files(folder: Path, class_names: list[str], complete: bool) -> Fil
     )
 
 
-def _unlabelled_files(folder: Path) -> Files:
+def unlabelled_files(folder: Path) -> Files:
     """Finds every image beneath a folder."""
     if not (paths := _images_beneath(folder)):
         raise InputError(f"no images beneath {folder}: {EXTENSIONS}")

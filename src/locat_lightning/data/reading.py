@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
@@ -46,7 +46,7 @@ def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
 
 @contextmanager
 def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
-    """Opens an image as `read_image` shows it; a plain RGB one is not decoded yet, which leaves `draft` to do.
+    """Opens an image as `read_image` shows it; a plain JPEG is not decoded yet, so it can be a draft.
 
     Args:
         file: a path, or an open binary file.
@@ -55,7 +55,17 @@ def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
         Exception: of whichever kind the decoder raises when it cannot read the file, now or on first use.
     """
     with Image.open(file) as image:
-        yield to_rgb(image)
+        yield image if _is_plain(image) else to_rgb(image)
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether the head of the file tells that `to_rgb` would return the image as it is (and decode it)."""
+    if image.format != "JPEG" or image.mode != "RGB":
+        return False
+    try:
+        return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    except Exception:  # see to_rgb
+        return True
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -113,12 +123,8 @@ class Source(Protocol):
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Image `index` in RGB, and its label (-1 if unknown)."""
 
-
-class LazySource(Source, Protocol):
-    """A source whose images need not be decoded in full."""
-
     def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
-        """Image `index` in RGB, perhaps still undecoded (see `open_image`), and its label."""
+        """Image `index` in RGB, perhaps still undecoded (see `open_image`), and its label (-1 if unknown)."""
 
 
 class Images(Dataset):
@@ -133,7 +139,7 @@ class Images(Dataset):
         seed: of the transform's random numbers.
     """
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], Any], seed: int = 0) -> None:
+    def __init__(self, source: Source, transform: Callable[..., Any], seed: int = 0) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -148,7 +154,7 @@ class Images(Dataset):
         except (
             Exception
         ) as error:  # decoders raise anything; a worker that raises would hide which image it was
-            return Failure(self.source.path(index), _reason(error))
+            return Failure(self.source.path(index), reason(error))
         with isolate_rng(include_cuda=False):
             random.seed(f"{self.seed} {epoch} {index}")
             np.random.seed(random.getrandbits(32))  # noqa: NPY002 - timm's transforms draw from the global state
@@ -264,7 +270,7 @@ class ImageLoader(DataLoader):
         """Batches that this iteration leaves out at the beginning."""
         return 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: the workers start at the first batch, after Lightning has set the epoch.
         last, seen = len(self), self.seen()
         if isinstance(self.sampler, TrainOrder):
@@ -314,7 +320,7 @@ class ResumableLoader(ImageLoader):
 
 def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
     """Make a batch of items of `Images`."""
-    return ImageBatch(*default_collate(items))
+    return ImageBatch(*default_collate(list(items)))
 
 
 def _collate(
@@ -333,7 +339,7 @@ def _collate(
     return collate(read), failures
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Says in a line what was wrong with an image."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or of an unknown format"

@@ -1,13 +1,15 @@
 """What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
 
+from difflib import get_close_matches
 from typing import Any
 
 import timm
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError
 
 
@@ -16,11 +18,28 @@ class Task(LightningModule):
 
     backbone: nn.Module
     class_names: list[str]
+    weights: str | None
 
     @property
     def hp(self) -> Any:
         """The hyper-parameters: what the constructor was given."""
         return self.hparams
+
+    def check(self, trainer: Trainer, *, training: bool) -> None:
+        """Find mistakes that show without data or a model, before either is made.
+
+        Raises:
+            InputError: timm knows no such model, there are no such weights, or the warm-up is too long.
+        """
+        check_name(self.hp.backbone)
+        if self.weights is not None:
+            check_source(self.weights)
+        epochs = trainer.max_epochs or 0
+        if training and trainer.max_steps == -1 and 0 < epochs <= self.hp.warmup_epochs:
+            raise InputError(
+                f"model.warmup_epochs ({self.hp.warmup_epochs:g}) has to be less than trainer.max_epochs "
+                f"({epochs})"
+            )
 
     def global_batch_size(self) -> int:
         """Images per optimizer step, over all processes and accumulated batches."""
@@ -40,10 +59,15 @@ class Task(LightningModule):
         Raises:
             InputError: the warm-up is longer than the run.
         """
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 0
         steps = self.optimizer_steps()
         epochs = self.trainer.max_epochs
-        batches = self.trainer.num_training_batches // self.trainer.accumulate_grad_batches
-        warmup = round(warmup_epochs * (steps / epochs if epochs and epochs > 0 else batches))
+        if epochs is None or epochs < 0:  # the run is told its steps alone
+            steps_of_an_epoch = -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches)
+        else:
+            steps_of_an_epoch = steps / epochs
+        warmup = round(warmup_epochs * steps_of_an_epoch) if warmup_epochs else 0
         if warmup >= steps:
             raise InputError(
                 f"model.warmup_epochs ({warmup_epochs:g}) is {warmup} optimizer steps, but the whole run has "
@@ -70,16 +94,25 @@ class Task(LightningModule):
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
 
 
+def check_name(name: str) -> None:
+    """See that timm knows a model.
+
+    Raises:
+        InputError: it does not; the message has names like it.
+    """
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=5)
+        hint = f"; near it: {', '.join(close)}" if close else ""
+        raise InputError(f"model.backbone: timm knows no model {name!r}{hint}")
+
+
 def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int) -> nn.Module:
     """A timm model by name, with random weights.
 
     Raises:
         InputError: timm knows no such model, or the model does not take these arguments.
     """
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        hint = f"; near it: {', '.join(close)}" if close else ""
-        raise InputError(f"model.backbone: timm knows no model {name!r}{hint}")
+    check_name(name)
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, **(arguments or {}))
     except (TypeError, ValueError, AssertionError) as error:

@@ -1,14 +1,18 @@
 """Supervised classification: the paper's ImageNet recipe around any timm model."""
 
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from locat_lightning.backbones.weights import load_weights
@@ -76,17 +80,20 @@ class Classification(Task):
             return
         num_classes = self._agree_on_classes()
         self.backbone = create_backbone(self.hp.backbone, self.hp.backbone_args, num_classes)
+        self._agree_on_size()
         announce_size(self.hp.backbone, self.backbone)
         if self.weights is not None:
             load_weights(self.backbone, self.weights, new_head=self._is_training())
-        tops = {
+        tops: dict[str, Metric | MetricCollection] = {
             f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro")
             for k in (1, 5)
             if k < num_classes
         }
-        self.train_accuracy = MetricCollection(dict(tops), prefix="train/")
-        self.val_accuracy = MetricCollection(dict(tops), prefix="val/").clone()
-        self.test_accuracy = self.val_accuracy.clone(prefix="test/")
+        # In groups, metrics that agree on the first batch would be taken for one and the same.
+        accuracy = MetricCollection(tops, compute_groups=False)
+        self.train_accuracy, self.val_accuracy, self.test_accuracy = (
+            accuracy.clone(prefix=f"{split}/") for split in ("train", "val", "test")
+        )
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.mixup = self._mixup(num_classes)
 
@@ -108,8 +115,21 @@ class Classification(Task):
             raise InputError("model.num_classes has to be given where the data do not name their classes")
         self.class_names = self.class_names or names
         number = told if told is not None else len(names)
+        if number < 2:
+            raise InputError(f"with {number} class ({', '.join(names)}) there is nothing to classify")
         self.hp.num_classes, self.hp.class_names = number, self.class_names
         return number
+
+    def _agree_on_size(self) -> None:
+        """See that the model takes the images of the data."""
+        given = getattr(getattr(self._trainer, "datamodule", None), "img_size", None)
+        patches = getattr(self.backbone, "patch_embed", None)
+        taken = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
+        if given is not None and taken is not None and tuple(taken) != (given, given):
+            raise InputError(
+                f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "
+                f"them agree, for example by model.backbone_args {{img_size: {given}}}"
+            )
 
     def _mixup(self, num_classes: int) -> Mixup | None:
         hp = self.hp
@@ -132,7 +152,7 @@ class Classification(Task):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Cross-entropy with soft targets."""
         images, labels, _ = batch
-        if self.mixup is None:
+        if self.mixup is None or len(images) == 1:
             logits = self(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing)
         else:
@@ -166,20 +186,50 @@ class Classification(Task):
         """Positions in the data set [B] and probabilities [B, classes] (float32)."""
         return batch.indices, self(batch.images).float().softmax(-1)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW without decay on biases, norms and tokens; the schedule goes by optimizer step."""
+    def check(self, trainer: Trainer, *, training: bool) -> None:
+        """Find mistakes that show without data or a model.
+
+        Raises:
+            InputError: also, timm knows no such optimizer.
+        """
+        super().check(trainer, training=training)
+        known = list_optimizers()
+        if self.hp.optimizer.lower().removeprefix("lookahead_") not in known:
+            near = ", ".join(get_close_matches(self.hp.optimizer, known, n=5) or sorted(known))
+            raise InputError(f"model.optimizer: timm knows no {self.hp.optimizer!r}; it knows {near}, …")
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW (or another of timm's) without decay on biases, norms and tokens."""
         hp = self.hp
         batch = self.global_batch_size()
-        lr = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 512)
-        announce_learning_rate(lr, batch)
-        optimizer = create_optimizer_v2(self.backbone, opt=hp.optimizer, lr=lr, weight_decay=hp.weight_decay)
-        steps, warmup = self.optimizer_steps(), self.warmup_steps(hp.warmup_epochs)
+        peak: float = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 512)
+        announce_learning_rate(peak, batch)
+        self._learning_rate = partial(
+            warmup_then_linear,
+            steps=self.optimizer_steps(),
+            warmup=self.warmup_steps(hp.warmup_epochs),
+            peak=peak,
+            start=hp.warmup_lr,
+            end=hp.min_lr,
+        )
+        optimizer: Optimizer = create_optimizer_v2(
+            self.backbone, opt=hp.optimizer, lr=peak, weight_decay=hp.weight_decay
+        )
+        return optimizer
 
-        def share_of_peak(step: int) -> float:
-            now = warmup_then_linear(
-                step, steps=steps, warmup=warmup, peak=lr, start=hp.warmup_lr, end=hp.min_lr
-            )
-            return now / lr
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step with that step's learning rate and the weight decay of the options.
 
-        schedule = LambdaLR(optimizer, share_of_peak)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        Both follow from the step and the options alone, so that a resumed run can be given others.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.global_step)
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = self.hp.weight_decay
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

@@ -1,0 +1,31 @@
+"""Checkpoints of a run: its best weights, and where to go on from."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, whose `last.ckpt` is that of the last epoch, and also of a run cut off.
+
+    Lightning's own writes `last.ckpt` only along with a new best one, and a run that is cut off over the best.
+    """
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the best, and the last in any case."""
+        super().on_train_epoch_end(trainer, pl_module)
+        due = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last, if the run ended between two times to do so."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the last, and say so."""
+        if self._should_save_on_exception(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.last_model_path:
+            rank_zero_info(f"cut off; to go on: locat fit --ckpt_path {self.last_model_path}")

@@ -1,0 +1,418 @@
+"""Self-distillation without labels (DINO): a student learns what its own average sees in other views."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightly.loss import DINOLoss
+from lightly.models.modules import DINOProjectionHead
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from locat_lightning.backbones.weights import load_weights
+from locat_lightning.data.multicrop import MultiCropBatch
+from locat_lightning.data.reading import ImageBatch
+from locat_lightning.errors import InputError
+from locat_lightning.optim import cosine, linear_rule, linear_warmup, warmup_then_cosine
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, create_backbone
+
+COLLAPSED = 0.01  # share of the largest possible entropy that counts as none
+
+
+class Schedule(NamedTuple):
+    """What an optimizer step is taken with."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+class Dino(Task):
+    """Trains a timm model on images without labels, by self-distillation.
+
+    The defaults are those of "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021) as
+    "Locality-Attending Vision Transformer" (ICLR 2026) uses them. `backbone`, which callbacks and evaluation
+    see, is the teacher's.
+
+    Args:
+        backbone: timm's name of the model: `locatvit_small`, `vit_small_patch16_224`, …
+        backbone_args: further arguments of the model, as in `timm.create_model`; drop path is the student's.
+        weights: where the weights of both backbones come from (see --weights); null starts from random ones.
+        out_dim: prototypes, over which student and teacher give a distribution.
+        hidden_dim: width of the two hidden layers of the head.
+        bottleneck_dim: width of the head before the prototypes.
+        norm_last_layer: whether the prototypes keep length 1, which is more stable.
+        lr: peak learning rate; null takes base_lr · global batch / 256.
+        base_lr: learning rate at 256 images a step.
+        min_lr: learning rate towards which the cosine goes.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: of matrices, at the beginning; biases and 1-d parameters have none.
+        weight_decay_end: the same at the end, along a cosine.
+        momentum: the teacher's share of itself in an update, at the beginning; it goes to 1 along a cosine.
+        teacher_temp: temperature of the teacher's distribution.
+        warmup_teacher_temp: the same in the first epoch.
+        warmup_teacher_temp_epochs: epochs of linear change from one to the other; 0 for none.
+        student_temp: temperature of the student's distribution.
+        center_momentum: the centre's share of itself in an update.
+        clip_grad: largest norm of each parameter's gradient; null does not clip.
+        freeze_last_layer_epochs: epochs in which the prototypes stay as they are.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "locatvit_small",
+        *,
+        backbone_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        out_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+        lr: float | None = None,
+        base_lr: float = 5e-4,
+        min_lr: float = 1e-6,
+        warmup_epochs: float = 10,
+        weight_decay: float = 0.04,
+        weight_decay_end: float = 0.4,
+        momentum: float = 0.996,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 0,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        clip_grad: float | None = 3.0,
+        freeze_last_layer_epochs: int = 1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="weights")
+        for name, value in (
+            ("teacher_temp", teacher_temp),
+            ("warmup_teacher_temp", warmup_teacher_temp),
+            ("student_temp", student_temp),
+            ("clip_grad", 1 if clip_grad is None else clip_grad),
+        ):
+            if not value > 0:
+                raise InputError(f"model.{name} ({value}) must be above 0")
+        for name, value in (("momentum", momentum), ("center_momentum", center_momentum)):
+            if not 0 <= value <= 1:
+                raise InputError(f"model.{name} ({value}) must be from 0 to 1")
+        self.weights = weights
+        self.class_names = []
+        self.collapse = ""
+        self._seed: int | None = None
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override]
+        """The teacher's backbone: the better of the two at any time."""
+        return self.teacher.backbone
+
+    def configure_model(self) -> None:
+        """Build student, teacher and loss, and read the weights."""
+        if hasattr(self, "student"):
+            return
+        hp = self.hp
+        arguments = dict(hp.backbone_args or {})
+        self.student = self._network(arguments)
+        self.teacher = self._network({k: v for k, v in arguments.items() if k != "drop_path_rate"})
+        announce_size(hp.backbone, self.student.backbone)
+        if self.weights is not None:
+            load_weights(self.student.backbone, self.weights, new_head=True)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.loss = Loss(
+            hp.out_dim,
+            teacher_temp=hp.teacher_temp,
+            student_temp=hp.student_temp,
+            center_momentum=hp.center_momentum,
+        )
+
+    def _network(self, backbone_args: dict[str, Any]) -> "Network":
+        hp = self.hp
+        backbone: Any = _create_for_any_size(hp.backbone, backbone_args)
+        with warnings.catch_warnings():
+            # The old weight norm keeps the parameters' names those of the original code.
+            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+            head = DINOProjectionHead(
+                backbone.head_hidden_size,
+                hp.hidden_dim,
+                hp.bottleneck_dim,
+                hp.out_dim,
+                freeze_last_layer=hp.freeze_last_layer_epochs,
+                norm_last_layer=hp.norm_last_layer,
+            )
+        return Network(backbone, head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The teacher's features [B, D] of normalised images [B, 3, H, W]."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW; its learning rate and weight decay follow from the step, in `optimizer_step`.
+
+        Raises:
+            InputError: a warm-up is longer than the run, or the trainer clips gradients.
+        """
+        hp, batch = self.hp, self.global_batch_size()
+        self.peak_lr = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 256)
+        announce_learning_rate(self.peak_lr, batch)
+        self.steps, self.warmup = self.optimizer_steps(), self.warmup_steps(hp.warmup_epochs)
+        epochs = self.trainer.max_epochs or 0
+        if 0 < epochs < hp.warmup_teacher_temp_epochs:
+            raise InputError(
+                f"model.warmup_teacher_temp_epochs ({hp.warmup_teacher_temp_epochs}) is more than "
+                f"trainer.max_epochs ({epochs})"
+            )
+        if self.trainer.gradient_clip_val:
+            raise InputError(
+                f"trainer.gradient_clip_val ({self.trainer.gradient_clip_val}) clips by the global norm, "
+                "DINO by each parameter's: use model.clip_grad"
+            )
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=self.peak_lr, weight_decay=hp.weight_decay)
+
+    def schedule(self, step: int) -> Schedule:
+        """Learning rate, weight decay and the teacher's momentum of an optimizer step, from 0 on."""
+        hp, steps = self.hp, self.steps
+        return Schedule(
+            warmup_then_cosine(step, steps=steps, warmup=self.warmup, peak=self.peak_lr, end=hp.min_lr),
+            cosine(step, steps=steps, start=hp.weight_decay, end=hp.weight_decay_end),
+            cosine(step, steps=steps, start=hp.momentum, end=1.0),
+        )
+
+    def teacher_temperature(self, epoch: int) -> float:
+        """Temperature of the teacher's distribution in an epoch, from 0 on."""
+        hp = self.hp
+        return linear_warmup(
+            epoch,
+            warmup=hp.warmup_teacher_temp_epochs,
+            start=hp.warmup_teacher_temp,
+            end=hp.teacher_temp,
+        )
+
+    def on_fit_start(self) -> None:
+        """Note the run's seed, unless a checkpoint brought that of its run."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: MultiCropBatch, batch_idx: int) -> None:
+        """Give drop path random numbers that follow from the batch alone: a resumed run has the same."""
+        state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
+        torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: MultiCropBatch, batch_idx: int) -> Tensor:
+        """Cross-entropy between the teacher's distribution of a global view and the student's of each other.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        views = [each.crops for each in batch.views]
+        with torch.no_grad():
+            features, taught = self.teacher(views[:1])
+        _, learnt = self.student(views)
+        temperature = self.teacher_temperature(self.current_epoch)
+        with torch.autocast(self.device.type, enabled=False):
+            loss: Tensor = self.loss(taught, learnt, teacher_temp=temperature)
+            entropy = self.loss.teacher_entropy(taught, temperature)
+        divergence = loss.detach() - entropy
+        self._stop_unless_finite(loss)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and batch_idx % every == 0:  # seldom, for it waits for the device
+            self._warn_of_collapse(entropy.item(), divergence.item())
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(
+            {
+                "train/teacher_entropy": entropy,
+                "train/kl": divergence,
+                "train/centre_norm": self.loss.center.norm(),
+                "train/feature_std": F.normalize(features.float(), dim=-1).std(0).mean(),
+                "train/teacher_temp": temperature,
+                "train/momentum": self.schedule(self.global_step).momentum,
+                "train/last_layer_frozen": float(self.current_epoch < self.hp.freeze_last_layer_epochs),
+            }
+        )
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Nothing: without labels there is nothing to measure, but callbacks look at the images."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each parameter's gradient by its own norm; then drop those of a last layer that is frozen.
+
+        Dropped, not zeroed: AdamW would still decay the weights. `train/grad_norm` is the norm of all before.
+        """
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if self.hp.clip_grad is not None:
+            torch._foreach_mul_(gradients, (self.hp.clip_grad / (norms + 1e-6)).clamp(max=1).unbind())
+        self.log("train/grad_norm", norms.norm())
+        self.student.head.cancel_last_layer_gradients(self.current_epoch)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step with that step's learning rate and weight decay; then teacher and centre follow."""
+        lr, weight_decay, momentum = self.schedule(self.global_step)
+        matrices, others = optimizer.param_groups
+        matrices["lr"] = others["lr"] = lr
+        matrices["weight_decay"] = weight_decay
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
+            )
+        self.loss.move_center()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed; and have a run cut off between the batches of one optimizer step repeat them all."""
+        checkpoint["seed"] = self._seed
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        processed = progress["current"]["processed"]
+        surplus = processed % self.trainer.accumulate_grad_batches
+        if surplus and processed != self.trainer.num_training_batches:
+            for count in ("current", "total"):
+                behind = progress[count]["processed"] - surplus
+                progress[count] = dict.fromkeys(progress[count], behind)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed of the run."""
+        self._seed = checkpoint.get("seed")
+
+    def _stop_unless_finite(self, loss: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        last = ""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.save_on_exception = False  # the weights may be spoilt already
+                last = callback.last_model_path or callback.best_model_path or last
+        raise InputError(
+            f"the loss is {loss.item()} at optimizer step {self.global_step} (epoch {self.current_epoch}): "
+            f"lower model.lr (its peak is {self.peak_lr:.3g}), lengthen model.warmup_epochs, or train with "
+            f"trainer.precision 32-true; last good checkpoint: {last or 'none yet'}"
+        )
+
+    def _warn_of_collapse(self, entropy: float, divergence: float) -> None:
+        """Say in words that the training has collapsed, once."""
+        most = math.log(self.hp.out_dim)
+        collapse = ""
+        if entropy > (1 - COLLAPSED) * most and abs(divergence) < COLLAPSED * most:
+            collapse = "uniform: the teacher finds every prototype equally likely and the student agrees"
+            advice = "lower model.teacher_temp"
+        elif entropy < COLLAPSED * most:
+            collapse = "constant: the teacher is certain of a single prototype"
+            advice = "raise model.teacher_temp, or lower model.center_momentum or model.lr"
+        if collapse and collapse != self.collapse:
+            rank_zero_warn(
+                f"DINO has collapsed at step {self.global_step}, {collapse} (teacher entropy {entropy:.3g}, "
+                f"at most {most:.3g}; KL {divergence:.3g}). Nothing more will be learnt: {advice}"
+            )
+        self.collapse = collapse
+
+
+class Network(nn.Module):
+    """A backbone with DINO's projection head.
+
+    Args:
+        backbone: maps images [B, 3, H, W] to features [B, D].
+        head: maps features [B, D] to logits [B, out_dim].
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head: Any = head
+
+    def forward(self, views: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Features and logits of views, those of one size in one batch.
+
+        Args:
+            views: of each size, [V, B, 3, H, W].
+
+        Returns:
+            [views · B, D], and of each view [B, out_dim], float32.
+        """
+        views = list(views)
+        features = torch.cat([self.backbone(each.flatten(0, 1)) for each in views])
+        # Logits in bfloat16, divided by the temperature, would be off by a tenth.
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.head(features.float())
+        return features, list(logits.split(views[0].shape[1]))
+
+
+class Loss(DINOLoss):
+    """lightly's `DINOLoss`, whose centre moves when it is told to.
+
+    lightly moves it in every forward pass, so more than once an optimizer step under accumulation, and with a
+    collective also where there is just one process.
+    """
+
+    def __init__(self, out_dim: int, **options: Any) -> None:
+        super().__init__(out_dim, warmup_teacher_temp_epochs=0, **options)
+        # No buffers: DDP would overwrite them with those of the first process.
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    @torch.no_grad()
+    def update_center(self, teacher_out: Tensor) -> None:
+        """Take note of logits [V, B, out_dim], at the end of each forward pass in training."""
+        if not self.training:
+            return
+        summed = teacher_out.float().sum((0, 1))
+        self._sum = summed if self._sum is None else self._sum + summed
+        self._count += teacher_out.shape[0] * teacher_out.shape[1]
+
+    @torch.no_grad()
+    def move_center(self) -> None:
+        """Move the centre towards the mean of what was noted since the last time, in all processes."""
+        if self._sum is None:
+            return
+        mean = self._sum / self._count
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+        self._sum, self._count = None, 0
+
+    @torch.no_grad()
+    def teacher_entropy(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
+        """Mean entropy of the teacher's distributions, in nats; the rest of the loss is the mean KL.
+
+        Args:
+            teacher_out: of each view [B, out_dim].
+            temperature: of the teacher.
+        """
+        log_p: Tensor = ((torch.stack(teacher_out) - self.center) / temperature).log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def _create_for_any_size(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """A timm model without classifier, which takes images of any size if it has to be told so."""
+    try:
+        return create_backbone(name, {"dynamic_img_size": True} | arguments, num_classes=0)
+    except InputError:  # a model that needs no such argument, unless the given ones are at fault
+        return create_backbone(name, arguments, num_classes=0)
