@@ -82,10 +82,10 @@ def test_a_config_is_a_local_file_first(tmp_path):
     ("arguments", "expected"),
     [
         (["fitt"], "invalid choice: 'fitt'"),
-        (["fit"], "give --config NAME"),
+        (["fit"], "locat fit needs --config, a file or one of classify_base.yaml"),
         (["fit", "--config", "nowhere"], "no shipped config 'nowhere'"),
-        ([*FIT, "--model.lrr", "1"], "model: Option 'lrr' is not accepted"),
-        ([*FIT, "--data.batch_size", "many"], "data.batch_size: Expected a <class 'int'>. Got value: many"),
+        ([*FIT, "--model.lrr", "1"], "model.lrr: there is no such option"),
+        ([*FIT, "--data.batch_size", "many"], "data.batch_size: 'many' is not of the type int"),
         (["validate", *FIT[1:]], "locat validate needs --weights"),
         (["predict", *FIT[1:]], "locat predict needs --weights"),
         ([*FIT, "--ckpt_path", "last"], "has a last.ckpt"),
@@ -104,12 +104,15 @@ def test_options_are_refused_before_anything_is_read_or_built(arguments, expecte
     [
         (
             ["--model.backbone", "locatvit_huge"],
-            "timm knows no model 'locatvit_huge'; near it: locatvit_base",
+            "timm knows no model 'locatvit_huge'; near it: ",
         ),
         (["--model.backbone_args", "{wrong: 1}"], "model.backbone_args do not fit locatvit_tiny"),
         (["--data.root", "/nowhere"], "no such folder: /nowhere"),
         (["--model.num_classes", "7"], "model.num_classes is 7, but the data have 3 classes (ant, bee, cat)"),
-        (["--model.warmup_epochs", "9"], "the whole run has only 6"),
+        (
+            ["--model.warmup_epochs", "9"],
+            "model.warmup_epochs (9) has to be less than trainer.max_epochs (2)",
+        ),
         (["--weights", "nowhere.pth"], "no such file"),
     ],
 )

@@ -112,6 +112,19 @@ class RunRecord(SaveConfigCallback):
                 logger.experiment.add_text("config", _as_code(config), trainer.global_step)
                 logger.experiment.add_text("versions", _as_code(_versions(trainer)), trainer.global_step)
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the directory of a run that never began: there are just empty logs in it."""
+        directory = Path(trainer.default_root_dir)
+        if self.already_saved or not trainer.is_global_zero or not directory.is_dir():
+            return
+        files = list(directory.iterdir())
+        if all(file.name.startswith(("events.out.tfevents", "hparams.yaml")) for file in files):
+            for file in files:
+                file.unlink()
+            directory.rmdir()
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Final metrics: `metrics.json` of the run, HParams of TensorBoard, and a line for the reader."""
         if not self.already_saved:
@@ -390,9 +403,9 @@ def _in_a_line(message: str) -> str:
     key, problem = ".".join(keys), message.rpartition('Parser key "')[2]
     if option := re.search(r"Option '([^']+)' is not accepted", problem):
         return f"{key}.{option[1]}: there is no such option"
-    if fault := re.search(
-        r"(?:Problem with given class_path '[^']+':\s*|Expected a dot import path) *(.*)", problem
-    ):
+    if unknown := re.search(r"Expected a dot import path string: (.*)", problem):
+        return f"{key}: there is no class {unknown[1]!r}"
+    if fault := re.search(r"Problem with given class_path '[^']+':\s*(.*)", problem):
         return f"{key}: {fault[1]}"
     if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
         tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])

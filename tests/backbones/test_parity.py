@@ -28,15 +28,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def read(name):
     """The tensors of a golden file, and the arguments that its model takes here."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:

@@ -17,15 +17,6 @@ from locat_lightning.nn import GaussianAttention, PatchRefinement
 NAMES = ["locatvit_tiny", "locatvit_small", "locatvit_base"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(name="locatvit_tiny", **kwargs):
     """A small model for 32 px whose weights, GAug's too, are large enough to matter."""
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}

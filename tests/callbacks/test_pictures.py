@@ -205,7 +205,7 @@ def test_a_run_is_drawn_and_trains_as_without(tmp_path):
         weights.append(list(module.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     first, second = drawn_in(tmp_path / "with")
-    assert (first.step, second.step) == (1, 2)
+    assert (first.step, second.step) == (0, 1)
     assert (first.width, second.width) == (4 + 6 * 52,) * 2
     assert drawn_in(tmp_path / "without") == []
 
@@ -216,7 +216,7 @@ def test_other_models_every_second_epoch(tmp_path, name, columns):
     callback = AttentionPictures(images=2, side=48, every_n_epochs=2)
     trainer(tmp_path, [callback]).fit(Classifier(backbone), digits())
     [drawn] = drawn_in(tmp_path)
-    assert (drawn.step, drawn.width) == (2, 4 + columns * 52)
+    assert (drawn.step, drawn.width) == (1, 4 + columns * 52)
 
 
 def test_a_backbone_without_classes_and_a_validation_by_itself(tmp_path):

@@ -90,15 +90,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported global" in reason or "weights_only" in reason:
+        if "Unsupported global" in str(error):
             raise InputError(
                 f"{path} holds Python objects besides weights, and loading them could execute code: save its "
                 "state dict alone, or as safetensors"
             ) from error
-        raise InputError(f"{path} is not a checkpoint: {reason.splitlines()[0]}") from error
+        raise InputError(f"{path} is not a checkpoint that can be read safely") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"{path} cannot be read (truncated, or of another kind?): {error}") from error
+        reason = str(error).partition(". ")[0] or "it is empty"
+        raise InputError(f"{path} cannot be read (truncated, or no checkpoint?): {reason}") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
     return contents

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose `last.ckpt` is that of the last epoch, and also of a run cut off.
 
-    Lightning's own writes `last.ckpt` only along with a new best one, and a run that is cut off over the best.
+    Lightning's own writes `last.ckpt` only along with a new best one, and a run cut off over the best one.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -24,8 +24,11 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the last, and say so."""
+        """Write the last, and say so. A batch that was under way counts as not begun."""
         if self._should_save_on_exception(trainer):
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            progress.current.reset_on_restart()
+            progress.total.reset_on_restart()
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.last_model_path:
             rank_zero_info(f"cut off; to go on: locat fit --ckpt_path {self.last_model_path}")

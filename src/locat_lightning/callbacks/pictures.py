@@ -179,8 +179,9 @@ class AttentionPictures(Callback):
             return
         if loggers := _tensorboards(trainer):
             picture = self._picture(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+            step = max(0, trainer.global_step - 1)  # the step just taken, as for the scalars of a validation
             for logger in loggers:
-                logger.experiment.add_image("pictures/validation", picture, global_step=trainer.global_step)
+                logger.experiment.add_image("pictures/validation", picture, global_step=step)
 
     def _picture(self, data: ImageData, module: LightningModule) -> Tensor:
         backbone: Any = module.backbone

@@ -89,8 +89,7 @@ class Classification(Task):
             for k in (1, 5)
             if k < num_classes
         }
-        # In groups, metrics that agree on the first batch would be taken for one and the same.
-        accuracy = MetricCollection(tops, compute_groups=False)
+        accuracy = MetricCollection(tops)
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             accuracy.clone(prefix=f"{split}/") for split in ("train", "val", "test")
         )
