@@ -65,14 +65,14 @@ def forward(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 def peak_memory(name: str, size: int, batch: int) -> float:
-    """MiB that building the model and one forward pass add to a fresh process (CPU)."""
+    """MiB that building the model and one forward pass add to a fresh process (CPU, Linux)."""
     script = (
-        "import resource, sys, timm, torch, locat_lightning\n"
-        "now = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
-        "before = now()\n"
+        "import timm, torch, locat_lightning\n"
+        "def kib(key): return int(open('/proc/self/status').read().split(key + ':')[1].split()[0])\n"
+        "before = kib('VmRSS')\n"
         f"model = timm.create_model({name!r}, img_size={size}).eval()\n"
         f"with torch.inference_mode(): model(torch.zeros({batch}, 3, {size}, {size}))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before / 2**20)\n"
+        "print((kib('VmHWM') - before) / 1024)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     return float(done.stdout)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -18,8 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from locat_lightning.cli import LocatCLI, find_config, main
 from locat_lightning.data.images import ImageData
 from locat_lightning.errors import InputError
+from locat_lightning.tasks import Classification
 
 FIT = ["fit", "--config", "classify_tiny.yaml"]
+STEADY = ["--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4", "--model.lr", "1e-2"]
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 RUN = Path("runs/classify_tiny/version_0")
 BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
 
@@ -51,7 +55,10 @@ def test_a_run_leaves_its_record(small, caplog):
     assert config["trainer"]["gradient_clip_val"] == 5.0
     assert BEST.is_file()
     assert LAST.is_file()
+    assert torch.load(LAST, weights_only=True)["global_step"] == 6
     assert json.loads((RUN / "metrics.json").read_text())["epochs"] == 2
+    with (RUN / "metrics.csv").open() as file:
+        assert {row["step"] for row in csv.DictReader(file)} == set("012345")
     assert "tensorboard --logdir runs/classify_tiny" in caplog.text
 
     events = EventAccumulator(str(RUN)).Reload()
@@ -64,6 +71,11 @@ def test_a_run_leaves_its_record(small, caplog):
     assert {"config/text_summary", "versions/text_summary"} <= set(events.Tags()["tensors"])
     assert scalars(RUN, "final/val/top1")[0][1] == pytest.approx(scalars(RUN, "val/top1")[-1][1])
     assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))  # 2 epochs of 3 batches
+    assert [step for step, _ in scalars(RUN, "gaug_variance/block_00")] == [2, 5]
+    assert [image.step for image in events.Images("pictures/validation")] == [2, 5]
+    session = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"backbone_args.embed_dim" in session
+    assert b"_class_path" not in session
 
     main([*FIT, *small])
     assert (RUN.parent / "version_1" / "metrics.json").is_file()
@@ -84,7 +96,22 @@ def test_a_config_is_a_local_file_first(tmp_path):
         (["fitt"], "invalid choice: 'fitt'"),
         (["fit"], "locat fit needs --config, a file or one of classify_base.yaml"),
         (["fit", "--config", "nowhere"], "no shipped config 'nowhere'"),
+        (["validate", "--data.root", "x"], "locat validate needs --config"),
         ([*FIT, "--model.lrr", "1"], "model.lrr: there is no such option"),
+        ([*FIT, "--trainer.max_epoch", "1"], "unrecognized arguments: --trainer.max_epoch"),
+        ([*FIT, "--model.lr", "fast"], "model.lr: 'fast' is not of the type float or null"),
+        ([*FIT, "--data.batch_size", "0"], "batch_size (0) must be at least 1"),
+        ([*FIT, "--model", "Nope"], "model: there is no class 'Nope'"),
+        ([*FIT, "--trainer.callbacks+=lightning.Nope"], "trainer.callbacks: module 'lightning' has no"),
+        (
+            [*FIT, "--trainer.precision", "17"],
+            "trainer.precision: '17' is not of the type Literal[64, 32, 16]",
+        ),
+        ([*FIT, "--checkpoint.mode", "most"], "`mode` can be min, max but got most"),
+        ([*FIT, "--model.backbone", "locatvit_huge"], "timm knows no model 'locatvit_huge'; near it: "),
+        ([*FIT, "--model.optimizer", "adamz"], "model.optimizer: timm knows no 'adamz'; it knows adam, "),
+        ([*FIT, "--trainer.max_epochs", "20"], "model.warmup_epochs (20) has to be less than trainer.max"),
+        ([*FIT, "--weights", "nowhere.pth"], "nowhere.pth; timm knows no such model either"),
         ([*FIT, "--data.batch_size", "many"], "data.batch_size: 'many' is not of the type int"),
         (["validate", *FIT[1:]], "locat validate needs --weights"),
         (["predict", *FIT[1:]], "locat predict needs --weights"),
@@ -100,24 +127,34 @@ def test_options_are_refused_before_anything_is_read_or_built(arguments, expecte
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: [1,\n", "while parsing a flow node"),
+        ("modell: {a: 1}\n", "does not accept option 'modell.a'"),
+        ("model: {class_path: Classification, init_args: {lrr: 1}}\n", "model.lrr: there is no such option"),
+        ("trainer: {max_epochs: many}\n", "trainer.max_epochs: 'many' is not of the type int or null"),
+    ],
+)
+def test_mistakes_in_a_config_are_refused(text, expected, capsys):
+    Path("mine.yaml").write_text(text)
+    assert expected in refusal(capsys, ["fit", "--config", "mine.yaml"])
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (
-            ["--model.backbone", "locatvit_huge"],
-            "timm knows no model 'locatvit_huge'; near it: ",
-        ),
         (["--model.backbone_args", "{wrong: 1}"], "model.backbone_args do not fit locatvit_tiny"),
         (["--data.root", "/nowhere"], "no such folder: /nowhere"),
         (["--model.num_classes", "7"], "model.num_classes is 7, but the data have 3 classes (ant, bee, cat)"),
-        (
-            ["--model.warmup_epochs", "9"],
-            "model.warmup_epochs (9) has to be less than trainer.max_epochs (2)",
-        ),
-        (["--weights", "nowhere.pth"], "no such file"),
+        (["--data.img_size", "40"], "data.img_size is 40, but locatvit_tiny takes 32×32"),
+        (["--trainer.max_steps", "2", "--model.warmup_epochs", "1"], "the whole run has only 2"),
+        (["--trainer.max_epochs", "-1"], "the schedule needs an end"),
     ],
 )
 def test_what_does_not_fit_is_one_line(options, expected, small, capsys):
     assert expected in refusal(capsys, [*FIT, *small, *options])
+    assert not RUN.exists()
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -148,7 +185,7 @@ def test_nothing_in_a_file_of_weights_is_executed(small, capsys):
 
 def test_a_run_goes_on_where_it_was_stopped(small):
     """From the checkpoint of the second epoch to the fourth: as four in one go, in the same directory."""
-    steady = [*FIT, *small, "--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4"]
+    steady = [*FIT, *small, *STEADY]
     main([*steady, "--checkpoint.save_top_k", "-1", "--checkpoint.filename", "{epoch}"])
     whole = torch.load(LAST, weights_only=True)
     LAST.write_bytes((RUN / "checkpoints/1.ckpt").read_bytes())
@@ -159,24 +196,80 @@ def test_a_run_goes_on_where_it_was_stopped(small):
     assert whole["global_step"] == part["global_step"] == 12
     for name, value in whole["state_dict"].items():
         torch.testing.assert_close(part["state_dict"][name], value, rtol=0, atol=0)
-    assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(12))
+    for tag in ("train/loss", "train/lr"):
+        assert [step for step, _ in scalars(RUN, tag)] == list(range(12))
+    events = EventAccumulator(str(RUN)).Reload()
+    assert [image.step for image in events.Images("pictures/validation")] == [2, 5, 8, 11]
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None
     with (RUN / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == list(range(12))
+
+
+def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(small, monkeypatch, capsys):
+    """The best checkpoint stays, and the end is that of a run in one go."""
+    main([*FIT, *small, *STEADY, "--name", "whole"])
+
+    step = Classification.training_step
+
+    def fail_once(self, batch, batch_idx):
+        if self.global_step == 7:
+            raise InputError("a power cut")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Classification, "training_step", fail_once)
+        assert refusal(capsys, [*FIT, *small, *STEADY]) == "a power cut"
+    assert torch.load(LAST, weights_only=True)["global_step"] == 7
+    assert torch.load(BEST, weights_only=True)["global_step"] % 3 == 0
+    main([*FIT, *small, *STEADY, "--ckpt_path", "last"])
+
+    whole = torch.load("runs/whole/version_0/checkpoints/last.ckpt", weights_only=True)
+    part = torch.load(LAST, weights_only=True)
+    assert part["global_step"] == whole["global_step"] == 12
+    for name, value in whole["state_dict"].items():
+        torch.testing.assert_close(part["state_dict"][name], value, rtol=0, atol=0)
+    for tag in ("train/loss", "train/lr", "val/loss"):
+        assert scalars(RUN, tag) == scalars("runs/whole/version_0", tag)
+
+
+def test_nothing_is_lost_where_nothing_can_go_on(small, capsys, caplog):
+    main([*FIT, *small])
+    record = {
+        path: path.read_bytes() for path in RUN.rglob("*") if "tfevents" not in path.name and path.is_file()
+    }
+    Path("half.ckpt").write_bytes(LAST.read_bytes()[:1000])
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    for options, expected in (
+        (["--ckpt_path", "half.ckpt"], "half.ckpt cannot be read"),
+        (["--ckpt_path", "weights.ckpt"], "no checkpoint of a run"),
+        (["--ckpt_path", "last", "--model.lrr", "1"], "model.lrr"),
+        (["--ckpt_path", "last", "--data.root", "/nowhere"], "no such folder"),
+    ):
+        assert expected in refusal(capsys, [*FIT, *small, *options])
+    main([*FIT, *small, "--ckpt_path", "last"])
+    assert "nothing was left to train" in caplog.text
+    assert {path: path.read_bytes() for path in record} == record
+    assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))
 
 
 def test_an_option_at_resuming_counts(small):
     main([*FIT, *small, "--model.lr", "0.1"])
     main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "3", "--model.lr", "0.25"])
     assert scalars(RUN, "train/lr")[-3][1] == pytest.approx(0.25 - (0.25 - 1e-7) * 6 / 8)
+    # One that moved is taken up too, in a directory of its own.
+    Path("moved.ckpt").write_bytes(LAST.read_bytes())
+    more = ["--ckpt_path", "moved.ckpt", "--trainer.max_epochs", "4", "--model.weight_decay", "0.2"]
+    main([*FIT, *small, *more])
+    assert [step for step, _ in scalars(RUN.parent / "version_1", "train/lr")] == [9, 10, 11]
+    assert scalars(RUN.parent / "version_1", "train/weight_decay")[0][1] == pytest.approx(0.2)
 
 
 def test_weights_of_a_run_are_measured_with_its_record(small, folder, capsys):
     main([*FIT, *small])
     top1 = json.loads((RUN / "metrics.json").read_text())["best val/top1"]
-    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     for command in ("validate", "test"):
-        main([command, "--weights", str(BEST), *quiet])
+        main([command, "--weights", str(BEST), *QUIET])
         with Path(f"runs/classify_tiny_{command}/version_0/metrics.csv").open() as file:
             row = list(csv.DictReader(file))[-1]
         assert float(row["test/top1" if command == "test" else "val/top1"]) == pytest.approx(top1)
@@ -185,7 +278,7 @@ def test_weights_of_a_run_are_measured_with_its_record(small, folder, capsys):
     some.mkdir()
     for i in range(5):
         Image.new("RGB", (40, 30), (i * 40, 0, 90)).save(some / f"{i}.jpg")
-    main(["predict", "--weights", str(BEST), "--data.root", str(some), *quiet])
+    main(["predict", "--weights", str(BEST), "--data.root", str(some), *QUIET])
     with Path("runs/classify_tiny_predict/version_0/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [Path(row["path"]).name for row in rows] == [f"{i}.jpg" for i in range(5)]
@@ -211,11 +304,17 @@ def test_a_warm_start_leaves_a_head_of_another_size(small, capsys, caplog):
     assert "weights do not fit (head.bias, head.weight)" in refusal(capsys, refused)
 
 
-# Lightning says so of every model that overrides configure_model; nothing is sharded here.
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
 def test_weight_averaging_is_an_option(small):
-    main([*FIT, *small, "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging"])
-    assert "averaging_state" in torch.load(LAST, weights_only=True)
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
+    main([*FIT, *small, *STEADY, *average])
+    saved = torch.load(LAST, weights_only=True)
+    name = "backbone.blocks.0.attn.qkv.weight"
+    assert (saved["state_dict"][name] - saved["current_model_state"][name]).abs().max() > 1e-6
+    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "5"])
+    assert torch.load(LAST, weights_only=True)["global_step"] == 15
+    main(["validate", "--weights", str(LAST), *QUIET])
+    [(_, measured)] = scalars("runs/classify_tiny_validate/version_0", "val/loss")
+    assert measured == pytest.approx(scalars(RUN, "val/loss")[-1][1], rel=1e-5)
 
 
 def test_commands_are_those_of_the_help():
@@ -224,27 +323,54 @@ def test_commands_are_those_of_the_help():
     assert all(f"\n  {name} " in locat.HELP for name in LocatCLI.subcommands())
 
 
-# The run ends in the middle of an epoch, before there is a validation to choose a best checkpoint by.
-@pytest.mark.filterwarnings(
-    "ignore:`ModelCheckpoint\\(monitor='val/top1'\\)` could not find the monitored key"
-)
+def locat(*arguments):
+    """A process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "locat", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
 @pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(small):
-    arguments = [*FIT, *small, "--trainer.max_epochs", "2000"]
-    command = [
-        sys.executable,
-        "-c",
-        "import sys, torch, locat; torch.set_num_threads(1); locat.main(sys.argv[1:])",
-    ]
-    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+    endless = [*small, "--trainer.max_epochs", "100000", "--trainer.check_val_every_n_epoch", "3"]
+    process = locat(*FIT, *endless)
     deadline = time.monotonic() + 120
-    while not LAST.is_file() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    LAST.unlink()
+    while not LAST.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert LAST.is_file()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert "to go on: locat fit --ckpt_path" in said
     step = torch.load(LAST, weights_only=True)["global_step"]
     assert step > 0
-    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_steps", str(step + 2)])
-    assert torch.load(LAST, weights_only=True)["global_step"] == step + 2
+    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", str(step // 3 + 2)])
+    assert torch.load(LAST, weights_only=True)["global_step"] == step // 3 * 3 + 6
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(small, folder):
+    """They share out an odd number of images: none is counted twice, none is left out."""
+    (folder / "val" / "ant" / "2.png").unlink()
+    both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    for command in ([*FIT, *small], ["predict", "--weights", str(BEST), *QUIET, "--name", "two"]):
+        process = locat(*command, *both)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    assert [step for step, _ in scalars(RUN, "train/lr")] == [0, 1]  # of 18 images, 12 a step: one an epoch
+    assert list(Path("runs/classify_tiny").iterdir()) == [RUN]
+
+    main(["validate", "--weights", str(LAST), *QUIET])
+    for tag in ("val/top1", "val/loss"):
+        [(_, alone)] = scalars("runs/classify_tiny_validate/version_0", tag)
+        assert scalars(RUN, tag)[-1][1] == pytest.approx(alone, rel=1e-5)
+    main(["predict", "--weights", str(BEST), *QUIET, "--name", "one"])
+    one, two = (Path(f"runs/{name}_predict/version_0/predictions.csv") for name in ("one", "two"))
+    with one.open() as alone, two.open() as together:
+        rows = list(csv.DictReader(together))
+        assert [row["path"] for row in rows] == [row["path"] for row in csv.DictReader(alone)]
+    assert len({row["path"] for row in rows}) == len(rows) == 7

@@ -9,7 +9,7 @@ import locat
 def test_help_version_and_configs_import_no_torch():
     script = (
         "import sys, locat\n"
-        "for a in (['--help'], ['--version'], ['configs'], []): locat.main(a)\n"
+        "for a in (['--help'], ['--version'], ['configs'], ['runs'], []): locat.main(a)\n"
         "assert not {'torch', 'lightning', 'timm'} & sys.modules.keys()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

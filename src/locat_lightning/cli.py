@@ -47,6 +47,8 @@ EXPECTED = (
     # A run's directory has TensorBoard's log before metrics.csv is begun, a resumed run's all that it had.
     "Experiment logs directory .* exists and is not empty",
     "Checkpoint directory .* exists and is not empty",
+    # A checkpoint from elsewhere begins a run of its own.
+    "The dirpath has changed from .* to ",
     # Models that are too large for one GPU are not for this trainer, and all others can be averaged.
     "You're using the WeightAveraging callback with a model that overrides the configure_model",
     # Lightning 2.6 asks torch's pytree in a way that torch 2.15 wants asked differently.
@@ -127,11 +129,12 @@ class RunRecord(SaveConfigCallback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Final metrics: `metrics.json` of the run, HParams of TensorBoard, and a line for the reader."""
+        directory = trainer.log_dir  # in every process: they agree on it
         if not self.already_saved:
             rank_zero_info("nothing was left to train: raise trainer.max_epochs to go on")
         if not (self.already_saved and trainer.is_global_zero):
             return
-        assert trainer.log_dir is not None
+        assert directory is not None
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, Checkpoints) and checkpoint.best_model_score is not None:
@@ -140,11 +143,10 @@ class RunRecord(SaveConfigCallback):
             if isinstance(logger, TensorBoardLogger) and metrics:
                 final = {f"final/{k}": v for k, v in metrics.items()}
                 logger.log_hyperparams(_flat(pl_module.hparams), final, trainer.global_step)
-        directory = Path(trainer.log_dir)
         record = {"epochs": trainer.current_epoch, **metrics}
-        (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        (Path(directory) / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         summary = "   ".join(f"{k} {v:.4g}" for k, v in record.items())
-        rank_zero_info(f"{summary}\nrun: {directory}\nlook: tensorboard --logdir {directory.parent}")
+        rank_zero_info(f"{summary}\nrun: {directory}\nlook: tensorboard --logdir {Path(directory).parent}")
 
 
 class LocatCLI(LightningCLI):

@@ -32,14 +32,15 @@ class PredictionTable(BasePredictionWriter):
             of_all: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(of_all, parts)
             parts = [part for parts in of_all for part in parts]
+        directory = trainer.log_dir  # in every process: they agree on it
         if not trainer.is_global_zero:
             return
         indices = torch.cat([indices for indices, _ in parts])
         probabilities = torch.cat([probabilities for _, probabilities in parts])
         names: list[str] = pl_module.class_names or [str(i) for i in range(probabilities.shape[1])]  # type: ignore[assignment]
         paths: list[str] = trainer.datamodule.predict_paths  # type: ignore[attr-defined]
-        assert trainer.log_dir is not None
-        table = Path(trainer.log_dir) / "predictions.csv"
+        assert directory is not None
+        table = Path(directory) / "predictions.csv"
         table.parent.mkdir(parents=True, exist_ok=True)
         with table.open("w", newline="") as file:
             writer = csv.writer(file)

@@ -1,6 +1,7 @@
 """What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
 
 from difflib import get_close_matches
+from math import ceil, inf
 from typing import Any
 
 import timm
@@ -62,16 +63,15 @@ class Task(LightningModule):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0
         steps = self.optimizer_steps()
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 0:  # the run is told its steps alone
-            steps_of_an_epoch = -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches)
-        else:
-            steps_of_an_epoch = steps / epochs
-        warmup = round(warmup_epochs * steps_of_an_epoch) if warmup_epochs else 0
+        self.trainer.fit_loop.setup_data()  # the number of batches is known from then on
+        batches = self.trainer.num_training_batches
+        # An epoch without end is the whole run.
+        steps_of_an_epoch = steps if batches == inf else ceil(batches / self.trainer.accumulate_grad_batches)
+        warmup = round(warmup_epochs * steps_of_an_epoch)
         if warmup >= steps:
             raise InputError(
                 f"model.warmup_epochs ({warmup_epochs:g}) is {warmup} optimizer steps, but the whole run has "
-                f"only {steps}: shorten the warm-up or raise trainer.max_epochs ({epochs})"
+                f"only {steps}: shorten the warm-up or lengthen the run"
             )
         return warmup
 
