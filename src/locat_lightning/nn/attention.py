@@ -112,9 +112,10 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         out = torch.empty_like(v)
         room = _room(q, y.dtype)
         for head, row in _chunks(q):
-            s = _kernel_of_tokens(y[head, row], x[head, row], prefix, room).to(q.dtype)
+            s = _first(room, head, row)
+            _kernel_of_tokens(y[head, row], x[head, row], prefix, s)
             chunk = F.scaled_dot_product_attention(
-                q[None, head, row], k[None, head], v[None, head], attn_mask=s[None]
+                q[None, head, row], k[None, head], v[None, head], attn_mask=s[None].to(q.dtype)
             )
             out[head, row] = chunk[0]
         ctx.save_for_backward(q, k, v, y, x, out, *squared_distances(gaussians))
@@ -182,13 +183,11 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.bmm(a, b))
 
 
-def _kernel_of_tokens(y: Tensor, x: Tensor, prefix: int, out: Tensor) -> Tensor:
-    """S [heads, rows, N] from its factors in these rows, into the first of `out`."""
-    out = out[: y.shape[0], : y.shape[1]]
+def _kernel_of_tokens(y: Tensor, x: Tensor, prefix: int, out: Tensor) -> None:
+    """S [heads, rows, N] from its factors in these rows, into `out`."""
     out[..., :prefix] = 0
     patches = out[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
     torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=patches)
-    return out
 
 
 def _rows_and_columns(grid: tuple[int, int], prefix: int, like: Tensor) -> Tensor:
