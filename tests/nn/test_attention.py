@@ -144,13 +144,21 @@ def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, g
     assert_same(ours, expected)
 
 
-@pytest.mark.parametrize(("heads", "tokens"), [(1, 5), (24, 17), (15, 197), (14, 257), (18, 160), (24, 700)])
+@pytest.mark.parametrize(
+    ("heads", "tokens"), [(1, 5), (24, 17), (15, 197), (14, 257), (18, 160), (5, 700), (3, 1100)]
+)
 def test_the_chunks_are_every_row_of_every_head_once(heads, tokens):
-    seen = torch.zeros(heads, tokens, dtype=torch.int)
-    for part in attention._chunks(torch.empty(heads, tokens, 1)):
-        seen[part] += 1
-        assert seen[part].numel() * tokens <= 2**18
+    seen = torch.zeros(heads, tokens, 1, dtype=torch.int)
+    first_rows = torch.zeros(heads, dtype=torch.int)
+    size = attention._chunk_size(torch.empty(heads, tokens, 1))
+    for first, rows, whole in attention._chunks((seen,), (first_rows,)):
+        rows += 1
+        whole += first
+        assert rows.shape[0] <= size[0]
+        assert rows.shape[1] <= size[1]
+        assert rows.numel() * tokens <= 2**20
     assert (seen == 1).all()
+    assert (first_rows == 1).all()
 
 
 def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
@@ -160,7 +168,7 @@ def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
     def ours(q, k, v, gaug):
         return gaussian_attention(q, k, v, gaug(q, grid, grid))
 
-    sizes = [part.stop - part.start for part, _ in attention._chunks(torch.empty(10, 197, 8))]
+    sizes = [len(rows) for _, rows in attention._chunks((torch.empty(10, 197, 8),), ())]
     assert sizes == [6, 4]
     chunked = value_and_gradients(ours, augmentation(8), shape, torch.float32)
     force(monkeypatch, "one expression")

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from locat_lightning.nn import GaussianAugmentation, PatchGrid, gaussian_kernel
-from locat_lightning.nn.gaussian import factors
+from locat_lightning.nn.gaussian import factors, offsets
 
 # grid of the images, grid that the model was built for
 GRIDS = [
@@ -95,12 +95,21 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
 def test_the_kernel_is_the_product_of_its_two_factors():
     q = queries(2, 3, 1 + 15, 8)
     gaussians = augmentation(8)(q, (5, 3), (5, 3))
-    y, x = factors(gaussians)
-    assert y.shape == (2, 3, 15, 5)
-    assert x.shape == (2, 3, 15, 3)
+    y, x = factors(gaussians, offsets((5, 3), 1, q.device).square().clamp_max(gaussians.cap))
+    assert y.shape == (2, 3, 1 + 15, 5)
+    assert x.shape == (2, 3, 1 + 15, 3)
     assert y.dtype == x.dtype == torch.float32
-    product = torch.einsum("bhpi,bhpj->bhpij", y, x).flatten(-2)
+    assert (y[:, :, 0] == 0).all()  # the prefix token has no kernel
+    product = torch.einsum("bhpi,bhpj->bhpij", y[:, :, 1:], x[:, :, 1:]).flatten(-2)
     assert_close(gaussian_kernel(gaussians), product, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_offsets_are_those_of_the_grid(prefix):
+    table = offsets((2, 3), prefix, torch.device("cpu"))[prefix:]
+    for p in range(6):
+        i, j = divmod(p, 3)
+        assert table[p].tolist() == [i - 0, i - 1, j - 0, j - 1, j - 2]
 
 
 def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():
@@ -110,11 +119,11 @@ def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():
     q = queries(1, 2, 1 + 16, 8)
 
     var, alpha = gaug.variance_and_alpha(q, (4, 4), (4, 4))
-    assert_close(var, torch.ones(1, 2, 16, 2))
-    assert_close(alpha, torch.full((1, 2, 16, 1), math.log(2)))
+    assert_close(var, torch.ones(2, 1, 2, 16))
+    assert_close(alpha, torch.full((1, 2, 16), math.log(2)))
 
     var, _ = gaug.variance_and_alpha(queries(1, 2, 1 + 48, 8), (6, 8), (4, 4))
-    assert_close(var, torch.full((1, 2, 48, 2), 1.5))
+    assert_close(var, torch.full((2, 1, 2, 48), 1.5))
 
 
 @pytest.mark.parametrize("bias", [-1e4, 1e4])

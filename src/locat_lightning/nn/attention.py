@@ -15,7 +15,7 @@ from locat_lightning.nn.gaussian import (
     PatchGrid,
     factors,
     gaussian_kernel,
-    squared_distances,
+    offsets,
 )
 
 
@@ -42,7 +42,7 @@ class GaussianAttention(Attention):
             raise ValueError("Gaussian-augmented attention takes no attn_mask and is not causal")
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = (each.transpose(1, 2).contiguous() for each in qkv.unbind(2))
         q, k = self.q_norm(q), self.k_norm(k)
 
         grid = self.grid.of(x.shape[1] - self.num_prefix_tokens)
@@ -77,13 +77,15 @@ def gaussian_attention(
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
     if torch.compiler.is_compiling() or dropout > 0:
-        prefix = q.shape[-2] - gaussians.slope.shape[-2]
+        prefix = q.shape[-2] - gaussians.alpha.shape[-1]
         s = F.pad(gaussian_kernel(gaussians).to(q.dtype), (prefix, 0, prefix, 0))
         expression: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
         return expression
-    slope, log_alpha, grid, cap = gaussians
-    heads = (t.flatten(0, 1) for t in (q, k, v, slope, log_alpha))
-    out: Tensor = _ChunkedGaussianAttention.apply(*heads, grid, cap).unflatten(0, q.shape[:2])
+    slope, alpha, grid, cap = gaussians
+    heads = (t.flatten(0, 1).contiguous() for t in (q, k, v))
+    out: Tensor = _ChunkedGaussianAttention.apply(
+        *heads, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap
+    ).unflatten(0, q.shape[:2])
     return out
 
 
@@ -102,80 +104,87 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         slope: Tensor,
-        log_alpha: Tensor,
+        alpha: Tensor,
         grid: tuple[int, int],
         cap: int,
     ) -> Tensor:
-        gaussians = Gaussians(slope, log_alpha, grid, cap)
-        prefix = q.shape[1] - slope.shape[1]
-        y, x = (F.pad(factor, (0, 0, prefix, 0)) for factor in factors(gaussians))
+        prefix = q.shape[1] - alpha.shape[1]
+        to_grid = offsets(grid, prefix, q.device)
+        distances = to_grid.square().clamp_max(cap)
+        y, x = factors(Gaussians(slope, alpha, grid, cap), distances)
         out = torch.empty_like(v)
-        room = _room(q, y.dtype)
-        for head, row in _chunks(q):
-            s = _first(room, head, row)
-            _kernel_of_tokens(y[head, row], x[head, row], prefix, s)
-            chunk = F.scaled_dot_product_attention(
-                q[None, head, row], k[None, head], v[None, head], attn_mask=s[None].to(q.dtype)
-            )
-            out[head, row] = chunk[0]
-        ctx.save_for_backward(q, k, v, y, x, out, *squared_distances(gaussians))
+        room = _room(q, y.dtype, prefix)
+        for _, q_, y_, x_, out_, k_, v_ in _chunks((q, y, x, out), (k, v)):
+            s = _kernel_of_tokens(y_, x_, room).to(q.dtype)
+            out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=s[None])[0])
+        ctx.save_for_backward(q, k, v, alpha, y, x, to_grid, distances)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, x, out, d_y, d_x = ctx.saved_tensors
-        H, W = len(d_y), len(d_x)
-        prefix = q.shape[1] - H * W
+        q, k, v, alpha, y, x, to_grid, distances = ctx.saved_tensors
+        prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
+        rows_and_columns = (to_grid == 0).to(y.dtype)
         grad = grad.contiguous()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_yx = y.new_empty(*y.shape[:2], H + W)
-        rows_and_columns = _rows_and_columns((H, W), prefix, y)
-        grad_softmax = (grad * out).sum(-1, keepdim=True, dtype=y.dtype)
-        q_scaled = q * scale
-        rooms = [_room(q, y.dtype) for _ in range(3)]
-        for head, row in _chunks(q):
-            s, p, g = (_first(room, head, row) for room in rooms)
-            _kernel_of_tokens(y[head, row], x[head, row], prefix, s)
-            torch.softmax(_product(q_scaled[head, row], k[head].mT, p).add_(s), -1, out=p)
-            _product(grad[head, row], v[head].mT, g).sub_(grad_softmax[head, row]).mul_(p)
-            grad_v[head].baddbmm_(p.to(q.dtype).mT, grad[head, row])
-            narrow = g.to(q.dtype)
-            grad_q[head, row] = torch.bmm(narrow, k[head])
-            grad_k[head].baddbmm_(narrow.mT, q_scaled[head, row])
-            grad_yx[head, row] = (g.mul_(s).flatten(0, 1) @ rows_and_columns).unflatten(0, g.shape[:2])
-        grad_y, grad_x = grad_yx[:, prefix:].split([H, W], dim=-1)
-        by_y = (grad_y * d_y.repeat_interleave(W, 0)).sum(-1)
-        by_x = (grad_x * d_x.repeat(H, 1)).sum(-1)
-        grad_slope, grad_log_alpha = torch.stack([by_y, by_x], dim=-1), grad_y.sum(-1, keepdim=True)
-        return grad_q.mul_(scale), grad_k, grad_v, grad_slope, grad_log_alpha, None, None
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grad_yx = y.new_empty(*y.shape[:2], distances.shape[1])
+        s_room, p_room, g_room = _room(q, y.dtype, prefix), _room(q, y.dtype), _room(q, y.dtype)
+        for first, q_, y_, x_, d_out, d_q, d_yx, k_, v_, d_k, d_v in _chunks(
+            (q, y, x, grad, grad_q, grad_yx), (k, v, grad_k, grad_v)
+        ):
+            s, p, g = _kernel_of_tokens(y_, x_, s_room), _first(p_room, q_), _first(g_room, q_)
+            torch.add(s, _product(q_, k_.mT, p), alpha=scale, out=p)
+            torch.softmax(p, -1, out=p)
+            d_v.baddbmm_(p.to(q.dtype).mT, d_out, beta=1 - first)
+            _product(d_out, v_.mT, g)
+            torch._softmax_backward_data(g, p, -1, p.dtype, grad_input=g)
+            d_a = g.to(q.dtype)
+            d_q.baddbmm_(d_a, k_, beta=0, alpha=scale)
+            d_k.baddbmm_(d_a.mT, q_, beta=1 - first, alpha=scale)
+            torch.matmul(s.mul_(g), rows_and_columns, out=d_yx)
+        by_distance = (grad_yx * distances)[:, prefix:].split([y.shape[2], x.shape[2]], dim=-1)
+        grad_slope = torch.stack([each.sum(-1) for each in by_distance])
+        grad_log_alpha = grad_yx[:, prefix:, : y.shape[2]].sum(-1)
+        grad_alpha = grad_log_alpha / alpha.clamp_min(torch.finfo(alpha.dtype).tiny)
+        return grad_q, grad_k, grad_v, grad_slope, grad_alpha, None, None
 
 
 def _chunk_size(q: Tensor) -> tuple[int, int]:
     """Of how many heads, and of how many rows of a head, the logits stay in a CPU's cache, or fill a GPU."""
     heads, N, _ = q.shape
     size = 2**18 if q.device.type == "cpu" else 2**26
-    chunks_of_a_head = -(-(N**2) // size)
-    return min(heads, max(1, size // N**2)), -(-N // chunks_of_a_head)
+    if 2 * size >= N**2:
+        return min(heads, max(1, size // N**2)), N
+    return min(heads, 2), max(64, 2 * size // N // 64 * 64)  # whole blocks of flash attention
 
 
-def _chunks(q: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of the B·h heads and of the rows of q [B·h, N, d]."""
-    heads, rows = _chunk_size(q)
-    for head in range(0, q.shape[0], heads):
-        for row in range(0, q.shape[1], rows):
-            yield slice(head, min(head + heads, q.shape[0])), slice(row, min(row + rows, q.shape[1]))
+def _chunks(by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...]) -> Iterator[tuple[Any, ...]]:
+    """Of tensors of rows [B·h, N, ..] and of whole heads [B·h, ..], the chunks that belong together.
+
+    Before them comes whether these are the first rows of their heads.
+    """
+    heads, rows = _chunk_size(by_row[0])
+    for of_heads in zip(*(t.split(heads) for t in by_row + by_head), strict=True):
+        if rows == by_row[0].shape[1]:
+            yield True, *of_heads
+            continue
+        of_rows = zip(*(t.split(rows, dim=1) for t in of_heads[: len(by_row)]), strict=True)
+        for row, parts in enumerate(of_rows):
+            yield row == 0, *parts, *of_heads[len(by_row) :]
 
 
-def _room(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the logits [heads, rows, N] of a chunk of q [B·h, N, d]."""
-    return q.new_empty(*_chunk_size(q), q.shape[1], dtype=dtype)
+def _room(q: Tensor, dtype: torch.dtype, prefix: int = 0) -> Tensor:
+    """Room for a chunk's logits [heads, rows, N], zero in the columns of prefix tokens; q is [B·h, N, d]."""
+    room = q.new_empty(*_chunk_size(q), q.shape[1], dtype=dtype)
+    room[..., :prefix] = 0
+    return room
 
 
-def _first(room: Tensor, head: slice, row: slice) -> Tensor:
+def _first(room: Tensor, like: Tensor) -> Tensor:
     """As much of the room as the chunk needs."""
-    return room[: head.stop - head.start, : row.stop - row.start]
+    return room if like.shape[:2] == room.shape[:2] else room[: like.shape[0], : like.shape[1]]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -183,16 +192,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.bmm(a, b))
 
 
-def _kernel_of_tokens(y: Tensor, x: Tensor, prefix: int, out: Tensor) -> None:
-    """S [heads, rows, N] from its factors in these rows, into `out`."""
-    out[..., :prefix] = 0
-    patches = out[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
+def _kernel_of_tokens(y: Tensor, x: Tensor, room: Tensor) -> Tensor:
+    """S [heads, rows, N] from its factors in these rows, in as much of the room as it takes."""
+    s = _first(room, y)
+    patches = s[..., -y.shape[-1] * x.shape[-1] :].unflatten(-1, (y.shape[-1], x.shape[-1]))
     torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=patches)
-
-
-def _rows_and_columns(grid: tuple[int, int], prefix: int, like: Tensor) -> Tensor:
-    """Indicator [N, H + W] of each token's row and column; zero for prefix tokens."""
-    H, W = grid
-    rows = torch.eye(H, dtype=like.dtype, device=like.device).repeat_interleave(W, 0)
-    columns = torch.eye(W, dtype=like.dtype, device=like.device).repeat(H, 1)
-    return F.pad(torch.cat([rows, columns], dim=1), (0, 0, prefix, 0))
+    return s

@@ -50,12 +50,12 @@ class PatchGrid:
 class Gaussians(NamedTuple):
     """The kernels of a layer's patches, each centred on its own patch.
 
-    `slope` [B, h, H·W, 2] is −½ / (σ² + ε), vertical and horizontal; `log_alpha` [B, h, H·W, 1] is ln α; both
-    float32. `grid` is (H, W), and `cap` bounds the squared distances.
+    `slope` [2, B, h, H·W] is −½ / (σ² + ε), vertical and horizontal; `alpha` is α [B, h, H·W]; both float32.
+    `grid` is (H, W), and `cap` bounds the squared distances.
     """
 
     slope: Tensor
-    log_alpha: Tensor
+    alpha: Tensor
     grid: tuple[int, int]
     cap: int
 
@@ -91,19 +91,19 @@ class GaussianAugmentation(nn.Module):
         """Kernels of the patches' queries, the last H·W of [B, h, N, d].
 
         Returns:
-            σ² [B, h, H·W, 2] (vertical, horizontal; in squared patches) and α [B, h, H·W, 1], float32.
+            σ² [2, B, h, H·W] (vertical, horizontal; in squared patches) and α [B, h, H·W], float32.
         """
-        za = F.linear(
-            q,
+        za = torch.addmm(
+            torch.cat([self.log_var.bias, self.log_alpha.bias]).unsqueeze(-1),
             torch.cat([self.log_var.weight, self.log_alpha.weight]),
-            torch.cat([self.log_var.bias, self.log_alpha.bias]),
-        )[:, :, -math.prod(grid) :].float()
-        z, a = za.split([2, 1], dim=-1)
+            q.flatten(0, -2).mT,
+        )
+        z, a = za.unflatten(-1, q.shape[:-1])[..., -math.prod(grid) :].float().split([2, 1])
         largest = max(built_for) ** 2
         var = largest * torch.sigmoid(z - math.log(largest - 1) if largest > 2 else z)
         if grid != built_for:
             var = var * (min(grid) / min(built_for))
-        return var, F.softplus(a)
+        return var, F.softplus(a.squeeze(0))
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
         """Kernels of the patches' queries.
@@ -115,39 +115,57 @@ class GaussianAugmentation(nn.Module):
         """
         with torch.autocast(q.device.type, enabled=False):
             var, alpha = self.variance_and_alpha(q.to(self.log_var.weight.dtype), grid, built_for)
-            log_alpha = alpha.clamp_min(torch.finfo(alpha.dtype).tiny).log()
             cap = min((max(built_for) - 1) ** 2, 13100)
-            return Gaussians(-0.5 / (var + _epsilon(built_for)), log_alpha, grid, cap)
+            return Gaussians(-0.5 / (var + _epsilon(built_for)), alpha, grid, cap)
 
 
-def factors(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
-    """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y.
+def offsets(grid: tuple[int, int], prefix: int, device: torch.device) -> Tensor:
+    """From each token's place to the rows, i − i', and to the columns, j − j', of its grid.
+
+    Args:
+        grid: (H, W).
+        prefix: Prefix tokens before the patches. They have no place: their rows mean nothing.
+        device: Where the tensor is made.
+
+    Returns:
+        [N, H + W], float32.
+    """
+    H, W = grid
+    tokens, rows, columns = (
+        torch.arange(start, end, dtype=torch.float32, device=device)
+        for start, end in ((-prefix, H * W), (0, H), (0, W))
+    )
+    i, j = tokens.div(W, rounding_mode="floor"), tokens.remainder(W)
+    return torch.cat([i.unsqueeze(-1) - rows, j.unsqueeze(-1) - columns], dim=1)
+
+
+def factors(gaussians: Gaussians, distances: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y, which is 0 of prefix tokens.
 
     The exponential of a sum is a product: this takes H + W exponentials a row instead of H · W, and nothing
     of size [B, h, N, N, 2].
 
+    Args:
+        gaussians: Of the last H·W tokens.
+        distances: (i − i')² and (j − j')² [N, H + W], capped.
+
     Returns:
-        y [B, h, H·W, H] and x [B, h, H·W, W].
+        y [B, h, N, H] and x [B, h, N, W].
     """
-    slope, log_alpha, (H, W), _ = gaussians
-    d_y, d_x = squared_distances(gaussians)
-    slope_y, slope_x = slope.unflatten(-2, (H, W)).unsqueeze(-1).unbind(-2)
-    y = (slope_y * d_y[:, None, :]).clamp_min(_LEAST_EXPONENT).exp().flatten(-3, -2)
-    x = (slope_x * d_x).clamp_min(_LEAST_EXPONENT).exp().flatten(-3, -2)
-    return y * log_alpha.exp(), x
+    prefix = len(distances) - gaussians.alpha.shape[-1]
+    slope, alpha = (F.pad(each, (prefix, 0)).unsqueeze(-1) for each in gaussians[:2])
+    y, x = (
+        (a * d).clamp_min_(_LEAST_EXPONENT).exp_()
+        for a, d in zip(slope, distances.split(gaussians.grid, dim=-1), strict=True)
+    )
+    return y * alpha, x
 
 
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
     """S [B, h, H·W, H·W] of the patches among themselves, float32."""
-    y, x = factors(gaussians)
+    _, alpha, grid, cap = gaussians
+    y, x = factors(gaussians, offsets(grid, 0, alpha.device).square().clamp_max(cap))
     return (y.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
-
-
-def squared_distances(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
-    """(i − i')² [H, H] between rows and (j − j')² [W, W] between columns, in squared patches, capped."""
-    device, dtype = gaussians.slope.device, gaussians.slope.dtype
-    rows, columns = (torch.arange(size, device=device, dtype=dtype) for size in gaussians.grid)
-    return tuple((p[:, None] - p).square().clamp_max(gaussians.cap) for p in (rows, columns))  # type: ignore[return-value]
 
 
 def _epsilon(built_for: tuple[int, int]) -> float:
