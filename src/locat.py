@@ -18,6 +18,8 @@ commands:
   validate   measure on the val split   locat validate --weights runs/…/checkpoints/best.ckpt
   test       measure on the test split
   predict    classes of a folder of images, as a CSV
+  knn        k-NN accuracy of a frozen backbone          locat knn --weights W --data.root DIR
+  linear     linear accuracy of a frozen backbone
   configs    list the configs that --config takes by name
   runs       list the runs beneath a directory, with their results: locat runs [DIR]
 
@@ -72,6 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(list_configs())
         case ["runs", *rest]:
             print(list_runs(Path(rest[0] if rest else "runs")))
+        case ["knn" | "linear", *_]:
+            from locat_lightning.measure import main as measure
+
+            measure(arguments)
         case _:
             from locat_lightning.cli import main as run
 

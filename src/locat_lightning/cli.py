@@ -4,14 +4,9 @@ import csv
 import json
 import logging
 import platform
-import re
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +14,14 @@ import lightning.pytorch as pl
 import timm
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import locat_lightning
-from locat import config_directory, list_configs
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.callbacks.kernels import KernelWidths
@@ -38,6 +30,13 @@ from locat_lightning.callbacks.predictions import PredictionTable
 from locat_lightning.callbacks.progress import ProgressBar
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
+from locat_lightning.options import (
+    ConfigByName,
+    errors_in_a_line,
+    given_options,
+    mixed_precision,
+    shipped_configs,
+)
 from locat_lightning.tasks.base import Task
 
 import locat_lightning.data  # isort: skip - the parser knows the classes of data and tasks by short name
@@ -61,32 +60,6 @@ COMMANDS = {
     "test": "measure on the test split",
     "predict": "classes of a folder of images, as a CSV",
 }
-
-
-class ConfigByName(ActionConfigFile):
-    """`--config` takes a local file, or else the name of a shipped config."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Parse the config that `values` names."""
-        super().__call__(parser, cfg, find_config(str(values)), option_string)
-
-
-def find_config(name: str) -> str:
-    """The path of a config: a local file first, then a shipped one.
-
-    Raises:
-        InputError: there is neither.
-    """
-    for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
-        if path.is_file():
-            return str(path)
-    raise InputError(
-        f"--config: no file {Path(name).absolute()} and no shipped config {name!r} ({_shipped_configs()})"
-    )
-
-
-def _shipped_configs() -> str:
-    return ", ".join(line.split()[0] for line in list_configs().splitlines())
 
 
 class RunRecord(SaveConfigCallback):
@@ -204,7 +177,7 @@ class LocatCLI(LightningCLI):
         parser.set_defaults(
             {
                 "trainer.enable_model_summary": False,
-                "trainer.precision": _mixed_precision(),
+                "trainer.precision": mixed_precision(),
                 "checkpoint.filename": "best",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.save_last": True,
@@ -326,7 +299,7 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     Raises:
         InputError: there is neither a config nor a record.
     """
-    options = dict(_options(arguments))
+    options = given_options(arguments)
     command = next(iter(options), "")
     if command not in COMMANDS or options.keys() & {"--config", "-c", "--help", "-h", "--print_config"}:
         return {}
@@ -336,7 +309,7 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
         if options.keys() & {"--model", "--model.class_path"}:
             return {}
         raise InputError(
-            f"locat {command} needs --config, a file or one of {_shipped_configs()}"
+            f"locat {command} needs --config, a file or one of {shipped_configs()}"
             + (f"; --weights {RANDOM}, a checkpoint of a run, …" if command != "fit" else "")
         )
     config = yaml.safe_load(record.read_text())
@@ -351,20 +324,6 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
         arguments_of_model |= {key: known[key] for key in arguments_of_model.keys() & known.keys()}
         nested = {}
     return {key: config[key] for key in keys if config.get(key) is not None} | nested
-
-
-def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of `--option value` and `--option=value`."""
-    for option, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        key, equals, value = option.partition("=")
-        yield key, value if equals else following
-
-
-def _mixed_precision() -> str | None:
-    """The recipe's mixed precision where there is a GPU, else Lightning's default."""
-    if not torch.cuda.is_available():
-        return None
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
 def _versions(trainer: pl.Trainer) -> str:
@@ -399,51 +358,8 @@ def _flat(hparams: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _in_a_line(message: str) -> str:
-    """Key and problem, from jsonargparse's account of every type that it tried."""
-    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
-    key, problem = ".".join(keys), message.rpartition('Parser key "')[2]
-    if option := re.search(r"Option '([^']+)' is not accepted", problem):
-        return f"{key}.{option[1]}: there is no such option"
-    if unknown := re.search(r"Expected a dot import path string: (.*)", problem):
-        return f"{key}: there is no class {unknown[1]!r}"
-    if fault := re.search(r"Problem with given class_path '[^']+':\s*(.*)", problem):
-        return f"{key}: {fault[1]}"
-    if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
-        tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])
-        types = " or ".join("null" if name == "NoneType" else name or other for name, other in tried)
-        return f"{key}: {value[1]!r} is not of the type {types}" if types else f"{key}: {value[1]!r} is wrong"
-    return " ".join(message.split())
-
-
-def _mistake(error: BaseException | None) -> str | None:
-    """What a user can put right of an error, or of one that it came from; None if there is nothing."""
-    while error is not None:
-        if isinstance(error, InputError | MisconfigurationException):
-            return " ".join(str(error).split())
-        if isinstance(error, ArgumentError) and not isinstance(error.__cause__, InputError):
-            return _in_a_line(str(error))
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
-
-
-@contextmanager
-def _errors_in_a_line(debug: bool) -> Iterator[None]:
-    """What a user can put right is one line on standard error and exit code 2."""
-    try:
-        yield
-    except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)  # as the shell has it: whoever sent the signal sees that it was heeded
-    except Exception as error:
-        mistake = _mistake(error)
-        if debug or mistake is None:
-            raise
-        print(f"locat: error: {mistake}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(arguments: list[str]) -> None:
@@ -455,7 +371,7 @@ def main(arguments: list[str]) -> None:
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
     sys.argv = [given[0], *(argument for argument in arguments if argument != "--debug")]
     try:
-        with _errors_in_a_line("--debug" in arguments):
+        with errors_in_a_line("--debug" in arguments):
             LocatCLI()
     finally:
         sys.argv = given

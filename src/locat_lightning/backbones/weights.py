@@ -3,7 +3,7 @@
 import argparse
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -17,11 +17,15 @@ from locat_lightning.errors import InputError
 
 RANDOM = "random"
 
-# Where training scripts put the weights in their checkpoints, best first: DINO's teacher before its student.
-CONTAINERS = ("teacher", "state_dict_ema", "state_dict", "model_ema", "model", "student")
+# Where training scripts put the weights in their checkpoints, best first, besides DINO's two networks.
+CONTAINERS = ("state_dict_ema", "state_dict", "model_ema", "model")
+
+Network = Literal["teacher", "student"]
 
 
-def load_weights(model: nn.Module, weights: str, *, new_head: bool = False) -> None:
+def load_weights(
+    model: nn.Module, weights: str, *, new_head: bool = False, network: Network = "teacher"
+) -> None:
     """Read weights into a timm model and say what matched.
 
     Args:
@@ -30,6 +34,7 @@ def load_weights(model: nn.Module, weights: str, *, new_head: bool = False) -> N
             a plain state dict, safetensors), or a name for timm (`vit_small_patch16_224.augreg_in21k`,
             `hf-hub:…`, `local-dir:…`).
         new_head: Whether a classifier of another size is left as it is, as a warm start wants it.
+        network: Of a checkpoint with a teacher and a student, the one to take.
 
     Raises:
         InputError: there is no such file or name, the file holds no weights that can be read safely, or less
@@ -38,7 +43,7 @@ def load_weights(model: nn.Module, weights: str, *, new_head: bool = False) -> N
     if weights == RANDOM:
         rank_zero_warn(f"--weights {RANDOM}: the model has not been trained")
         return
-    state = _below_prefix(_read_state(weights), model)
+    state = _below_prefix(_read_state(weights, network), model, network)
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model)
     own = model.state_dict()
@@ -104,31 +109,47 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return contents
 
 
-def _read_state(weights: str) -> dict[str, Tensor]:
+def _read_state(weights: str, network: Network) -> dict[str, Tensor]:
     """The tensors by name of a file or a timm name."""
     if Path(weights).is_file():
         contents = read_checkpoint(weights)
-        for container in CONTAINERS:
+        for container in (network, *CONTAINERS):
             if isinstance(contents.get(container), dict):
                 contents = contents[container]
                 break
+        if network == "student" and container != network and not any("student" in name for name in contents):
+            raise InputError(f"{weights} holds no student: leave --student out")
         return {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     check_source(weights)
-    try:
-        state: dict[str, Tensor] = timm.create_model(weights, pretrained=True).state_dict()
-    except Exception as error:  # each source has its own way to say that there is nothing
-        reason = " ".join(str(error).split())
-        raise InputError(f"--weights: timm cannot load {weights}: {reason}") from error
+    state: dict[str, Tensor] = pretrained(weights).state_dict()
     return state
 
 
-def _below_prefix(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def pretrained(name: str, **arguments: Any) -> nn.Module:
+    """A model of timm's with its pretrained weights.
+
+    Args:
+        name: `vit_small_patch16_224.augreg_in21k`, `hf-hub:…`, `local-dir:…`.
+        arguments: of the model.
+
+    Raises:
+        InputError: timm cannot load it.
+    """
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
+    except Exception as error:  # each source has its own way to say that there is nothing
+        reason = " ".join(str(error).split())
+        raise InputError(f"--weights: timm cannot load {name}: {reason}") from error
+    return model
+
+
+def _below_prefix(state: dict[str, Tensor], model: nn.Module, network: Network) -> dict[str, Tensor]:
     """The part of a state dict beneath the prefix (`module.`, `backbone.`, …) that has most of the model."""
     own = list(model.state_dict())
     prefixes = {name.removesuffix(own[0]) for name in state if name.endswith(own[0])} | {""}
     best = max(
         sorted(prefixes),
-        key=lambda prefix: (sum(prefix + name in state for name in own), "teacher" in prefix),
+        key=lambda prefix: (sum(prefix + name in state for name in own), network in prefix),
     )
     return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
 

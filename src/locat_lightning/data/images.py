@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
@@ -337,8 +338,11 @@ class ImageData(LightningDataModule):
         return ImageLoader(images, sampler=order, **options)
 
     def _processes(self) -> tuple[int, int]:
-        """How many processes train, and which this one is."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        """How many processes share the images, and which this one is."""
+        if self.trainer:
+            return self.trainer.world_size, self.trainer.global_rank
+        distributed = dist.is_available() and dist.is_initialized()
+        return (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
 
     def _loader_options(self, training: bool) -> dict[str, Any]:
         trainer = self.trainer

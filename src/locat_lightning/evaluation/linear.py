@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import (
@@ -69,7 +70,7 @@ def train_linear(
 
     Args:
         backbone: see `features.image_features`; already on `device`.
-        train_loader: batches of augmented images.
+        train_loader: batches of augmented images; a `DistributedSampler` of it is told the epoch.
         val_loader: batches of validation images.
         device: where to compute.
         num_classes: C.
@@ -99,9 +100,12 @@ def train_linear(
     distributed = dist.is_available() and dist.is_initialized()
     show = progress and not (distributed and dist.get_rank() > 0)
     step = 0
+    sampler = getattr(train_loader, "sampler", None)
     with isolate_rng(), frozen(backbone), Progress(disable=not show) as bar:
         task = bar.add_task("Training a linear classifier", total=steps)
         for epoch in range(epochs):
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(epoch)
             for batch in train_loader:
                 _check_labels(batch.labels, "training", num_classes)
                 with torch.inference_mode():

@@ -1,15 +1,14 @@
 """What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
 
-from difflib import get_close_matches
 from math import ceil, inf
 from typing import Any
 
-import timm
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from locat_lightning.backbones.create import check_name
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError
 
@@ -92,32 +91,6 @@ class Task(LightningModule):
         """Log the learning rate and the weight decay with which this step is taken."""
         self.log("train/lr", max(group["lr"] for group in optimizer.param_groups), prog_bar=True)
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
-
-
-def check_name(name: str) -> None:
-    """See that timm knows a model.
-
-    Raises:
-        InputError: it does not; the message has names like it.
-    """
-    if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=5)
-        hint = f"; near it: {', '.join(close)}" if close else ""
-        raise InputError(f"model.backbone: timm knows no model {name!r}{hint}")
-
-
-def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int) -> nn.Module:
-    """A timm model by name, with random weights.
-
-    Raises:
-        InputError: timm knows no such model, or the model does not take these arguments.
-    """
-    check_name(name)
-    try:
-        model: nn.Module = timm.create_model(name, num_classes=num_classes, **(arguments or {}))
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"model.backbone_args do not fit {name}: {error or arguments}") from error
-    return model
 
 
 def announce_learning_rate(lr: float, global_batch: int) -> None:

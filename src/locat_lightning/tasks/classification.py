@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from locat_lightning.backbones.create import create_backbone
 from locat_lightning.backbones.weights import load_weights
 from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.optim import linear_rule, warmup_then_linear
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, create_backbone
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
 
 
 class Classification(Task):

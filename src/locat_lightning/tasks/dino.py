@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
+from locat_lightning.backbones.create import create_backbone
 from locat_lightning.backbones.weights import load_weights
 from locat_lightning.data.multicrop import MultiCropBatch
 from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.optim import cosine, linear_rule, linear_warmup, warmup_then_cosine
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, create_backbone
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
 
 COLLAPSED = 0.01  # share of the largest possible entropy that counts as none
 

@@ -1,0 +1,80 @@
+"""Backbones by timm's name, or by nothing but their weights."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from locat_lightning.backbones.weights import (
+    RANDOM,
+    Network,
+    check_source,
+    load_weights,
+    pretrained,
+    read_checkpoint,
+)
+from locat_lightning.errors import InputError
+
+
+def check_name(name: str) -> None:
+    """See that timm knows a model.
+
+    Raises:
+        InputError: it does not; the message has names like it.
+    """
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=5)
+        hint = f"; near it: {', '.join(close)}" if close else ""
+        raise InputError(f"model.backbone: timm knows no model {name!r}{hint}")
+
+
+def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int) -> nn.Module:
+    """A timm model by name, with random weights.
+
+    Raises:
+        InputError: timm knows no such model, or the model does not take these arguments.
+    """
+    check_name(name)
+    try:
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, **(arguments or {}))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"model.backbone_args do not fit {name}: {error or arguments}") from error
+    return model
+
+
+def load_backbone(
+    weights: str,
+    name: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    *,
+    network: Network = "teacher",
+) -> nn.Module:
+    """Build a timm model without classifier from any source of weights, and say what matched.
+
+    Args:
+        weights: as for `load_weights`.
+        name: timm's name of the model; None takes what the weights say of themselves.
+        arguments: of the model, beside or instead of those that the weights name.
+        network: of a checkpoint with a teacher and a student, the one to take.
+
+    Raises:
+        InputError: the weights do not say of which model they are, timm does not know it or it does not take
+            the arguments, or the weights cannot be read or do not fit.
+    """
+    arguments = arguments or {}
+    if Path(weights).is_file():
+        contents = read_checkpoint(weights)
+        own = contents.get("hyper_parameters", {})
+        if name is None and isinstance(own.get("backbone"), str):
+            name, arguments = own["backbone"], (own.get("backbone_args") or {}) | arguments
+        name = name or contents.get("arch")  # as timm's training script has it
+    elif name is None and weights != RANDOM:
+        check_source(weights)
+        return pretrained(weights, num_classes=0, **arguments)
+    if not isinstance(name, str):
+        raise InputError(f"{weights} does not say of which model it is: add --backbone, timm's name of it")
+    model = create_backbone(name, arguments, num_classes=0)
+    load_weights(model, weights, network=network)
+    return model

@@ -1,0 +1,265 @@
+"""`locat knn` and `locat linear`: what the features of a frozen backbone are worth."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from locat_lightning.backbones.create import load_backbone
+from locat_lightning.backbones.weights import Network, check_source
+from locat_lightning.data import ImageData
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.features import Features, extract_features, frozen, image_features
+from locat_lightning.evaluation.knn import knn_classify
+from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear, train_linear
+from locat_lightning.options import ConfigByName, errors_in_a_line, given_options, mixed_precision
+
+DESCRIPTIONS = {
+    "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
+    "linear": "Accuracy of a linear classifier on a frozen backbone's features",
+}
+# What a run's data and those that its backbone is measured on have in common: which images, and what they
+# are like, but not how strongly they were augmented.
+OF_THE_IMAGES = (
+    *("dataset", "root", "classes", "num_workers", "img_size", "mean", "std"),
+    *("crop_pct", "eval_interpolation", "scale", "ratio", "hflip"),
+)
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Measurement(NamedTuple):
+    """What came of it: a heading, a table, and the numbers of it by name."""
+
+    heading: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    metrics: dict[str, float]
+
+
+def main(arguments: list[str]) -> None:
+    """Run `locat knn …` or `locat linear …`."""
+    with errors_in_a_line("--debug" in arguments):
+        command, *rest = (argument for argument in arguments if argument != "--debug")
+        _measure(command, rest)
+
+
+def _measure(command: str, arguments: list[str]) -> None:
+    parser = _parser(command)
+    options = given_options(arguments)
+    if weights := options.get("--weights"):
+        check_source(weights)
+        parser.set_defaults(_defaults(weights))
+    elif not options.keys() & {"--config", "-c", "--help", "-h"}:
+        raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
+    config = parser.parse_args(arguments)
+    data: ImageData = parser.instantiate_classes(config).data
+    data.setup("fit")
+
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        strategy=config.strategy,
+        precision=config.precision or "32-true",
+    )
+    fabric.launch()
+    fabric.seed_everything(config.seed, verbose=False)
+    network: Network = "student" if config.student else "teacher"
+    backbone = load_backbone(config.weights, config.backbone, config.backbone_args, network=network)
+    backbone.to(fabric.device)
+    _check_size(backbone, data.img_size, fabric.device)
+    measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
+    if fabric.is_global_zero:
+        _show(measurement)
+        name = config.name or f"{_name_of(config.weights)}_{command}"
+        _record(measurement, TensorBoardLogger(config.runs, name, default_hp_metric=False), config)
+
+
+def _parser(command: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"locat {command}", description=DESCRIPTIONS[command], exit_on_error=False, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("-c", "--config", action=ConfigByName, help="a file with any of these options")
+    add(
+        "--weights",
+        type=str,
+        required=True,
+        help="a checkpoint of a run, a file (DINO's, timm's, a state dict), a timm name, or 'random'",
+    )
+    add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
+    add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the backbone")
+    add("--student", action="store_true", help="of a DINO checkpoint the student, not the teacher")
+    parser.add_class_arguments(ImageData, "data")
+    # The linear protocol crops and flips, no more.
+    parser.set_defaults({"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0})
+    if command == "knn":
+        add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+        add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
+    else:
+        add(
+            "--protocol",
+            type=Literal["paper", "sweep"],
+            default="paper",
+            help="paper: SGD on augmented images. sweep: a grid of learning rates at once, on features that "
+            "are extracted once and not augmented",
+        )
+        add("--epochs", type=PositiveInt, default=100, help="passes over the training images")
+        add(
+            "--learning_rate",
+            type=PositiveFloat,
+            default=0.001,
+            help="of the paper's protocol, for 256 images",
+        )
+        add(
+            "--learning_rates",
+            type=PositiveFloat,
+            nargs="+",
+            default=list(DINOV2_LEARNING_RATES),
+            help="of the sweep, for 256 images",
+        )
+        add("--sweep_batch_size", type=PositiveInt, default=1024, help="features per step of the sweep")
+    add("--runs", type=str, default="runs", help="directory of all runs")
+    add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
+    add("--accelerator", type=str, default="auto", help="as the trainer's")
+    add("--devices", type=int | str, default=1, help="as the trainer's")
+    add("--strategy", type=str, default="auto", help="as the trainer's")
+    add("--precision", type=str | None, default=mixed_precision(), help="as the trainer's")
+    add("--seed", type=int, default=0, help="of the linear classifier and of random weights")
+    return parser
+
+
+def _defaults(weights: str) -> dict[str, Any]:
+    """What the weights say of the images that they are for, by option."""
+    record = Path(weights).parent.parent / "config.yaml"
+    if Path(weights).is_file() and record.is_file():
+        data = yaml.safe_load(record.read_text())["data"]["init_args"]
+        data["img_size"] = data.get("global_size", data.get("img_size"))
+        return {f"data.{key}": data[key] for key in OF_THE_IMAGES if data.get(key) is not None}
+    if timm.is_model(weights):
+        known = timm.get_pretrained_cfg(weights)
+        return {f"data.{key}": getattr(known, key) for key in ("mean", "std")}
+    return {}
+
+
+def _check_size(backbone: nn.Module, size: int, device: torch.device) -> None:
+    try:
+        with frozen(backbone), torch.inference_mode():
+            image_features(backbone, torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(
+            f"the backbone does not take images of {size} pixels ({error}): set --data.img_size, or "
+            "--backbone_args '{img_size: …}'"
+        ) from error
+
+
+def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
+    found = knn_classify(
+        bank.features.to(fabric.device),
+        bank.labels,
+        queries.features.to(fabric.device),
+        queries.labels,
+        k=config.k,
+        temperature=config.temperature,
+    )
+    return Measurement(
+        f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}",
+        ("k", "top-1", "top-5"),
+        [(f"{a.neighbours}", *_percent(a.top1, a.top5)) for a in found.values()],
+        {f"knn/{metric}_k{k}": getattr(a, metric) for k, a in found.items() for metric in ("top1", "top5")},
+    )
+
+
+def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    if config.protocol == "paper":
+        images = data.batch_size * fabric.world_size
+        best = train_linear(
+            backbone,
+            data.train_dataloader(),
+            data.val_dataloader(),
+            fabric.device,
+            num_classes=data.num_classes,
+            batch_size=images,
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            autocast_dtype=AUTOCAST.get(config.precision),
+        )
+        results, manner = [best], f"{images} augmented images a step"
+    else:
+        train, val = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
+        sweep = sweep_linear(
+            *(each.to(fabric.device) for each in (*train, *val)),
+            learning_rates=config.learning_rates,
+            epochs=config.epochs,
+            batch_size=config.sweep_batch_size,
+            seed=config.seed,
+            progress=fabric.is_global_zero,
+        )
+        results, best = list(sweep.results), sweep.best
+        manner = f"{config.sweep_batch_size} features a step, best top-1 {best.top1:.2%}"
+    return Measurement(
+        f"linear, {config.protocol}: {config.epochs} epochs, {manner}",
+        ("learning rate", "effective", "top-1", "top-5"),
+        [
+            (f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *_percent(r.top1, r.top5))
+            for r in results
+        ],
+        {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
+        | {f"linear/top1_rate{r.learning_rate:g}": r.top1 for r in results if len(results) > 1},
+    )
+
+
+def _features(
+    backbone: nn.Module, data: ImageData, split: str, config: Namespace, fabric: Fabric
+) -> Features:
+    return extract_features(
+        backbone,
+        data.eval_dataloader(split),
+        fabric.device,
+        autocast_dtype=AUTOCAST.get(config.precision),
+    )
+
+
+def _percent(*shares: float) -> tuple[str, ...]:
+    return tuple(f"{share:.2%}" for share in shares)
+
+
+def _show(measurement: Measurement) -> None:
+    print(measurement.heading)
+    table = Table()
+    for column in measurement.columns:
+        table.add_column(column, justify="right")
+    for row in measurement.rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _record(measurement: Measurement, board: TensorBoardLogger, config: Namespace) -> None:
+    """`metrics.json`, and the same numbers in TensorBoard."""
+    directory = Path(board.log_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    board.log_metrics(measurement.metrics, step=0)
+    board.experiment.add_text("measured", f"{config.weights}: {measurement.heading}", 0)
+    board.finalize("success")
+    record = {"weights": config.weights, "measured": measurement.heading, **measurement.metrics}
+    (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"run: {directory}\nlook: tensorboard --logdir {config.runs}")
+
+
+def _name_of(weights: str) -> str:
+    """A name for the directory: that of the weights' own run, or of their file, or of the model."""
+    path = Path(weights)
+    if (path.parent.parent / "config.yaml").is_file():
+        return path.parent.parent.parent.name
+    return path.stem if path.is_file() else weights.replace("/", "_").replace(":", "_")

@@ -1,0 +1,104 @@
+"""What all commands share: configs by name, and mistakes that are answered by one line."""
+
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from locat import config_directory, list_configs
+from locat_lightning.errors import InputError
+
+
+class ConfigByName(ActionConfigFile):
+    """`--config` takes a local file, or else the name of a shipped config."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Parse the config that `values` names."""
+        super().__call__(parser, cfg, find_config(str(values)), option_string)
+
+
+def find_config(name: str) -> str:
+    """The path of a config: a local file first, then a shipped one.
+
+    Raises:
+        InputError: there is neither.
+    """
+    for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
+        if path.is_file():
+            return str(path)
+    raise InputError(
+        f"--config: no file {Path(name).absolute()} and no shipped config {name!r} ({shipped_configs()})"
+    )
+
+
+def shipped_configs() -> str:
+    """The names that `--config` knows, in a line."""
+    return ", ".join(line.split()[0] for line in list_configs().splitlines())
+
+
+def given_options(arguments: list[str]) -> dict[str, str]:
+    """The values of `--option value` and `--option=value`, by option."""
+    values = {}
+    for option, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        key, equals, value = option.partition("=")
+        values[key] = value if equals else following
+    return values
+
+
+def mixed_precision() -> str | None:
+    """The recipe's mixed precision where there is a GPU, else Lightning's default."""
+    if not torch.cuda.is_available():
+        return None
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def _in_a_line(message: str) -> str:
+    """Key and problem, from jsonargparse's account of every type that it tried."""
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    key, problem = ".".join(keys), message.rpartition('Parser key "')[2]
+    if option := re.search(r"Option '([^']+)' is not accepted", problem):
+        return f"{key}.{option[1]}: there is no such option"
+    if unknown := re.search(r"Expected a dot import path string: (.*)", problem):
+        return f"{key}: there is no class {unknown[1]!r}"
+    if fault := re.search(r"Problem with given class_path '[^']+':\s*(.*)", problem):
+        return f"{key}: {fault[1]}"
+    if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
+        tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])
+        types = " or ".join("null" if name == "NoneType" else name or other for name, other in tried)
+        return f"{key}: {value[1]!r} is not of the type {types}" if types else f"{key}: {value[1]!r} is wrong"
+    return " ".join(message.split())
+
+
+def _mistake(error: BaseException | None) -> str | None:
+    """What a user can put right of an error, or of one that it came from; None if there is nothing."""
+    while error is not None:
+        if isinstance(error, InputError | MisconfigurationException):
+            return " ".join(str(error).split())
+        if isinstance(error, ArgumentError) and not isinstance(error.__cause__, InputError):
+            return _in_a_line(str(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def errors_in_a_line(debug: bool) -> Iterator[None]:
+    """What a user can put right is one line on standard error and exit code 2."""
+    try:
+        yield
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # as the shell has it: whoever sent the signal sees that it was heeded
+    except Exception as error:
+        mistake = _mistake(error)
+        if debug or mistake is None:
+            raise
+        print(f"locat: error: {mistake}", file=sys.stderr)
+        sys.exit(2)
