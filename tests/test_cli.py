@@ -17,9 +17,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from locat_lightning.cli import LocatCLI, main
-from locat_lightning.options import find_config
 from locat_lightning.data.images import ImageData
 from locat_lightning.errors import InputError
+from locat_lightning.options import find_config
 from locat_lightning.tasks import Classification
 
 FIT = ["fit", "--config", "classify_tiny.yaml"]

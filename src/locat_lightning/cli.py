@@ -24,9 +24,11 @@ from lightning.pytorch.utilities import rank_zero_info
 import locat_lightning
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import Checkpoints
+from locat_lightning.callbacks.crops import CropPictures
 from locat_lightning.callbacks.kernels import KernelWidths
 from locat_lightning.callbacks.pictures import AttentionPictures
 from locat_lightning.callbacks.predictions import PredictionTable
+from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.callbacks.progress import ProgressBar
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
@@ -53,7 +55,7 @@ EXPECTED = (
     # Lightning 2.6 asks torch's pytree in a way that torch 2.15 wants asked differently.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
-GROUPS = ("trainer", "checkpoint", "pictures")
+GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear")
 COMMANDS = {
     "fit": "train",
     "validate": "measure on the val split",
@@ -174,6 +176,8 @@ class LocatCLI(LightningCLI):
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(AttentionPictures, "pictures")
+        parser.add_lightning_class_args(KnnProbe, "knn")
+        parser.add_lightning_class_args(LinearProbe, "linear")
         parser.set_defaults(
             {
                 "trainer.enable_model_summary": False,
@@ -183,6 +187,8 @@ class LocatCLI(LightningCLI):
                 "checkpoint.save_last": True,
                 "checkpoint.save_on_exception": True,
                 "checkpoint.enable_version_counter": False,
+                "knn.every_n_epochs": 0,
+                "linear.every_n_epochs": 0,
             }
             | self._recorded
         )
@@ -234,7 +240,7 @@ class LocatCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what watches every run."""
-        callbacks += [Throughput(), KernelWidths(), PredictionTable()]
+        callbacks += [Throughput(), KernelWidths(), PredictionTable(), CropPictures()]
         if config["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
         return super()._instantiate_trainer(config, callbacks)

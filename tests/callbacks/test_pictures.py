@@ -1,7 +1,9 @@
 """Pictures: the numbers behind them, their shape, and training as without them."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,10 +13,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
-from locat_lightning.callbacks.pictures import AttentionPictures, cls_attention, draw, gaussian_kernels
+from locat_lightning.callbacks.pictures import (
+    AttentionPictures,
+    cls_attention,
+    draw,
+    gaussian_kernels,
+    patch_features,
+    pca_colours,
+)
+from locat_lightning.data import MultiCropData
 from locat_lightning.data.images import ImageData
 from locat_lightning.errors import InputError
 from locat_lightning.nn import gaussian_kernel
+from locat_lightning.tasks import Dino
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # Lightning, of torch 2.15
@@ -91,16 +102,77 @@ def test_a_model_without_cls_or_attention():
         assert cls_attention(backbone, images) is None
 
 
+@pytest.mark.parametrize("name", ["locatvit_tiny", "vit_tiny_patch16_224"])
+@torch.no_grad()
+def test_patch_features_are_the_last_tokens_before_the_norm(name):
+    backbone, images = vit(name, reg_tokens=2, dynamic_img_size=True).eval(), torch.randn(2, 3, 12, 20)
+    tokens = backbone.blocks(backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images))))
+    features = patch_features(backbone, images)
+    assert features.shape == (2, 24, 3, 5)
+    torch.testing.assert_close(features.flatten(2).mT, tokens[:, 3:])
+
+
+def test_patch_features_of_other_models():
+    images = torch.randn(1, 3, 64, 64)
+    assert patch_features(timm.create_model("resnet10t", num_classes=2), images).shape == (1, 512, 2, 2)
+    assert patch_features(torch.nn.Conv2d(3, 4, 1), images) is None
+
+
+def test_the_principal_components_are_red_green_and_blue():
+    # Three orthogonal directions, of falling strength, of patterns that are uncorrelated and lopsided.
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.linalg.qr(torch.rand(2 * 6 * 5, 4, generator=generator).log()).Q[:, 1:]
+    patterns = torch.linalg.qr(patterns - patterns.mean(0)).Q
+    patterns = torch.where(patterns.pow(3).sum(0) < 0, -patterns, patterns)
+    axes = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:3]
+    points = (patterns * torch.tensor([9.0, 3.0, 1.0])) @ axes + torch.randn(8, generator=generator)
+    features = points.view(2, 6, 5, 8).movedim(-1, 1)
+    colours = pca_colours(features)
+    assert colours.shape == (2, 3, 6, 5)
+    low, high = patterns.quantile(0.01, dim=0), patterns.quantile(0.99, dim=0)
+    expected = ((patterns - low) / (high - low)).clamp(0, 1).view(2, 6, 5, 3).movedim(-1, 1)
+    torch.testing.assert_close(colours, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pca_colours(100 * features), colours, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pca_colours(features.flip(1)), colours, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pca_colours(-features), colours, atol=1e-4, rtol=0)
+
+
+def test_one_wild_patch_does_not_take_the_colours_of_the_others():
+    features = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    features[:, 0] *= 5
+    features[0, 0, 3, 3] = 50
+    colours = pca_colours(features)
+    assert colours[0, 0, 3, 3] == 1
+    assert colours[:, 0].std() > 0.2
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1e6, math.nan, math.inf])
+def test_features_without_variation_are_grey(value):
+    features = torch.full((2, 64, 7, 7), value) * torch.linspace(0.1, 1, 64).view(64, 1, 1)
+    assert (pca_colours(features) == 0.5).all()
+
+
+def test_fewer_than_three_components():
+    assert (pca_colours(torch.rand(1, 2, 4, 4))[:, 2] == 0.5).all()
+    assert (pca_colours(torch.rand(1, 8, 1, 1)) == 0.5).all()
+    assert pca_colours(torch.rand(1, 8, 1, 2)).unique().numel() == 3  # one component: low, high, and grey
+
+
 def test_training_goes_on_as_before():
     backbone = vit(drop_path_rate=0.5)
+    backbone.blocks[1].eval()
+    flags = [module.training for module in backbone.modules()]
     hooks = [list(module._forward_hooks) for module in backbone.modules()]
-    random = torch.get_rng_state()
+    numbers = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    gaussian_kernels(backbone, images)
-    cls_attention(backbone, images)
-    assert all(module.training for module in backbone.modules())
+    kernels, attention = gaussian_kernels(backbone, images), cls_attention(backbone, images)
+    features = patch_features(backbone, images)
+    draw(images, [0, 1], kernels=kernels, attention=attention, features=features)
+    assert not features.requires_grad
+    assert [module.training for module in backbone.modules()] == flags
     assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), numbers[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == numbers[1:]  # noqa: NPY002
 
 
 def picture(size=(16, 16), side=56, **parts):
@@ -112,13 +184,15 @@ def test_a_column_for_each_thing_given():
     everything = {
         "kernels": [torch.rand(2, 16, 4, 4)] * 5,
         "attention": torch.rand(2, 3, 4, 4),
+        "student_attention": torch.rand(2, 3, 4, 4),
+        "features": torch.rand(2, 8, 4, 4),
         "probabilities": torch.tensor([[0.1, 0.9], [0.5, 0.5]]),
     }
     full = picture(**everything)
     assert full.dtype == torch.uint8
-    assert full.shape[2] == gap + 6 * (56 + gap)
+    assert full.shape[2] == gap + 8 * (56 + gap)
     assert abs(full.shape[1] - (header + 2 * (56 + gap))) <= 1
-    for left_out, columns in (("kernels", 3), ("attention", 5), ("probabilities", 5)):
+    for left_out, columns in ((name, 5 if name == "kernels" else 7) for name in everything):
         parts = {name: part for name, part in everything.items() if name != left_out}
         assert picture(**parts).shape[2] == gap + columns * (56 + gap)
     assert picture(kernels=everything["kernels"][:1]).shape[2] == gap + 2 * (56 + gap)
@@ -137,6 +211,45 @@ def test_an_image_is_shown_as_it_is_and_a_kernel_where_it_is():
     tile = drawn[:, bottom - 64 : bottom, 2 * gap + 64 :][:, :, :64]
     assert tile[0, 40, 40] > 0.9  # yellow
     assert tile[:, 8, 56].max() < 0.5
+
+
+def test_the_students_attention_is_left_of_the_teachers_and_the_features_right():
+    hot, colours = torch.eye(4).view(1, 1, 4, 4), torch.zeros(1, 3, 4, 4)
+    colours[0, :, 0, 3] = 1.0  # a bright patch in the upper right corner
+    drawn = draw(
+        torch.zeros(1, 3, 8, 8), [0], attention=hot, student_attention=hot.flip(-1), features=colours, side=64
+    )
+    tops = drawn.shape[1] - 68
+    student, teacher, features = (drawn[:, tops:-4, 4 + 68 * i :][..., :64].float() / 255 for i in (1, 2, 3))
+    assert student[0, 8, 56] > 0.8 > 0.2 > student[0, 8, 8]
+    assert teacher[0, 8, 8] > 0.8 > 0.2 > teacher[0, 8, 56]
+    assert features[0, :16, 48:].min() == 1
+    assert features[0, 16:].max() == features[0, :, :48].max() == 0
+
+
+def test_titles_do_not_run_into_each_other():
+    for side in (48, 224):
+        part = torch.rand(1, 3, 4, 4)
+        parts = {"kernels": [torch.rand(1, 16, 4, 4)] * 12, "attention": part, "student_attention": part}
+        drawn = draw(torch.rand(1, 3, 8, 8), [0], **parts, features=part, side=side)
+        gap = max(4, side // 20)
+        header = drawn[:, : drawn.shape[1] - side - gap]
+        for column in range(8):
+            between = header[..., column * (side + gap) :][..., :gap]
+            assert (between == 255).all(), column
+
+
+def test_a_model_that_has_diverged_is_drawn_all_the_same():
+    nan = torch.full((1, 3, 4, 4), math.nan)
+    kernels = [torch.full((1, 16, 4, 4), math.nan), torch.zeros(1, 16, 4, 4)]
+    probabilities = torch.full((1, 5), math.nan)
+    parts = {"attention": torch.zeros(1, 3, 4, 4), "student_attention": nan, "features": nan}
+    drawn = picture_of_one(kernels=kernels, probabilities=probabilities, **parts)
+    assert drawn.shape[2] == 4 + 7 * 60
+
+
+def picture_of_one(**parts):
+    return draw(torch.rand(1, 3, 16, 16), [1], side=56, **parts)
 
 
 @pytest.mark.parametrize("predicted", [0, 1])
@@ -206,11 +319,11 @@ def test_a_run_is_drawn_and_trains_as_without(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     first, second = drawn_in(tmp_path / "with")
     assert (first.step, second.step) == (0, 1)
-    assert (first.width, second.width) == (4 + 6 * 52,) * 2
+    assert (first.width, second.width) == (4 + 7 * 52,) * 2
     assert drawn_in(tmp_path / "without") == []
 
 
-@pytest.mark.parametrize(("name", "columns"), [("vit_tiny_patch16_224", 3), ("resnet10t", 2)])
+@pytest.mark.parametrize(("name", "columns"), [("vit_tiny_patch16_224", 4), ("resnet10t", 3)])
 def test_other_models_every_second_epoch(tmp_path, name, columns):
     backbone = timm.create_model(name, num_classes=10) if name == "resnet10t" else vit(name)
     callback = AttentionPictures(images=2, side=48, every_n_epochs=2)
@@ -223,7 +336,44 @@ def test_a_backbone_without_classes_and_a_validation_by_itself(tmp_path):
     callback = AttentionPictures(images=2, side=48, every_n_epochs=100)
     trainer(tmp_path, [callback]).validate(Classifier(vit(num_classes=0)), digits(), verbose=False)
     [drawn] = drawn_in(tmp_path)
-    assert drawn.width == 4 + 5 * 52
+    assert drawn.width == 4 + 6 * 52
+
+
+def test_dino_is_drawn_with_its_student_and_trains_as_without(tmp_path):
+    backbone_args = {name: SMALL[name] for name in SMALL if name != "num_classes"} | {"drop_path_rate": 0.2}
+    head = {"out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8}
+    callback = AttentionPictures(images=2, side=48)
+    weights = []
+    for name, callbacks in (("without", []), ("with", [callback])):
+        torch.manual_seed(0)
+        module = Dino("locatvit_tiny", backbone_args=backbone_args, lr=1e-2, warmup_epochs=0, **head)
+        data = MultiCropData(
+            dataset="digits", global_size=16, local_size=8, local_views=2, batch_size=8, num_workers=0
+        )
+        trainer(tmp_path / name, callbacks).fit(module, data)
+        weights.append(module.state_dict())
+    without, with_pictures = weights
+    assert all(torch.equal(with_pictures[key], without[key]) for key in without)
+    first, second = drawn_in(tmp_path / "with")
+    assert (first.step, second.step) == (0, 1)
+    assert first.width == 4 + 7 * 52  # input, 3 kernels, student, teacher, features
+
+    for part, weight in module.named_parameters():
+        if "qkv" in part:  # student and teacher are still too much alike to be told apart in a picture
+            torch.nn.init.normal_(weight)
+    student, teacher = module.student.backbone, module.teacher.backbone
+    mean, std = (torch.tensor(data.normalisation[name]).view(3, 1, 1) for name in ("mean", "std"))
+    expected = draw(
+        callback.inputs * std + mean,
+        callback.labels,
+        kernels=gaussian_kernels(teacher, callback.inputs),
+        student_attention=cls_attention(student, callback.inputs),
+        attention=cls_attention(teacher, callback.inputs),
+        features=patch_features(teacher, callback.inputs),
+        side=48,
+    )
+    assert torch.equal(callback._picture(data, module), expected)
+    assert not torch.equal(cls_attention(student, callback.inputs), cls_attention(teacher, callback.inputs))
 
 
 def test_the_images_are_spread_over_the_validation_set(tmp_path):

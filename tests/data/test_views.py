@@ -69,6 +69,20 @@ def test_crops_are_pils_to_a_level_and_half_are_flipped(photograph):
     assert abs(np.mean(flips) - 0.5) < 4 * 0.5 / np.sqrt(len(flips))
 
 
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_flips_can_be_left_out(photograph, hflip):
+    half, given = MultiCrop(32, 16, 2), MultiCrop(32, 16, 2, hflip=hflip)
+    for seed in range(8):
+        expected, views = (cut(photograph, np.random.default_rng(seed)) for cut in (half, given))
+        for a, b in zip(expected, views, strict=True):
+            for like, crop in zip(a.crops, b.crops, strict=True):
+                assert any((crop == each).all() for each in (like, like.flip(-1)))
+    flips = MultiCrop(32, 16, 2, hflip=1.0)(photograph, np.random.default_rng(0))
+    plain = MultiCrop(32, 16, 2, hflip=0.0)(photograph, np.random.default_rng(0))
+    for a, b in zip(flips, plain, strict=True):
+        assert (a.crops == b.crops.flip(-1)).all()
+
+
 def test_the_generator_fixes_the_views(photograph):
     multi_crop = MultiCrop(global_size=32, local_size=16)
     first, again, other = (

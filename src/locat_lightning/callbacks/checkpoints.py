@@ -1,5 +1,7 @@
 """Checkpoints of a run: its best weights, and where to go on from."""
 
+from pathlib import Path
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -8,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose `last.ckpt` is that of the last epoch, and also of a run cut off.
 
-    Lightning's own writes `last.ckpt` only along with a new best one, and a run cut off over the best one.
+    Lightning's own writes `last.ckpt` only along with a new best one, and a run cut off over the best one. It
+    also writes by way of the system's temporary folder: from another disk that is a copy, and a run that is
+    killed meanwhile leaves half a checkpoint in place of a whole one.
     """
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,3 +36,14 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.last_model_path:
             rank_zero_info(f"cut off; to go on: locat fit --ckpt_path {self.last_model_path}")
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Write it beside the one that it replaces, which stays whole until the new one is."""
+        if "://" in filepath:  # an object store, which shows a file when it is complete
+            super()._save_checkpoint(trainer, filepath)
+            return
+        part = f"{filepath}.part"
+        super()._save_checkpoint(trainer, part)
+        if trainer.is_global_zero:
+            Path(part).replace(filepath)
+        self._last_checkpoint_saved = filepath

@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at: Gaussian kernels, attention of [CLS], predictions."""
+"""Pictures of what a model sees: Gaussian kernels, attention of [CLS], patch features, predictions."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -19,14 +19,29 @@ from locat_lightning.callbacks.kernels import observe
 from locat_lightning.data.images import ImageData, Stream
 from locat_lightning.data.reading import Failure, Images
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.features import frozen
 from locat_lightning.nn import GaussianAttention, gaussian_kernel
+from locat_lightning.tasks import Dino
 
-__all__ = ["AttentionPictures", "cls_attention", "draw", "gaussian_kernels"]
+__all__ = [
+    "AttentionPictures",
+    "Column",
+    "cls_attention",
+    "draw",
+    "gaussian_kernels",
+    "patch_features",
+    "pca_colours",
+    "resized",
+    "table",
+    "tensorboards",
+]
 
 # Ten colours of matplotlib's "inferno", from 0 to 1.
 INFERNO = "000004 1b0c42 4b0c6b 781c6d a52c60 cf4446 ed6925 fb9a06 f7d03c fcffa4"
 PATCHES = ((0.5, 0.5), (0.2, 0.2), (0.8, 0.8))  # where the drawn kernels sit: shares of height and width
 SHOWN_CLASSES = 3
+OUTLIERS = 0.01  # share of the patches at either end of a principal component that saturates
+NEGLIGIBLE = 1e-5  # spread of a component, beside the largest feature, that may be mere rounding
 INK, FAINT, PAPER, MARK = "#1f2328", "#6e7781", "#ffffff", "#5ce1ff"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
@@ -78,6 +93,52 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     return patches
 
 
+def patch_features(backbone: nn.Module, images: Tensor) -> Tensor | None:
+    """What the last block makes of each patch, before the final norm: what dense probes read.
+
+    Args:
+        backbone: a timm model; of a CNN these are the features of the last stage.
+        images: [B, 3, height, width], normalised.
+
+    Returns:
+        [B, D, H, W]; None if the model has no `forward_intermediates`.
+    """
+    forward = getattr(backbone, "forward_intermediates", None)
+    if forward is None:
+        return None
+    with frozen(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        [features] = forward(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)
+    return features  # type: ignore[no-any-return]
+
+
+def pca_colours(features: Tensor) -> Tensor:
+    """The first three principal components of all patches together, as red, green and blue.
+
+    Each component fills its channel from the 1st to the 99th percentile. Its sign is the one with which its
+    third moment is positive, so that few patches are bright and many dark. A component that does not vary is
+    0.5 everywhere, and so is each of features that are not finite.
+
+    Args:
+        features: [B, D, H, W], of one model.
+
+    Returns:
+        [B, 3, H, W] float32 on the CPU, from 0 to 1.
+    """
+    B, _, H, W = features.shape
+    patches = features.detach().float().cpu().movedim(1, -1).flatten(0, 2)
+    if not patches.isfinite().all():
+        patches = torch.zeros_like(patches)
+    u, s, _ = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    components = (u * s)[:, :3]
+    components = F.pad(components, (0, 3 - components.shape[1]))
+    components = torch.where(components.pow(3).sum(0) < 0, -components, components)
+    low, high = components.quantile(torch.tensor([OUTLIERS, 1 - OUTLIERS]), dim=0)
+    spread = high - low
+    varies = spread > NEGLIGIBLE * patches.abs().max()
+    colours = torch.where(varies, (components - low) / spread, 0.5).clamp(0, 1)
+    return colours.view(B, H, W, 3).movedim(-1, 1)
+
+
 def draw(
     images: Tensor,
     labels: Sequence[int],
@@ -85,6 +146,8 @@ def draw(
     *,
     kernels: Sequence[Tensor] = (),
     attention: Tensor | None = None,
+    student_attention: Tensor | None = None,
+    features: Tensor | None = None,
     probabilities: Tensor | None = None,
     side: int = 224,
 ) -> Tensor:
@@ -97,43 +160,94 @@ def draw(
         kernels: what `gaussian_kernels` gives. Those of three patches are drawn, of the first, the middle and
             the last block, each column in a scale of its own.
         attention: what `cls_attention` gives. Each image has a scale of its own.
+        student_attention: the same of a model's student, drawn beside; `attention` is the teacher's then.
+        features: what `patch_features` gives, drawn as `pca_colours`.
         probabilities: [B, classes].
         side: shorter side of an image in the picture, in pixels; small images are enlarged without smoothing.
 
     Returns:
         [3, height, width] uint8.
     """
+    tiles = resized(images, side)
+    height, width = tiles.shape[-2:]
+    columns = [Column("input", "", [to_pil_image(tile) for tile in tiles])]
+    depths = {0, (len(kernels) - 1) // 2, len(kernels) - 1} if kernels else set()
+    columns += [_kernel_column(f"kernels, block {block}", tiles, kernels[block]) for block in sorted(depths)]
+    if student_attention is not None:
+        columns.append(_attention_column("student: attention of [CLS]", tiles, student_attention))
+    if attention is not None:
+        title = "attention of [CLS]" if student_attention is None else "teacher: attention of [CLS]"
+        columns.append(_attention_column(title, tiles, attention))
+    if features is not None:
+        colours = F.interpolate(pca_colours(features), tiles.shape[-2:], mode="nearest-exact")
+        title, note = "PCA of patch features", "last block, first three as RGB"
+        columns.append(Column(title, note, [to_pil_image(tile) for tile in colours]))
+    if probabilities is not None:
+        panels = [
+            _prediction((height, width), row, label, class_names)
+            for row, label in zip(probabilities.float().cpu(), labels, strict=True)
+        ]
+        columns.append(Column("prediction", "", panels))
+    return pil_to_tensor(table(columns, side))  # type: ignore[no-any-return]
+
+
+class Column(NamedTuple):
+    """A title, a smaller line beneath, and a tile for each row of a `table`."""
+
+    title: str
+    note: str
+    tiles: list[Image.Image]
+
+
+def table(columns: Sequence[Column], side: int) -> Image.Image:
+    """The columns side by side under their titles.
+
+    Args:
+        columns: at least one, with as many tiles each, all of one size.
+        side: shorter side of a tile in pixels; gaps and letters follow it.
+    """
+    gap = max(4, side // 20)
+    title, note = (ImageFont.load_default(size=side / parts) for parts in (13, 18))
+    header = round(side / 13 + side / 18) + 2 * gap
+    width, height = columns[0].tiles[0].size
+    rows = len(columns[0].tiles)
+    drawn = Image.new("RGB", (gap + len(columns) * (width + gap), header + rows * (height + gap)), PAPER)
+    pen = ImageDraw.Draw(drawn)
+    for number, column in enumerate(columns):
+        left = gap + number * (width + gap)
+        pen.text((left, gap), column.title, INK, title)
+        pen.text((left, header - gap // 2), column.note, FAINT, note, anchor="ld")
+        for row, tile in enumerate(column.tiles):
+            drawn.paste(tile, (left, header + row * (height + gap)))
+    return drawn
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images as the tiles of a `table`: small ones enlarged without smoothing.
+
+    Args:
+        images: [B, 3, height, width], RGB from 0 to 1.
+        side: the shorter side of the result in pixels.
+
+    Returns:
+        [B, 3, height, width] float32 on the CPU, from 0 to 1.
+    """
     height, width = images.shape[-2:]
     shorter = min(height, width)
     size = (round(height * side / shorter), round(width * side / shorter))
     images = images.detach().float().cpu().clamp(0, 1)
-    tiles = (
-        F.interpolate(images, size, mode="nearest-exact")
-        if side > shorter
-        else F.interpolate(images, size, mode="bilinear", antialias=True)
-    )
-    columns = [_Column("input", "", [to_pil_image(tile) for tile in tiles])]
-    depths = {0, (len(kernels) - 1) // 2, len(kernels) - 1} if kernels else set()
-    columns += [_kernel_column(f"kernels, block {block}", tiles, kernels[block]) for block in sorted(depths)]
-    if attention is not None:
-        heat = attention.float().cpu().mean(1)
-        heat = heat / heat.amax((-2, -1), keepdim=True)
-        columns.append(_Column("attention of [CLS]", "last block, mean of heads", _overlaid(tiles, heat)))
-    if probabilities is not None:
-        panels = [
-            _prediction(size, row, label, class_names)
-            for row, label in zip(probabilities.float().cpu(), labels, strict=True)
-        ]
-        columns.append(_Column("prediction", "", panels))
-    return pil_to_tensor(_table(columns, side))  # type: ignore[no-any-return]
+    if side > shorter:
+        return F.interpolate(images, size, mode="nearest-exact")
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 class AttentionPictures(Callback):
     """Draws the same validation images in TensorBoard, as the model sees them, at each validation.
 
     Each row: the image, the Gaussian kernels of three patches at three depths, the attention of [CLS] in the
-    last block, the likeliest classes. What a model lacks is left out: a plain ViT has no kernels, a CNN no
-    attention either. Without a TensorBoard logger nothing is drawn.
+    last block, the principal components of its patch features, the likeliest classes. What a model lacks is
+    left out: a plain ViT has no kernels, a CNN no attention either. Of `Dino` these are the teacher's, with
+    the student's attention beside. Without a TensorBoard logger nothing is drawn.
 
     Args:
         images: how many, evenly spaced over the validation set.
@@ -154,7 +268,7 @@ class AttentionPictures(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reads the images, in the main process."""
-        if stage not in ("fit", "validate") or not _tensorboards(trainer):
+        if stage not in ("fit", "validate") or not tensorboards(trainer):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, ImageData):
@@ -177,7 +291,7 @@ class AttentionPictures(Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        if loggers := _tensorboards(trainer):
+        if loggers := tensorboards(trainer):
             picture = self._picture(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
             step = max(0, trainer.global_step - 1)  # the step just taken, as for the scalars of a validation
             for logger in loggers:
@@ -197,12 +311,17 @@ class AttentionPictures(Callback):
             module.class_names,  # type: ignore[arg-type]
             kernels=gaussian_kernels(backbone, inputs),
             attention=cls_attention(backbone, inputs),
+            student_attention=(
+                cls_attention(module.student.backbone, inputs) if isinstance(module, Dino) else None
+            ),
+            features=patch_features(backbone, inputs),
             probabilities=probabilities,
             side=self.side,
         )
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The trainer's TensorBoard loggers."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
@@ -222,15 +341,7 @@ def _spaced(data: ImageData, count: int) -> tuple[Tensor, list[int]]:
     return torch.stack([item[0] for item in read]), [item[1] for item in read]
 
 
-class _Column(NamedTuple):
-    """A title, a smaller line beneath, and a tile for each image."""
-
-    title: str
-    note: str
-    tiles: list[Image.Image]
-
-
-def _kernel_column(title: str, tiles: Tensor, kernels: Tensor) -> _Column:
+def _kernel_column(title: str, tiles: Tensor, kernels: Tensor) -> Column:
     """The kernels [B, H·W, H, W] of `PATCHES` over images [B, 3, height, width], with the patches marked."""
     rows, columns = kernels.shape[-2:]
     places = [(int(down * rows), int(right * columns)) for down, right in PATCHES]
@@ -242,12 +353,19 @@ def _kernel_column(title: str, tiles: Tensor, kernels: Tensor) -> _Column:
         for i, j in places:
             box = (j * patch_width, i * patch_height, (j + 1) * patch_width - 1, (i + 1) * patch_height - 1)
             ImageDraw.Draw(tile).rectangle(box, outline=MARK, width=2)
-    return _Column(title, f"mean of heads, brightest {peak:.2f}", overlaid)
+    return Column(title, f"mean of heads, brightest {peak:.2f}", overlaid)
+
+
+def _attention_column(title: str, tiles: Tensor, attention: Tensor) -> Column:
+    """Attention [B, h, H, W] over images [B, 3, height, width]."""
+    heat = attention.float().cpu().mean(1)
+    heat = heat / heat.amax((-2, -1), keepdim=True)
+    return Column(title, "last block, mean of heads", _overlaid(tiles, heat))
 
 
 def _overlaid(tiles: Tensor, heat: Tensor) -> list[Image.Image]:
     """Dimmed images [B, 3, height, width] under heat [B, H, W] from 0 to 1, which hides more where hotter."""
-    heat = F.interpolate(heat.unsqueeze(1), tiles.shape[-2:], mode="bicubic").clamp(0, 1)
+    heat = F.interpolate(heat.unsqueeze(1), tiles.shape[-2:], mode="bicubic").nan_to_num().clamp(0, 1)
     table = torch.tensor([list(bytes.fromhex(colour)) for colour in INFERNO.split()]) / 255
     place = heat.squeeze(1) * (len(table) - 1)
     lower = place.long().clamp_max(len(table) - 2)
@@ -294,24 +412,6 @@ def _fitted(text: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.Ima
     while text and font.getlength(f"{text}…") > room:
         text = text[:-1]
     return f"{text}…"
-
-
-def _table(columns: list[_Column], side: int) -> Image.Image:
-    """The columns side by side under their titles."""
-    gap = max(4, side // 20)
-    title, note = (ImageFont.load_default(size=side / parts) for parts in (13, 18))
-    header = round(side / 13 + side / 18) + 2 * gap
-    width, height = columns[0].tiles[0].size
-    rows = len(columns[0].tiles)
-    table = Image.new("RGB", (gap + len(columns) * (width + gap), header + rows * (height + gap)), PAPER)
-    pen = ImageDraw.Draw(table)
-    for number, column in enumerate(columns):
-        left = gap + number * (width + gap)
-        pen.text((left, gap), column.title, INK, title)
-        pen.text((left, header - gap // 2), column.note, FAINT, note, anchor="ld")
-        for row, tile in enumerate(column.tiles):
-            table.paste(tile, (left, header + row * (height + gap)))
-    return table
 
 
 def _attention_layers(backbone: nn.Module) -> list[Attention]:

@@ -84,6 +84,7 @@ class MultiCropData(ImageData):
         global_scale: smallest and largest share of the image's area in a global view.
         local_scale: smallest and largest share of the image's area in a local view.
         colour_on: where the views' colours are augmented: `device`, batched, or `worker`, which is slower.
+        hflip: probability of a horizontal flip of each view.
         batch_size: images per batch in each process.
         num_workers: processes that read images, for each process that trains; 0 reads in that process itself,
             null takes the available processors but one (16 at most).
@@ -110,6 +111,7 @@ class MultiCropData(ImageData):
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         colour_on: Literal["device", "worker"] = "device",
+        hflip: float = 0.5,
         batch_size: int = 64,
         num_workers: int | None = None,
         eval_interpolation: str = "bicubic",
@@ -123,6 +125,7 @@ class MultiCropData(ImageData):
             download=download,
             classes=classes,
             img_size=global_size,
+            hflip=hflip,
             batch_size=batch_size,
             num_workers=num_workers,
             eval_interpolation=eval_interpolation,
@@ -130,7 +133,9 @@ class MultiCropData(ImageData):
             seed=seed,
             max_unreadable=max_unreadable,
         )
-        self.views = MultiCrop(global_size, local_size, local_views, global_scale, local_scale, colour_on)
+        self.views = MultiCrop(
+            global_size, local_size, local_views, global_scale, local_scale, colour_on, hflip
+        )
 
     @cached_property
     def class_names(self) -> list[str]:

@@ -23,7 +23,6 @@ from locat_lightning.data.colour import apply_colour, draw_colour
 from locat_lightning.errors import InputError
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
-FLIP_PROBABILITY = 0.5
 ATTEMPTS = 10  # to draw a box inside the image, as torchvision's RandomResizedCrop
 
 
@@ -87,9 +86,10 @@ class MultiCrop:
         colour_on: where the colours are augmented: "device" returns uint8 crops, to be finished there by
             `Views.coloured`; "worker" returns finished float crops, at four times the memory and thrice
             the time.
+        hflip: probability of a horizontal flip of each view.
 
     Raises:
-        InputError: if a size, a count, a scale or `colour_on` is out of range.
+        InputError: if a size, a count, a scale, `colour_on` or `hflip` is out of range.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class MultiCrop:
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         colour_on: Literal["device", "worker"] = "device",
+        hflip: float = 0.5,
     ) -> None:
         if min(global_size, local_size) < 1:
             raise InputError(
@@ -114,7 +115,10 @@ class MultiCrop:
                 )
         if colour_on not in ("device", "worker"):
             raise InputError(f'colour_on ("{colour_on}") must be "device" or "worker"')
+        if not 0 <= hflip <= 1:
+            raise InputError(f"hflip ({hflip}) must be from 0 to 1")
         self.colour_on = colour_on
+        self.hflip = hflip
         self.sizes = [global_size] * 2 + [local_size] * local_views
         self.scales = np.array([global_scale] * 2 + [local_scale] * local_views)
         self.blur = [1.0, 0.1] + [0.5] * local_views  # probabilities
@@ -134,7 +138,7 @@ class MultiCrop:
             The global views, and the local views if there are any.
         """
         boxes = draw_boxes(rng, image.size, self.scales)
-        flipped = rng.random(len(boxes)) < FLIP_PROBABILITY
+        flipped = rng.random(len(boxes)) < self.hflip
         colour = draw_colour(rng, self.blur, self.solarize)
 
         width, height = image.size

@@ -22,6 +22,7 @@ from locat_lightning.backbones.weights import load_weights
 from locat_lightning.data.multicrop import MultiCropBatch
 from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.optim import cosine, linear_rule, linear_warmup, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
 
@@ -235,6 +236,8 @@ class Dino(Task):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and batch_idx % every == 0:  # seldom, for it waits for the device
             self._warn_of_collapse(entropy.item(), divergence.item())
+        if every and (self.global_step + 1) % every == 0:  # when it is written: singular values wait, too
+            self.log("train/effective_rank", effective_rank(features))
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(
             {
