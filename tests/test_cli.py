@@ -254,14 +254,20 @@ def test_nothing_is_lost_where_nothing_can_go_on(small, capsys, caplog):
     assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))
 
 
-def test_an_option_at_resuming_counts(small):
+def test_an_option_at_resuming_counts(small, capsys):
     main([*FIT, *small, "--model.lr", "0.1"])
-    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "3", "--model.lr", "0.25"])
+    changed = ["--trainer.max_epochs", "3", "--model.lr", "0.25"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", str(LAST), *changed])
+    said = capsys.readouterr().err
+    assert "model.lr was 0.1 and is 0.25 now; trainer.max_epochs was 2 and is 3 now" in said
+    assert "--allow_changes true" in said
+    main(["fit", "--allow_changes", "true", "--ckpt_path", str(LAST), *changed])
     assert scalars(RUN, "train/lr")[-3][1] == pytest.approx(0.25 - (0.25 - 1e-7) * 6 / 8)
     # One that moved is taken up too, in a directory of its own.
     Path("moved.ckpt").write_bytes(LAST.read_bytes())
     more = ["--ckpt_path", "moved.ckpt", "--trainer.max_epochs", "4", "--model.weight_decay", "0.2"]
-    main([*FIT, *small, *more])
+    main([*FIT, *small, *more, "--allow_changes", "true"])
     assert [step for step, _ in scalars(RUN.parent / "version_1", "train/lr")] == [9, 10, 11]
     assert scalars(RUN.parent / "version_1", "train/weight_decay")[0][1] == pytest.approx(0.2)
 
@@ -311,7 +317,7 @@ def test_weight_averaging_is_an_option(small):
     saved = torch.load(LAST, weights_only=True)
     name = "backbone.blocks.0.attn.qkv.weight"
     assert (saved["state_dict"][name] - saved["current_model_state"][name]).abs().max() > 1e-6
-    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "5"])
+    main(["fit", "--allow_changes", "true", "--ckpt_path", str(LAST), "--trainer.max_epochs", "5"])
     assert torch.load(LAST, weights_only=True)["global_step"] == 15
     main(["validate", "--weights", str(LAST), *QUIET])
     [(_, measured)] = scalars("runs/classify_tiny_validate/version_0", "val/loss")
@@ -349,7 +355,8 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(small):
     assert "to go on: locat fit --ckpt_path" in said
     step = torch.load(LAST, weights_only=True)["global_step"]
     assert step > 0
-    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", str(step // 3 + 2)])
+    longer = ["--trainer.max_epochs", str(step // 3 + 2), "--allow_changes", "true"]
+    main(["fit", "--ckpt_path", str(LAST), *longer])
     assert torch.load(LAST, weights_only=True)["global_step"] == step // 3 * 3 + 6
 
 
@@ -375,3 +382,19 @@ def test_two_processes_are_as_one(small, folder):
         rows = list(csv.DictReader(together))
         assert [row["path"] for row in rows] == [row["path"] for row in csv.DictReader(alone)]
     assert len({row["path"] for row in rows}) == len(rows) == 7
+
+
+def test_weights_and_a_run_to_go_on_with_exclude_each_other(small, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", str(LAST), "--weights", str(LAST)])
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_another_model_at_resuming_is_refused(small, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--ckpt_path", str(LAST), "--model.backbone_args.depth", "3"])
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "model.backbone_args.depth was 2 and is 3 now" in line

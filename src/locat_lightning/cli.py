@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 import locat_lightning
+from locat_lightning import resume
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.callbacks.crops import CropPictures
@@ -89,6 +90,12 @@ class RunRecord(SaveConfigCallback):
                 logger.experiment.add_text("config", _as_code(config), trainer.global_step)
                 logger.experiment.add_text("versions", _as_code(_versions(trainer)), trainer.global_step)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint keeps what shapes the training, so that no resumed run changes it silently."""
+        checkpoint[resume.RECORD] = resume.of_trainer(trainer, self.config.get("seed_everything"))
+
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
@@ -106,7 +113,9 @@ class RunRecord(SaveConfigCallback):
         """Final metrics: `metrics.json` of the run, HParams of TensorBoard, and a line for the reader."""
         directory = trainer.log_dir  # in every process: they agree on it
         if not self.already_saved:
-            rank_zero_info("nothing was left to train: raise trainer.max_epochs to go on")
+            rank_zero_info(
+                "nothing was left to train: raise trainer.max_epochs (with --allow_changes true) to go on"
+            )
         if not (self.already_saved and trainer.is_global_zero):
             return
         assert directory is not None
@@ -170,6 +179,12 @@ class LocatCLI(LightningCLI):
             help="where the model's weights come from: a checkpoint, a file, a timm name, or 'random'",
         )
         parser.link_arguments("weights", "model.init_args.weights")
+        parser.add_argument(
+            f"--{resume.OPTION}",
+            type=bool,
+            default=False,
+            help="whether a run that goes on (--ckpt_path) may have other options than it had",
+        )
         parser.add_argument("--runs", type=str, default="runs", help="directory of all runs")
         parser.add_argument(
             "--name", type=str | None, default=None, help="name of the run; the config's by default"
@@ -207,11 +222,18 @@ class LocatCLI(LightningCLI):
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self.resume_from = self._checkpoint_to_resume(config) if self.subcommand == "fit" else None
         if self.resume_from is not None:
+            if "--weights" in given_options(sys.argv[1:]):
+                raise InputError("--weights starts a run and --ckpt_path goes on with one: give one of them")
             config.ckpt_path = config.model.init_args.weights = None
 
     def instantiate_classes(self) -> None:
         """What can be said without data or a model is said before they are made."""
         super().instantiate_classes()
+        if self.resume_from is not None:
+            config = self.config[self.subcommand]
+            now = {"model": self.model.hparams, "data": self.datamodule.hparams}
+            now |= resume.of_trainer(self.trainer, config.seed_everything)
+            resume.check(self._before, now, allowed=config.allow_changes, checkpoint=self.resume_from)
         if isinstance(self.model, Task):
             self.model.check(self.trainer, training=self.subcommand == "fit")
 
@@ -255,9 +277,11 @@ class LocatCLI(LightningCLI):
     def _board(self, config: Namespace) -> tuple[TensorBoardLogger, int]:
         """TensorBoard's logger in the directory of the run, and the step at which it begins or goes on."""
         if self.resume_from is not None:
-            step = read_checkpoint(self.resume_from).get("global_step")
+            checkpoint = read_checkpoint(self.resume_from)
+            step = checkpoint.get("global_step")
             if step is None:
                 raise InputError(f"--ckpt_path: {self.resume_from} is no checkpoint of a run (see --weights)")
+            self._before = resume.of_checkpoint(checkpoint)
             directory = self.resume_from.parent.parent
             if (directory / "config.yaml").is_file():
                 options: dict[str, Any] = {"name": "", "version": directory.name, "purge_step": step}
