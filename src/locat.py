@@ -8,7 +8,9 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
+COMMANDS = ("fit", "validate", "test", "predict", "knn", "linear", "configs", "runs")
 HELP = """usage: locat [--debug] COMMAND [options]
 
 Vision Transformers whose patch features are good (LocAtViT), trained in PyTorch Lightning.
@@ -32,6 +34,12 @@ options:
 `--data.batch_size 64`. `--weights` says where a model's weights come from: a checkpoint of a run, a file, a
 timm name, or `random`. A run that was cut off goes on with `--ckpt_path last`.
 """
+
+
+HELP_OF = {
+    "configs": "usage: locat configs\n\nList the configs that --config takes by name, with a line each.\n",
+    "runs": "usage: locat runs [DIR]\n\nList the runs beneath a directory (runs), with their results.\n",
+}
 
 
 def config_directory() -> Path:
@@ -65,23 +73,35 @@ def list_runs(directory: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command with `arguments`, those of the process if None."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    match arguments:
+    match [argument for argument in arguments if argument != "--debug"]:
         case [] | ["--help" | "-h" | "help", *_]:
             print(HELP, end="")
-        case ["--version"]:
+        case ["--version", *_]:
             print(f"locat-lightning {version('locat-lightning')}")
+        case ["configs" | "runs" as command, *rest] if {"--help", "-h"} & set(rest):
+            print(HELP_OF[command], end="")
         case ["configs"]:
             print(list_configs())
-        case ["runs", *rest]:
+        case ["runs", *rest] if len(rest) < 2 and not "".join(rest).startswith("-"):
             print(list_runs(Path(rest[0] if rest else "runs")))
+        case ["configs" | "runs" as command, *rest]:
+            _refuse(f"{' '.join(rest)!r} is too much for locat {command}: see locat {command} --help")
         case ["knn" | "linear", *_]:
             from locat_lightning.measure import main as measure
 
             measure(arguments)
-        case _:
+        case [command, *_] if command in COMMANDS:
             from locat_lightning.cli import main as run
 
             run(arguments)
+        case [command, *_]:
+            _refuse(f"{command!r} is no command: the first word is one of {', '.join(COMMANDS)}")
+
+
+def _refuse(mistake: str) -> NoReturn:
+    """Say in a line what is wrong with the command, and end with exit code 2."""
+    print(f"locat: error: {' '.join(mistake.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

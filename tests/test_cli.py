@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -118,11 +119,52 @@ def test_a_config_is_a_local_file_first(tmp_path):
         (["predict", *FIT[1:]], "locat predict needs --weights"),
         ([*FIT, "--ckpt_path", "last"], "has a last.ckpt"),
         ([*FIT, "--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no such file"),
+        ([*FIT, "--model.mixup", "-1"], "model.mixup (-1.0) must be at least 0"),
+        ([*FIT, "--model.lr=-1"], "model.lr (-1.0) must be at least 0"),
+        ([*FIT, "--model.label_smoothing", "2"], "model.label_smoothing (2.0) must be from 0 to 1"),
+        ([*FIT, "--model.warmup_epochs", "-1"], "model.warmup_epochs (-1.0) must be at least 0"),
+        ([*FIT, "--model.optimizer", "lbfgs"], "knows no 'lbfgs'; it knows adamw, sgd, lamb, lion, muon, …"),
+        ([*FIT, "--data.std", "[0,0,0]"], "std (0.0, 0.0, 0.0) must be three numbers above 0"),
+        ([*FIT, "--data.hflip", "3"], "hflip (3.0) must be from 0 to 1"),
+        ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),
+        ([*FIT, "--data.scale", "[0.9]"], "data.scale: it takes 2 values, not [0.9]"),
+        ([*FIT, "--data.eval_interpolation", "sharp"], "eval_interpolation ('sharp') must be of nearest, "),
+        ([*FIT, "--data.auto_augment", "bogus"], "timm cannot make an augmentation of auto_augment 'bogus'"),
+        ([*FIT, "--trainer.strategy", "bogus"], "trainer: You selected an invalid strategy name"),
+        (
+            [*FIT, "--data.root", "nowhere", "--model.backbone_args.nonsense", "1"],
+            "model.backbone_args do not fit locatvit_tiny: VisionTransformer.__init__() got an unexpected",
+        ),
+        ([*FIT, "--model.backbone_args", "{depth: -1}"], "model.backbone_args do not fit locatvit_tiny"),
+        (
+            [*FIT, "--model.backbone_args", "{pretrained: true}"],
+            "model.backbone_args.pretrained: use --weights",
+        ),
+        ([*FIT, "--checkpoint.monitor", "val/acc"], "checkpoint.monitor: no 'val/acc' is logged, but val/"),
+        ([*FIT, "--checkpoint.monitor", "knn/top1"], "checkpoint.monitor: no 'knn/top1' is logged"),
+        (
+            [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/acc"],
+            "EarlyStopping.monitor: no 'val/acc' is logged",
+        ),
+        (
+            [*FIT, "--model.num_classes", "5", "--checkpoint.monitor", "val/top5"],
+            "checkpoint.monitor: no 'val/top5' is logged, but val/loss, val/top1, train/loss",
+        ),
+        (
+            ["fit", "--config", "dino_tiny.yaml", "--checkpoint.monitor", "val/loss"],
+            "checkpoint.monitor: no 'val/loss' is logged, but train/*",
+        ),
     ],
 )
 def test_options_are_refused_before_anything_is_read_or_built(arguments, expected, capsys, monkeypatch):
     monkeypatch.setattr(ImageData, "setup", None)
-    monkeypatch.setattr("timm.create_model", None)
+    create = timm.create_model
+
+    def create_without_memory(*arguments, **options):
+        assert torch.get_default_device().type == "meta"
+        return create(*arguments, **options)
+
+    monkeypatch.setattr("timm.create_model", create_without_memory)
     assert expected in refusal(capsys, arguments)
     assert not Path("runs").exists()
 
@@ -145,9 +187,12 @@ def test_mistakes_in_a_config_are_refused(text, expected, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--model.backbone_args", "{wrong: 1}"], "model.backbone_args do not fit locatvit_tiny"),
         (["--data.root", "/nowhere"], "no such folder: /nowhere"),
         (["--model.num_classes", "7"], "model.num_classes is 7, but the data have 3 classes (ant, bee, cat)"),
+        (
+            ["--checkpoint.monitor", "val/top5"],
+            "no 'val/top5' is logged with 3 classes, but val/loss, val/to",
+        ),
         (["--data.img_size", "40"], "data.img_size is 40, but locatvit_tiny takes 32×32"),
         (["--trainer.max_steps", "2", "--model.warmup_epochs", "1"], "the whole run has only 2"),
         (["--trainer.max_epochs", "-1"], "the schedule needs an end"),
@@ -398,3 +443,47 @@ def test_another_model_at_resuming_is_refused(small, capsys):
     assert stopped.value.code == 2
     [line] = capsys.readouterr().err.strip().splitlines()[-1:]
     assert "model.backbone_args.depth was 2 and is 3 now" in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--checkpoint.monitor", "knn/top1", "--knn.every_n_epochs", "1"],
+        ["--checkpoint.monitor", "near/top5", "--knn.every_n_epochs", "1", "--knn.name", "near"],
+        ["--checkpoint.monitor", "linear/rate", "--linear.every_n_epochs", "1"],
+        ["--checkpoint.monitor", "train/images_per_s"],
+        ["--checkpoint.monitor", "gaug_variance/block_03"],
+        ["--checkpoint.monitor", "val/top5"],
+        # A callback from elsewhere may log anything.
+        ["--checkpoint.monitor", "mine", "--trainer.callbacks+=tests_callback.Mine"],
+    ],
+)
+def test_what_is_logged_can_be_gone_by(options, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests_callback.py").write_text(
+        "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "no such folder" in refusal(capsys, [*FIT, "--data.root", "/nowhere", *options, *QUIET])
+
+
+def test_classes_of_other_names_are_refused(small, folder, capsys):
+    """To measure, and to go on; a warm start takes the names of its data, whatever the weights are of."""
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    for split in ("train", "val"):
+        (folder / split / "bee").rename(folder / split / "wasp")
+    expected = "the weights alone have bee; the data alone have wasp"
+    assert expected in refusal(capsys, ["validate", "--weights", str(BEST), *QUIET])
+    assert expected in refusal(capsys, ["validate", *FIT[1:], *small, "--weights", str(BEST)])
+    more = ["--trainer.max_epochs", "2", "--allow_changes", "true"]
+    assert expected in refusal(capsys, ["fit", "--ckpt_path", str(LAST), *more])
+    main([*FIT, *small, "--trainer.max_epochs", "1", "--weights", str(BEST), "--name", "warm"])
+    warm = torch.load("runs/warm/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert warm["hyper_parameters"]["class_names"] == ["ant", "cat", "wasp"]
+
+
+def test_classes_may_have_names_of_their_own(small):
+    main([*FIT, *small, "--trainer.max_epochs", "1", "--model.class_names", "[Ameise, Biene, Katze]"])
+    saved = torch.load(LAST, weights_only=True)
+    assert saved["hyper_parameters"]["class_names"] == ["Ameise", "Biene", "Katze"]
+    assert saved["data_classes"] == ["ant", "bee", "cat"]
+    main(["validate", "--weights", str(LAST), *QUIET])

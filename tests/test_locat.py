@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import locat
 
 
@@ -30,3 +32,57 @@ def test_runs_are_listed_with_their_metrics(tmp_path):
     (tmp_path / "a" / "version_0").mkdir(parents=True)
     (tmp_path / "a" / "version_0" / "metrics.json").write_text('{"epochs": 3, "val/top1": 0.51234}')
     assert locat.list_runs(tmp_path).split("a/version_0")[1].split() == ["epochs", "3", "val/top1", "0.5123"]
+
+
+@pytest.mark.parametrize("command", ["configs", "runs"])
+@pytest.mark.parametrize("help_", ["--help", "-h"])
+def test_each_of_them_has_a_help(command, help_, capsys):
+    locat.main([command, help_])
+    assert capsys.readouterr().out.startswith(f"usage: locat {command}")
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "configs"], ["configs", "--debug"]])
+def test_debug_changes_nothing_of_an_answer(arguments, capsys):
+    locat.main(arguments)
+    assert capsys.readouterr().out == f"{locat.list_configs()}\n"
+
+
+def test_the_runs_of_a_directory_whose_name_is_given(tmp_path, capsys):
+    locat.main(["--debug", "runs", str(tmp_path)])
+    assert capsys.readouterr().out == f"no finished run beneath {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fitt", "--config", "x"], "'fitt' is no command: the first word is one of "),
+        (["--debug", "fitt"], "'fitt' is no command: the first word is one of "),
+        (["--config", "x", "fit"], "'--config' is no command: the first word is one of "),
+        (["configs", "tiny"], "'tiny' is too much for locat configs: see locat configs --help"),
+        (["runs", "a", "b"], "'a b' is too much for locat runs: see locat runs --help"),
+        (["runs", "--all"], "'--all' is too much for locat runs: see locat runs --help"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        locat.main(arguments)
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"locat: error: {expected}")
+    if "no command" in expected:
+        assert line.endswith("fit, validate, test, predict, knn, linear, configs, runs")
+
+
+def test_an_unknown_command_imports_no_torch():
+    script = (
+        "import sys, locat\n"
+        "try: locat.main(['fitt'])\n"
+        "finally: assert not {'torch', 'lightning', 'timm'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_every_command_is_in_the_help():
+    assert all(f"\n  {command} " in locat.HELP for command in locat.COMMANDS)

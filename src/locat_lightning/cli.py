@@ -235,7 +235,19 @@ class LocatCLI(LightningCLI):
             now |= resume.of_trainer(self.trainer, config.seed_everything)
             resume.check(self._before, now, allowed=config.allow_changes, checkpoint=self.resume_from)
         if isinstance(self.model, Task):
-            self.model.check(self.trainer, training=self.subcommand == "fit")
+            training = self.subcommand == "fit"
+            self.model.check(self.trainer, training=training, logged=self._logged_by_callbacks())
+
+    def _logged_by_callbacks(self) -> list[str] | None:
+        """Names and patterns of what callbacks log; None where there are callbacks of the user's own."""
+        names = ["train/images_per_s", "train/data_wait", "gaug_variance/block_*", "gaug_alpha/block_*"]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, KnnProbe | LinearProbe) and callback.every_n_epochs:
+                metrics = ("top1", "top5") + (("rate",) if isinstance(callback, LinearProbe) else ())
+                names += [f"{callback.name}/{metric}" for metric in metrics]
+            elif not type(callback).__module__.startswith(("lightning.", "locat_lightning.")):
+                return None
+        return names
 
     def _checkpoint_to_resume(self, config: Namespace) -> Path | None:
         if config.ckpt_path is None:
@@ -253,12 +265,19 @@ class LocatCLI(LightningCLI):
         return newest
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer with a directory for the run: a fresh one, or that of the checkpoint to go on from."""
+        """The trainer with a directory for the run: a fresh one, or that of the checkpoint to go on from.
+
+        Raises:
+            InputError: Lightning cannot make a trainer of these options.
+        """
         config = self.config[self.subcommand]
         board, step = self._board(config)
         if config.trainer.logger in (None, True):
             kwargs["logger"] = [board, MetricsTable(board.log_dir, step)]
-        return super().instantiate_trainer(default_root_dir=board.log_dir, **kwargs)
+        try:
+            return super().instantiate_trainer(default_root_dir=board.log_dir, **kwargs)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise InputError(f"trainer: {error}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what watches every run."""

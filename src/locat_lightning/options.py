@@ -71,6 +71,8 @@ def _in_a_line(message: str) -> str:
         return f"{key}: there is no class {unknown[1]!r}"
     if fault := re.search(r"Problem with given class_path '[^']+':\s*(.*)", problem):
         return f"{key}: {fault[1]}"
+    if tuple_ := re.search(r"Expected a tuple with (\d+) elements\. Got value: (.*)", problem):
+        return f"{key}: it takes {tuple_[1]} values, not {tuple_[2]}"
     if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
         tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])
         types = " or ".join("null" if name == "NoneType" else name or other for name, other in tried)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention, AttentionPoolPrr
+from timm.models import vision_transformer
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -190,6 +191,22 @@ def test_a_copy_has_a_grid_of_its_own(copied):
     with torch.no_grad():
         other.blocks[0].attn.gaug.log_alpha.bias.add_(1)
     assert_close(model(wide), expected)
+
+
+@pytest.mark.parametrize("block", [vision_transformer.ResPostBlock, vision_transformer.ParallelThingsBlock])
+def test_other_blocks_of_timm_have_gaug_wherever_they_attend(block):
+    model = build(block_fn=block, dynamic_img_size=True)
+    layers = [module for module in model.modules() if isinstance(module, GaussianAttention)]
+    assert len(layers) == 2 * (2 if block is vision_transformer.ParallelThingsBlock else 1)
+    assert all(layer.grid is layers[0].grid and layer.num_prefix_tokens == 1 for layer in layers)
+    assert model(images(24, 40)).isfinite().all()
+
+
+def test_blocks_that_take_no_attention_layer_are_an_error():
+    block = vision_transformer.ParallelScalingBlock
+    with pytest.raises(ValueError, match=r"gaug=True .* ParallelScalingBlock .* gaug=False"):
+        build(block_fn=block)
+    assert build(block_fn=block, gaug=False)(images()).isfinite().all()
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"qk_norm": True}], ids=str)

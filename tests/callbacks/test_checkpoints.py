@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from locat_lightning.callbacks.checkpoints import Checkpoints
+from locat_lightning.data.images import ImageData
+from locat_lightning.tasks import Classification
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers:UserWarning",  # nothing is read from disk here
@@ -74,3 +76,57 @@ def test_rarer_checkpoints(tmp_path):
     fit(tmp_path, Worsening(), epochs=3, every_n_epochs=2)
     assert step_of(tmp_path / "best.ckpt") == 4
     assert step_of(tmp_path / "last.ckpt") == 6  # at the end in any case
+
+
+BATCHES = 4
+
+
+class Cut(Callback):
+    """Stops a run at a hook of a batch."""
+
+    def __init__(self, hook, epoch, batch):
+        self.at = (epoch, batch)
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer, module, *batch):
+        if (trainer.current_epoch, batch[-1]) == self.at:
+            raise RuntimeError("stop")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.parametrize(("accumulate", "batch"), [(1, 2), (2, 1), (2, 2), (2, 3), (3, 3)])
+def test_a_run_cut_off_anywhere_ends_as_one_in_one_go(folder, tmp_path, hook, accumulate, batch):
+    """Of 18 images, 4 batches an epoch: with three of them a step, the last step has one batch alone."""
+
+    def run(*callbacks, **options):
+        seed_everything(0)
+        size = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+        task = Classification(backbone_args=size, warmup_epochs=0, lr=1e-2, mixup=0, cutmix=0)
+        data = ImageData(root=str(folder), img_size=32, batch_size=4, num_workers=0)
+        saving = Checkpoints(tmp_path / "run", filename="best", save_last=True, save_on_exception=True)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+            logger=False,
+            callbacks=[*callbacks, saving] if callbacks or options else [],
+            enable_checkpointing=bool(callbacks or options),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        if callbacks:
+            with pytest.raises(RuntimeError, match="stop"):
+                trainer.fit(task, data)
+        else:
+            trainer.fit(task, data, **options)
+        assert callbacks or trainer.num_training_batches == BATCHES
+        return trainer.global_step, task.state_dict()
+
+    steps, whole = run()
+    run(Cut(hook, 1, batch))
+    resumed_steps, resumed = run(ckpt_path=str(tmp_path / "run" / "last.ckpt"), weights_only=True)
+    assert resumed_steps == steps
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)

@@ -1,5 +1,6 @@
 import pickle
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,6 +119,36 @@ def test_predict_reads_every_image_beneath_a_root_without_splits(tmp_path):
         str(tmp_path / "deep" / "er" / "a.jpg"),
     ]
     assert batch.labels.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("name", ["test", "val", "train"])
+def test_predict_reads_a_plain_folder_in_which_one_is_called_like_a_split(tmp_path, name):
+    write(tmp_path / "a.png")
+    write(tmp_path / name / "0.png")
+    images = data(tmp_path)
+    images.setup("predict")
+    assert images.class_names == []
+    assert sorted(images.predict_paths) == sorted([f"{tmp_path}/a.png", f"{tmp_path}/{name}/0.png"])
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("folder", ["val", "validation", "test"])
+def test_measuring_and_predicting_need_no_train(root, stage, folder):
+    shutil.rmtree(root / "train")
+    (root / "val").rename(root / folder)
+    images = data(root)
+    images.setup(stage)
+    assert images.class_names == ["ant", "cat"]
+    split = stage.removesuffix("idate")
+    assert images.source(split).labels == [0, 0, 1, 1, 1]
+
+
+def test_without_train_the_classes_are_those_of_val(root):
+    shutil.rmtree(root / "train")
+    write(root / "test" / "bee" / "x.png")
+    assert error_of("test", root=root) == (
+        f"{root}/test has classes that val lacks: bee; remove or rename them"
+    )
 
 
 def test_predict_reads_the_validation_images_of_a_root_with_splits(root):

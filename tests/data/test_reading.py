@@ -273,6 +273,14 @@ def test_unreadable_images_count_and_are_listed_once(caplog):
         unreadable.add([Failure("99.jpg", "gone")])
 
 
+@pytest.mark.parametrize("limit", [0, 2])
+def test_the_image_that_stops_the_run_is_not_listed_as_skipped(limit, caplog):
+    with pytest.raises(InputError, match=r"^cannot read image image-"):
+        list(loader(8, broken=range(limit + 1), limit=limit, training=False))
+    listed = [line for record in caplog.records for line in record.message.splitlines()[1:]]
+    assert listed == [f"  image-{number}: broken as it is" for number in range(limit)]
+
+
 def test_skipped_images_are_listed_with_the_last_batch(caplog):
     batches = iter(loader(10, broken=[0], limit=1, training=False))
     for expected in (0, 0, 1):

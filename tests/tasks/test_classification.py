@@ -260,3 +260,68 @@ def test_a_trial_run_of_one_batch_has_no_warm_up(tmp_path):
     module = task(warmup_epochs=20)
     fit(tmp_path, module, fast_dev_run=True)
     assert len(module.rates) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mixup": -0.1}, r"model.mixup \(-0.1\) must be at least 0"),
+        ({"cutmix": math.nan}, r"model.cutmix \(nan\) must be at least 0"),
+        ({"lr": -1}, r"model.lr \(-1\) must be at least 0"),
+        ({"lr": math.inf}, r"model.lr \(inf\) must be at least 0"),
+        ({"warmup_epochs": -1}, r"model.warmup_epochs \(-1\) must be at least 0"),
+        ({"label_smoothing": 2}, r"model.label_smoothing \(2\) must be from 0 to 1"),
+        ({"mixup_prob": 1.5}, r"model.mixup_prob \(1.5\) must be from 0 to 1"),
+    ],
+)
+def test_arguments_out_of_range(options, expected):
+    with pytest.raises(InputError, match=expected):
+        task(**options)
+
+
+@pytest.mark.parametrize(("classes", "names"), [(5, set()), (6, {"val/top5", "train/top5"}), (None, None)])
+def test_the_names_of_metrics_follow_the_number_of_classes(classes, names):
+    top5 = {name for name in task(num_classes=classes).metric_names if name.endswith("top5")}
+    assert top5 == ({"val/top5", "train/top5"} if names is None else names)
+
+
+def test_every_name_of_a_metric_is_logged(tmp_path):
+    module = task()
+    run = fit(tmp_path, module, max_epochs=1)
+    assert set(module.metric_names) == set(run.callback_metrics)
+
+
+def other_classes(number=12):
+    data = Batches(classes=number)
+    data.class_names = [f"other {i:02}" for i in range(number)]
+    return data
+
+
+def test_data_of_other_classes_are_not_scored(tmp_path):
+    module = task()
+    run = fit(tmp_path, module, Batches(classes=12), max_epochs=1)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = Classification.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    from_weights = task(weights=str(tmp_path / "a.ckpt"))
+    for trained in (module, again, from_weights):
+        with pytest.raises(
+            InputError, match=r"the weights alone have class 0, class 1, class 10, .*; the da"
+        ) as no:
+            trainer(tmp_path).validate(trained, datamodule=other_classes(), verbose=False)
+        assert no.value.args[0].count("other 0") == 10  # of twelve
+    swapped = Batches(classes=12)
+    swapped.class_names.reverse()
+    with pytest.raises(InputError, match="their order differs"):
+        trainer(tmp_path).validate(again, datamodule=swapped, verbose=False)
+    trainer(tmp_path).validate(again, datamodule=Batches(classes=12), verbose=False)
+
+
+@pytest.mark.parametrize("number", [6, 7])
+def test_a_run_does_not_go_on_with_other_classes(tmp_path, number):
+    fit(tmp_path, task(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(
+        InputError, match=r"the weights alone have class 0, .*; the data alone have other 00, "
+    ):
+        trainer(tmp_path).fit(
+            task(), datamodule=other_classes(number), ckpt_path=tmp_path / "a.ckpt", weights_only=True
+        )

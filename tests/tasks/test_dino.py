@@ -15,8 +15,7 @@ from safetensors import safe_open
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
-from locat import config_directory
-from locat_lightning import cli
+from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.data import MultiCropData
 from locat_lightning.data.multicrop import MultiCropBatch
 from locat_lightning.data.views import Views
@@ -423,7 +422,7 @@ def test_a_run_cut_off_between_accumulated_batches_repeats_them(tmp_path):
         return task
 
     whole = run()
-    saving = ModelCheckpoint(tmp_path / "run", save_last=True, save_on_exception=True)
+    saving = Checkpoints(tmp_path / "run", save_last=True, save_on_exception=True)
     run(saving, Stop(0, 6))
     resumed = run(ckpt_path=str(tmp_path / "run" / "last.ckpt"), weights_only=True)
     assert same(resumed.state_dict(), whole.state_dict())
@@ -483,29 +482,3 @@ def test_two_processes_are_one(tmp_path):
     torch.testing.assert_close(mean, torch.tensor(losses), atol=1e-4, rtol=0)
     assert torch.equal(halves[0][1], halves[1][1])
     torch.testing.assert_close(halves[0][1], center, atol=1e-5, rtol=0)
-
-
-CONFIGS = sorted(config_directory().glob("dino_*.yaml"))
-
-
-def test_there_are_configs():
-    assert {path.stem for path in CONFIGS} >= {"dino_small", "dino_tiny", "dino_digits"}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # Lightning's and jsonargparse's own
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_runs_a_step(config, tmp_path):
-    options = [f"--runs={tmp_path / 'runs'}", "--trainer.accelerator=cpu", "--data.num_workers=0"]
-    options += ["--data.batch_size=2", "--trainer.limit_train_batches=1", "--trainer.log_every_n_steps=1"]
-    options += ["--trainer.limit_val_batches=1", "--model.out_dim=64", "--trainer.max_epochs=1"]
-    options += [
-        "--model.warmup_epochs=0",
-        "--model.hidden_dim=32",
-        f"--data.root={images(tmp_path / 'i', 2)}",
-    ]
-    cli.main(["fit", f"--config={config.name}", *options])
-    [metrics] = (tmp_path / "runs").rglob("metrics.csv")
-    assert "train/teacher_entropy" in metrics.read_text().splitlines()[0]
-    [checkpoint] = (tmp_path / "runs").rglob("last.ckpt")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from locat_lightning.backbones.weights import (
@@ -16,6 +17,8 @@ from locat_lightning.backbones.weights import (
     read_checkpoint,
 )
 from locat_lightning.errors import InputError
+
+WEIGHTS_OF_TIMM = ("pretrained", "checkpoint_path")  # arguments of `timm.create_model` that read weights
 
 
 def check_name(name: str) -> None:
@@ -30,17 +33,39 @@ def check_name(name: str) -> None:
         raise InputError(f"model.backbone: timm knows no model {name!r}{hint}")
 
 
+def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
+    """See that timm knows a model and that it takes these arguments, without memory for its weights.
+
+    Raises:
+        InputError: it does not. A model that cannot be built without memory is not looked at.
+    """
+    try:
+        with torch.device("meta"):
+            create_backbone(name, arguments, num_classes=0)
+    except (InputError, RuntimeError) as error:
+        if "meta" in str(error):  # what torch says of an operation that needs the values of a tensor
+            return
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"model.backbone_args do not fit {name}: {error}") from error
+
+
 def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int) -> nn.Module:
     """A timm model by name, with random weights.
 
     Raises:
-        InputError: timm knows no such model, or the model does not take these arguments.
+        InputError: timm knows no such model, the model does not take these arguments, or they are to bring
+            weights.
     """
     check_name(name)
+    if given := [key for key in WEIGHTS_OF_TIMM if (arguments or {}).get(key)]:
+        raise InputError(f"model.backbone_args.{given[0]}: use --weights, which says where weights come from")
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, **(arguments or {}))
     except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"model.backbone_args do not fit {name}: {error or arguments}") from error
+        raise InputError(f"model.backbone_args do not fit {name}: {str(error) or arguments}") from error
+    except (KeyError, ArithmeticError) as error:  # which alone say nothing
+        raise InputError(f"model.backbone_args do not fit {name}: {error!r} of {arguments}") from error
     return model
 
 

@@ -62,11 +62,18 @@ def _vision_transformer(
 
 def _share_patch_grid(model: VisionTransformer) -> None:
     """Let every GAug layer know the grid of the images under way."""
+    layers = [module for module in model.modules() if isinstance(module, GaussianAttention)]
+    if not layers:
+        block = type(model.blocks[0]).__name__ if len(model.blocks) else "no block"
+        raise ValueError(
+            f"gaug=True needs blocks with the attention of attn_layer, which {block} does not have: pass "
+            "gaug=False with it, or another block_fn"
+        )
     grid = PatchGrid(tuple(model.patch_embed.grid_size))
     model.patch_embed.register_forward_hook(grid)
-    for block in model.blocks:
-        block.attn.grid = grid
-        block.attn.num_prefix_tokens = model.num_prefix_tokens
+    for layer in layers:
+        layer.grid = grid
+        layer.num_prefix_tokens = model.num_prefix_tokens
 
 
 def _create(

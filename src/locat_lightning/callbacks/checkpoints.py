@@ -1,6 +1,7 @@
 """Checkpoints of a run: its best weights, and where to go on from."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -31,11 +32,26 @@ class Checkpoints(ModelCheckpoint):
         """Write the last, and say so. A batch that was under way counts as not begun."""
         if self._should_save_on_exception(trainer):
             progress = trainer.fit_loop.epoch_loop.batch_progress
-            progress.current.reset_on_restart()
-            progress.total.reset_on_restart()
+            current = progress.current.state_dict()
+            # Between the two it has been learnt from: Lightning goes on as from a checkpoint of that moment.
+            if current["processed"] == current["completed"]:
+                progress.current.reset_on_restart()
+                progress.total.reset_on_restart()
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.last_model_path:
             rank_zero_info(f"cut off; to go on: locat fit --ckpt_path {self.last_model_path}")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Have a run cut off between the batches of one step repeat them: no gradients are saved."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        processed = progress["current"]["processed"]
+        surplus = processed % trainer.accumulate_grad_batches
+        if surplus and processed != trainer.num_training_batches:  # the last batches are a step, however few
+            for count in ("current", "total"):
+                behind = progress[count]["processed"] - surplus
+                progress[count] = dict.fromkeys(progress[count], behind)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Write it beside the one that it replaces, which stays whole until the new one is."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class ImageData(LightningDataModule):
 
     Args:
         root: the folder of the images: `train/` and one of `val/`, `validation/`, `test/`, each with a folder
-            per class. For `predict` also any folder of images without these.
+            per class; without training, no `train/`. For `predict` also any folder of images without these.
         dataset: `folder`; `digits` (scikit-learn's handwritten digits, which need no root); or a name of
             timm's: `torch/cifar10`, `hfds/timm/mini-imagenet`, `wds/…`.
         download: whether a timm data set may be downloaded to root.
@@ -80,7 +81,7 @@ class ImageData(LightningDataModule):
             skipped and listed at the end of the epoch.
 
     Raises:
-        InputError: an argument is out of its range.
+        InputError: an argument is out of its range, or timm does not know the policy.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class ImageData(LightningDataModule):
         for name, value, smallest in (
             ("img_size", img_size, 1),
             ("batch_size", batch_size, 1),
+            ("classes", 1 if classes is None else classes, 1),
             ("num_workers", num_workers or 0, 0),
             ("max_unreadable", max_unreadable, 0),
         ):
@@ -119,6 +121,24 @@ class ImageData(LightningDataModule):
                 raise InputError(f"{name} ({value}) must be at least {smallest}")
         if not 0 < crop_pct <= 1:
             raise InputError(f"crop_pct ({crop_pct}) must be above 0 and at most 1")
+        for share, probability in (("hflip", hflip), ("random_erasing", random_erasing)):
+            if not 0 <= probability <= 1:
+                raise InputError(f"{share} ({probability}) must be from 0 to 1")
+        if not 0 <= color_jitter < inf:
+            raise InputError(f"color_jitter ({color_jitter}) must be at least 0")
+        if not all(0 < deviation < inf for deviation in std):
+            raise InputError(f"std {tuple(std)} must be three numbers above 0")
+        if not all(-inf < value < inf for value in mean):
+            raise InputError(f"mean {tuple(mean)} must be three finite numbers")
+        for span, (low, high), most in (("scale", scale, 1.0), ("ratio", ratio, inf)):
+            if not 0 < low <= high <= most:
+                limit = " <= 1" if most == 1 else ""
+                raise InputError(f"{span} ({low}, {high}) must be two numbers, 0 < low <= high{limit}")
+        resamplings = [each.name.lower() for each in Image.Resampling]
+        if eval_interpolation not in resamplings:
+            raise InputError(
+                f"eval_interpolation ({eval_interpolation!r}) must be of {', '.join(resamplings)}"
+            )
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
         self.download = download
@@ -143,6 +163,7 @@ class ImageData(LightningDataModule):
         # A rank without an image to evaluate is no mistake: the images are shared out, not padded.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._sources: dict[str, Source | Stream] = {}
+        self.train_transform()  # so that a mistake in it is found before any image is looked for
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -152,7 +173,7 @@ class ImageData(LightningDataModule):
             InputError: the classes cannot be found.
         """
         if self.dataset == "folder":
-            return [] if self._is_unlabelled() else _class_folders(self._split_folder("train"))
+            return [] if self._is_unlabelled() else _class_folders(self._class_folder())
         if self.dataset == "digits":
             return digits.CLASS_NAMES
         source = self.source("train")
@@ -194,12 +215,10 @@ class ImageData(LightningDataModule):
             stage: `fit`, `validate`, `test` or `predict`; all but the last if None.
 
         Raises:
-            InputError: the images or the augmentation are not as they should be.
+            InputError: the images are not as they should be.
         """
         for split in STAGES[stage] if stage else SPLITS:
             self.source(split)
-        if stage == "fit":
-            self.train_transform()
         _ = self.predict_paths if stage == "predict" else self.class_names
 
     def train_transform(self) -> Callable[[Image.Image], Any]:
@@ -260,16 +279,23 @@ class ImageData(LightningDataModule):
                 return unlabelled_files(self.root)
             return self.source("test")
         if self.dataset == "folder":
-            return _labelled_files(self._split_folder(split), self.class_names, complete=split == "train")
+            folder = self._split_folder(split)
+            names = self.class_names or _class_folders(folder)
+            return _labelled_files(folder, names, self._class_folder().name, complete=split == "train")
         if self.dataset == "digits":
             return digits.Digits(train=split == "train")
         return self._timm_source(split, download=False)
 
     def _is_unlabelled(self) -> bool:
-        """Whether the root is a folder that holds no splits."""
+        """Whether the root is a folder that holds no splits: none of their names has folders of classes."""
         return self.root.is_dir() and not any(
-            (self.root / name).is_dir() for name in ("train", *SPLITS["val"])
+            _folders(self.root / name) for name in ("train", *SPLITS["val"]) if (self.root / name).is_dir()
         )
+
+    def _class_folder(self) -> Path:
+        """The folder whose folders are the classes: `train`, or that of `val` where nothing is trained."""
+        train = self.root / "train"
+        return train if train.is_dir() else self._split_folder("val")
 
     def _split_folder(self, split: str) -> Path:
         """Finds the folder of a split."""
@@ -450,10 +476,12 @@ def _known_classes(dataset: Any) -> list[str]:
     return [str(name) for name in getattr(dataset, "classes", [])]
 
 
-def _labelled_files(folder: Path, class_names: list[str], complete: bool) -> Files:
-    """Finds the images of a split; a `complete` one has some of every class."""
+def _labelled_files(folder: Path, class_names: list[str], named_by: str, complete: bool) -> Files:
+    """Finds the images of a split, whose classes another names; a `complete` one has some of every class."""
     if unknown := sorted(set(_class_folders(folder)) - set(class_names)):
-        raise InputError(f"{folder} has classes that train lacks: {_listed(unknown)}; remove or rename them")
+        raise InputError(
+            f"{folder} has classes that {named_by} lacks: {_listed(unknown)}; remove or rename them"
+        )
     files = [_images_beneath(folder / name) for name in class_names]
     if not any(files):
         raise InputError(f"no images in the class folders of {folder}: {EXTENSIONS}")
@@ -473,12 +501,15 @@ def unlabelled_files(folder: Path) -> Files:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    if not names:
+    if not (names := _folders(folder)):
         raise InputError(
             f"no class folders in {folder}: the images of each class belong in a folder of its name"
         )
     return names
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
 
 
 def _images_beneath(folder: Path) -> list[str]:

@@ -204,19 +204,19 @@ class UnreadableImages:
         self._reported = 0
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Takes note of failures.
+        """Takes note of failures, but for the one that is too many: that is not skipped.
 
         Raises:
             InputError: there are more than `limit` by now.
         """
         for path, reason in failures:
-            self.reasons[path] = reason
-            if len(self.reasons) > self.limit:
+            if path not in self.reasons and len(self.reasons) >= self.limit:
                 skipped = f" and {self.limit} more before" if self.limit else ""
                 raise InputError(
                     f"cannot read image {path} ({reason}){skipped}: repair or remove it, or allow more"
                     f" with max_unreadable (now {self.limit})"
                 )
+            self.reasons[path] = reason
 
     def report(self) -> None:
         """Lists what was noted since the last report."""

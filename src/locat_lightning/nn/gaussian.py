@@ -21,6 +21,10 @@ class PatchGrid:
     A layer sees a sequence, not a grid. This object is a forward hook of the model's patch embedding and
     remembers the grid of each sequence length, so that a checkpointed block which is recomputed in the
     backward pass, after images of another size went through, still finds the grid of its own tokens.
+
+    The number of patches is all that it has to tell them apart: between the forward and the backward pass of
+    a checkpointed block, no images may go through that have as many patches in another grid (4×9 and 6×6).
+    The block would be recomputed with their grid. Without checkpointing nothing is recomputed.
     """
 
     def __init__(self, built_for: tuple[int, int]) -> None:

@@ -1,14 +1,17 @@
 """What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
 
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
 from math import ceil, inf
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from locat_lightning.backbones.create import check_name
+from locat_lightning.backbones.create import check_arguments
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError
 
@@ -25,13 +28,24 @@ class Task(LightningModule):
         """The hyper-parameters: what the constructor was given."""
         return self.hparams
 
-    def check(self, trainer: Trainer, *, training: bool) -> None:
+    @property
+    def metric_names(self) -> list[str]:
+        """What training with this task logs, by name or by pattern (`train/*`), as far as is known yet."""
+        return ["train/*"]
+
+    def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
         """Find mistakes that show without data or a model, before either is made.
 
+        Args:
+            trainer: of the run.
+            training: whether the run trains.
+            logged: names or patterns of all that callbacks log; None if they log what nobody can know.
+
         Raises:
-            InputError: timm knows no such model, there are no such weights, or the warm-up is too long.
+            InputError: timm knows no such model or the model does not take its arguments, there are no such
+                weights, the warm-up is too long, or a metric to go by is none that is logged.
         """
-        check_name(self.hp.backbone)
+        check_arguments(self.hp.backbone, self.hp.backbone_args)
         if self.weights is not None:
             check_source(self.weights)
         epochs = trainer.max_epochs or 0
@@ -40,6 +54,11 @@ class Task(LightningModule):
                 f"model.warmup_epochs ({self.hp.warmup_epochs:g}) has to be less than trainer.max_epochs "
                 f"({epochs})"
             )
+        if training and logged is not None:
+            known = [*self.metric_names, *logged]
+            for option, metric in monitored(trainer):
+                if not any(fnmatchcase(metric, name) for name in known):
+                    raise InputError(f"{option}: no {metric!r} is logged, but {', '.join(known)}")
 
     def global_batch_size(self) -> int:
         """Images per optimizer step, over all processes and accumulated batches."""
@@ -91,6 +110,15 @@ class Task(LightningModule):
         """Log the learning rate and the weight decay with which this step is taken."""
         self.log("train/lr", max(group["lr"] for group in optimizer.param_groups), prog_bar=True)
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
+
+
+def monitored(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """The metrics by which callbacks decide, each after what it is an option of."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        metric = getattr(callback, "monitor", None)
+        if metric is not None:
+            is_checkpoint = isinstance(callback, ModelCheckpoint)
+            yield f"{'checkpoint' if is_checkpoint else type(callback).__name__}.monitor", metric
 
 
 def announce_learning_rate(lr: float, global_batch: int) -> None:

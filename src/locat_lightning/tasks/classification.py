@@ -1,8 +1,10 @@
 """Supervised classification: the paper's ImageNet recipe around any timm model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from math import inf
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -16,11 +18,14 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from locat_lightning.backbones.create import create_backbone
-from locat_lightning.backbones.weights import load_weights
+from locat_lightning.backbones.weights import load_weights, read_checkpoint
 from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.optim import linear_rule, warmup_then_linear
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, monitored
+
+DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, by label
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")  # some of timm's, to name where nothing is near
 
 
 class Classification(Task):
@@ -47,6 +52,12 @@ class Classification(Task):
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
         class_names: names of the classes, by label; null takes those of the data.
+
+    Attributes:
+        data_classes: the classes of the data that the model was trained on, by label; [] where nobody knows.
+
+    Raises:
+        InputError: an argument is out of its range.
     """
 
     def __init__(
@@ -72,14 +83,35 @@ class Classification(Task):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="weights")
+        for name, value, most in (
+            ("lr", 0 if lr is None else lr, inf),
+            ("base_lr", base_lr, inf),
+            ("warmup_lr", warmup_lr, inf),
+            ("min_lr", min_lr, inf),
+            ("weight_decay", weight_decay, inf),
+            ("warmup_epochs", warmup_epochs, inf),
+            ("mixup", mixup, inf),
+            ("cutmix", cutmix, inf),
+            ("label_smoothing", label_smoothing, 1),
+            ("mixup_prob", mixup_prob, 1),
+            ("mixup_switch_prob", mixup_switch_prob, 1),
+        ):
+            if not 0 <= value <= most or value == inf:
+                allowed = "at least 0" if most == inf else f"from 0 to {most}"
+                raise InputError(f"model.{name} ({value}) must be {allowed}")
         self.weights = weights
         self.class_names = list(class_names or [])
+        self.data_classes: list[str] = []
 
     def configure_model(self) -> None:
-        """Build the backbone for the classes of the data, and read its weights."""
+        """Build the backbone for the classes of the data, and read its weights.
+
+        Raises:
+            InputError: model, weights and data do not fit each other.
+        """
+        num_classes = self._agree_on_classes()
         if hasattr(self, "backbone"):
             return
-        num_classes = self._agree_on_classes()
         self.backbone = create_backbone(self.hp.backbone, self.hp.backbone_args, num_classes)
         self._agree_on_size()
         announce_size(self.hp.backbone, self.backbone)
@@ -100,6 +132,9 @@ class Classification(Task):
     def _is_training(self) -> bool:
         return self._trainer is not None and self.trainer.training
 
+    def _is_scoring(self) -> bool:
+        return self._trainer is not None and not self.trainer.predicting
+
     def _agree_on_classes(self) -> int:
         """The number of classes, from the arguments or the data; the names of the data are noted."""
         told: int | None = self.hp.num_classes
@@ -113,12 +148,44 @@ class Classification(Task):
             )
         if told is None and not names:
             raise InputError("model.num_classes has to be given where the data do not name their classes")
-        self.class_names = self.class_names or names
+        if self._is_training():
+            self.data_classes = list(names)
+        elif self._is_scoring() and len(learnt := self._classes_learnt()) == len(names):
+            _see_that_classes_agree(learnt, names)  # another number is for load_weights to find
+        self.class_names = self.class_names or list(names)
         number = told if told is not None else len(names)
         if number < 2:
             raise InputError(f"with {number} class ({', '.join(names)}) there is nothing to classify")
         self.hp.num_classes, self.hp.class_names = number, self.class_names
+        for option, metric in monitored(self.trainer) if self._is_training() else ():
+            if metric in ("train/top5", "val/top5") and metric not in self.metric_names:
+                raise InputError(
+                    f"{option}: no {metric!r} is logged with {number} classes, but "
+                    f"{', '.join(self.metric_names)}"
+                )
         return number
+
+    def _classes_learnt(self) -> list[str]:
+        """The classes that the weights are of, by label; [] where nobody knows."""
+        if self.data_classes:
+            return self.data_classes
+        if self.weights is not None and Path(self.weights).is_file():
+            self.data_classes = _classes_of(read_checkpoint(self.weights))
+        return self.data_classes or self.class_names
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the classes of the data: class_names may call them otherwise."""
+        checkpoint[DATA_CLASSES] = self.data_classes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See that a run goes on with the classes that it had.
+
+        Raises:
+            InputError: the data have others.
+        """
+        before = _classes_of(checkpoint)
+        _see_that_classes_agree(before, self.data_classes)
+        self.data_classes = self.data_classes or before
 
     def _agree_on_size(self) -> None:
         """See that the model takes the images of the data."""
@@ -186,16 +253,23 @@ class Classification(Task):
         """Positions in the data set [B] and probabilities [B, classes] (float32)."""
         return batch.indices, self(batch.images).float().softmax(-1)
 
-    def check(self, trainer: Trainer, *, training: bool) -> None:
+    @property
+    def metric_names(self) -> list[str]:
+        """What training logs, by name; top-5 of more than 5 classes, or while their number is unknown."""
+        step = ["loss", "lr", "weight_decay", "grad_norm"]
+        tops = ["top1", "top5"] if (self.hp.num_classes or inf) > 5 else ["top1"]
+        return [f"val/{name}" for name in ("loss", *tops)] + [f"train/{name}" for name in (*step, *tops)]
+
+    def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
         """Find mistakes that show without data or a model.
 
         Raises:
             InputError: also, timm knows no such optimizer.
         """
-        super().check(trainer, training=training)
+        super().check(trainer, training=training, logged=logged)
         known = list_optimizers()
         if self.hp.optimizer.lower().removeprefix("lookahead_") not in known:
-            near = ", ".join(get_close_matches(self.hp.optimizer, known, n=5) or sorted(known))
+            near = ", ".join(get_close_matches(self.hp.optimizer, known, n=5) or OPTIMIZERS)
             raise InputError(f"model.optimizer: timm knows no {self.hp.optimizer!r}; it knows {near}, …")
 
     def configure_optimizers(self) -> Optimizer:
@@ -233,3 +307,26 @@ class Classification(Task):
             if group["weight_decay"] > 0:
                 group["weight_decay"] = self.hp.weight_decay
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+def _classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The classes of the data that a checkpoint's model was trained on; [] where it does not say."""
+    options = checkpoint.get("hyper_parameters")
+    named = options.get("class_names") if isinstance(options, Mapping) else None
+    return list(checkpoint.get(DATA_CLASSES) or named or [])
+
+
+def _see_that_classes_agree(learnt: Sequence[str], given: Sequence[str]) -> None:
+    """Refuse data whose labels mean other classes than the weights do, where both are known."""
+    if not learnt or not given or list(learnt) == list(given):
+        return
+    sides = {"the weights alone": (learnt, given), "the data alone": (given, learnt)}
+    lists = [
+        f"{side} have {', '.join(alone[:10])}{', …' if len(alone) > 10 else ''}"
+        for side, (these, those) in sides.items()
+        if (alone := sorted(set(these) - set(those)))
+    ]
+    raise InputError(
+        f"the weights are of other classes than the data: {'; '.join(lists) or 'their order differs'}: mend "
+        "data.root, or take other weights"
+    )

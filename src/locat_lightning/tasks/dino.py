@@ -292,15 +292,8 @@ class Dino(Task):
         self.loss.move_center()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed; and have a run cut off between the batches of one optimizer step repeat them all."""
+        """Keep the seed."""
         checkpoint["seed"] = self._seed
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        processed = progress["current"]["processed"]
-        surplus = processed % self.trainer.accumulate_grad_batches
-        if surplus and processed != self.trainer.num_training_batches:
-            for count in ("current", "total"):
-                behind = progress[count]["processed"] - surplus
-                progress[count] = dict.fromkeys(progress[count], behind)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the seed of the run."""
@@ -333,7 +326,7 @@ class Dino(Task):
         if collapse and collapse != self.collapse:
             rank_zero_warn(
                 f"DINO has collapsed at step {self.global_step}, {collapse} (teacher entropy {entropy:.3g}, "
-                f"at most {most:.3g}; KL {divergence:.3g}). Nothing more will be learnt: {advice}"
+                f"at most {most:.3g}; KL {divergence:.3g}). If it stays so, nothing more is learnt: {advice}"
             )
         self.collapse = collapse
 
