@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -383,17 +384,20 @@ def locat(*arguments):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_a_checkpoint_to_go_on_from(small):
+@pytest.mark.parametrize("to", ["the process", "all processes"])
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small):
+    """A shell sends it to the process, a scheduler to the workers that read images, too."""
     endless = [*small, "--trainer.max_epochs", "100000", "--trainer.check_val_every_n_epoch", "3"]
-    process = locat(*FIT, *endless)
+    process = locat(*FIT, *endless, "--data.num_workers", "1")
     deadline = time.monotonic() + 120
     while not LAST.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    (process.send_signal if to == "the process" else partial(os.killpg, process.pid))(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "Traceback" not in said

@@ -6,6 +6,7 @@ processes gives the same batches, and so does a run that is taken up again.
 
 import logging
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -261,7 +262,10 @@ class ImageLoader(DataLoader):
     ) -> None:
         self.collate = collate or collate_images
         super().__init__(
-            dataset, collate_fn=partial(_collate, refill=training, collate=self.collate), **options
+            dataset,
+            collate_fn=partial(_collate, refill=training, collate=self.collate),
+            worker_init_fn=_leave_sigterm_to_the_run,
+            **options,
         )
         self.training = training
         self.unreadable = unreadable
@@ -316,6 +320,11 @@ class ResumableLoader(ImageLoader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing: see `state_dict`."""
+
+
+def _leave_sigterm_to_the_run(worker: int) -> None:
+    """A scheduler sends SIGTERM to all processes of a job: the one that trains ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
