@@ -57,6 +57,7 @@ EXPECTED = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear")
+MEASURED = ("val/", "knn/", "linear/")  # metrics that say what came of a run
 COMMANDS = {
     "fit": "train",
     "validate": "measure on the val split",
@@ -119,7 +120,7 @@ class RunRecord(SaveConfigCallback):
         if not (self.already_saved and trainer.is_global_zero):
             return
         assert directory is not None
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(MEASURED)}
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, Checkpoints) and checkpoint.best_model_score is not None:
                 metrics[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
