@@ -38,6 +38,7 @@ from locat_lightning.options import (
     errors_in_a_line,
     given_options,
     mixed_precision,
+    record_of_run,
     shipped_configs,
 )
 from locat_lightning.tasks.base import Task
@@ -302,8 +303,8 @@ class LocatCLI(LightningCLI):
             if step is None:
                 raise InputError(f"--ckpt_path: {self.resume_from} is no checkpoint of a run (see --weights)")
             self._before = resume.of_checkpoint(checkpoint)
-            directory = self.resume_from.parent.parent
-            if (directory / "config.yaml").is_file():
+            if (record := record_of_run(self.resume_from)) is not None:
+                directory = record.parent
                 options: dict[str, Any] = {"name": "", "version": directory.name, "purge_step": step}
                 return TensorBoardLogger(directory.parent, default_hp_metric=False, **options), step
         name = config.name if self.subcommand == "fit" else f"{config.name}_{self.subcommand}"
@@ -354,8 +355,8 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     if command not in COMMANDS or options.keys() & {"--config", "-c", "--help", "-h", "--print_config"}:
         return {}
     checkpoint = Path(options.get("--ckpt_path" if command == "fit" else "--weights", ""))
-    record = checkpoint.parent.parent / "config.yaml"
-    if not (checkpoint.is_file() and record.is_file()):
+    record = record_of_run(checkpoint)
+    if record is None:
         if options.keys() & {"--model", "--model.class_path"}:
             return {}
         raise InputError(

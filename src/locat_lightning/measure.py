@@ -22,7 +22,13 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, extract_features, frozen, image_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear, train_linear
-from locat_lightning.options import ConfigByName, errors_in_a_line, given_options, mixed_precision
+from locat_lightning.options import (
+    ConfigByName,
+    errors_in_a_line,
+    given_options,
+    mixed_precision,
+    record_of_run,
+)
 
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
@@ -140,8 +146,8 @@ def _parser(command: str) -> ArgumentParser:
 
 def _defaults(weights: str) -> dict[str, Any]:
     """What the weights say of the images that they are for, by option."""
-    record = Path(weights).parent.parent / "config.yaml"
-    if Path(weights).is_file() and record.is_file():
+    record = record_of_run(Path(weights))
+    if record is not None:
         data = yaml.safe_load(record.read_text())["data"]["init_args"]
         data["img_size"] = data.get("global_size", data.get("img_size"))
         return {f"data.{key}": data[key] for key in OF_THE_IMAGES if data.get(key) is not None}
@@ -260,6 +266,6 @@ def _record(measurement: Measurement, board: TensorBoardLogger, config: Namespac
 def _name_of(weights: str) -> str:
     """A name for the directory: that of the weights' own run, or of their file, or of the model."""
     path = Path(weights)
-    if (path.parent.parent / "config.yaml").is_file():
-        return path.parent.parent.parent.name
+    if (record := record_of_run(path)) is not None:
+        return record.parent.parent.name
     return path.stem if path.is_file() else weights.replace("/", "_").replace(":", "_")

@@ -54,6 +54,12 @@ def given_options(arguments: list[str]) -> dict[str, str]:
     return values
 
 
+def record_of_run(checkpoint: Path) -> Path | None:
+    """Where the run of a checkpoint wrote down its config; None if the file is no checkpoint in a run."""
+    record = checkpoint.parent.parent / "config.yaml"
+    return record if checkpoint.is_file() and record.is_file() else None
+
+
 def mixed_precision() -> str | None:
     """The recipe's mixed precision where there is a GPU, else Lightning's default."""
     if not torch.cuda.is_available():

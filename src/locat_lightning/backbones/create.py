@@ -89,6 +89,7 @@ def load_backbone(
             the arguments, or the weights cannot be read or do not fit.
     """
     arguments = arguments or {}
+    contents = None
     if Path(weights).is_file():
         contents = read_checkpoint(weights)
         own = contents.get("hyper_parameters", {})
@@ -101,5 +102,5 @@ def load_backbone(
     if not isinstance(name, str):
         raise InputError(f"{weights} does not say of which model it is: add --backbone, timm's name of it")
     model = create_backbone(name, arguments, num_classes=0)
-    load_weights(model, weights, network=network)
+    load_weights(model, weights, network=network, contents=contents)
     return model

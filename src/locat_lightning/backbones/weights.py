@@ -24,7 +24,12 @@ Network = Literal["teacher", "student"]
 
 
 def load_weights(
-    model: nn.Module, weights: str, *, new_head: bool = False, network: Network = "teacher"
+    model: nn.Module,
+    weights: str,
+    *,
+    new_head: bool = False,
+    network: Network = "teacher",
+    contents: dict[str, Any] | None = None,
 ) -> None:
     """Read weights into a timm model and say what matched.
 
@@ -35,6 +40,7 @@ def load_weights(
             `hf-hub:…`, `local-dir:…`).
         new_head: Whether a classifier of another size is left as it is, as a warm start wants it.
         network: Of a checkpoint with a teacher and a student, the one to take.
+        contents: Of the file, where `read_checkpoint` has read it already.
 
     Raises:
         InputError: there is no such file or name, the file holds no weights that can be read safely, or less
@@ -43,7 +49,7 @@ def load_weights(
     if weights == RANDOM:
         rank_zero_warn(f"--weights {RANDOM}: the model has not been trained")
         return
-    state = _below_prefix(_read_state(weights, network), model, network)
+    state = _below_prefix(_read_state(weights, network, contents), model, network)
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model)
     own = model.state_dict()
@@ -109,10 +115,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return contents
 
 
-def _read_state(weights: str, network: Network) -> dict[str, Tensor]:
+def _read_state(weights: str, network: Network, contents: dict[str, Any] | None) -> dict[str, Tensor]:
     """The tensors by name of a file or a timm name."""
     if Path(weights).is_file():
-        contents = read_checkpoint(weights)
+        contents = contents or read_checkpoint(weights)
         for container in (network, *CONTAINERS):
             if isinstance(contents.get(container), dict):
                 contents = contents[container]
