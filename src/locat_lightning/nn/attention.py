@@ -1,5 +1,6 @@
 """Attention with a Gaussian kernel added to its logits: softmax(q kᵀ / √d + S) v."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,10 +114,17 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         distances = to_grid.square().clamp_max(cap)
         y, x = factors(Gaussians(slope, alpha, grid, cap), distances)
         out = torch.empty_like(v)
-        room = _room(q, y.dtype, prefix)
+        room = _room(q, y.dtype)
+        # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
+        flash = q.device.type != "cpu" or q.dtype != y.dtype or room.shape[1] < q.shape[1]
         for _, q_, y_, x_, out_, k_, v_ in _chunks((q, y, x, out), (k, v)):
-            s = _kernel_of_tokens(y_, x_, room).to(q.dtype)
-            out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=s[None])[0])
+            s = _kernel_of_tokens(y_, x_, room)
+            if flash:
+                mask = s.to(q.dtype)[None]
+                out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=mask)[0])
+            else:
+                logits = s.baddbmm_(q_, k_.mT, alpha=q.shape[-1] ** -0.5)
+                torch.bmm(torch.softmax(logits, -1, out=logits), v_, out=out_)
         ctx.save_for_backward(q, k, v, alpha, y, x, to_grid, distances)
         return out
 
@@ -130,7 +138,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grad = grad.contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         grad_yx = y.new_empty(*y.shape[:2], distances.shape[1])
-        s_room, p_room, g_room = _room(q, y.dtype, prefix), _room(q, y.dtype), _room(q, y.dtype)
+        s_room, p_room, g_room = (_room(q, y.dtype) for _ in range(3))
         for first, q_, y_, x_, d_out, d_q, d_yx, k_, v_, d_k, d_v in _chunks(
             (q, y, x, grad, grad_q, grad_yx), (k, v, grad_k, grad_v)
         ):
@@ -157,7 +165,7 @@ def _chunk_size(q: Tensor) -> tuple[int, int]:
     size = 2**18 if q.device.type == "cpu" else 2**26
     if 2 * size >= N**2:
         return min(heads, max(1, size // N**2)), N
-    return min(heads, 2), max(64, 2 * size // N // 64 * 64)  # whole blocks of flash attention
+    return min(heads, 2), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
 
 
 def _chunks(by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...]) -> Iterator[tuple[Any, ...]]:
@@ -175,11 +183,9 @@ def _chunks(by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...]) -> Iterator
             yield row == 0, *parts, *of_heads[len(by_row) :]
 
 
-def _room(q: Tensor, dtype: torch.dtype, prefix: int = 0) -> Tensor:
-    """Room for a chunk's logits [heads, rows, N], zero in the columns of prefix tokens; q is [B·h, N, d]."""
-    room = q.new_empty(*_chunk_size(q), q.shape[1], dtype=dtype)
-    room[..., :prefix] = 0
-    return room
+def _room(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a chunk's logits [heads, rows, N]; q is [B·h, N, d]."""
+    return q.new_empty(*_chunk_size(q), q.shape[1], dtype=dtype)
 
 
 def _first(room: Tensor, like: Tensor) -> Tensor:
@@ -195,6 +201,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 def _kernel_of_tokens(y: Tensor, x: Tensor, room: Tensor) -> Tensor:
     """S [heads, rows, N] from its factors in these rows, in as much of the room as it takes."""
     s = _first(room, y)
-    patches = s[..., -y.shape[-1] * x.shape[-1] :].unflatten(-1, (y.shape[-1], x.shape[-1]))
+    prefix = s.shape[-1] - y.shape[-1] * x.shape[-1]
+    s[..., :prefix] = 0
+    patches = s[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
     torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=patches)
     return s
