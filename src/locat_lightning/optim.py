@@ -21,6 +21,21 @@ def warmup_then_linear(step: int, *, steps: int, warmup: int, peak: float, start
     return peak + (end - peak) * min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
 
 
+def one_cycle(
+    step: int, *, steps: int, peak: float, up: float = 0.25, div: float = 1e4, final_div: float = 1e4
+) -> float:
+    """One cycle of two lines: from `peak` / `div` up to `peak`, then down to `peak` / (`div` · `final_div`).
+
+    The ascent takes the share `up` of all steps, and the last step has the last value.
+
+    Source: `torch.optim.lr_scheduler.OneCycleLR`, `anneal_strategy="linear"`, without its cycle of momentum.
+    """
+    start, top = peak / div, up * steps - 1
+    if step < top:
+        return start + (peak - start) * step / top
+    return peak + (start / final_div - peak) * min(1.0, (step - top) / (steps - 1 - top))
+
+
 def cosine(step: int, *, steps: int, start: float, end: float) -> float:
     """Half a cosine from `start` at step 0 towards `end`, which step `steps` would have."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))

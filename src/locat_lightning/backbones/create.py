@@ -69,12 +69,48 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
     return model
 
 
+def create_for_any_size(name: str, arguments: dict[str, Any] | None) -> nn.Module:
+    """A timm model without classifier, which takes images of any size if it has to be told so.
+
+    Raises:
+        InputError: as for `create_backbone`.
+    """
+    try:
+        return create_backbone(name, {"dynamic_img_size": True} | (arguments or {}), num_classes=0)
+    except InputError:  # a model that needs no such argument, unless the given ones are at fault
+        return create_backbone(name, arguments, num_classes=0)
+
+
+def model_of(
+    weights: str, name: str | None, arguments: dict[str, Any] | None, contents: dict[str, Any] | None
+) -> tuple[str | None, dict[str, Any]]:
+    """Name and arguments of the timm model that weights are of, as far as anybody says.
+
+    Args:
+        weights: as for `load_weights`.
+        name: timm's name of the model; None takes what the weights say of themselves.
+        arguments: of the model, beside or instead of those that the weights name.
+        contents: of the weights' file, if they are in one.
+    """
+    arguments = arguments or {}
+    if name is not None:
+        return name, arguments
+    if contents is None:
+        return (weights if timm.is_model(weights) else None), arguments
+    own = contents.get("hyper_parameters", {})
+    if isinstance(own.get("backbone"), str):
+        return own["backbone"], (own.get("backbone_args") or {}) | arguments
+    architecture = contents.get("arch")  # as timm's training script has it
+    return (architecture if isinstance(architecture, str) else None), arguments
+
+
 def load_backbone(
     weights: str,
     name: str | None = None,
     arguments: dict[str, Any] | None = None,
     *,
     network: Network = "teacher",
+    any_size: bool = False,
 ) -> nn.Module:
     """Build a timm model without classifier from any source of weights, and say what matched.
 
@@ -83,24 +119,22 @@ def load_backbone(
         name: timm's name of the model; None takes what the weights say of themselves.
         arguments: of the model, beside or instead of those that the weights name.
         network: of a checkpoint with a teacher and a student, the one to take.
+        any_size: whether it has to take images of other sizes than it was built for, where timm can.
 
     Raises:
         InputError: the weights do not say of which model they are, timm does not know it or it does not take
             the arguments, or the weights cannot be read or do not fit.
     """
-    arguments = arguments or {}
-    contents = None
-    if Path(weights).is_file():
-        contents = read_checkpoint(weights)
-        own = contents.get("hyper_parameters", {})
-        if name is None and isinstance(own.get("backbone"), str):
-            name, arguments = own["backbone"], (own.get("backbone_args") or {}) | arguments
-        name = name or contents.get("arch")  # as timm's training script has it
-    elif name is None and weights != RANDOM:
+    contents = read_checkpoint(weights) if Path(weights).is_file() else None
+    name, arguments = model_of(weights, name, arguments, contents)
+    if name is None and contents is None and weights != RANDOM:  # a model hub, which knows what it has
         check_source(weights)
         return pretrained(weights, num_classes=0, **arguments)
-    if not isinstance(name, str):
+    if name is None:
         raise InputError(f"{weights} does not say of which model it is: add --backbone, timm's name of it")
-    model = create_backbone(name, arguments, num_classes=0)
+    if any_size:
+        model = create_for_any_size(name, arguments)
+    else:
+        model = create_backbone(name, arguments, num_classes=0)
     load_weights(model, weights, network=network, contents=contents)
     return model

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from locat_lightning.backbones.create import create_backbone
+from locat_lightning.backbones.create import create_for_any_size
 from locat_lightning.backbones.weights import load_weights
 from locat_lightning.data.multicrop import MultiCropBatch
 from locat_lightning.data.reading import ImageBatch
@@ -141,7 +141,7 @@ class Dino(Task):
 
     def _network(self, backbone_args: dict[str, Any]) -> "Network":
         hp = self.hp
-        backbone: Any = _create_for_any_size(hp.backbone, backbone_args)
+        backbone: Any = create_for_any_size(hp.backbone, backbone_args)
         with warnings.catch_warnings():
             # The old weight norm keeps the parameters' names those of the original code.
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
@@ -405,11 +405,3 @@ class Loss(DINOLoss):
         """
         log_p: Tensor = ((torch.stack(teacher_out) - self.center) / temperature).log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1).mean()
-
-
-def _create_for_any_size(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """A timm model without classifier, which takes images of any size if it has to be told so."""
-    try:
-        return create_backbone(name, {"dynamic_img_size": True} | arguments, num_classes=0)
-    except InputError:  # a model that needs no such argument, unless the given ones are at fault
-        return create_backbone(name, arguments, num_classes=0)

@@ -1,0 +1,107 @@
+"""From patch features to classes of pixels: the one-layer MLP decoder, and its loss at the pixels' resolution.
+
+Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+IGNORED = 255  # the label of a pixel that has none
+CLASSES_AT_ONCE = 16  # whose logits exist at full resolution while the largest is sought
+
+
+class MlpDecoder(nn.Sequential):
+    """1×1 convolution to a hidden width, GroupNorm of one group, GELU, 1×1 convolution to the classes.
+
+    Maps features [B, D, H, W] to logits [B, classes, H, W].
+
+    Args:
+        features: Width D of the patch features.
+        classes: How many classes there are.
+        hidden: Width in between.
+    """
+
+    def __init__(self, features: int, classes: int, hidden: int = 512) -> None:
+        super().__init__(
+            nn.Conv2d(features, hidden, 1),
+            nn.GroupNorm(1, hidden),
+            nn.GELU(),
+            nn.Conv2d(hidden, classes, 1),
+        )
+
+
+def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross-entropy of the annotated pixels, with logits upsampled bilinearly to the masks' size.
+
+    The same as `interpolate` and `cross_entropy`, but only one image has logits of full size at a time: their
+    gradient at the small size is known as soon as its loss is.
+
+    Args:
+        logits: [B, C, h, w].
+        masks: [B, H, W], integers: the class of each pixel, or `IGNORED`.
+
+    Returns:
+        A scalar, float32; 0 where no pixel is annotated.
+    """
+    loss: Tensor = _UpsampledCrossEntropy.apply(logits, masks)
+    return loss
+
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """∂loss/∂logits at full size is softmax − one-hot, of which the upsampling's adjoint makes that at [h, w]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, masks: Tensor) -> Tensor:
+        size = masks.shape[-2:]
+        pixels = (masks != IGNORED).sum().clamp_min(1)
+        loss = torch.zeros((), device=logits.device)
+        grad = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        for image, (small, mask) in enumerate(zip(logits.split(1), masks.split(1), strict=True)):
+            labels = mask.long()
+            log_p = F.interpolate(small.float(), size, mode="bilinear").log_softmax(1)
+            loss += F.nll_loss(log_p, labels, ignore_index=IGNORED, reduction="sum")
+            if grad is not None:
+                annotated = (labels != IGNORED).unsqueeze(1)
+                target = labels.unsqueeze(1).where(annotated, 0)
+                difference = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
+                grad[image : image + 1] = torch.ops.aten.upsample_bilinear2d_backward(
+                    difference.mul_(annotated), size, small.shape, False
+                )
+        if grad is not None:
+            ctx.save_for_backward(grad.div_(pixels).to(logits.dtype))
+        return loss / pixels
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * grad, None
+
+
+def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The likeliest class of each pixel, with logits upsampled bilinearly, a few classes at a time.
+
+    Args:
+        logits: [B, C, h, w].
+        size: (H, W) of the result.
+
+    Returns:
+        [B, H, W] int64; of several equal logits the first class.
+    """
+    best: Tensor | None = None
+    for start in range(0, logits.shape[1], CLASSES_AT_ONCE):
+        some = logits[:, start : start + CLASSES_AT_ONCE].float()
+        if some.shape[-2:] != size:
+            some = F.interpolate(some, size, mode="bilinear")
+        values, places = some.max(1)
+        if best is None:
+            best, classes = values, places
+        else:
+            better = values > best
+            best = best.where(~better, values)
+            classes = classes.where(~better, places + start)
+    assert best is not None  # there is a class
+    return classes

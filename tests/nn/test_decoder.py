@@ -1,0 +1,77 @@
+"""The decoder's loss and its predictions, against the plain expressions."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
+
+
+def case(classes=5, images=3, small=(4, 6), size=(16, 23), dtype=torch.uint8):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(images, classes, *small, generator=generator, requires_grad=True)
+    masks = torch.randint(classes, (images, *size), generator=generator, dtype=dtype)
+    masks[torch.rand(masks.shape, generator=generator) < 0.2] = IGNORED
+    return logits, masks
+
+
+def plain(logits, masks):
+    upsampled = F.interpolate(logits, masks.shape[-2:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(upsampled, masks.long(), ignore_index=IGNORED)
+
+
+def test_the_decoder_is_the_papers():
+    decoder = MlpDecoder(24, 7)
+    shapes = [tuple(p.shape) for p in decoder.parameters()]
+    assert shapes == [(512, 24, 1, 1), (512,), (512,), (512,), (7, 512, 1, 1), (7,)]
+    assert decoder(torch.randn(2, 24, 3, 5)).shape == (2, 7, 3, 5)
+
+
+@pytest.mark.parametrize("size", [(16, 23), (4, 6), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_loss_and_gradient_are_those_of_the_plain_expression(size, dtype):
+    logits, masks = case(size=size, dtype=dtype)
+    loss = upsampled_cross_entropy(logits, masks)
+    (3 * loss).backward()
+    ours, logits.grad = logits.grad, None
+    reference = plain(logits, masks)
+    (3 * reference).backward()
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(ours, logits.grad, atol=1e-8, rtol=1e-5)
+
+
+def test_images_count_by_their_annotated_pixels():
+    logits, masks = case()
+    masks[0] = IGNORED
+    masks[1, 2:] = IGNORED
+    torch.testing.assert_close(upsampled_cross_entropy(logits, masks), plain(logits, masks))
+
+
+def test_without_an_annotated_pixel_there_is_nothing_to_learn():
+    logits, masks = case()
+    loss = upsampled_cross_entropy(logits, masks.fill_(IGNORED))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
+def test_half_precision_is_upsampled_in_float32():
+    logits, masks = case()
+    half = logits.detach().bfloat16().requires_grad_()
+    loss = upsampled_cross_entropy(half, masks)
+    loss.backward()
+    torch.testing.assert_close(loss, plain(half.detach().float(), masks))
+    assert loss.dtype == torch.float32
+    assert half.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("classes", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("size", [(19, 31), (4, 6)])
+def test_argmax_is_that_of_all_classes_at_once(classes, size):
+    logits, _ = case(classes)
+    whole = F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(upsampled_argmax(logits.detach(), size), whole)
+
+
+def test_of_equal_logits_the_first_class_wins():
+    assert not upsampled_argmax(torch.zeros(1, 40, 2, 2), (5, 5)).any()
