@@ -123,6 +123,23 @@ def test_linear(protocol, named, capsys):
     assert ("linear/top1_rate0.001" in found) == (protocol == "sweep")
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("command", [["knn"], ["linear", "--epochs", "1"]])
+def test_features_have_the_precision_asked_for(command, precision, named, monkeypatch):
+    torch.save(backbone().state_dict(), "net.pth")
+    seen = set()
+
+    def linear(*arguments):
+        output = original(*arguments)
+        seen.add(output.dtype)
+        return output
+
+    original = torch.nn.functional.linear
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    run(*command, "--weights", "net.pth", *named, "--precision", precision)
+    assert (torch.bfloat16 in seen) == (precision != "32-true")
+
+
 def test_commands_repeat_themselves(named):
     torch.save(backbone().state_dict(), "net.pth")
     for name in ("a", "b"):
@@ -151,6 +168,7 @@ def test_commands_repeat_themselves(named):
         (["--weights", "net.pth", "--backbone", "resnet18"], "too poor a match"),
         (["--weights", "net.pth", "NAMED", "--student"], "holds no student"),
         (["--weights", "net.pth", "NAMED", "--k", "0"], '"k" element 1'),
+        (["--weights", "net.pth", "NAMED", "--precision", "64-true"], "precision '64-true' is none"),
         (["--weights", "net.pth", "NAMED", "--data.img_size", "48"], "does not take images of 48 pixels"),
         (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),

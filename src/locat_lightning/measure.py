@@ -19,7 +19,13 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Network, check_source
 from locat_lightning.data import ImageData
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import Features, extract_features, frozen, image_features
+from locat_lightning.evaluation.features import (
+    Features,
+    autocast_type,
+    extract_features,
+    frozen,
+    image_features,
+)
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear, train_linear
 from locat_lightning.options import (
@@ -40,7 +46,6 @@ OF_THE_IMAGES = (
     *("dataset", "root", "classes", "num_workers", "img_size", "mean", "std"),
     *("crop_pct", "eval_interpolation", "scale", "ratio", "hflip"),
 )
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Measurement(NamedTuple):
@@ -68,15 +73,11 @@ def _measure(command: str, arguments: list[str]) -> None:
     elif not options.keys() & {"--config", "-c", "--help", "-h"}:
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     config = parser.parse_args(arguments)
+    autocast_type(config.precision)  # a mistake shows before anything is read
     data: ImageData = parser.instantiate_classes(config).data
     data.setup("fit")
 
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        strategy=config.strategy,
-        precision=config.precision or "32-true",
-    )
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Network = "student" if config.student else "teacher"
@@ -199,7 +200,7 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
             epochs=config.epochs,
             learning_rate=config.learning_rate,
             seed=config.seed,
-            autocast_dtype=AUTOCAST.get(config.precision),
+            autocast_dtype=autocast_type(config.precision),
         )
         results, manner = [best], f"{images} augmented images a step"
     else:
@@ -233,7 +234,7 @@ def _features(
         backbone,
         data.eval_dataloader(split),
         fabric.device,
-        autocast_dtype=AUTOCAST.get(config.precision),
+        autocast_dtype=autocast_type(config.precision),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import extract_features, image_features
+from locat_lightning.evaluation.features import autocast_type, extract_features, image_features
 from locat_lightning.evaluation.linear import train_linear
 
 
@@ -97,6 +97,24 @@ def test_autocast_leaves_no_inference_tensor_to_the_training():
     assert mixed.dtype == exact.dtype == torch.float32
     assert not torch.equal(mixed, exact)
     torch.testing.assert_close(exact, model(images).detach())
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (("bf16-mixed", "bf16-true", "bf16"), torch.bfloat16),
+        (("16-mixed", "16-true", "16", 16), torch.float16),
+        (("32-true", "32", 32, None), None),
+    ],
+)
+def test_every_precision_has_its_type(names, dtype):
+    assert {autocast_type(name) for name in names} == {dtype}
+
+
+@pytest.mark.parametrize("precision", ["64-true", "transformer-engine", "32-mixed", "fast"])
+def test_other_precisions_are_refused(precision):
+    with pytest.raises(InputError, match=rf"'{precision}' is none .*: 32-true, bf16-mixed, bf16-true, 16-m"):
+        autocast_type(precision)
 
 
 def test_timm_models_give_what_their_classifier_reads():

@@ -13,13 +13,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from locat_lightning.data.images import ImageData, Stream
 from locat_lightning.data.reading import ImageLoader
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import Features, extract_features
+from locat_lightning.evaluation.features import Features, autocast_type, extract_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear
 
 __all__ = ["KnnProbe", "LinearProbe"]
-
-AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}  # by the first part of the trainer's precision
 
 
 class _Probe(Callback, ABC):
@@ -47,6 +45,7 @@ class _Probe(Callback, ABC):
         self.first: float | None = None
         self.last: float | None = None
         self._measured: ImageData | None = None
+        self._autocast_dtype: torch.dtype | None = None
         self._bank: list[int] = []
 
     @abstractmethod
@@ -70,10 +69,12 @@ class _Probe(Callback, ABC):
         """Find the images, and see that they can be measured.
 
         Raises:
-            InputError: the probe's own data cannot. Those of the run switch the probe off instead, in a line.
+            InputError: the probe's own data cannot (those of the run switch it off instead, in a line), or
+                not in the trainer's precision.
         """
         if stage != "fit" or not self.every_n_epochs:
             return
+        self._autocast_dtype = autocast_type(trainer.precision)
         self.first = self.last = self._measured = None
         if self.data is not None:
             self.data.trainer = trainer  # for its number of workers
@@ -149,7 +150,6 @@ class _Probe(Callback, ABC):
         if data is None or not self._active(trainer):
             return {}
         backbone: Any = pl_module.backbone
-        autocast_dtype = AUTOCAST.get(str(trainer.precision).partition("-")[0])
         parts = []
         # Lightning's progress bar is on the screen: rich has no room for a second one.
         with isolate_rng():
@@ -158,7 +158,7 @@ class _Probe(Callback, ABC):
                     backbone,
                     self._loader(data, split, trainer),
                     pl_module.device,
-                    autocast_dtype=autocast_dtype,
+                    autocast_dtype=self._autocast_dtype,
                     progress=False,
                 )
                 parts.append(found)

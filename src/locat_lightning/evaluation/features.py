@@ -29,6 +29,14 @@ class LabelledImages(Protocol):
         """[B] int64: positions in the data set."""
 
 
+# By the names that Lightning has for precision. Autocast also brings images and weights of one kind of half
+# precision ("bf16-true") together.
+AUTOCAST = {
+    **dict.fromkeys(("32", "32-true", "None")),
+    **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), torch.bfloat16),
+    **dict.fromkeys(("16", "16-mixed", "16-true"), torch.float16),
+}
+
 Batch_co = TypeVar("Batch_co", bound=LabelledImages, covariant=True)
 
 
@@ -45,6 +53,25 @@ class Features(NamedTuple):
 
     features: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64
+
+
+def autocast_type(precision: str | int | None) -> torch.dtype | None:
+    """The `autocast_dtype` below that serves one of Lightning's precisions.
+
+    Args:
+        precision: `bf16-mixed`, `16-mixed`, `bf16-true`, `16-true`, `32-true`, their short names, or None.
+
+    Returns:
+        The type of half precision; None for float32.
+
+    Raises:
+        InputError: features are not computed in that precision.
+    """
+    try:
+        return AUTOCAST[str(precision)]
+    except KeyError:
+        known = ", ".join(name for name in AUTOCAST if "-" in name)
+        raise InputError(f"precision {precision!r} is none that features are computed in: {known}") from None
 
 
 @contextmanager
