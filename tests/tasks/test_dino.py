@@ -275,6 +275,30 @@ def test_mixed_precision_keeps_head_and_loss_in_float32():
     assert mixed.losses != plain.losses
 
 
+@pytest.mark.parametrize("colour_on", ["device", "worker"])
+def test_a_step_in_half_precision(tmp_path, colour_on):
+    """Lightning converts the weights, and the colours of the views are those of float32."""
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append([each.crops for each in batch.views])
+            before.extend(p.detach().clone() for p in module.student.parameters())
+
+    folder, losses = images(tmp_path / "images"), {}
+    for precision in ("32-true", "bf16-true"):
+        task, record, seen, before = small(lr=0.1), Record(), [], []
+        run = trainer(record, Watch(), precision=precision, max_steps=1)
+        run.fit(task, multicrop(folder, colour_on=colour_on))
+        losses[precision] = [*record.losses, seen[0]]
+        assert {p.dtype for p in task.parameters()} == {task.dtype}
+        assert any(not torch.equal(a, b) for a, b in zip(before, task.student.parameters(), strict=True))
+        assert all(p.isfinite().all() for p in task.parameters())
+    assert task.dtype == torch.bfloat16
+    assert losses["bf16-true"][0] == pytest.approx(losses["32-true"][0], rel=0.05)
+    for half, whole in zip(losses["bf16-true"][1], losses["32-true"][1], strict=True):
+        assert torch.equal(half, whole)
+
+
 def test_what_is_logged_adds_up():
     [metrics] = fit(small(), [random_batch(4)]).metrics
     assert metrics["train/teacher_entropy"] + metrics["train/kl"] == pytest.approx(metrics["train/loss"])

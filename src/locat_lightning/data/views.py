@@ -9,7 +9,6 @@ Source: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,27 +25,28 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 ATTEMPTS = 10  # to draw a box inside the image, as torchvision's RandomResizedCrop
 
 
-@dataclass(frozen=True)
 class Views:
     """The V views of one size, of one image or (behind V) of a batch of B.
 
-    Lightning moves it by `to`. The colour parameters stay on the CPU, where they are read without a wait.
+    Lightning moves it by `to`, and does not look inside, as it would with a dataclass or a tuple: the colour
+    parameters stay on the CPU, where they are read without a wait, and in float32.
 
-    Attributes:
+    Args:
         crops: uint8 [V, 3, H, W] or [V, B, 3, H, W]; once coloured, normalised float32.
         colour: float32 [V, 8] or [V, B, 8] from `draw_colour`; None once the crops are coloured.
     """
 
-    crops: Tensor
-    colour: Tensor | None
+    def __init__(self, crops: Tensor, colour: Tensor | None) -> None:
+        self.crops = crops
+        self.colour = colour
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Views":
         """The views with their crops on a device."""
-        return replace(self, crops=self.crops.to(device, non_blocking=non_blocking))
+        return Views(self.crops.to(device, non_blocking=non_blocking), self.colour)
 
     def pin_memory(self) -> "Views":
         """The views with their crops in pinned memory (DataLoader calls it)."""
-        return replace(self, crops=self.crops.pin_memory())
+        return Views(self.crops.pin_memory(), self.colour)
 
     def coloured(self) -> "Views":
         """The views with their colours augmented and normalised, on the device where the crops are."""

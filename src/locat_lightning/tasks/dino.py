@@ -223,7 +223,7 @@ class Dino(Task):
         Raises:
             InputError: the loss is not finite.
         """
-        views = [each.crops for each in batch.views]
+        views = [each.crops.to(self.dtype) for each in batch.views]
         with torch.no_grad():
             features, taught = self.teacher(views[:1])
         _, learnt = self.student(views)
@@ -357,7 +357,7 @@ class Network(nn.Module):
         features = torch.cat([self.backbone(each.flatten(0, 1)) for each in views])
         # Logits in bfloat16, divided by the temperature, would be off by a tenth.
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.head(features.float())
+            logits = self.head(features.to(next(self.head.parameters()).dtype)).float()
         return features, list(logits.split(views[0].shape[1]))
 
 
