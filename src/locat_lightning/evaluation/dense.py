@@ -1,0 +1,78 @@
+"""Features of every patch of an image, by a backbone that may be frozen: what dense probes read."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from locat_lightning.errors import InputError
+
+
+def patch_features(
+    backbone: nn.Module, images: Tensor, *, autocast_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The patch tokens of the last block (for a hierarchical model, stage) as a map.
+
+    They are taken before the final norm, and neither prefix tokens nor PRR have a part in them. Images whose
+    sides are no multiple of the patch are padded at right and bottom with zeros, the mean of normalised
+    images; the map covers the padded image, `padded_size`: what is upsampled from it has to be cut. An
+    autocast context around this call has no effect inside it.
+
+    Args:
+        backbone: any timm model with `forward_intermediates`.
+        images: [B, 3, height, width], normalised.
+        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
+
+    Returns:
+        [B, D, H, W] float32, one column for each patch.
+
+    Raises:
+        InputError: `backbone` has no patch features, or takes images of another size only.
+
+    Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
+    """
+    height, width = images.shape[-2:]
+    size = padded_size(backbone, (height, width))
+    images = F.pad(images, (0, size[1] - width, 0, size[0] - height))
+    timm: Any = backbone
+    patches: Any = getattr(timm, "patch_embed", None)
+    own = patches.img_size if getattr(patches, "strict_img_size", False) else None
+    if own is not None and tuple(own) != size:
+        raise InputError(
+            f"{type(backbone).__name__} was built for images of {own[0]} × {own[1]} pixels and is given "
+            f"{size[0]} × {size[1]}: build it with dynamic_img_size=True (Swin: strict_img_size=False)"
+        )
+    # Without the cache: weights cast in here under inference mode must not meet a training step around us.
+    with torch.autocast(
+        images.device.type, autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
+    ):
+        (features,) = timm.forward_intermediates(
+            images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+    result: Tensor = features.float()
+    return result
+
+
+def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """The size of the image that the map of `patch_features` covers.
+
+    Args:
+        backbone: any timm model with `forward_intermediates`.
+        size: (height, width) of the images, in pixels.
+
+    Returns:
+        (height, width), each the next multiple of the patch; for a hierarchical model, of its last stage's.
+
+    Raises:
+        InputError: `backbone` has no patch features.
+    """
+    timm: Any = backbone
+    if not hasattr(timm, "forward_intermediates") or not hasattr(timm, "feature_info"):
+        raise InputError(
+            f"{type(backbone).__name__} has no patch features: choose a timm model with forward_intermediates"
+        )
+    patch = timm.feature_info[-1]["reduction"]
+    height, width = (math.ceil(side / patch) * patch for side in size)
+    return height, width

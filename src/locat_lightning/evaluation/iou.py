@@ -1,0 +1,145 @@
+"""Intersection over union (IoU) of a segmentation, from one confusion matrix over the whole data set."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from locat_lightning.errors import InputError
+from locat_lightning.nn.decoder import IGNORED
+
+
+@dataclass
+class IoU:
+    """How well predicted classes match the annotated ones; all are shares of pixels, 0 to 1, float32.
+
+    Attributes:
+        miou: mean of `per_class` over the classes that occur; NaN if none does.
+        per_class: [C], NaN for a class that occurs neither in prediction nor in annotation; of one that is
+            predicted but never annotated, 0.
+        pixel_accuracy: share of the annotated pixels that are predicted rightly.
+        mean_accuracy: the same by annotated class, averaged over the annotated classes.
+        confusion: [C, C] int64, counts of pixels: annotated classes as rows, predicted ones as columns.
+    """
+
+    SCALARS: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy", "mean_accuracy")
+
+    miou: Tensor
+    per_class: Tensor
+    pixel_accuracy: Tensor
+    mean_accuracy: Tensor
+    confusion: Tensor
+
+
+class MeanIoU(Metric):
+    """IoU of all pixels of a data set, as mmsegmentation defines it.
+
+    Not `torchmetrics.segmentation.MeanIoU`, which averages over images. Its `MulticlassConfusionMatrix`
+    counts the same, but takes a sort or copies of the annotated pixels at each update, with a wait for the
+    GPU, and with deterministic algorithms a table of C² entries for each pixel.
+
+    Pixels are counted in int64, and processes are summed up: how images are spread over batches and
+    processes does not matter. An update does not make the host wait for the device.
+
+    Args:
+        num_classes: C, 1 to 255.
+
+    Raises:
+        InputError: there are too many classes, or none.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    pixels: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        if not 1 <= num_classes <= IGNORED:
+            raise InputError(
+                f"{num_classes} classes: give 1 to {IGNORED} (a pixel annotated as {IGNORED} is ignored)"
+            )
+        self.num_classes = num_classes
+        self.add_state("pixels", torch.zeros(num_classes**2 + 1, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, annotations: Tensor) -> None:
+        """Count the pixels of one image or batch.
+
+        Args:
+            predictions: [..., H, W] classes, of any integer type; H and W may change from call to call.
+            annotations: [..., H, W] classes, of any integer type; 255 is ignored.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        self.pixels += count_pixels(predictions, annotations, self.num_classes)
+
+    def compute(self) -> IoU:
+        """IoU of all pixels counted so far.
+
+        Raises:
+            InputError: a pixel was annotated with, or predicted as, something that is none of the classes.
+        """
+        return iou(self.pixels)
+
+
+def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by their annotated and their predicted class.
+
+    Args:
+        predictions: [..., H, W] classes, of any integer type.
+        annotations: [..., H, W] classes, of any integer type; 255 is ignored.
+        num_classes: C.
+
+    Returns:
+        [C · C + 1] int64: the confusion matrix, with annotated classes as rows, and last the number of pixels
+        where a class is not in 0..C-1. To be added up over images, and read by `iou`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if predictions.shape != annotations.shape:
+        raise ValueError(
+            f"predictions {list(predictions.shape)} and annotations {list(annotations.shape)} must have one "
+            "shape: upsample the scores to the annotation's size"
+        )
+    predicted, annotated = predictions.flatten().long(), annotations.flatten().long()
+    known = (annotated >= 0) & (annotated < num_classes) & (predicted >= 0) & (predicted < num_classes)
+    place = torch.where(known, annotated * num_classes + predicted, num_classes**2)
+    place = torch.where(annotated == IGNORED, num_classes**2 + 1, place)
+    # Not `bincount`, which waits for the device; on a CPU it takes as long.
+    counts = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=place.device)
+    return counts.scatter_add_(0, place, torch.ones_like(place))[:-1]
+
+
+def iou(pixels: Tensor) -> IoU:
+    """IoU and accuracies of counted pixels.
+
+    Args:
+        pixels: [C · C + 1], sum of what `count_pixels` gives for each image.
+
+    Raises:
+        InputError: a pixel was annotated with, or predicted as, something that is none of the classes.
+    """
+    num_classes = math.isqrt(len(pixels) - 1)
+    if unknown := int(pixels[-1]):
+        raise InputError(
+            f"{unknown} pixels are of none of the classes 0..{num_classes - 1}: check the number of classes, "
+            f"and that pixels without one are annotated as {IGNORED}"
+        )
+    confusion = pixels[:-1].view(num_classes, num_classes)
+    right, annotated, predicted = (
+        counts.float() for counts in (confusion.diagonal(), confusion.sum(1), confusion.sum(0))
+    )
+    per_class = right / (annotated + predicted - right)  # 0 / 0 is NaN
+    return IoU(
+        miou=per_class.nanmean(),
+        per_class=per_class,
+        pixel_accuracy=right.sum() / annotated.sum(),
+        mean_accuracy=(right / annotated).nanmean(),
+        confusion=confusion,
+    )
