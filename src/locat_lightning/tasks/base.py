@@ -5,6 +5,8 @@ from fnmatch import fnmatchcase
 from math import ceil, inf
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,6 +24,7 @@ class Task(LightningModule):
     backbone: nn.Module
     class_names: list[str]
     weights: str | None
+    _seed: int | None = None  # of the run
 
     @property
     def hp(self) -> Any:
@@ -59,6 +62,25 @@ class Task(LightningModule):
             for option, metric in monitored(trainer):
                 if not any(fnmatchcase(metric, name) for name in known):
                     raise InputError(f"{option}: no {metric!r} is logged, but {', '.join(known)}")
+
+    def on_fit_start(self) -> None:
+        """Note the run's seed, unless a checkpoint brought that of its run."""
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Have the random numbers of drop path and mixup follow from the batch alone, as a resumed run needs."""
+        state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
+        torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
+        np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed."""
+        checkpoint["seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed of the run."""
+        self._seed = checkpoint.get("seed")
 
     def global_batch_size(self) -> int:
         """Images per optimizer step, over all processes and accumulated batches."""

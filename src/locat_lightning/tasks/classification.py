@@ -174,7 +174,8 @@ class Classification(Task):
         return self.data_classes or self.class_names
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the classes of the data: class_names may call them otherwise."""
+        """Keep the classes of the data, too: class_names may call them otherwise."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[DATA_CLASSES] = self.data_classes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -183,6 +184,7 @@ class Classification(Task):
         Raises:
             InputError: the data have others.
         """
+        super().on_load_checkpoint(checkpoint)
         before = _classes_of(checkpoint)
         _see_that_classes_agree(before, self.data_classes)
         self.data_classes = self.data_classes or before

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightly.loss import DINOLoss
@@ -112,7 +111,6 @@ class Dino(Task):
         self.weights = weights
         self.class_names = []
         self.collapse = ""
-        self._seed: int | None = None
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
@@ -207,16 +205,6 @@ class Dino(Task):
             end=hp.teacher_temp,
         )
 
-    def on_fit_start(self) -> None:
-        """Note the run's seed, unless a checkpoint brought that of its run."""
-        if self._seed is None:
-            self._seed = torch.initial_seed()
-
-    def on_train_batch_start(self, batch: MultiCropBatch, batch_idx: int) -> None:
-        """Give drop path random numbers that follow from the batch alone: a resumed run has the same."""
-        state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
-        torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
-
     def training_step(self, batch: MultiCropBatch, batch_idx: int) -> Tensor:
         """Cross-entropy between the teacher's distribution of a global view and the student's of each other.
 
@@ -290,14 +278,6 @@ class Dino(Task):
                 list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
             )
         self.loss.move_center()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed."""
-        checkpoint["seed"] = self._seed
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the seed of the run."""
-        self._seed = checkpoint.get("seed")
 
     def _stop_unless_finite(self, loss: Tensor) -> None:
         if torch.isfinite(loss):
