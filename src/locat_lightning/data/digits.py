@@ -1,21 +1,18 @@
 """Scikit-learn's handwritten digits: 1,797 real images that come with a dependency and need no download."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from locat_lightning.data.reading import to_rgb
+from locat_lightning.data.reading import Source, to_rgb
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 EVALUATED = 360  # of 1,797 images; the split is part of the data set, so its seed is no setting
 
 
-class Digits:
-    """A split of the digits, 8 x 8 pixels, white on black (a `Source`).
+class Digits(Source[int]):
+    """A split of the digits, 8 x 8 pixels, white on black.
 
     Args:
         train: 1,437 images if true, else the other 360, which have the same share of every class.
@@ -40,8 +37,3 @@ class Digits:
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Gives the image (RGB, 8 x 8) and its digit."""
         return to_rgb(Image.fromarray(self.pixels[index])), self.labels[index]
-
-    @contextmanager
-    def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:
-        """Gives the same as `read`."""
-        yield self.read(index)

@@ -9,25 +9,25 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from lightning.fabric.utilities.data import suggested_max_num_workers
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.accelerators import CUDAAccelerator
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data import digits
+from locat_lightning.data.module import (
+    SPLITS,
+    STAGES,
+    ImageModule,
+    check_least,
+    check_share,
+    check_span,
+)
 from locat_lightning.data.reading import (
-    EvaluationOrder,
     ImageBatch,
     ImageLoader,
     Images,
-    ResumableLoader,
     Source,
-    TrainOrder,
-    UnreadableImages,
     open_image,
     read_image,
     to_rgb,
@@ -37,17 +37,10 @@ from locat_lightning.errors import InputError
 
 __all__ = ["ImageBatch", "ImageData"]
 
-# Where each split is looked for, in this order: as a folder, and as a split of a timm data set.
-SPLITS = {
-    "train": ("train",),
-    "val": ("val", "validation", "test"),
-    "test": ("test", "val", "validation"),
-}
-STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 TIMM_KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
-class ImageData(LightningDataModule):
+class ImageData(ImageModule["Source | Stream"]):
     """Images with a label each, in batches for training, evaluation and prediction.
 
     What a person has to put right (a folder without images, a class that training lacks) is found by `setup`,
@@ -108,32 +101,23 @@ class ImageData(LightningDataModule):
         seed: int = 0,
         max_unreadable: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            mean=mean,
+            std=std,
+            seed=seed,
+            max_unreadable=max_unreadable,
+        )
         self.save_hyperparameters()
-        for name, value, smallest in (
-            ("img_size", img_size, 1),
-            ("batch_size", batch_size, 1),
-            ("classes", 1 if classes is None else classes, 1),
-            ("num_workers", num_workers or 0, 0),
-            ("max_unreadable", max_unreadable, 0),
-        ):
-            if value < smallest:
-                raise InputError(f"{name} ({value}) must be at least {smallest}")
+        check_least(1, img_size=img_size, classes=1 if classes is None else classes)
+        check_share(hflip=hflip, random_erasing=random_erasing)
+        check_span(1, scale=scale)
+        check_span(ratio=ratio)
         if not 0 < crop_pct <= 1:
             raise InputError(f"crop_pct ({crop_pct}) must be above 0 and at most 1")
-        for share, probability in (("hflip", hflip), ("random_erasing", random_erasing)):
-            if not 0 <= probability <= 1:
-                raise InputError(f"{share} ({probability}) must be from 0 to 1")
         if not 0 <= color_jitter < inf:
             raise InputError(f"color_jitter ({color_jitter}) must be at least 0")
-        if not all(0 < deviation < inf for deviation in std):
-            raise InputError(f"std {tuple(std)} must be three numbers above 0")
-        if not all(-inf < value < inf for value in mean):
-            raise InputError(f"mean {tuple(mean)} must be three finite numbers")
-        for span, (low, high), most in (("scale", scale, 1.0), ("ratio", ratio, inf)):
-            if not 0 < low <= high <= most:
-                limit = " <= 1" if most == 1 else ""
-                raise InputError(f"{span} ({low}, {high}) must be two numbers, 0 < low <= high{limit}")
         resamplings = [each.name.lower() for each in Image.Resampling]
         if eval_interpolation not in resamplings:
             raise InputError(
@@ -144,9 +128,6 @@ class ImageData(LightningDataModule):
         self.download = download
         self.classes = classes
         self.img_size = img_size
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.normalisation = {"mean": tuple(mean), "std": tuple(std)}
         self.augmentation = {
             "scale": tuple(scale),
             "ratio": tuple(ratio),
@@ -158,11 +139,6 @@ class ImageData(LightningDataModule):
             "re_mode": "pixel",
         }
         self.resizing = {"interpolation": eval_interpolation, "crop_pct": crop_pct}
-        self.seed = seed
-        self.unreadable = UnreadableImages(max_unreadable)
-        # A rank without an image to evaluate is no mistake: the images are shared out, not padded.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        self._sources: dict[str, Source | Stream] = {}
         self.train_transform()  # so that a mistake in it is found before any image is looked for
 
     @cached_property
@@ -247,31 +223,9 @@ class ImageData(LightningDataModule):
             return ImageLoader(Stream(source.dataset, transform), **self._loader_options(training=True))
         return self._shuffled(Images(source, transform, self.seed))
 
-    def val_dataloader(self) -> ImageLoader:
-        """The images of `val`, each in one process once."""
-        return self.eval_dataloader("val")
-
-    def test_dataloader(self) -> ImageLoader:
-        """The images of `test` (of `val`, if there is none), each in one process once."""
-        return self.eval_dataloader("test")
-
-    def predict_dataloader(self) -> ImageLoader:
-        """The images of `predict_paths`, each in one process once."""
-        return self.eval_dataloader("predict")
-
     def eval_dataloader(self, split: str) -> ImageLoader:
         """The images of any split (also `train`) in order, not augmented, each in one process once."""
         return self._loader(self.source(split))
-
-    def source(self, split: str) -> "Source | Stream":
-        """Finds the images of `train`, `val`, `test` or `predict`, once.
-
-        Raises:
-            InputError: they are not as they should be.
-        """
-        if split not in self._sources:
-            self._sources[split] = self._find(split)
-        return self._sources[split]
 
     def _find(self, split: str) -> "Source | Stream":
         if split == "predict":
@@ -343,46 +297,11 @@ class ImageData(LightningDataModule):
             f"data set {self.dataset!r}, {split}, in {self.root}: {_in_a_line(failed)}{hint}"
         ) from failed
 
-    def _shuffled(self, images: Images, **options: Any) -> ResumableLoader:
-        """Batches of these images in random order, the same number for every process."""
-        order = TrainOrder(images, *self._processes(), seed=self.seed)
-        return ResumableLoader(
-            images,
-            trainer=self.trainer,
-            sampler=order,
-            drop_last=len(order) > self.batch_size,
-            **self._loader_options(training=True),
-            **options,
-        )
-
     def _loader(self, source: "Source | Stream") -> ImageLoader:
-        transform, options = self.eval_transform(), self._loader_options(training=False)
+        transform = self.eval_transform()
         if isinstance(source, Stream):
-            return ImageLoader(Stream(source.dataset, transform), **options)
-        images = Images(source, transform, self.seed)
-        order = EvaluationOrder(images, *self._processes(), shuffle=False)
-        return ImageLoader(images, sampler=order, **options)
-
-    def _processes(self) -> tuple[int, int]:
-        """How many processes share the images, and which this one is."""
-        if self.trainer:
-            return self.trainer.world_size, self.trainer.global_rank
-        distributed = dist.is_available() and dist.is_initialized()
-        return (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
-
-    def _loader_options(self, training: bool) -> dict[str, Any]:
-        trainer = self.trainer
-        workers = self.num_workers
-        if workers is None:
-            workers = min(16, suggested_max_num_workers(trainer.num_devices if trainer else 1))
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": trainer is not None and isinstance(trainer.accelerator, CUDAAccelerator),
-            "training": training,
-            "unreadable": self.unreadable,
-        }
+            return ImageLoader(Stream(source.dataset, transform), **self._loader_options(training=False))
+        return self._in_order(Images(source, transform, self.seed))
 
 
 @dataclass(frozen=True)
@@ -480,13 +399,13 @@ def _labelled_files(folder: Path, class_names: list[str], named_by: str, complet
     """Finds the images of a split, whose classes another names; a `complete` one has some of every class."""
     if unknown := sorted(set(_class_folders(folder)) - set(class_names)):
         raise InputError(
-            f"{folder} has classes that {named_by} lacks: {_listed(unknown)}; remove or rename them"
+            f"{folder} has classes that {named_by} lacks: {listed(unknown)}; remove or rename them"
         )
-    files = [_images_beneath(folder / name) for name in class_names]
+    files = [images_beneath(folder / name) for name in class_names]
     if not any(files):
         raise InputError(f"no images in the class folders of {folder}: {EXTENSIONS}")
     if complete and (empty := [name for name, paths in zip(class_names, files, strict=True) if not paths]):
-        raise InputError(f"class folders without an image in {folder}: {_listed(empty)}; {EXTENSIONS}")
+        raise InputError(f"class folders without an image in {folder}: {listed(empty)}; {EXTENSIONS}")
     return Files(
         [path for paths in files for path in paths],
         [label for label, paths in enumerate(files) for _ in paths],
@@ -495,7 +414,7 @@ def _labelled_files(folder: Path, class_names: list[str], named_by: str, complet
 
 def unlabelled_files(folder: Path) -> Files:
     """Finds every image beneath a folder."""
-    if not (paths := _images_beneath(folder)):
+    if not (paths := images_beneath(folder)):
         raise InputError(f"no images beneath {folder}: {EXTENSIONS}")
     return Files(paths, [-1] * len(paths))
 
@@ -512,19 +431,26 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
 
 
-def _images_beneath(folder: Path) -> list[str]:
+def images_beneath(folder: Path) -> list[str]:
+    """Finds the path of every image in a folder and the folders in it, but for hidden ones, in order."""
+    return files_beneath(folder, IMG_EXTENSIONS)
+
+
+def files_beneath(folder: Path, endings: tuple[str, ...]) -> list[str]:
+    """Finds the path of every file whose name, in lower case, has an ending, as `images_beneath` does."""
     return sorted(
         os.path.join(parent, name)  # noqa: PTH118 - a Path for each of a million files takes seconds
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
-        if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
+        if name.lower().endswith(endings) and name[0] != "."
     )
 
 
 EXTENSIONS = f"files ending in {', '.join(IMG_EXTENSIONS)} count"
 
 
-def _listed(names: list[str], most: int = 10) -> str:
+def listed(names: list[str], most: int = 10) -> str:
+    """Lists names for an error, and the number of those beyond the first few."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

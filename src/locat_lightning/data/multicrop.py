@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from locat_lightning.data.images import SPLITS, ImageData, Stream, unlabelled_files
+from locat_lightning.data.images import ImageData, Stream, unlabelled_files
+from locat_lightning.data.module import SPLITS
 from locat_lightning.data.reading import Failure, ImageLoader, Images, Source, reason
 from locat_lightning.data.views import MultiCrop, Views, collate_views
 from locat_lightning.errors import InputError

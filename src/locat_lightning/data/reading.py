@@ -8,11 +8,11 @@ import logging
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import cycle, islice
 from os import PathLike
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -107,25 +107,37 @@ class ImageBatch(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An image that could not be read."""
+    """An image that could not be read.
+
+    Attributes:
+        path: the image's.
+        reason: what was wrong, in a line.
+        mistake: whether the reason is a mistake that a person has to put right, so that it stops the run
+            however many unreadable images are allowed.
+    """
 
     path: str
     reason: str
+    mistake: bool = False
 
 
-class Source(Protocol):
-    """Where images come from."""
+Label = TypeVar("Label", covariant=True)
+
+
+class Source(Protocol[Label]):
+    """Where images and what is known of each come from: its class (-1 if unknown), or a mask."""
 
     def __len__(self) -> int: ...
 
     def path(self, index: int) -> str:
         """The name by which a person finds image `index`."""
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Image `index` in RGB, and its label (-1 if unknown)."""
+    def read(self, index: int) -> tuple[Image.Image, Label]:
+        """Image `index` in RGB, and its label."""
 
-    def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
-        """Image `index` in RGB, perhaps still undecoded (see `open_image`), and its label (-1 if unknown)."""
+    def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, Label]]:
+        """Image `index` in RGB, perhaps still undecoded (see `open_image`), and its label."""
+        return nullcontext(self.read(index))
 
 
 class Images(Dataset):
@@ -148,7 +160,7 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: int) -> tuple[Any, int, int] | Failure:
+    def __getitem__(self, item: int) -> tuple[Any, Any, int] | Failure:
         epoch, index = divmod(item, len(self))
         try:
             image, label = self.source.read(index)
@@ -208,9 +220,11 @@ class UnreadableImages:
         """Takes note of failures, but for the one that is too many: that is not skipped.
 
         Raises:
-            InputError: there are more than `limit` by now.
+            InputError: there are more than `limit` by now, or one is a mistake.
         """
-        for path, reason in failures:
+        for path, reason, mistake in failures:
+            if mistake:
+                raise InputError(reason)
             if path not in self.reasons and len(self.reasons) >= self.limit:
                 skipped = f" and {self.limit} more before" if self.limit else ""
                 raise InputError(
@@ -248,7 +262,8 @@ class ImageLoader(DataLoader):
         options: the DataLoader's.
 
     Raises:
-        InputError: while iterating, when too many images, or all of a training batch, cannot be read.
+        InputError: while iterating, when too many images, or all of a training batch, cannot be read, or when
+            something read, or `collate`, tells of a mistake.
     """
 
     def __init__(
@@ -338,14 +353,21 @@ def _collate(
     refill: bool,
     collate: Callable[[Sequence[Any]], Any],
 ) -> tuple[Any, list[Failure]]:
-    """Makes a batch of what was read, which is None if nothing was."""
+    """Makes a batch of what was read, which is None if nothing was.
+
+    A mistake that `collate` tells of goes to the process that trains as a failure: raised, it would arrive
+    with a worker's traceback in its message.
+    """
     failures = [item for item in items if isinstance(item, Failure)]
     read = [item for item in items if not isinstance(item, Failure)]
     if not read:
         return None, failures
     if refill:
         read = list(islice(cycle(read), len(items)))
-    return collate(read), failures
+    try:
+        return collate(read), failures
+    except InputError as error:
+        return None, [*failures, Failure("", str(error), mistake=True)]
 
 
 def reason(error: Exception) -> str:
