@@ -63,25 +63,6 @@ class Task(LightningModule):
                 if not any(fnmatchcase(metric, name) for name in known):
                     raise InputError(f"{option}: no {metric!r} is logged, but {', '.join(known)}")
 
-    def on_fit_start(self) -> None:
-        """Note the run's seed, unless a checkpoint brought that of its run."""
-        if self._seed is None:
-            self._seed = torch.initial_seed()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Have the random numbers of drop path and mixup follow from the batch alone, as a resumed run needs."""
-        state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
-        torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
-        np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed."""
-        checkpoint["seed"] = self._seed
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the seed of the run."""
-        self._seed = checkpoint.get("seed")
-
     def global_batch_size(self) -> int:
         """Images per optimizer step, over all processes and accumulated batches."""
         images: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -121,7 +102,7 @@ class Task(LightningModule):
             self._seed = torch.initial_seed()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Have the numbers of drop path and mixup follow from the batch alone: a resumed run draws the same."""
+        """Have drop path and mixup draw numbers that follow from the batch: a resumed run has the same."""
         state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
         np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state
