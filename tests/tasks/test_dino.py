@@ -326,7 +326,11 @@ def test_collapse_is_said_in_words():
         fit(small(), [random_batch(1)], constant)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+@pytest.mark.parametrize("looks", ["at every step", "when it saves"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, looks):
+    """On a GPU nobody looks at each loss; it comes out when a checkpoint is about to be written."""
+    if looks == "when it saves":
+        monkeypatch.setattr(Dino, "_has_to_look", lambda self, batch_idx: False)
     batches = [random_batch(4, seed) for seed in range(4)]
     batches[2].views[1].crops.fill_(float("nan"))
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, save_on_exception=True)
@@ -336,6 +340,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     last = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert last["global_step"] == 2
     assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+class Spoil(Callback):
+    """Makes a gradient infinite at a step whose loss is finite."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == 2:
+            next(module.student.parameters()).grad.fill_(math.inf)
+
+
+@pytest.mark.parametrize(
+    "when", [{"every_n_train_steps": 1}, {"every_n_train_steps": 3}, {"every_n_epochs": 1}]
+)
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, when):
+    """Though no loss has shown it yet, and nothing is saved on the exception either."""
+    saving = Checkpoints(tmp_path, save_top_k=-1, save_last=True, save_on_exception=True, **when)
+    with pytest.raises(
+        InputError, match=r"a weight is not finite at optimizer step 3 .*last good checkpoint"
+    ):
+        fit(small(), [random_batch(4, seed) for seed in range(3)], saving, Spoil())
+    saved = [torch.load(path, weights_only=True) for path in tmp_path.iterdir()]
+    expected = {1, 2} if when == {"every_n_train_steps": 1} else set()
+    assert {checkpoint["global_step"] for checkpoint in saved} == expected
+    assert all(value.isfinite().all() for each in saved for value in each["state_dict"].values())
+
+
+def test_a_run_cut_off_after_a_loss_that_is_not_finite_saves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(Dino, "_has_to_look", lambda self, batch_idx: False)
+    batches = [random_batch(4, seed) for seed in range(4)]
+    batches[1].views[1].crops.fill_(float("nan"))
+    saving = Checkpoints(tmp_path, save_last=True, save_on_exception=True)
+    with pytest.raises(InputError, match=r"loss is nan at optimizer step 1 .*last good checkpoint: none yet"):
+        fit(small(), batches, saving, Stop(0, 3))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

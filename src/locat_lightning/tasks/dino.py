@@ -3,12 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -111,6 +112,7 @@ class Dino(Task):
         self.weights = weights
         self.class_names = []
         self.collapse = ""
+        self._losses: list[tuple[int, Tensor]] = []  # that nobody has looked at yet, with their steps
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
@@ -209,7 +211,7 @@ class Dino(Task):
         """Cross-entropy between the teacher's distribution of a global view and the student's of each other.
 
         Raises:
-            InputError: the loss is not finite.
+            InputError: a loss since the last look was not finite (see `_has_to_look`).
         """
         views = [each.crops.to(self.dtype) for each in batch.views]
         with torch.no_grad():
@@ -220,7 +222,9 @@ class Dino(Task):
             loss: Tensor = self.loss(taught, learnt, teacher_temp=temperature)
             entropy = self.loss.teacher_entropy(taught, temperature)
         divergence = loss.detach() - entropy
-        self._stop_unless_finite(loss)
+        self._losses.append((self.global_step, loss.detach()))
+        if self._has_to_look(batch_idx):
+            self._stop_unless_finite()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and batch_idx % every == 0:  # seldom, for it waits for the device
             self._warn_of_collapse(entropy.item(), divergence.item())
@@ -279,18 +283,48 @@ class Dino(Task):
             )
         self.loss.move_center()
 
-    def _stop_unless_finite(self, loss: Tensor) -> None:
-        if torch.isfinite(loss):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See that the weights are worth keeping, before a file is touched.
+
+        Raises:
+            InputError: a loss or a weight is not finite.
+        """
+        super().on_save_checkpoint(checkpoint)
+        self._stop_unless_finite()
+        largest = torch.stack(torch._foreach_norm(list(self.parameters()), math.inf))
+        if not largest.isfinite().all():
+            self._stop("a weight is not finite", self.global_step)
+
+    def _has_to_look(self, batch_idx: int) -> bool:
+        """Whether to look at the losses now: on a CPU always, else seldom, for a look waits for the device.
+
+        At the last step there is a look, and before any checkpoint (`on_save_checkpoint`).
+        """
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        last = self.trainer.is_last_batch or self.global_step + 1 == self.steps
+        return self.device.type == "cpu" or last or (every > 0 and batch_idx % every == 0)
+
+    def _stop_unless_finite(self) -> None:
+        if not self._losses:
             return
+        steps, losses = zip(*self._losses, strict=True)
+        self._losses.clear()
+        for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                self._stop(f"the loss is {loss}", step)
+
+    def _stop(self, reason: str, step: int) -> NoReturn:
         last = ""
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 callback.save_on_exception = False  # the weights may be spoilt already
-                last = callback.last_model_path or callback.best_model_path or last
+                written = (callback.last_model_path, callback.best_model_path, *callback.best_k_models)
+                # One that was about to be written has its name, but no file.
+                last = next((path for path in written if path and get_filesystem(path).exists(path)), last)
         raise InputError(
-            f"the loss is {loss.item()} at optimizer step {self.global_step} (epoch {self.current_epoch}): "
-            f"lower model.lr (its peak is {self.peak_lr:.3g}), lengthen model.warmup_epochs, or train with "
-            f"trainer.precision 32-true; last good checkpoint: {last or 'none yet'}"
+            f"{reason} at optimizer step {step} (epoch {self.current_epoch}): lower model.lr (its peak is "
+            f"{self.peak_lr:.3g}), lengthen model.warmup_epochs, or train with trainer.precision 32-true; last "
+            f"good checkpoint: {last or 'none yet'}"
         )
 
     def _warn_of_collapse(self, entropy: float, divergence: float) -> None:
