@@ -54,7 +54,7 @@ def list_configs() -> str:
     lines = []
     for path in sorted(config_directory().rglob("*.yaml")):
         name = path.relative_to(config_directory()).as_posix()
-        lines.append(f"{name:24}{path.read_text().splitlines()[0].lstrip('# ')}")
+        lines.append(f"{name:28}{path.read_text().splitlines()[0].lstrip('# ')}")
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ from locat_lightning.callbacks.pictures import AttentionPictures
 from locat_lightning.callbacks.predictions import PredictionTable
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.callbacks.progress import ProgressBar
+from locat_lightning.callbacks.segmentation import MapWriter, SegmentationPictures
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
 from locat_lightning.options import (
@@ -54,6 +55,8 @@ EXPECTED = (
     "The dirpath has changed from .* to ",
     # Models that are too large for one GPU are not for this trainer, and all others can be averaged.
     "You're using the WeightAveraging callback with a model that overrides the configure_model",
+    # A frozen backbone stays in evaluation mode.
+    "Found .* module.* in eval mode at the start of training",
     # Lightning 2.6 asks torch's pytree in a way that torch 2.15 wants asked differently.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
@@ -63,7 +66,7 @@ COMMANDS = {
     "fit": "train",
     "validate": "measure on the val split",
     "test": "measure on the test split",
-    "predict": "classes of a folder of images, as a CSV",
+    "predict": "classes of a folder of images as a CSV, or of their pixels as PNGs",
 }
 
 
@@ -226,7 +229,7 @@ class LocatCLI(LightningCLI):
         if self.resume_from is not None:
             if "--weights" in given_options(sys.argv[1:]):
                 raise InputError("--weights starts a run and --ckpt_path goes on with one: give one of them")
-            config.ckpt_path = config.model.init_args.weights = None
+            config.ckpt_path = None
 
     def instantiate_classes(self) -> None:
         """What can be said without data or a model is said before they are made."""
@@ -235,7 +238,10 @@ class LocatCLI(LightningCLI):
             config = self.config[self.subcommand]
             now = {"model": self.model.hparams, "data": self.datamodule.hparams}
             now |= resume.of_trainer(self.trainer, config.seed_everything)
-            resume.check(self._before, now, allowed=config.allow_changes, checkpoint=self.resume_from)
+            before = resume.of_checkpoint(self._resumed)
+            resume.check(before, now, allowed=config.allow_changes, checkpoint=self.resume_from)
+            if isinstance(self.model, Task):
+                self.model.resume(self._resumed)
         if isinstance(self.model, Task):
             training = self.subcommand == "fit"
             self.model.check(self.trainer, training=training, logged=self._logged_by_callbacks())
@@ -283,7 +289,12 @@ class LocatCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what watches every run."""
-        callbacks += [Throughput(), KernelWidths(), PredictionTable(), CropPictures()]
+        callbacks += [Throughput(), KernelWidths(), PredictionTable(), MapWriter(), CropPictures()]
+        callbacks += [
+            SegmentationPictures(each.images, each.every_n_epochs, each.side)
+            for each in callbacks
+            if isinstance(each, AttentionPictures)
+        ]
         if config["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
         return super()._instantiate_trainer(config, callbacks)
@@ -302,7 +313,8 @@ class LocatCLI(LightningCLI):
             step = checkpoint.get("global_step")
             if step is None:
                 raise InputError(f"--ckpt_path: {self.resume_from} is no checkpoint of a run (see --weights)")
-            self._before = resume.of_checkpoint(checkpoint)
+            heavy = {"state_dict", "optimizer_states"}
+            self._resumed = {key: checkpoint[key] for key in checkpoint.keys() - heavy}
             if (record := record_of_run(self.resume_from)) is not None:
                 directory = record.parent
                 options: dict[str, Any] = {"name": "", "version": directory.name, "purge_step": step}

@@ -29,8 +29,8 @@ TRAINER = {
 }
 # Where the images are and how they are read: the same images make the same batches.
 IGNORED = {"data.root", "data.download", "data.num_workers", "data.max_unreadable"}
-# The data say these where no option does.
-FILLED_IN = {"model.num_classes", "model.class_names"}
+# The data or the weights say these where no option does; arguments of a backbone go with its name.
+FILLED_IN = {"model.num_classes", "model.class_names", "model.backbone"}
 NOT_SET = "not set"
 
 
@@ -83,7 +83,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     found = []
     for option in sorted(old.keys() | new.keys()):
         was, is_now = old.get(option, NOT_SET), new.get(option, NOT_SET)
-        follows = option in FILLED_IN and is_now in (None, NOT_SET)
+        filled_in = option in FILLED_IN or (
+            option.startswith("model.backbone_args.") and new.get("model.backbone") is None
+        )
+        follows = filled_in and is_now in (None, NOT_SET)
         if was != is_now and option not in IGNORED and not follows:
             found.append(Change(option, was, is_now))
     return found

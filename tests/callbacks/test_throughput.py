@@ -20,7 +20,7 @@ class Log(dict):
 
 
 def step(callback, clock, log, *, wait, work, images=8, processes=1):
-    trainer, batch = SimpleNamespace(world_size=processes), SimpleNamespace(labels=range(images))
+    trainer, batch = SimpleNamespace(world_size=processes), SimpleNamespace(indices=range(images))
     clock.time += wait
     callback.on_train_batch_start(trainer, log, batch, 0)
     clock.time += work

@@ -21,14 +21,16 @@ from locat_lightning.data.reading import Failure, Images
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.nn import GaussianAttention, gaussian_kernel
-from locat_lightning.tasks import Dino
+from locat_lightning.tasks import Dino, Segmentation
 
 __all__ = [
     "AttentionPictures",
     "Column",
     "cls_attention",
     "draw",
+    "fitted",
     "gaussian_kernels",
+    "kernel_columns",
     "patch_features",
     "pca_colours",
     "resized",
@@ -171,8 +173,7 @@ def draw(
     tiles = resized(images, side)
     height, width = tiles.shape[-2:]
     columns = [Column("input", "", [to_pil_image(tile) for tile in tiles])]
-    depths = {0, (len(kernels) - 1) // 2, len(kernels) - 1} if kernels else set()
-    columns += [_kernel_column(f"kernels, block {block}", tiles, kernels[block]) for block in sorted(depths)]
+    columns += kernel_columns(tiles, kernels)
     if student_attention is not None:
         columns.append(_attention_column("student: attention of [CLS]", tiles, student_attention))
     if attention is not None:
@@ -247,7 +248,8 @@ class AttentionPictures(Callback):
     Each row: the image, the Gaussian kernels of three patches at three depths, the attention of [CLS] in the
     last block, the principal components of its patch features, the likeliest classes. What a model lacks is
     left out: a plain ViT has no kernels, a CNN no attention either. Of `Dino` these are the teacher's, with
-    the student's attention beside. Without a TensorBoard logger nothing is drawn.
+    the student's attention beside. Without a TensorBoard logger nothing is drawn, nor of `Segmentation`,
+    which has pictures of its own.
 
     Args:
         images: how many, evenly spaced over the validation set.
@@ -271,6 +273,8 @@ class AttentionPictures(Callback):
         if stage not in ("fit", "validate") or not tensorboards(trainer):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(pl_module, Segmentation):
+            return
         if not isinstance(data, ImageData):
             raise InputError(f"AttentionPictures draws images of ImageData, not of {type(data).__name__}")
         if trainer.is_global_zero:
@@ -287,6 +291,8 @@ class AttentionPictures(Callback):
     ) -> None:
         """Draws after the first batch: a moving average of the weights is still in place then."""
         if trainer.sanity_checking or not trainer.is_global_zero or batch_idx or dataloader_idx:
+            return
+        if isinstance(pl_module, Segmentation):
             return
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
@@ -339,6 +345,17 @@ def _spaced(data: ImageData, count: int) -> tuple[Tensor, list[int]]:
             items = list(islice(dataset, count))
     read = [item for item in items if not isinstance(item, Failure)]
     return torch.stack([item[0] for item in read]), [item[1] for item in read]
+
+
+def kernel_columns(tiles: Tensor, kernels: Sequence[Tensor]) -> list[Column]:
+    """The kernels of three patches in the first, the middle and the last block, over the images.
+
+    Args:
+        tiles: [B, 3, height, width], RGB from 0 to 1.
+        kernels: what `gaussian_kernels` gives of them.
+    """
+    depths = {0, (len(kernels) - 1) // 2, len(kernels) - 1} if kernels else set()
+    return [_kernel_column(f"kernels, block {block}", tiles, kernels[block]) for block in sorted(depths)]
 
 
 def _kernel_column(title: str, tiles: Tensor, kernels: Tensor) -> Column:
@@ -396,17 +413,17 @@ def _prediction(
         colour = RIGHT if predicted == label else WRONG if rank == 0 and label >= 0 else FAINT
         percent = f"{share:.0%}"
         room = width - pen.textlength(percent, font) - line
-        pen.text((0, top), _fitted(name_of(predicted), room, font), colour, font)
+        pen.text((0, top), fitted(name_of(predicted), room, font), colour, font)
         pen.text((width, top), percent, colour, font, anchor="ra")
         pen.rectangle((0, top + 1.2 * line, width - 1, top + 1.7 * line), "#eaeef2")
         pen.rectangle((0, top + 1.2 * line, share * (width - 1), top + 1.7 * line), colour)
     if label >= 0:
-        pen.text((0, 9 * line), _fitted(f"true: {name_of(label)}", width, font), INK, font)
+        pen.text((0, 9 * line), fitted(f"true: {name_of(label)}", width, font), INK, font)
     return panel
 
 
-def _fitted(text: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """The text, cut short where it is longer than that many pixels."""
+def fitted(text: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A text, cut short where it is longer than that many pixels."""
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(f"{text}…") > room:

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch import distributed as dist
 
+from locat_lightning.tasks import Segmentation
+
 
 class PredictionTable(BasePredictionWriter):
     """Writes `predictions.csv` into the run's directory: path, class, and the probability of every class."""
@@ -27,6 +29,8 @@ class PredictionTable(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Gather the predictions of all processes and write them in the order of the data set."""
+        if isinstance(pl_module, Segmentation):  # whose maps are files of their own
+            return
         parts = [(indices.cpu(), probabilities.cpu()) for indices, probabilities in predictions]
         if trainer.world_size > 1:
             of_all: list[Any] = [None] * trainer.world_size

@@ -190,6 +190,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         self.reduce_zero_label = (
             reduce_zero_label if dataset == "folder" else dataset in ("ade20k", "pascal_context")
         )
+        self.scale = tuple(scale)
         self.crop_size = crop_size
         self.eval_batch_size = eval_batch_size
         self.augmentation = JointAugmentation(

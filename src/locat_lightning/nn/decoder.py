@@ -1,4 +1,4 @@
-"""From patch features to classes of pixels: the one-layer MLP decoder, and its loss at the pixels' resolution.
+"""From patch features to classes of pixels: the one-layer MLP decoder, and its loss at full size.
 
 Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
 """
@@ -52,7 +52,7 @@ def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
-    """∂loss/∂logits at full size is softmax − one-hot, of which the upsampling's adjoint makes that at [h, w]."""
+    """∂loss/∂logits at full size is softmax − one-hot; the upsampling's adjoint makes that at [h, w] of it."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, masks: Tensor) -> Tensor:

@@ -2,5 +2,6 @@
 
 from locat_lightning.tasks.classification import Classification
 from locat_lightning.tasks.dino import Dino
+from locat_lightning.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "Dino"]
+__all__ = ["Classification", "Dino", "Segmentation"]

@@ -1,6 +1,6 @@
 """What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from math import ceil, inf
 from typing import Any
@@ -48,20 +48,24 @@ class Task(LightningModule):
             InputError: timm knows no such model or the model does not take its arguments, there are no such
                 weights, the warm-up is too long, or a metric to go by is none that is logged.
         """
-        check_arguments(self.hp.backbone, self.hp.backbone_args)
+        if self.hp.backbone is not None:
+            check_arguments(self.hp.backbone, self.hp.backbone_args)
         if self.weights is not None:
             check_source(self.weights)
-        epochs = trainer.max_epochs or 0
-        if training and trainer.max_steps == -1 and 0 < epochs <= self.hp.warmup_epochs:
+        epochs, warmup = trainer.max_epochs or 0, self.hp.get("warmup_epochs", 0)
+        if training and trainer.max_steps == -1 and epochs > 0 and epochs <= warmup:
             raise InputError(
-                f"model.warmup_epochs ({self.hp.warmup_epochs:g}) has to be less than trainer.max_epochs "
-                f"({epochs})"
+                f"model.warmup_epochs ({warmup:g}) has to be less than trainer.max_epochs ({epochs})"
             )
         if training and logged is not None:
             known = [*self.metric_names, *logged]
             for option, metric in monitored(trainer):
                 if not any(fnmatchcase(metric, name) for name in known):
                     raise InputError(f"{option}: no {metric!r} is logged, but {', '.join(known)}")
+
+    def resume(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint (given without its weights), which has all of them: read no others."""
+        self.weights = None
 
     def global_batch_size(self) -> int:
         """Images per optimizer step, over all processes and accumulated batches."""
