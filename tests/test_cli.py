@@ -153,8 +153,13 @@ def test_a_config_is_a_local_file_first(tmp_path):
         ),
         (
             ["fit", "--config", "dino_tiny.yaml", "--checkpoint.monitor", "val/loss"],
-            "checkpoint.monitor: no 'val/loss' is logged, but train/*",
+            "checkpoint.monitor: no 'val/loss' is logged, but train/loss, train/lr, ",
         ),
+        (
+            ["fit", "--config", "dino_tiny.yaml", "--checkpoint.monitor", "train/los"],
+            "checkpoint.monitor: no 'train/los' is logged, but train/loss, train/lr, ",
+        ),
+        (["fit", "--config", "dino_tiny.yaml", "--model.lr=-1"], "model.lr (-1.0) must be at least 0"),
     ],
 )
 def test_options_are_refused_before_anything_is_read_or_built(arguments, expected, capsys, monkeypatch):

@@ -247,12 +247,11 @@ class LocatCLI(LightningCLI):
             self.model.check(self.trainer, training=training, logged=self._logged_by_callbacks())
 
     def _logged_by_callbacks(self) -> list[str] | None:
-        """Names and patterns of what callbacks log; None where there are callbacks of the user's own."""
-        names = ["train/images_per_s", "train/data_wait", "gaug_variance/block_*", "gaug_alpha/block_*"]
+        """Names and patterns of what callbacks log (`logged`); None where one of the user's own has none."""
+        names: list[str] = []
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, KnnProbe | LinearProbe) and callback.every_n_epochs:
-                metrics = ("top1", "top5") + (("rate",) if isinstance(callback, LinearProbe) else ())
-                names += [f"{callback.name}/{metric}" for metric in metrics]
+            if hasattr(callback, "logged"):
+                names += callback.logged
             elif not type(callback).__module__.startswith(("lightning.", "locat_lightning.")):
                 return None
         return names

@@ -382,12 +382,25 @@ def test_a_run_cut_off_after_a_loss_that_is_not_finite_saves_nothing(tmp_path, m
         ({"warmup_epochs": 3}, "the whole run has only"),
         ({"warmup_teacher_temp_epochs": 3}, r"warmup_teacher_temp_epochs \(3\).*max_epochs \(2\)"),
         ({"student_temp": 0}, r"student_temp \(0\)"),
-        ({"momentum": 1.5}, r"momentum \(1.5\)"),
+        ({"momentum": 1.5}, r"model.momentum \(1.5\) must be from 0 to 1"),
+        ({"lr": -1}, r"model.lr \(-1\) must be at least 0"),
+        ({"min_lr": math.nan}, r"model.min_lr \(nan\) must be at least 0"),
+        ({"warmup_epochs": -1}, r"model.warmup_epochs \(-1\) must be at least 0"),
+        ({"weight_decay_end": math.inf}, r"model.weight_decay_end \(inf\) must be at least 0"),
+        ({"teacher_temp": -0.1}, r"model.teacher_temp \(-0.1\) must be above 0"),
+        ({"out_dim": 0}, r"model.out_dim \(0\) must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_an_error(options, message):
     with pytest.raises(InputError, match=message):
         fit(small(**options), [random_batch(2)] * 2, max_epochs=2)
+
+
+def test_every_name_of_a_metric_is_logged():
+    task, record = small(), Record()
+    run = trainer(record, log_every_n_steps=1)
+    run.fit(task, Batches([random_batch(4)]))
+    assert set(task.metric_names) == set(run.callback_metrics)
 
 
 def test_the_trainers_clipping_is_an_error():

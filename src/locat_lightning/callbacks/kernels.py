@@ -77,6 +77,8 @@ class KernelWidths(Callback):
         images: how many, at most.
     """
 
+    logged = ("gaug_variance/block_*", "gaug_alpha/block_*")
+
     def __init__(self, images: int = 32) -> None:
         self.images = images
 

@@ -29,6 +29,7 @@ class _Probe(Callback, ABC):
     """
 
     title: str
+    metrics: tuple[str, ...] = ("top1", "top5")
 
     def __init__(
         self, data: ImageData | None, every_n_epochs: int, images: int | None, seed: int, name: str
@@ -47,6 +48,11 @@ class _Probe(Callback, ABC):
         self._measured: ImageData | None = None
         self._autocast_dtype: torch.dtype | None = None
         self._bank: list[int] = []
+
+    @property
+    def logged(self) -> list[str]:
+        """The names that it logs; none where it is switched off."""
+        return [f"{self.name}/{metric}" for metric in self.metrics] if self.every_n_epochs else []
 
     @abstractmethod
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
@@ -257,6 +263,7 @@ class LinearProbe(_Probe):
     """
 
     title = "Linear"
+    metrics = ("top1", "top5", "rate")
 
     def __init__(
         self,

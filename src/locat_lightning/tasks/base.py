@@ -147,6 +147,17 @@ def monitored(trainer: Trainer) -> Iterator[tuple[str, str]]:
             yield f"{'checkpoint' if is_checkpoint else type(callback).__name__}.monitor", metric
 
 
+def check_range(name: str, value: float, least: float = 0, most: float = inf) -> None:
+    """See that an argument of a task is finite and from `least` to `most`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not least <= value <= most or value == inf:
+        allowed = f"at least {least:g}" if most == inf else f"from {least:g} to {most:g}"
+        raise InputError(f"model.{name} ({value}) must be {allowed}")
+
+
 def announce_learning_rate(lr: float, global_batch: int) -> None:
     """Say which learning rate the run has, since it follows the batch."""
     rank_zero_info(f"learning rate {lr:.3g} at {global_batch} images a step")

@@ -22,7 +22,7 @@ from locat_lightning.backbones.weights import load_weights, read_checkpoint
 from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.optim import linear_rule, warmup_then_linear
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, monitored
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range, monitored
 
 DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, by label
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")  # some of timm's, to name where nothing is near
@@ -96,9 +96,7 @@ class Classification(Task):
             ("mixup_prob", mixup_prob, 1),
             ("mixup_switch_prob", mixup_switch_prob, 1),
         ):
-            if not 0 <= value <= most or value == inf:
-                allowed = "at least 0" if most == inf else f"from 0 to {most}"
-                raise InputError(f"model.{name} ({value}) must be {allowed}")
+            check_range(name, value, most=most)
         self.weights = weights
         self.class_names = list(class_names or [])
         self.data_classes: list[str] = []

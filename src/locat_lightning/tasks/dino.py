@@ -24,7 +24,7 @@ from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.optim import cosine, linear_rule, linear_warmup, warmup_then_cosine
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
 
 COLLAPSED = 0.01  # share of the largest possible entropy that counts as none
 
@@ -104,15 +104,36 @@ class Dino(Task):
             ("student_temp", student_temp),
             ("clip_grad", 1 if clip_grad is None else clip_grad),
         ):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise InputError(f"model.{name} ({value}) must be above 0")
-        for name, value in (("momentum", momentum), ("center_momentum", center_momentum)):
-            if not 0 <= value <= 1:
-                raise InputError(f"model.{name} ({value}) must be from 0 to 1")
+        for name, value, least, most in (
+            ("out_dim", out_dim, 1, math.inf),
+            ("hidden_dim", hidden_dim, 1, math.inf),
+            ("bottleneck_dim", bottleneck_dim, 1, math.inf),
+            ("lr", 0 if lr is None else lr, 0, math.inf),
+            ("base_lr", base_lr, 0, math.inf),
+            ("min_lr", min_lr, 0, math.inf),
+            ("warmup_epochs", warmup_epochs, 0, math.inf),
+            ("weight_decay", weight_decay, 0, math.inf),
+            ("weight_decay_end", weight_decay_end, 0, math.inf),
+            ("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0, math.inf),
+            ("freeze_last_layer_epochs", freeze_last_layer_epochs, 0, math.inf),
+            ("momentum", momentum, 0, 1),
+            ("center_momentum", center_momentum, 0, 1),
+        ):
+            check_range(name, value, least, most)
         self.weights = weights
         self.class_names = []
         self.collapse = ""
         self._losses: list[tuple[int, Tensor]] = []  # that nobody has looked at yet, with their steps
+
+    @property
+    def metric_names(self) -> list[str]:
+        """What training logs, by name."""
+        step = ("loss", "lr", "weight_decay", "grad_norm")
+        own = ("teacher_temp", "momentum", "last_layer_frozen")
+        collapse = ("teacher_entropy", "kl", "centre_norm", "feature_std", "effective_rank")
+        return [f"train/{name}" for name in (*step, *own, *collapse)]
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
@@ -291,7 +312,7 @@ class Dino(Task):
         """
         super().on_save_checkpoint(checkpoint)
         self._stop_unless_finite()
-        largest = torch.stack(torch._foreach_norm(list(self.parameters()), math.inf))
+        largest = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters()], math.inf))
         if not largest.isfinite().all():
             self._stop("a weight is not finite", self.global_step)
 
@@ -323,8 +344,8 @@ class Dino(Task):
                 last = next((path for path in written if path and get_filesystem(path).exists(path)), last)
         raise InputError(
             f"{reason} at optimizer step {step} (epoch {self.current_epoch}): lower model.lr (its peak is "
-            f"{self.peak_lr:.3g}), lengthen model.warmup_epochs, or train with trainer.precision 32-true; last "
-            f"good checkpoint: {last or 'none yet'}"
+            f"{self.peak_lr:.3g}), lengthen model.warmup_epochs, or train with trainer.precision 32-true; "
+            f"last good checkpoint: {last or 'none yet'}"
         )
 
     def _warn_of_collapse(self, entropy: float, divergence: float) -> None:
