@@ -323,6 +323,25 @@ def test_an_option_at_resuming_counts(small, capsys):
     assert scalars(RUN.parent / "version_1", "train/weight_decay")[0][1] == pytest.approx(0.2)
 
 
+def test_images_that_came_or_went_are_refused_at_resuming(small, folder, capsys, caplog):
+    main([*FIT, *small])
+    before = LAST.read_bytes()
+    (folder / "train" / "ant" / "0.png").unlink()
+    longer = ["fit", "--ckpt_path", str(LAST), "--data.root", str(folder)]
+    said = refusal(capsys, longer)
+    assert said == (
+        f"going on from {LAST}, the number of training images was 18 and is 17 now: give what was, or permit "
+        "the change with --allow_changes true"
+    )
+    assert LAST.read_bytes() == before
+    assert len(scalars(RUN, "train/lr")) == 6
+    main([*longer, "--trainer.max_epochs", "3", "--allow_changes", "true"])
+    assert "going on with a change: the number of training images was 18 and is 17 now" in caplog.text
+    assert torch.load(LAST, weights_only=True)["global_step"] > 6
+    (folder / "train" / "ant" / "1.png").rename(folder / "train" / "ant" / "renamed.png")
+    main(longer)
+
+
 def test_weights_of_a_run_are_measured_with_its_record(small, folder, capsys):
     main([*FIT, *small])
     top1 = json.loads((RUN / "metrics.json").read_text())["best val/top1"]

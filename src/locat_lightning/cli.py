@@ -100,6 +100,18 @@ class RunRecord(SaveConfigCallback):
     ) -> None:
         """A checkpoint keeps what shapes the training, so that no resumed run changes it silently."""
         checkpoint[resume.RECORD] = resume.of_trainer(trainer, self.config.get("seed_everything"))
+        checkpoint[resume.RECORD] |= resume.of_data(trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Images that came or went since show when the data are there, unlike the options."""
+        resume.check(
+            checkpoint.get(resume.RECORD, {}),
+            resume.of_data(trainer.datamodule),  # type: ignore[attr-defined]
+            allowed=self.config.allow_changes,
+            checkpoint=Path(str(trainer.ckpt_path)),
+        )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

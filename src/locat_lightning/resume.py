@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from locat_lightning.data.module import ImageModule
 from locat_lightning.errors import InputError
 
 OPTION = "allow_changes"
@@ -61,6 +62,17 @@ def of_trainer(trainer: Trainer, seed: Any) -> dict[str, Any]:
     return {"seed_everything": seed} | {
         f"trainer.{option}": getattr(trainer, name) for name, option in TRAINER.items()
     }
+
+
+def of_data(data: Any) -> dict[str, Any]:
+    """What of the images themselves shapes a training, for each of its checkpoints to keep: how many there are.
+
+    Args:
+        data: of the run, set up.
+    """
+    return (
+        {"the number of training images": len(data.source("train"))} if isinstance(data, ImageModule) else {}
+    )
 
 
 def of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
