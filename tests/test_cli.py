@@ -175,6 +175,18 @@ def test_options_are_refused_before_anything_is_read_or_built(arguments, expecte
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+@pytest.mark.parametrize("command", [FIT, ["validate", *FIT[1:], "--weights", "random"]])
+def test_more_processes_than_cores_are_refused(command, accelerator, capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(ImageData, "setup", None)
+    monkeypatch.setattr("subprocess.Popen", None)
+    said = refusal(capsys, [*command, "--trainer.accelerator", accelerator, "--trainer.devices", "2"])
+    assert said.startswith("devices: 2 on a CPU are as many processes, but it has 1 cores")
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

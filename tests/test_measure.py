@@ -140,6 +140,16 @@ def test_features_have_the_precision_asked_for(command, precision, named, monkey
     assert (torch.bfloat16 in seen) == (precision != "32-true")
 
 
+def test_more_processes_than_cores_are_refused(named, capsys, monkeypatch):
+    torch.save(backbone().state_dict(), "net.pth")
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("lightning.fabric.Fabric.launch", None)
+    with pytest.raises(SystemExit) as stopped:
+        run("knn", "--weights", "net.pth", *named, "--devices", "2")
+    assert stopped.value.code == 2
+    assert "devices: 2 on a CPU are as many processes, but it has 1 cores" in capsys.readouterr().err
+
+
 def test_commands_repeat_themselves(named):
     torch.save(backbone().state_dict(), "net.pth")
     for name in ("a", "b"):

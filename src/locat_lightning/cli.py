@@ -16,6 +16,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -36,6 +37,7 @@ from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
 from locat_lightning.options import (
     ConfigByName,
+    check_processes,
     errors_in_a_line,
     given_options,
     mixed_precision,
@@ -287,16 +289,19 @@ class LocatCLI(LightningCLI):
         """The trainer with a directory for the run: a fresh one, or that of the checkpoint to go on from.
 
         Raises:
-            InputError: Lightning cannot make a trainer of these options.
+            InputError: Lightning cannot make a trainer of these options, or a CPU has too few cores for it.
         """
         config = self.config[self.subcommand]
         board, step = self._board(config)
         if config.trainer.logger in (None, True):
             kwargs["logger"] = [board, MetricsTable(board.log_dir, step)]
         try:
-            return super().instantiate_trainer(default_root_dir=board.log_dir, **kwargs)
+            trainer = super().instantiate_trainer(default_root_dir=board.log_dir, **kwargs)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"trainer: {error}") from error
+        if isinstance(trainer.accelerator, CPUAccelerator):
+            check_processes(trainer.num_devices)
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what watches every run."""

@@ -30,6 +30,7 @@ from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear, train_linear
 from locat_lightning.options import (
     ConfigByName,
+    check_processes,
     errors_in_a_line,
     given_options,
     mixed_precision,
@@ -74,10 +75,12 @@ def _measure(command: str, arguments: list[str]) -> None:
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     config = parser.parse_args(arguments)
     autocast_type(config.precision)  # a mistake shows before anything is read
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
+    if fabric.device.type == "cpu":
+        check_processes(fabric.world_size)
     data: ImageData = parser.instantiate_classes(config).data
     data.setup("fit")
 
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Network = "student" if config.student else "teacher"

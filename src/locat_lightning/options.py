@@ -1,5 +1,6 @@
 """What all commands share: configs by name, and mistakes that are answered by one line."""
 
+import os
 import re
 import signal
 import sys
@@ -58,6 +59,19 @@ def record_of_run(checkpoint: Path) -> Path | None:
     """Where the run of a checkpoint wrote down its config; None if the file is no checkpoint in a run."""
     record = checkpoint.parent.parent / "config.yaml"
     return record if checkpoint.is_file() and record.is_file() else None
+
+
+def check_processes(number: int) -> None:
+    """See that a CPU has a core for each process of a run.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    cores = os.cpu_count() or 1
+    if number > cores:
+        raise InputError(
+            f"devices: {number} on a CPU are as many processes, but it has {cores} cores: take no more"
+        )
 
 
 def mixed_precision() -> str | None:

@@ -65,7 +65,7 @@ def of_trainer(trainer: Trainer, seed: Any) -> dict[str, Any]:
 
 
 def of_data(data: Any) -> dict[str, Any]:
-    """What of the images themselves shapes a training, for each of its checkpoints to keep: how many there are.
+    """What of the images themselves shapes a training, for each checkpoint to keep: how many there are.
 
     Args:
         data: of the run, set up.
