@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -40,3 +41,53 @@ def small(folder):
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--pictures.images", "2"),
         *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--pictures.side", "64"),
     ]
+
+
+# Where each data set of segmentation has its images and masks, for training and for validation; how the names
+# of its masks end, and the values of its masks: of nothing annotated, of the first and of the last class.
+LAYOUTS = {
+    "folder": ("images/{}", "annotations/{}", ("train", "val"), ".png", (255, 0, 2)),
+    "ade20k": (
+        *("ADEChallengeData2016/images/{}", "ADEChallengeData2016/annotations/{}"),
+        *(("training", "validation"), ".png", (0, 1, 150)),
+    ),
+    "pascal_context": (
+        *("VOCdevkit/VOC2010/JPEGImages", "VOCdevkit/VOC2010/SegmentationClassContext"),
+        *(("train", "val"), ".png", (0, 1, 59)),
+    ),
+    "coco_stuff": (
+        *("coco_stuff164k/images/{}", "coco_stuff164k/annotations/{}"),
+        *(("train2017", "val2017"), "_labelTrainIds.png", (255, 0, 170)),
+    ),
+}
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Makes a folder in the layout of a data set of segmentation: 6 images to train on, 3 to validate on.
+
+    The upper quarter of a mask is not annotated, the next half has the first class, the rest the last.
+    """
+
+    def make(dataset):
+        images, masks, splits, ending, (nothing, first, last) = LAYOUTS[dataset]
+        rng = np.random.default_rng(0)
+        for split, count in zip(splits, (6, 3), strict=True):
+            names = [f"{split}_{i}" for i in range(count)]
+            for name in names:
+                image, mask = rng.integers(256, size=(40, 48, 3)), np.full((40, 48), nothing)
+                mask[10:30], mask[30:] = first, last
+                places = {images: (image, ".jpg"), masks: (mask, ending)}
+                for place, (pixels, end) in places.items():
+                    path = tmp_path / dataset / place.format(split) / (name + end)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels.astype(np.uint8)).save(path)
+            if dataset == "pascal_context":
+                listed = (
+                    tmp_path / dataset / "VOCdevkit/VOC2010/ImageSets/SegmentationContext" / f"{split}.txt"
+                )
+                listed.parent.mkdir(parents=True, exist_ok=True)
+                listed.write_text("\n".join(names) + "\n")
+        return tmp_path / dataset
+
+    return make

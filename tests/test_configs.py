@@ -21,6 +21,7 @@ DROP_PATH = {
     "dino_digits": 0.0,
     "quickstart": 0.05,
 }
+SEGMENTS = {"ade20k": 150, "coco_stuff": 171, "digits": 11, "folder": 3, "pascal_context": 59}
 # One key at a time: the others, rightly or wrongly spelt, stay as the config has them.
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 DINO = {
@@ -54,10 +55,50 @@ def one_step(config, folder):
 
 
 def test_there_are_configs():
-    assert {Path(config).stem for config in CONFIGS} == DROP_PATH.keys()  # a new one belongs there too
+    known = {*DROP_PATH, *(f"segment_{name}" for name in SEGMENTS)}  # a new one belongs there too
+    assert {Path(config).stem for config in CONFIGS} == known
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segmentation_runs_a_step_and_is_measured_again(name, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "weights": "random",
+        "model.backbone": "locatvit_tiny",
+        "model.backbone_args": BACKBONE,
+        "model.hidden_dim": 16,
+        "data.num_workers": 0,
+        "data.batch_size": 3,
+        "data.crop_size": 32,
+        "pictures.images": 2,
+        "pictures.side": 64,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.log_every_n_steps": 1,
+    }
+    if name == "digits":
+        options |= {"trainer.limit_val_batches": 1, "data.eval_batch_size": 4}
+    else:
+        options |= {"data.root": scenes(name), "data.scale": [48, 40]}
+    if name == "folder":
+        options["data.classes"] = "[sky, road, car]"
+    given = [f"--{key}={value}" for key, value in options.items()]
+    with pytest.warns(UserWarning, match="random: the model has not been trained"):
+        main(["fit", "--config", f"segment_{name}.yaml", *given])
+
+    [run] = (tmp_path / "runs").rglob("version_0")
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 1
+    assert last["hyper_parameters"]["num_classes"] == SEGMENTS[name]
+    metrics = json.loads((run / "metrics.json").read_text())
+    shipped = yaml.safe_load((locat.config_directory() / f"segment_{name}.yaml").read_text())
+    assert {"val/miou", "best val/miou"} <= metrics.keys()
+    assert shipped["data"]["init_args"]["dataset"] == name
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if Path(config).stem in DROP_PATH])
 def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(one_step(config, folder))

@@ -152,6 +152,15 @@ def test_a_checkpoint_measures_the_same(tmp_path, weights, options):
     torch.testing.assert_close(again.iou.per_class, module.iou.per_class)
 
 
+@pytest.mark.filterwarnings("ignore:.*the model has not been trained")
+def test_random_weights_are_kept(tmp_path):
+    module = task("random", backbone="locatvit_tiny", backbone_args=BACKBONE)
+    saved(fit(tmp_path, module), tmp_path / "a.ckpt")
+    again = task(str(tmp_path / "a.ckpt"))
+    trainer(tmp_path).validate(again, datamodule=Batches(), verbose=False)
+    torch.testing.assert_close(again.iou.per_class, module.iou.per_class)
+
+
 def test_a_moved_backbone_is_said(tmp_path, weights):
     module = task(weights)
     saved(fit(tmp_path, module), tmp_path / "a.ckpt")

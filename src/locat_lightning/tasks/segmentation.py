@@ -37,7 +37,8 @@ class Segmentation(Task):
     frozen, its features are the last block's patch tokens before the final norm and without PRR, the decoder
     has one hidden layer, and AdamW follows one linear cycle.
 
-    A checkpoint holds the decoder, and says where the weights of the frozen backbone are.
+    A checkpoint holds the decoder, and says where the weights of the frozen backbone are; a backbone that is
+    trained, or has random weights, is in it.
 
     Args:
         backbone: timm's name of the model; null takes what the weights say of themselves.
@@ -106,7 +107,7 @@ class Segmentation(Task):
         self.weights = weights
         self.backbone_weights = backbone_weights
         self.class_names = list(class_names or [])
-        self._reference: dict[str, str] = {}
+        self._reference: dict[str, str] = {}  # of a backbone that checkpoints leave out
 
     def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
         """Find mistakes that show without data or a model.
@@ -214,8 +215,9 @@ class Segmentation(Task):
                 f"{source} is not the backbone that the decoder in {self.weights} was trained on (the "
                 "weights differ): say with model.backbone_weights where that one is"
             )
-        where = str(Path(source).absolute()) if Path(source).is_file() else source
-        self._reference = {"weights": where, "digest": digest}
+        if not (self.hp.train_backbone or self.hp.save_backbone or source == RANDOM):
+            where = str(Path(source).absolute()) if Path(source).is_file() else source
+            self._reference = {"weights": where, "digest": digest}
         return backbone, decoder
 
     def train(self, mode: bool = True) -> "Segmentation":
@@ -228,7 +230,7 @@ class Segmentation(Task):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave a frozen backbone out, and say where it is."""
         super().on_save_checkpoint(checkpoint)
-        if self.hp.train_backbone or self.hp.save_backbone:
+        if not self._reference:
             return
         state = checkpoint["state_dict"]
         for name in [name for name in state if name.startswith("backbone.")]:
@@ -244,7 +246,7 @@ class Segmentation(Task):
         super().on_load_checkpoint(checkpoint)
         if (reference := checkpoint.get(DECODER_OF)) is None:
             return
-        if reference["digest"] != self._reference["digest"]:
+        if self._reference and reference["digest"] != self._reference["digest"]:
             raise InputError(
                 f"{self._reference['weights']} is not the backbone that the run began with "
                 f"({reference['weights']}): give that one as --weights"
