@@ -325,3 +325,11 @@ def test_a_run_does_not_go_on_with_other_classes(tmp_path, number):
         trainer(tmp_path).fit(
             task(), datamodule=other_classes(number), ckpt_path=tmp_path / "a.ckpt", weights_only=True
         )
+
+
+def test_a_file_of_weights_is_read_once(tmp_path, monkeypatch):
+    fit(tmp_path, task(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    load, read = torch.load, []
+    monkeypatch.setattr("torch.load", lambda path, **options: read.append(path) or load(path, **options))
+    trainer(tmp_path).validate(task(weights=str(tmp_path / "a.ckpt")), datamodule=Batches(), verbose=False)
+    assert read == [tmp_path / "a.ckpt"]

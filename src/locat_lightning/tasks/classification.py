@@ -107,14 +107,16 @@ class Classification(Task):
         Raises:
             InputError: model, weights and data do not fit each other.
         """
-        num_classes = self._agree_on_classes()
-        if hasattr(self, "backbone"):
+        new = not hasattr(self, "backbone")
+        contents = self._contents() if new else {}
+        num_classes = self._agree_on_classes(contents)
+        if not new:
             return
         self.backbone = create_backbone(self.hp.backbone, self.hp.backbone_args, num_classes)
         self._agree_on_size()
         announce_size(self.hp.backbone, self.backbone)
         if self.weights is not None:
-            load_weights(self.backbone, self.weights, new_head=self._is_training())
+            load_weights(self.backbone, self.weights, new_head=self._is_training(), contents=contents)
         tops: dict[str, Metric | MetricCollection] = {
             f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro")
             for k in (1, 5)
@@ -127,14 +129,22 @@ class Classification(Task):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.mixup = self._mixup(num_classes)
 
+    def _contents(self) -> dict[str, Any]:
+        """Of the file of weights, read once; {} where they are from elsewhere."""
+        return read_checkpoint(self.weights) if self.weights and Path(self.weights).is_file() else {}
+
     def _is_training(self) -> bool:
         return self._trainer is not None and self.trainer.training
 
     def _is_scoring(self) -> bool:
         return self._trainer is not None and not self.trainer.predicting
 
-    def _agree_on_classes(self) -> int:
-        """The number of classes, from the arguments or the data; the names of the data are noted."""
+    def _agree_on_classes(self, contents: Mapping[str, Any]) -> int:
+        """The number of classes, from the arguments or the data; the names of the data are noted.
+
+        Args:
+            contents: of the file of weights.
+        """
         told: int | None = self.hp.num_classes
         data = getattr(self._trainer, "datamodule", None)
         names: list[str] = data.class_names if data is not None else []
@@ -146,9 +156,10 @@ class Classification(Task):
             )
         if told is None and not names:
             raise InputError("model.num_classes has to be given where the data do not name their classes")
+        self.data_classes = self.data_classes or _classes_of(contents)
         if self._is_training():
             self.data_classes = list(names)
-        elif self._is_scoring() and len(learnt := self._classes_learnt()) == len(names):
+        elif self._is_scoring() and len(learnt := self.data_classes or self.class_names) == len(names):
             _see_that_classes_agree(learnt, names)  # another number is for load_weights to find
         self.class_names = self.class_names or list(names)
         number = told if told is not None else len(names)
@@ -162,14 +173,6 @@ class Classification(Task):
                     f"{', '.join(self.metric_names)}"
                 )
         return number
-
-    def _classes_learnt(self) -> list[str]:
-        """The classes that the weights are of, by label; [] where nobody knows."""
-        if self.data_classes:
-            return self.data_classes
-        if self.weights is not None and Path(self.weights).is_file():
-            self.data_classes = _classes_of(read_checkpoint(self.weights))
-        return self.data_classes or self.class_names
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the classes of the data, too: class_names may call them otherwise."""
@@ -217,7 +220,7 @@ class Classification(Task):
         return logits
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy with soft targets."""
+        """Cross-entropy with soft targets; what is logged is of the first process's images."""
         images, labels, _ = batch
         if self.mixup is None or len(images) == 1:
             logits = self(images)
