@@ -19,3 +19,10 @@ class ProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {names.get(name, name.removeprefix("train/")): value for name, value in metrics.items()}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Lightning's, but for a run that ends with a step: it has no last epoch."""
+        if self.trainer.max_epochs == -1:
+            return f"Epoch {current_epoch}".ljust(len(self.validation_description))
+        description: str = super()._get_train_description(current_epoch)
+        return description

@@ -107,6 +107,7 @@ class Segmentation(Task):
         self.weights = weights
         self.backbone_weights = backbone_weights
         self.class_names = list(class_names or [])
+        self._goes_on = False
         self._reference: dict[str, str] = {}  # of a backbone that checkpoints leave out
 
     def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
@@ -115,7 +116,7 @@ class Segmentation(Task):
         Raises:
             InputError: as for any task; also, a frozen backbone has no weights.
         """
-        if self.weights is None and not self.hp.train_backbone:
+        if self.weights is None and not (self.hp.train_backbone or self._goes_on):
             raise InputError(
                 "a frozen backbone needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained one, with --model.backbone)"
@@ -144,6 +145,7 @@ class Segmentation(Task):
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; a frozen backbone that is not in it is read again."""
+        self._goes_on = True
         own = checkpoint["hyper_parameters"]
         self.hp.backbone, self.hp.backbone_args = own["backbone"], own["backbone_args"]
         reference = checkpoint.get(DECODER_OF)
