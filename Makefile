@@ -36,8 +36,9 @@ quickstart: $(INSTALLED) ## train a LocAtViT and a plain ViT on real digits, min
 	@echo; $(BIN)/locat runs
 	@echo 'look: $(BIN)/tensorboard --logdir runs'
 
-bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO step
+bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO step, the segmentation head
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/knn.py
 	$(BIN)/python benchmarks/dino.py
+	$(BIN)/python benchmarks/segmentation.py

@@ -32,7 +32,7 @@ from locat_lightning.callbacks.pictures import AttentionPictures
 from locat_lightning.callbacks.predictions import PredictionTable
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.callbacks.progress import ProgressBar
-from locat_lightning.callbacks.segmentation import MapWriter, SegmentationPictures
+from locat_lightning.callbacks.maps import MapWriter, SegmentationPictures
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
 from locat_lightning.options import (

@@ -52,7 +52,7 @@ def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
-    """∂loss/∂logits at full size is softmax − one-hot; the upsampling's adjoint makes that at [h, w] of it."""
+    """∂loss/∂logits is softmax − one-hot at full size, brought to [h, w] by the adjoint of the upsampling."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, masks: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.iou import IoU, MeanIoU
 from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.optim import one_cycle
-from locat_lightning.tasks.base import Task, announce_learning_rate
+from locat_lightning.tasks.base import Task, announce_learning_rate, check_range
 
 DECODER_OF = "decoder_of"  # a checkpoint's key of the frozen backbone that its decoder reads
 
@@ -101,9 +101,7 @@ class Segmentation(Task):
             ("window", window, 1, inf),
             ("stride", stride, 1, window),
         ):
-            if not least <= value <= most or value == inf:
-                allowed = f"at least {least}" if most == inf else f"from {least} to {most}"
-                raise InputError(f"model.{name} ({value}) must be {allowed}")
+            check_range(name, value, least, most)
         self.weights = weights
         self.backbone_weights = backbone_weights
         self.class_names = list(class_names or [])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from locat_lightning.callbacks.segmentation import draw_confusion, draw_iou, draw_segmentation, overlay
+from locat_lightning.callbacks.maps import draw_confusion, draw_iou, draw_segmentation, overlay
 from locat_lightning.cli import main
 from locat_lightning.evaluation.iou import count_pixels, iou
 from locat_lightning.nn.decoder import IGNORED
