@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.features import mixed_precision
 
 
 def patch_features(
@@ -44,10 +45,7 @@ def patch_features(
             f"{type(backbone).__name__} was built for images of {own[0]} × {own[1]} pixels and is given "
             f"{size[0]} × {size[1]}: build it with dynamic_img_size=True (Swin: strict_img_size=False)"
         )
-    # Without the cache: weights cast in here under inference mode must not meet a training step around us.
-    with torch.autocast(
-        images.device.type, autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
-    ):
+    with mixed_precision(images.device, autocast_dtype):
         (features,) = timm.forward_intermediates(
             images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
         )

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import track
 from torch import Tensor, nn
 
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.gather import first_process, gather_rows
 
 
 class LabelledImages(Protocol):
@@ -74,6 +74,12 @@ def autocast_type(precision: str | int | None) -> torch.dtype | None:
         raise InputError(f"precision {precision!r} is none that features are computed in: {known}") from None
 
 
+def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to `dtype`, or none at all, whatever there is around it."""
+    # Without the cache: weights cast in here under inference mode must not meet a training step around us.
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 @contextmanager
 def frozen(backbone: nn.Module) -> Iterator[None]:
     """Put `backbone` in evaluation mode; afterwards every submodule has its own training flag again."""
@@ -104,10 +110,7 @@ def image_features(
     Raises:
         InputError: `backbone` does not give one vector per image.
     """
-    # Without the cache: weights cast in here under inference mode must not meet a training step around us.
-    with torch.autocast(
-        images.device.type, autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
-    ):
+    with mixed_precision(images.device, autocast_dtype):
         timm: Any = backbone
         if hasattr(timm, "forward_head"):
             features = timm.forward_head(timm.forward_features(images), pre_logits=True)
@@ -151,7 +154,7 @@ def extract_features(
     """
     device = torch.device(device)
     features, labels, indices = [], [], []
-    show = progress and not (_distributed() and dist.get_rank() > 0)
+    show = progress and first_process()
     with isolate_rng(), frozen(backbone), torch.inference_mode():
         for batch in track(loader, "Extracting features", total=len(loader), disable=not show):
             images = batch.images.to(device, non_blocking=True)
@@ -160,53 +163,12 @@ def extract_features(
             indices.append(batch.indices)
     with torch.inference_mode(False):
         empty = torch.empty(0, dtype=torch.int64)
-        # Copies, because a single batch would come back from `cat` as the inference tensor it is.
-        return _in_order(
-            torch.cat(features).clone() if features else torch.empty(0, 0),
-            torch.cat([empty, *labels]),
+        found = gather_rows(
             torch.cat([empty, *indices]),
-            device,
+            torch.cat(features) if features else torch.empty(0, 0),
+            torch.cat([empty, *labels]),
+            device=device,
         )
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _in_order(features: Tensor, labels: Tensor, indices: Tensor, device: torch.device) -> Features:
-    """Bring the parts of all processes together, one row for each distinct index, ascending."""
-    all_indices = list(_parts(indices[:, None], device))
-    distinct = torch.cat(all_indices)[:, 0].unique()
-    if len(distinct) == 0:
+    if not len(found[0]):
         raise InputError("no images to extract features from: the loader is empty (check root and split)")
-    bank: Tensor | None = None
-    bank_labels = torch.empty(len(distinct), dtype=torch.int64)
-    parts = zip(all_indices, _parts(features, device), _parts(labels[:, None], device), strict=True)
-    for part_indices, part_features, part_labels in parts:
-        if len(part_indices) == 0:
-            continue
-        if bank is None:
-            bank = torch.empty(len(distinct), part_features.shape[1])
-        rows = torch.searchsorted(distinct, part_indices[:, 0])
-        bank[rows] = part_features
-        bank_labels[rows] = part_labels[:, 0]
-    assert bank is not None  # some part has an index, so it has features
-    return Features(bank, bank_labels)
-
-
-def _parts(part: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """The part [n, D] of each process in turn, one at a time and without padding, in CPU memory."""
-    if not _distributed():
-        yield part
-        return
-    shape = torch.tensor(part.shape, device=device)
-    shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size())]
-    dist.all_gather(shapes, shape)
-    for rank, (rows, columns) in enumerate(shape.tolist() for shape in shapes):
-        if rows == 0:
-            yield part.new_empty(0, columns)
-            continue
-        mine = rank == dist.get_rank()
-        sent = part.to(device) if mine else torch.empty(rows, columns, dtype=part.dtype, device=device)
-        dist.broadcast(sent, src=rank)
-        yield part if mine else sent.cpu()
+    return Features(*found)

@@ -1,0 +1,89 @@
+"""What several processes found, brought together: every image once, whichever process saw it."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def distributed() -> bool:
+    """Whether there are other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def first_process() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return not distributed() or dist.get_rank() == 0
+
+
+def gather_rows(keys: Tensor, *tables: Tensor, device: torch.device) -> list[Tensor]:
+    """Tables of all processes as one, with one row for each distinct key, ascending.
+
+    All processes call it, and all get the whole. It takes the memory of the result beside that of the parts.
+
+    Args:
+        keys: [n] int64; n differs from process to process, and a key may come more than once.
+        tables: [n, ...] each, of the same type in all processes; on the CPU, as is the result.
+        device: of the process group.
+
+    Returns:
+        The tables, [N, ...] each; without a row if there is no key.
+    """
+    all_keys = list(parts(keys, device))
+    distinct = torch.cat(all_keys).unique()
+    return [_placed(table, all_keys, distinct, device) for table in tables]
+
+
+def _placed(table: Tensor, all_keys: list[Tensor], distinct: Tensor, device: torch.device) -> Tensor:
+    whole = table.new_empty(0)
+    for keys, part in zip(all_keys, parts(table, device), strict=True):
+        if len(keys):
+            if not len(whole):
+                whole = part.new_empty(len(distinct), *part.shape[1:])
+            whole[torch.searchsorted(distinct, keys)] = part
+    return whole
+
+
+def first_seen(keys: Tensor, device: torch.device) -> Tensor:
+    """Which rows have a key that none before them has, in this process or one of smaller rank.
+
+    All processes call it.
+
+    Args:
+        keys: [n] int64, on the CPU.
+        device: of the process group.
+
+    Returns:
+        [n] bool: of the rows of all processes, one for each distinct key.
+    """
+    all_keys = list(parts(keys, device))
+    seen = {key for part in all_keys[: dist.get_rank() if distributed() else 0] for key in part.tolist()}
+    first = []
+    for key in keys.tolist():
+        first.append(key not in seen)
+        seen.add(key)
+    return torch.tensor(first, dtype=torch.bool)
+
+
+def parts(part: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """The part [n, ...] of each process in turn, one at a time and without padding, in CPU memory.
+
+    All processes call it, and go on to the end.
+
+    Args:
+        part: on the CPU; only n differs from process to process, and without rows the rest may, too.
+        device: of the process group.
+    """
+    if not distributed():
+        yield part
+        return
+    shape = torch.tensor(part.shape, device=device)
+    shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(shapes, shape)
+    for rank, size in enumerate(shape.tolist() for shape in shapes):
+        mine = rank == dist.get_rank()
+        sent = part.contiguous().to(device) if mine else torch.empty(size, dtype=part.dtype, device=device)
+        if sent.numel():
+            dist.broadcast(sent.flatten().view(torch.uint8), src=rank)  # as bytes: NCCL knows no int16
+        yield part if mine else sent.cpu()
