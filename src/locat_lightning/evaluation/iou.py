@@ -59,10 +59,7 @@ class MeanIoU(Metric):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        if not 1 <= num_classes <= IGNORED:
-            raise InputError(
-                f"{num_classes} classes: give 1 to {IGNORED} (a pixel annotated as {IGNORED} is ignored)"
-            )
+        check_classes(num_classes)
         self.num_classes = num_classes
         self.add_state("pixels", torch.zeros(num_classes**2 + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -85,6 +82,18 @@ class MeanIoU(Metric):
             InputError: a pixel was annotated with, or predicted as, something that is none of the classes.
         """
         return iou(self.pixels)
+
+
+def check_classes(num_classes: int) -> None:
+    """See that annotations of 8 bits can tell so many classes apart.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if not 1 <= num_classes <= IGNORED:
+        raise InputError(
+            f"{num_classes} classes: give 1 to {IGNORED} (a pixel annotated as {IGNORED} is ignored)"
+        )
 
 
 def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> Tensor:

@@ -128,9 +128,34 @@ def nearest_neighbours(
             f"features of shape {list(bank.shape)} and {list(queries.shape)} cannot be compared: "
             "extract both with the same backbone"
         )
-    scales, query_scales = _inverse_norms(bank, "bank"), _inverse_norms(queries, "query")
+    scales, query_scales = inverse_norms(bank, "bank"), inverse_norms(queries, "query")
     for chunk, scale in zip(queries.split(query_chunk), query_scales.split(query_chunk), strict=True):
         yield _search(bank, scales, (chunk.detach().float() * scale).to(bank.device), k, bank_chunk)
+
+
+def inverse_norms(features: Tensor, role: str) -> Tensor:
+    """Factors that normalise features.
+
+    Args:
+        features: [N, D].
+        role: what the features are of, for the message.
+
+    Returns:
+        [N, 1] float32; a zero row stays zero.
+
+    Raises:
+        InputError: a feature is not finite.
+    """
+    norms = torch.linalg.vector_norm(features.detach(), dim=1, keepdim=True, dtype=torch.float32)
+    finite = norms.isfinite()
+    if not finite.all():
+        bad = (~finite).flatten().nonzero().flatten()
+        raise InputError(
+            f"{len(bad)} of {len(features)} {role} features are not finite (first: row {int(bad[0])}): "
+            "check the weights, or extract without mixed precision"
+        )
+    scales: Tensor = norms.clamp_(min=1e-12).reciprocal_()
+    return scales
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
@@ -201,20 +226,6 @@ def _full_float32(device: torch.device) -> Iterator[None]:
                 yield
             finally:
                 torch.set_float32_matmul_precision(legacy)
-
-
-def _inverse_norms(features: Tensor, role: str) -> Tensor:
-    """[N, 1] factors that normalise the rows of `features`; a zero row stays zero."""
-    norms = torch.linalg.vector_norm(features.detach(), dim=1, keepdim=True, dtype=torch.float32)
-    finite = norms.isfinite()
-    if not finite.all():
-        bad = (~finite).flatten().nonzero().flatten()
-        raise InputError(
-            f"{len(bad)} of {len(features)} {role} features are not finite (first: row {int(bad[0])}): "
-            "check the weights, or extract without mixed precision"
-        )
-    scales: Tensor = norms.clamp_(min=1e-12).reciprocal_()
-    return scales
 
 
 def _check_labelled(features: Tensor, labels: Tensor, split: str) -> None:

@@ -1,0 +1,359 @@
+"""Segmentation without training: every patch takes the classes of the training patches most like it.
+
+Source: "Towards In-context Scene Understanding" (Balažević et al., NeurIPS 2023), Hummingbird's retrieval.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sized
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.dense import padded_size, patch_features
+from locat_lightning.evaluation.features import frozen
+from locat_lightning.evaluation.gather import distributed, first_process, first_seen, gather_rows
+from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
+from locat_lightning.evaluation.knn import VOTES, Neighbours, inverse_norms, nearest_neighbours
+from locat_lightning.nn.decoder import IGNORED, upsampled_argmax
+
+Search = Literal["torch", "faiss"]
+PATCHES = 2**32  # more than an image has: the key of a patch is image · PATCHES + patch
+
+
+class MaskedImages(Protocol):
+    """A batch of images with a class for every pixel, and their places in the data set."""
+
+    @property
+    def images(self) -> Tensor:
+        """[B, 3, H, W], normalised."""
+
+    @property
+    def masks(self) -> Tensor:
+        """[B, H', W'] uint8; 255 is "no class"."""
+
+    @property
+    def indices(self) -> Tensor:
+        """[B] int64: positions in the data set."""
+
+
+class MaskLoader(Protocol):
+    """What is needed of a `DataLoader`: its data set's and its own length, and the batches."""
+
+    @property
+    def dataset(self) -> Sized:
+        """All images, of all processes."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[MaskedImages]: ...
+
+
+class Memory(NamedTuple):
+    """Annotated patches to retrieve from, of 4 D + 2 C bytes each.
+
+    Ten million patches of a ViT-S (D = 384) with COCO-Stuff's 171 classes take 19 GB.
+    """
+
+    features: Tensor  # [M, D] float32, of length 1
+    histograms: Tensor  # [M, C] int16: how many pixels of the patch are of each class; at least one is
+
+
+def segment_by_retrieval(
+    backbone: nn.Module,
+    train_loader: MaskLoader,
+    val_loader: MaskLoader,
+    device: torch.device | str,
+    *,
+    num_classes: int,
+    memory_size: int | None = None,
+    neighbours: int = 30,
+    temperature: float = 0.02,
+    seed: int = 0,
+    autocast_dtype: torch.dtype | None = None,
+    search: Search = "torch",
+    progress: bool = True,
+) -> IoU:
+    """Measure how well patch features alone tell the classes of pixels: build a memory, then `retrieve`.
+
+    The scores of patches are upsampled bilinearly to the size of the annotation, and the class of the largest
+    is the prediction. With `torch.distributed` initialised, each process brings its part of both data sets,
+    an image that several bring counts once, and all get the whole result. A training around this call is not
+    touched.
+
+    Args:
+        backbone: see `dense.patch_features`; already on `device`.
+        train_loader: batches whose masks are of the images' size; not augmented at random.
+        val_loader: batches whose masks may be of another size.
+        device: where to compute, and where the memory is kept.
+        num_classes: C, 1 to 255.
+        memory_size: patches that the memory may hold; None takes all.
+        neighbours: patches that vote; the memory's size where that is smaller.
+        temperature: of the votes.
+        seed: of the choice of patches.
+        autocast_dtype: mixed precision of the backbone; None computes in the type of the weights.
+        search: see `retrieve`.
+        progress: show progress bars (on the first process only).
+
+    Raises:
+        InputError: no patch of the training images, or no pixel of the validation images, is annotated, or
+            annotations, backbone or settings cannot be used.
+    """
+    check_search(neighbours, temperature, search)
+    device = torch.device(device)
+    memory = build_memory(
+        backbone,
+        train_loader,
+        device,
+        num_classes=num_classes,
+        memory_size=memory_size,
+        seed=seed,
+        autocast_dtype=autocast_dtype,
+        progress=progress,
+    )
+    memory = Memory(*(table.to(device) for table in memory))
+    indices, counts = [], []
+    show = progress and first_process()
+    with isolate_rng(), frozen(backbone), torch.inference_mode():
+        for batch in track(val_loader, "Segmenting by retrieval", total=len(val_loader), disable=not show):
+            images = batch.images.to(device, non_blocking=True)
+            features = patch_features(backbone, images, autocast_dtype=autocast_dtype)
+            scores = retrieve(memory, features, neighbours=neighbours, temperature=temperature, search=search)
+            height, width = images.shape[-2:]
+            if (padded := padded_size(backbone, (height, width))) != (height, width):
+                scores = F.interpolate(scores, padded, mode="bilinear")[..., :height, :width]
+            predictions = upsampled_argmax(scores, (batch.masks.shape[1], batch.masks.shape[2]))
+            for predicted, annotated in zip(predictions, batch.masks.to(device), strict=True):
+                counts.append(count_pixels(predicted, annotated, num_classes).to_sparse().cpu())
+            indices.append(batch.indices)
+    with torch.inference_mode(False):
+        # Only now is it known which images other processes have, too.
+        mine = first_seen(torch.cat([torch.empty(0, dtype=torch.int64), *indices]), device)
+        total = torch.zeros(num_classes**2 + 1, dtype=torch.int64)
+        for of_image, first in zip(counts, mine.tolist(), strict=True):
+            if first:
+                total += of_image
+        total = total.to(device)
+        if distributed():
+            dist.all_reduce(total)
+        if not total.any():
+            raise InputError(
+                "no pixel of the validation images is annotated: check the masks, and which label is ignored"
+            )
+        return iou(total)
+
+
+def build_memory(
+    backbone: nn.Module,
+    loader: MaskLoader,
+    device: torch.device | str,
+    *,
+    num_classes: int,
+    memory_size: int | None = None,
+    seed: int = 0,
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Memory:
+    """Keep the features of training patches with the classes of their pixels.
+
+    Patches without an annotated pixel are left out. Where the memory has a size, every image has an equal
+    share of it, and fills it with a sample in which rare classes are not lost, as in Hummingbird: a patch
+    scores u · Σ κ, with κ the number of patches of the image that hold a class, summed over the classes that
+    the patch holds, and u uniform in [0, 1); those with the lowest scores are kept. What is kept of an image
+    depends on nothing but its mask, its place in the data set and the seed.
+
+    With `torch.distributed` initialised, each process brings its part of the images, and all get the whole.
+    While it is built, the memory takes twice its size.
+
+    Args:
+        backbone: see `dense.patch_features`; already on `device`.
+        loader: batches whose masks are of the images' size; the length of its data set is the number of
+            images, among all of which a limited memory is shared.
+        device: where the backbone computes.
+        num_classes: C, 1 to 255.
+        memory_size: most patches to keep; None keeps all.
+        seed: of the sample.
+        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
+        progress: show a progress bar (on the first process only).
+
+    Returns:
+        The memory in the order of images and patches, on the CPU.
+
+    Raises:
+        InputError: no patch is annotated, or annotations, backbone or settings cannot be used.
+    """
+    check_classes(num_classes)
+    if memory_size is not None and memory_size < 1:
+        raise InputError(f"memory_size is {memory_size}: give the number of patches to keep, or none for all")
+    device, images = torch.device(device), len(loader.dataset)
+    # Keys, features and histograms of each batch, which say at last how large the memory is.
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    show = progress and first_process()
+    with isolate_rng(), frozen(backbone), torch.inference_mode():
+        for batch in track(loader, "Building the memory", total=len(loader), disable=not show):
+            maps = patch_features(backbone, batch.images.to(device), autocast_dtype=autocast_dtype)
+            histograms = _histograms(backbone, batch, maps, num_classes)
+            rows, keys = [], []
+            for place, (of_image, index) in enumerate(zip(histograms, batch.indices.tolist(), strict=True)):
+                quota = None
+                if memory_size is not None:  # quotas of all images add up to the memory's size
+                    quota = (index + 1) * memory_size // images - index * memory_size // images
+                patches = sample_patches(of_image, quota, (seed, index))
+                rows.append(place * len(of_image) + patches)
+                keys.append(index * PATCHES + patches)
+            chosen = torch.cat(rows)
+            features = maps.permute(0, 2, 3, 1).flatten(0, 2)[chosen.to(device)]
+            features = (features * inverse_norms(features, "training")).cpu()
+            found.append((torch.cat(keys), features, histograms.flatten(0, 1)[chosen]))
+    with torch.inference_mode(False):
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, 0), torch.empty(0, 0, dtype=torch.int16)
+        columns = [torch.cat(column) for column in zip(*found or [nothing], strict=True)]
+        found.clear()
+        features, histograms = gather_rows(*columns, device=device)
+    if not len(features):
+        raise InputError(
+            "no patch of the training images is annotated: check the masks, and which label is ignored"
+        )
+    return Memory(features, histograms)
+
+
+@torch.no_grad()
+def retrieve(
+    memory: Memory,
+    features: Tensor,
+    *,
+    neighbours: int = 30,
+    temperature: float = 0.02,
+    search: Search = "torch",
+) -> Tensor:
+    """Give each patch the mean of its nearest neighbours' classes, weighted softmax(cosine / temperature).
+
+    Args:
+        memory: on the device where the search is to run.
+        features: [B, D, H, W]; need not be normalised.
+        neighbours: patches of the memory that vote; its size where that is smaller.
+        temperature: of the votes.
+        search: `torch` compares chunk by chunk on the memory's device, some 300 MB besides the memory;
+            `faiss` has an exact search on the CPU of the same result, for comparison.
+
+    Returns:
+        [B, C, H, W] float32, on the device of `features`: shares of the classes, their sum is 1.
+
+    Raises:
+        InputError: features do not match or are not finite, neighbours or temperature is not positive, or
+            faiss is not installed.
+    """
+    check_search(neighbours, temperature, search)
+    B, _, H, W = features.shape
+    classes = memory.histograms.shape[1]
+    queries = features.permute(0, 2, 3, 1).flatten(0, 2)
+    found = {"torch": nearest_neighbours, "faiss": _faiss_neighbours}[search]
+    neighbours = min(neighbours, len(memory.features))
+    rows = max(1, VOTES // (neighbours * classes))
+    scores = []
+    for similarities, indices in found(memory.features, queries, neighbours):
+        weights = (similarities / temperature).softmax(1)
+        for weight, index in zip(weights.split(rows), indices.split(rows), strict=True):
+            histograms = memory.histograms[index]  # [rows, K, C]
+            weight = weight / histograms.sum(2)
+            scores.append((histograms * weight[..., None]).sum(1).to(features.device))
+    return torch.cat(scores).view(B, H, W, classes).permute(0, 3, 1, 2)
+
+
+def check_search(neighbours: int, temperature: float, search: Search) -> None:
+    """See that `retrieve` can work with these settings.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if neighbours < 1 or temperature <= 0:
+        raise InputError(
+            f"retrieval from {neighbours} neighbours at temperature {temperature}: both have to be positive, "
+            "as Hummingbird's 30 and 0.02"
+        )
+    if search == "faiss" and importlib.util.find_spec("faiss") is None:
+        raise InputError(
+            "search='faiss' needs faiss: pip install 'locat-lightning[retrieval]', or take search='torch'"
+        )
+
+
+def patch_histograms(
+    masks: Tensor, grid: tuple[int, int], patch: tuple[int, int], num_classes: int
+) -> Tensor:
+    """Count the pixels of each class in each patch.
+
+    Args:
+        masks: [B, h, w], integers; 255 is ignored, as is what a patch has beyond the mask.
+        grid: (H, W), rows and columns of patches.
+        patch: height and width of a patch in pixels.
+        num_classes: C.
+
+    Returns:
+        [B, H · W, C] int16.
+
+    Raises:
+        InputError: a pixel has another class than 0..C-1.
+    """
+    (H, W), (height, width) = grid, patch
+    below, beside = H * height - masks.shape[1], W * width - masks.shape[2]
+    masks = F.pad(masks, (0, beside, 0, below), value=IGNORED)
+    pixels = masks.view(-1, H, height, W, width).transpose(2, 3).flatten(3).flatten(1, 2).long()
+    unknown = ((pixels < 0) | (pixels >= num_classes)) & (pixels != IGNORED)
+    if unknown.any():
+        raise InputError(
+            f"a mask has a pixel of class {int(pixels[unknown][0])}, which is none of 0..{num_classes - 1}: "
+            f"check the number of classes, and that pixels without one are annotated as {IGNORED}"
+        )
+    counts = torch.zeros(*pixels.shape[:2], num_classes + 1, dtype=torch.int32, device=masks.device)
+    counts.scatter_add_(2, pixels.clamp(max=num_classes), torch.ones_like(pixels, dtype=torch.int32))
+    return counts[..., :-1].short()
+
+
+def sample_patches(histograms: Tensor, number: int | None, seed: tuple[int, ...]) -> Tensor:
+    """Choose annotated patches of an image, those with rare classes rather than others; see `build_memory`.
+
+    Args:
+        histograms: [N, C], pixels of each class in each patch.
+        number: of patches, at most; None chooses all.
+        seed: of the draw.
+
+    Returns:
+        [number or fewer] int64: the chosen patches, ascending.
+    """
+    held = histograms > 0
+    annotated = held.any(1).nonzero()[:, 0]
+    if number is None or number >= len(annotated):
+        return annotated
+    frequency = held.sum(0)
+    scores = (held * frequency).sum(1)[annotated]
+    uniform = torch.from_numpy(np.random.default_rng(seed).random(len(annotated)))
+    return annotated[(scores * uniform).argsort()[:number]].sort().values
+
+
+def _histograms(backbone: nn.Module, batch: MaskedImages, maps: Tensor, num_classes: int) -> Tensor:
+    """Histograms [B, H · W, C] of the patches that `maps` [B, D, H, W] has features of, on the CPU."""
+    (height, width), (mask_height, mask_width) = batch.images.shape[2:], batch.masks.shape[1:]
+    if (mask_height, mask_width) != (height, width):
+        raise InputError(
+            f"masks of {mask_height} × {mask_width} pixels for training images of {height} × {width}: "
+            "retrieval needs a loader that resizes both alike"
+        )
+    H, W = maps.shape[2:]
+    padded = padded_size(backbone, (height, width))
+    patch = padded[0] // H, padded[1] // W
+    return patch_histograms(batch.masks.to(maps.device), (H, W), patch, num_classes).cpu()
+
+
+def _faiss_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]:
+    """What `nearest_neighbours` gives, by faiss's exact search of inner products; `bank` is normalised."""
+    import faiss
+
+    queries = queries * inverse_norms(queries, "query")
+    found = faiss.knn(queries.cpu().numpy(), bank.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    yield Neighbours(*(torch.from_numpy(table).to(bank.device) for table in found))
