@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS = ("fit", "validate", "test", "predict", "knn", "linear", "configs", "runs")
+COMMANDS = ("fit", "validate", "test", "predict", "knn", "linear", "retrieve", "configs", "runs")
 HELP = """usage: locat [--debug] COMMAND [options]
 
 Vision Transformers whose patch features are good (LocAtViT), trained in PyTorch Lightning.
@@ -19,9 +19,10 @@ commands:
   fit        train                      locat fit --config classify_tiny.yaml --data.root DIR
   validate   measure on the val split   locat validate --weights runs/…/checkpoints/best.ckpt
   test       measure on the test split
-  predict    classes of a folder of images, as a CSV
+  predict    classes of a folder of images as a CSV, or of their pixels as PNGs
   knn        k-NN accuracy of a frozen backbone          locat knn --weights W --data.root DIR
   linear     linear accuracy of a frozen backbone
+  retrieve   mIoU of a frozen backbone's patch features, without training (Hummingbird)
   configs    list the configs that --config takes by name
   runs       list the runs beneath a directory, with their results: locat runs [DIR]
 
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(list_runs(Path(rest[0] if rest else "runs")))
         case ["configs" | "runs" as command, *rest]:
             _refuse(f"{' '.join(rest)!r} is too much for locat {command}: see locat {command} --help")
-        case ["knn" | "linear", *_]:
+        case ["knn" | "linear" | "retrieve", *_]:
             from locat_lightning.measure import main as measure
 
             measure(arguments)

@@ -28,11 +28,11 @@ from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.callbacks.crops import CropPictures
 from locat_lightning.callbacks.kernels import KernelWidths
+from locat_lightning.callbacks.maps import MapWriter, SegmentationPictures
 from locat_lightning.callbacks.pictures import AttentionPictures
 from locat_lightning.callbacks.predictions import PredictionTable
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.callbacks.progress import ProgressBar
-from locat_lightning.callbacks.maps import MapWriter, SegmentationPictures
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
 from locat_lightning.options import (

@@ -1,6 +1,7 @@
-"""`locat knn` and `locat linear`: what the features of a frozen backbone are worth."""
+"""`locat knn`, `locat linear` and `locat retrieve`: what the features of a frozen backbone are worth."""
 
 import json
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Network, check_source
-from locat_lightning.data import ImageData
+from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import (
     Features,
@@ -26,8 +27,10 @@ from locat_lightning.evaluation.features import (
     frozen,
     image_features,
 )
+from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear, train_linear
+from locat_lightning.evaluation.retrieval import Search, segment_by_retrieval
 from locat_lightning.options import (
     ConfigByName,
     check_processes,
@@ -40,13 +43,20 @@ from locat_lightning.options import (
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
     "linear": "Accuracy of a linear classifier on a frozen backbone's features",
+    "retrieve": "mIoU of dense retrieval (Hummingbird): patches take the classes of those training patches "
+    "that are most like them, and nothing is trained",
 }
-# What a run's data and those that its backbone is measured on have in common: which images, and what they
-# are like, but not how strongly they were augmented.
+# What a run's data and those that its backbone is measured on have in common where both are of a kind: which
+# images, and what they are like, but not how strongly they were augmented.
 OF_THE_IMAGES = (
     *("dataset", "root", "classes", "num_workers", "img_size", "mean", "std"),
     *("crop_pct", "eval_interpolation", "scale", "ratio", "hflip"),
 )
+OF_THE_MASKS = (
+    *("dataset", "root", "classes", "num_workers", "mean", "std", "images", "masks", "splits"),
+    *("mask_suffix", "ignore_index", "reduce_zero_label"),
+)
+OF_ANY_KIND = ("mean", "std")
 
 
 class Measurement(NamedTuple):
@@ -59,7 +69,7 @@ class Measurement(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Run `locat knn …` or `locat linear …`."""
+    """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
     with errors_in_a_line("--debug" in arguments):
         command, *rest = (argument for argument in arguments if argument != "--debug")
         _measure(command, rest)
@@ -70,7 +80,7 @@ def _measure(command: str, arguments: list[str]) -> None:
     options = given_options(arguments)
     if weights := options.get("--weights"):
         check_source(weights)
-        parser.set_defaults(_defaults(weights))
+        parser.set_defaults(_defaults(command, weights))
     elif not options.keys() & {"--config", "-c", "--help", "-h"}:
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     config = parser.parse_args(arguments)
@@ -78,16 +88,25 @@ def _measure(command: str, arguments: list[str]) -> None:
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
         check_processes(fabric.world_size)
-    data: ImageData = parser.instantiate_classes(config).data
+    data: ImageData | SegmentationData = parser.instantiate_classes(config).data
     data.setup("fit")
 
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Network = "student" if config.student else "teacher"
-    backbone = load_backbone(config.weights, config.backbone, config.backbone_args, network=network)
+    backbone = load_backbone(
+        config.weights,
+        config.backbone,
+        config.backbone_args,
+        network=network,
+        any_size=isinstance(data, SegmentationData),
+    )
     backbone.to(fabric.device)
-    _check_size(backbone, data.img_size, fabric.device)
-    measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
+    if isinstance(data, SegmentationData):
+        measurement = _retrieve(backbone, data, config, fabric)
+    else:
+        _check_size(backbone, data.img_size, fabric.device)
+        measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
     if fabric.is_global_zero:
         _show(measurement)
         name = config.name or f"{_name_of(config.weights)}_{command}"
@@ -109,13 +128,22 @@ def _parser(command: str) -> ArgumentParser:
     add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
     add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the backbone")
     add("--student", action="store_true", help="of a DINO checkpoint the student, not the teacher")
-    parser.add_class_arguments(ImageData, "data")
-    # The linear protocol crops and flips, no more.
-    parser.set_defaults({"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0})
+    if command == "retrieve":
+        parser.add_class_arguments(SegmentationData, "data")
+        add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
+        add("--memory_size", type=PositiveInt | None, default=None, help="patches to keep; null for all")
+        add("--neighbours", type=PositiveInt, default=30, help="patches of the memory that vote")
+        add("--temperature", type=PositiveFloat, default=0.02, help="softmax(cosine / temperature) of votes")
+        add("--search", type=Search, default="auto", help="by faiss where it is installed, or by torch")
+    else:
+        parser.add_class_arguments(ImageData, "data")
+        # The linear protocol crops and flips, no more.
+        plain = {"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0}
+        parser.set_defaults(plain)
     if command == "knn":
         add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
         add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
-    else:
+    if command == "linear":
         add(
             "--protocol",
             type=Literal["paper", "sweep"],
@@ -144,20 +172,23 @@ def _parser(command: str) -> ArgumentParser:
     add("--devices", type=int | str, default=1, help="as the trainer's")
     add("--strategy", type=str, default="auto", help="as the trainer's")
     add("--precision", type=str | None, default=mixed_precision(), help="as the trainer's")
-    add("--seed", type=int, default=0, help="of the linear classifier and of random weights")
+    add("--seed", type=int, default=0, help="of whatever is drawn, and of random weights")
     return parser
 
 
-def _defaults(weights: str) -> dict[str, Any]:
+def _defaults(command: str, weights: str) -> dict[str, Any]:
     """What the weights say of the images that they are for, by option."""
     record = record_of_run(Path(weights))
     if record is not None:
-        data = yaml.safe_load(record.read_text())["data"]["init_args"]
+        recorded = yaml.safe_load(record.read_text())["data"]
+        data, has_masks = recorded["init_args"], recorded["class_path"].endswith("SegmentationData")
         data["img_size"] = data.get("global_size", data.get("img_size"))
-        return {f"data.{key}": data[key] for key in OF_THE_IMAGES if data.get(key) is not None}
+        of_a_kind = has_masks == (command == "retrieve")
+        keys = (OF_THE_MASKS if has_masks else OF_THE_IMAGES) if of_a_kind else OF_ANY_KIND
+        return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
     if timm.is_model(weights):
         known = timm.get_pretrained_cfg(weights)
-        return {f"data.{key}": getattr(known, key) for key in ("mean", "std")}
+        return {f"data.{key}": getattr(known, key) for key in OF_ANY_KIND}
     return {}
 
 
@@ -227,6 +258,32 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
         ],
         {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
         | {f"linear/top1_rate{r.learning_rate:g}": r.top1 for r in results if len(results) > 1},
+    )
+
+
+def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
+    found = segment_by_retrieval(
+        backbone,
+        data.square_dataloader("train", config.image_size),
+        data.square_dataloader("val", config.image_size),
+        fabric.device,
+        num_classes=data.num_classes,
+        memory_size=config.memory_size,
+        neighbours=config.neighbours,
+        temperature=config.temperature,
+        seed=config.seed,
+        autocast_dtype=autocast_type(config.precision),
+        search=config.search,
+    )
+    by_class = dict(zip(data.class_names, found.per_class.tolist(), strict=True))
+    kept = f"{config.memory_size:,} patches kept" if config.memory_size else "all patches kept"
+    scalars = {f"retrieval/{name}": float(getattr(found, name)) for name in IoU.SCALARS}
+    return Measurement(
+        f"dense retrieval: mIoU {float(found.miou):.4f} (images resized to {config.image_size} × "
+        f"{config.image_size}, {kept}, {config.neighbours} neighbours)",
+        ("class", "IoU"),
+        [*((name, "absent" if isnan(iou) else f"{iou:.2%}") for name, iou in by_class.items())],
+        scalars | {f"retrieval/iou_{name}": iou for name, iou in by_class.items() if not isnan(iou)},
     )
 
 

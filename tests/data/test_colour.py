@@ -106,7 +106,7 @@ def test_factors_change_pixels_as_torchvision(pixels, ours, torchvisions, factor
 @pytest.mark.parametrize("turns", [-1 / 6, -0.1, -0.003, 0.0, 0.05, 0.1, 1 / 6])
 def test_hue_turns_as_torchvision(pixels, turns):
     expected = TF.adjust_hue(pixels, turns)
-    C._hue(pixels, values(turns, len(pixels)))
+    C.turn_hue(pixels, values(turns, len(pixels)))
     torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
 
 

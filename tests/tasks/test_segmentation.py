@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from locat_lightning.backbones.create import create_backbone
+from locat_lightning.backbones.weights import DECODER_OF
 from locat_lightning.data.masks import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.tasks import Segmentation
-from locat_lightning.tasks.segmentation import DECODER_OF
 
 BACKBONE = {
     "img_size": 16,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from locat_lightning.backbones.weights import (
+    DECODER_OF,
     RANDOM,
     Network,
     check_source,
@@ -115,7 +116,7 @@ def load_backbone(
     """Build a timm model without classifier from any source of weights, and say what matched.
 
     Args:
-        weights: as for `load_weights`.
+        weights: as for `load_weights`; a decoder of a frozen backbone leads to that.
         name: timm's name of the model; None takes what the weights say of themselves.
         arguments: of the model, beside or instead of those that the weights name.
         network: of a checkpoint with a teacher and a student, the one to take.
@@ -126,6 +127,10 @@ def load_backbone(
             the arguments, or the weights cannot be read or do not fit.
     """
     contents = read_checkpoint(weights) if Path(weights).is_file() else None
+    if contents is not None and (reference := contents.get(DECODER_OF)) is not None:
+        weights = reference["weights"]
+        check_source(weights)
+        contents = read_checkpoint(weights) if Path(weights).is_file() else None
     name, arguments = model_of(weights, name, arguments, contents)
     if name is None and contents is None and weights != RANDOM:  # a model hub, which knows what it has
         check_source(weights)

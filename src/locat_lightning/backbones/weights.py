@@ -17,6 +17,8 @@ from locat_lightning.errors import InputError
 
 RANDOM = "random"
 
+DECODER_OF = "decoder_of"  # a checkpoint's key of the frozen backbone that its decoder reads
+
 # Where training scripts put the weights in their checkpoints, best first, besides DINO's two networks.
 CONTAINERS = ("state_dict_ema", "state_dict", "model_ema", "model")
 

@@ -148,8 +148,12 @@ def _saturation(x: Tensor, factor: Tensor) -> None:
     x.lerp_(_luma(x), 1 - factor).clamp_(0, 1)
 
 
-def _hue(x: Tensor, turns: Tensor) -> None:
+def turn_hue(x: Tensor, turns: Tensor) -> None:
     """HSV there and back with the hue turned by at most 1/6; saturation and value need not be computed.
+
+    Args:
+        x: RGB from 0 to 1, [N, 3, H, W], changed in place.
+        turns: [N, 1, 1, 1], shares of a full turn.
 
     With u, v, w = (red, green, blue - smallest) / chroma, one of them 0 and one 1, the hue in sixths of a
     turn, -3 to 3 with red at 0, is ±(1 - u + v + w), positive where green is above blue. A channel is at its
@@ -212,7 +216,7 @@ _OPERATIONS: dict[int, Callable[[Tensor, Tensor], None]] = {
     BRIGHTNESS: _brightness,
     CONTRAST: _contrast,
     SATURATION: _saturation,
-    HUE: _hue,
+    HUE: turn_hue,
     GRAYSCALE: _grayscale,
     SIGMA: _blur,
     SOLARIZE: _solarize,

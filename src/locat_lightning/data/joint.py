@@ -1,8 +1,8 @@
 """Transforms of an image together with its mask, after mmsegmentation's.
 
-The image is a PIL image up to the normalisation, since that can cut a box out of a resized image without
-resizing the rest of it: the crop is chosen on the mask alone, and only what it shows is computed. All random
-numbers come from one generator per image: (seed, epoch, index) can fix what an epoch sees.
+The image is a PIL image up to its colours, since that can cut a box out of a resized image without resizing
+the rest of it: the crop is chosen on the mask alone, and only what it shows is computed. All random numbers
+come from one generator per image: (seed, epoch, index) can fix what an epoch sees.
 
 Source: `RandomResize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion` and `Pad` in
 `mmseg/datasets/transforms` of github.com/open-mmlab/mmsegmentation, with the settings of its
@@ -14,15 +14,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from locat_lightning.data.colour import turn_hue
 
 VOID = 255  # in a mask: of no class, ignored by loss and measure
 
 ATTEMPTS = 10  # at a crop that shows more than one class
-BRIGHTNESS = 32  # levels of 255 added at most
-CONTRAST = SATURATION = (0.5, 1.5)  # factors
-HUE = 36  # degrees at most; OpenCV's scale, on which mmsegmentation says 18, has 180
+# Of the distortion: smallest and largest change in brightness, factors, and shares of a turn of the hue.
+# mmsegmentation says 32 (of 255) and 18 (of 180, OpenCV's scale of the hue).
+BRIGHTNESS = (-32 / 255, 32 / 255)
+CONTRAST = SATURATION = (0.5, 1.5)
+HUE = (-0.1, 0.1)
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,14 @@ class JointAugmentation:
         image = image.resize((wide, high), Image.Resampling.BILINEAR, box)
         if rng.random() < self.hflip:
             image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
+        pixels = as_tensor(image)
         if self.distortion:
-            image = distorted(image, rng)
+            distort(pixels, rng)
+        normalise(pixels, self.mean, self.std)
 
-        pixels = torch.zeros(3, self.crop_size, self.crop_size)
-        pixels[:, :high, :wide] = normalised(image, self.mean, self.std)
-        padded = np.full((self.crop_size, self.crop_size), VOID, np.uint8)
-        padded[:high, :wide] = mask
-        return pixels, torch.from_numpy(padded)
+        padding = (0, self.crop_size - wide, 0, self.crop_size - high)
+        classes = torch.from_numpy(np.ascontiguousarray(mask))
+        return F.pad(pixels, padding), F.pad(classes, padding, value=VOID)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,34 @@ class JointEvaluation:
     ) -> tuple[Tensor, Tensor]:
         """Makes the image, float32 [3, h, w], and the mask, uint8 [H, W], of an RGB image and its mask."""
         image = image.resize(fitted_size(image.size, self.scale), Image.Resampling.BILINEAR)
-        return normalised(image, self.mean, self.std), torch.from_numpy(mask)
+        return normalise(as_tensor(image), self.mean, self.std), torch.from_numpy(mask)
+
+
+@dataclass(frozen=True)
+class JointSquare:
+    """Resizes the image to a square, whatever its shape, and normalises it; the mask where it is told to.
+
+    Args:
+        side: height and width of the result in pixels.
+        with_mask: whether the mask is resized, too, by nearest neighbours.
+        mean: of each channel (RGB, 0 to 1), subtracted.
+        std: of each channel (RGB, 0 to 1), divided by.
+    """
+
+    side: int
+    with_mask: bool
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(
+        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Makes the image, float32 [3, side, side], and the mask, uint8, of an RGB image and its mask."""
+        image = image.resize((self.side, self.side), Image.Resampling.BILINEAR)
+        if self.with_mask:
+            rows, columns = (((np.arange(self.side) + 0.5) * (n / self.side)).astype(int) for n in mask.shape)
+            mask = mask[rows[:, None], columns]
+        return normalise(as_tensor(image), self.mean, self.std), torch.from_numpy(mask)
 
 
 def fitted_size(size: tuple[int, int], scale: Sequence[int]) -> tuple[int, int]:
@@ -157,35 +189,50 @@ def is_varied(mask: np.ndarray, cat_max_ratio: float) -> bool:
     return bool(np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum())
 
 
-def distorted(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue of an RGB image, each with probability 1/2.
+def distort(pixels: Tensor, rng: np.random.Generator) -> None:
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2.
 
-    torchvision's `RandomPhotometricDistort` cannot be set to this: it multiplies the brightness, changes the
-    contrast about the mean and the saturation about the grey value, and permutes the channels.
+    The saturation is that of HSV. torchvision's `RandomPhotometricDistort` cannot be set to this: it
+    multiplies the brightness, changes contrast and saturation about grey values, and permutes the channels.
+
+    Args:
+        pixels: RGB from 0 to 1, [3, H, W], changed in place.
+        rng: where the random numbers come from.
     """
-    levels = np.arange(256)
-    bright, contrasted, saturated, turned = rng.random(4) < 0.5
-    brightness = rng.uniform(-BRIGHTNESS, BRIGHTNESS) if bright else 0
-    contrast = rng.uniform(*CONTRAST) if contrasted else 1
-    contrast_first = rng.random() < 0.5
-    saturation = rng.uniform(*SATURATION) if saturated else 1
-    hue = rng.uniform(-HUE, HUE) / 360 if turned else 0
-
-    brightened = (levels + brightness).clip(0, 255).astype(np.uint8)
-    before = (brightened * contrast).clip(0, 255).astype(np.uint8) if contrast_first else brightened
-    if bright or (contrasted and contrast_first):
-        image = image.point(np.tile(before, 3).tolist())
-    if saturated or turned:
-        turn = (levels + round(hue * 256)) % 256
-        table = np.concatenate([turn, (levels * saturation).clip(0, 255).astype(np.uint8), levels])
-        image = image.convert("HSV").point(table.tolist()).convert("RGB")
-    if contrasted and not contrast_first:
-        image = image.point(np.tile((levels * contrast).clip(0, 255).astype(np.uint8), 3).tolist())
-    return image
+    brightness, contrast, saturation, hue = rng.uniform(
+        *np.transpose([BRIGHTNESS, CONTRAST, SATURATION, HUE])
+    )
+    brighten, contrast_it, saturate, turn, contrast_first = rng.random(5) < 0.5
+    if brighten:
+        pixels.add_(brightness).clamp_(0, 1)
+    if contrast_it and contrast_first:
+        pixels.mul_(contrast).clamp_(0, 1)
+    if saturate:
+        scale_saturation(pixels, saturation)
+    if turn:
+        turn_hue(pixels[None], torch.full((1, 1, 1, 1), hue))
+    if contrast_it and not contrast_first:
+        pixels.mul_(contrast).clamp_(0, 1)
 
 
-def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Makes the normalised float32 [3, H, W] of an RGB image."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()
-    shift, factor = torch.tensor([mean, std]).mul(255).view(2, 3, 1, 1)
-    return pixels.sub_(shift).div_(factor)
+def scale_saturation(pixels: Tensor, factor: float) -> None:
+    """Multiplies the saturation of HSV, up to its limit: a pixel's channels part from the largest of them.
+
+    Args:
+        pixels: RGB from 0 to 1, [3, H, W], changed in place.
+        factor: of the saturation.
+    """
+    value = pixels.amax(0, keepdim=True)
+    chroma = value - pixels.amin(0, keepdim=True)
+    most = value / chroma.clamp_(min=1 / 1024)  # the factor that makes the smallest channel 0
+    torch.sub(value, pixels, out=pixels).mul_(most.clamp_(max=factor)).sub_(value).neg_()
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """Makes float32 [3, H, W], from 0 to 1, of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalises float32 [3, H, W] in place, and returns it."""
+    return pixels.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])

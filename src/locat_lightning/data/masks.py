@@ -13,7 +13,7 @@ from torch import Tensor
 from locat_lightning.data import scenes
 from locat_lightning.data.classes import Classes, known_classes, named_classes, read_classes
 from locat_lightning.data.images import Files, unlabelled_files
-from locat_lightning.data.joint import VOID, JointAugmentation, JointEvaluation
+from locat_lightning.data.joint import VOID, JointAugmentation, JointEvaluation, JointSquare
 from locat_lightning.data.module import (
     SPLITS,
     STAGES,
@@ -264,6 +264,19 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         """The images of any split (also `train`) in order, not augmented, each in one process once."""
         images = MaskedImages(self.source(split), self.evaluation, self.seed)
         return self._in_order(images, collate=collate_masks, batch_size=self.eval_batch_size)
+
+    def square_dataloader(self, split: str, side: int) -> ImageLoader:
+        """The images of a split in order, resized to squares, as dense retrieval takes them.
+
+        Args:
+            split: the masks of `train` are resized as well; those of others keep the annotation's own size.
+            side: height and width in pixels.
+        """
+        training = split == "train"
+        square = JointSquare(side, training, **self.normalisation)
+        images = MaskedImages(self.source(split), square, self.seed)
+        size = self.batch_size if training else self.eval_batch_size
+        return self._in_order(images, collate=collate_masks, batch_size=size)
 
     def _find(self, split: str) -> Source[np.ndarray]:
         if split == "predict":

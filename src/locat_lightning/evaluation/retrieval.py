@@ -4,8 +4,9 @@ Source: "Towards In-context Scene Understanding" (Balažević et al., NeurIPS 20
 """
 
 import importlib.util
-from collections.abc import Iterator, Sized
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
 from locat_lightning.evaluation.knn import VOTES, Neighbours, inverse_norms, nearest_neighbours
 from locat_lightning.nn.decoder import IGNORED, upsampled_argmax
 
-Search = Literal["torch", "faiss"]
+Search = Literal["auto", "torch", "faiss"]
 PATCHES = 2**32  # more than an image has: the key of a patch is image · PATCHES + patch
 
 
@@ -47,8 +48,8 @@ class MaskLoader(Protocol):
     """What is needed of a `DataLoader`: its data set's and its own length, and the batches."""
 
     @property
-    def dataset(self) -> Sized:
-        """All images, of all processes."""
+    def dataset(self) -> Any:
+        """All images, of all processes: their number is its length."""
 
     def __len__(self) -> int: ...
 
@@ -77,7 +78,7 @@ def segment_by_retrieval(
     temperature: float = 0.02,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
-    search: Search = "torch",
+    search: Search = "auto",
     progress: bool = True,
 ) -> IoU:
     """Measure how well patch features alone tell the classes of pixels: build a memory, then `retrieve`.
@@ -230,7 +231,7 @@ def retrieve(
     *,
     neighbours: int = 30,
     temperature: float = 0.02,
-    search: Search = "torch",
+    search: Search = "auto",
 ) -> Tensor:
     """Give each patch the mean of its nearest neighbours' classes, weighted softmax(cosine / temperature).
 
@@ -240,7 +241,8 @@ def retrieve(
         neighbours: patches of the memory that vote; its size where that is smaller.
         temperature: of the votes.
         search: `torch` compares chunk by chunk on the memory's device, some 300 MB besides the memory;
-            `faiss` has an exact search on the CPU of the same result, for comparison.
+            `faiss` has an exact search on the CPU of the same result; `auto` takes it for a memory on the
+            CPU where it is installed.
 
     Returns:
         [B, C, H, W] float32, on the device of `features`: shares of the classes, their sum is 1.
@@ -253,7 +255,10 @@ def retrieve(
     B, _, H, W = features.shape
     classes = memory.histograms.shape[1]
     queries = features.permute(0, 2, 3, 1).flatten(0, 2)
-    found = {"torch": nearest_neighbours, "faiss": _faiss_neighbours}[search]
+    if search == "auto":
+        installed = find_spec("faiss") is not None and memory.features.device.type == "cpu"
+        search = "faiss" if installed else "torch"
+    found = nearest_neighbours if search == "torch" else _faiss_neighbours
     neighbours = min(neighbours, len(memory.features))
     rows = max(1, VOTES // (neighbours * classes))
     scores = []

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from locat_lightning.backbones.create import create_for_any_size, load_backbone, model_of
-from locat_lightning.backbones.weights import RANDOM, Network, check_source, read_checkpoint
+from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Network, check_source, read_checkpoint
 from locat_lightning.data.masks import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
@@ -26,8 +26,6 @@ from locat_lightning.evaluation.iou import IoU, MeanIoU
 from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.optim import one_cycle
 from locat_lightning.tasks.base import Task, announce_learning_rate, check_range
-
-DECODER_OF = "decoder_of"  # a checkpoint's key of the frozen backbone that its decoder reads
 
 
 class Segmentation(Task):
