@@ -29,7 +29,10 @@ def test_the_decoder_is_the_papers():
 
 @pytest.mark.parametrize("size", [(16, 23), (4, 6), (3, 5)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
-def test_loss_and_gradient_are_those_of_the_plain_expression(size, dtype):
+@pytest.mark.parametrize("images_at_once", [0, 2, 3])
+def test_loss_and_gradient_are_those_of_the_plain_expression(size, dtype, images_at_once, monkeypatch):
+    at_once = images_at_once * 5 * size[0] * size[1]
+    monkeypatch.setattr("locat_lightning.nn.decoder.LOGITS_AT_ONCE", at_once)
     logits, masks = case(size=size, dtype=dtype)
     loss = upsampled_cross_entropy(logits, masks)
     (3 * loss).backward()

@@ -11,7 +11,7 @@ SIDE = 64  # pixels
 DIGITS = (2, 5)  # in a scene, fewest and most
 SIZES = (16, 36)  # of a digit in pixels, smallest and largest
 INK = 0.4  # share of the pen's full colour from which on a pixel belongs to the digit
-CONTRAST = 90  # levels by which a pen differs from the ground's mean, at least in one channel
+GROUND, PEN = (10, 110), (150, 255)  # levels of the colours, of 255: pale on dark, as the digits are
 ATTEMPTS = 20  # at a place for a digit
 
 
@@ -43,16 +43,13 @@ class Scenes(Source[np.ndarray]):
         rng = np.random.default_rng([int(self.train), index])
         scene = ground(rng)
         mask = np.zeros((SIDE, SIDE), np.uint8)
-        mean = scene.mean((0, 1))
         covered = np.zeros((SIDE, SIDE), bool)
         for _ in range(rng.integers(DIGITS[0], DIGITS[1] + 1)):
             chosen = int(rng.integers(len(self.digits)))
             size = int(rng.integers(SIZES[0], SIZES[1] + 1))
             digit = Image.fromarray(self.digits.pixels[chosen])
             ink = np.asarray(digit.resize((size, size), Image.Resampling.BICUBIC)) / 255
-            pen = rng.uniform(0, 255, 3)
-            while abs(pen - mean).max() < CONTRAST:
-                pen = rng.uniform(0, 255, 3)
+            pen = rng.uniform(*PEN, 3)
             for _ in range(ATTEMPTS):
                 top, left = rng.integers(SIDE - size + 1, size=2)
                 place = np.s_[top : top + size, left : left + size]
@@ -67,7 +64,7 @@ class Scenes(Source[np.ndarray]):
 
 def ground(rng: np.random.Generator) -> np.ndarray:
     """Makes a ground to write on, float [64, 64, 3]: a colour that runs to another, with blotches."""
-    start, end = rng.uniform(30, 225, (2, 3))
+    start, end = rng.uniform(*GROUND, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
     along = ((np.cos(angle) * x + np.sin(angle) * y) / 2.9 + 0.5)[..., None]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 IGNORED = 255  # the label of a pixel that has none
 CLASSES_AT_ONCE = 16  # whose logits exist at full resolution while the largest is sought
+LOGITS_AT_ONCE = 2**24  # at full resolution while the loss is computed, but at least those of one image
 
 
 class MlpDecoder(nn.Sequential):
@@ -37,8 +38,8 @@ class MlpDecoder(nn.Sequential):
 def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     """Mean cross-entropy of the annotated pixels, with logits upsampled bilinearly to the masks' size.
 
-    The same as `interpolate` and `cross_entropy`, but only one image has logits of full size at a time: their
-    gradient at the small size is known as soon as its loss is.
+    The same as `interpolate` and `cross_entropy`, but only one image (or a few small ones) has logits of full
+    size at a time: their gradient at the small size is known as soon as their loss is.
 
     Args:
         logits: [B, C, h, w].
@@ -60,7 +61,8 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         pixels = (masks != IGNORED).sum().clamp_min(1)
         loss = torch.zeros((), device=logits.device)
         grad = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        for image, (small, mask) in enumerate(zip(logits.split(1), masks.split(1), strict=True)):
+        some = max(1, LOGITS_AT_ONCE // (logits.shape[1] * masks[0].numel()))
+        for part, (small, mask) in enumerate(zip(logits.split(some), masks.split(some), strict=True)):
             labels = mask.long()
             log_p = F.interpolate(small.float(), size, mode="bilinear").log_softmax(1)
             loss += F.nll_loss(log_p, labels, ignore_index=IGNORED, reduction="sum")
@@ -68,7 +70,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
                 annotated = (labels != IGNORED).unsqueeze(1)
                 target = labels.unsqueeze(1).where(annotated, 0)
                 difference = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
-                grad[image : image + 1] = torch.ops.aten.upsample_bilinear2d_backward(
+                grad[part * some : (part + 1) * some] = torch.ops.aten.upsample_bilinear2d_backward(
                     difference.mul_(annotated), size, small.shape, False
                 )
         if grad is not None:
