@@ -1,6 +1,12 @@
 import io
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 import warnings
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -14,6 +20,7 @@ from locat_lightning.data.reading import (
     Images,
     TrainOrder,
     UnreadableImages,
+    _leave_sigterm_to_the_run,
     read_image,
     to_rgb,
 )
@@ -147,14 +154,14 @@ def noisy(image):
     return torch.tensor([value, random.random(), np.random.random(), torch.rand(()).item()])  # noqa: NPY002
 
 
-def loader(size=10, broken=(), limit=0, training=True, workers=0, epoch=0, seed=0, world=1, rank=0):
+def loader(
+    size=10, broken=(), limit=0, training=True, workers=0, epoch=0, seed=0, world=1, rank=0, **options
+):
     images = Images(Numbers(size, broken), noisy, seed)
     order = TrainOrder(images, world, rank, seed=seed) if training else EvaluationOrder(images, world, rank)
     order.set_epoch(epoch)
-    unreadable = UnreadableImages(limit)
-    return ImageLoader(
-        images, sampler=order, batch_size=4, num_workers=workers, training=training, unreadable=unreadable
-    )
+    options |= {"sampler": order, "batch_size": 4, "num_workers": workers, "training": training}
+    return ImageLoader(images, unreadable=UnreadableImages(limit), **options)
 
 
 def flat(batches):
@@ -299,3 +306,38 @@ def test_reading_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pixels(saved(Image.new("P", (2, 2)), "PNG", transparency=bytes([0, 255])))
+
+
+def work(ready):
+    _leave_sigterm_to_the_run(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_worker_heeds_the_sigterm_of_its_run_and_no_other():
+    context = get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=work, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(10)
+    subprocess.run(
+        [sys.executable, "-c", f"import os; os.kill({worker.pid}, {signal.SIGTERM:d})"], check=True
+    )
+    worker.join(0.2)
+    assert worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def mistaken(items):
+    raise InputError("these do not go together")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_collate_finds_is_told_in_a_line_and_ends_the_workers(workers):
+    images = loader(8, workers=workers, collate=mistaken, persistent_workers=workers > 0)
+    for _ in range(2):  # also a second time
+        with pytest.raises(InputError, match=r"^these do not go together$"):
+            list(images)
+        assert images._iterator is None

@@ -284,7 +284,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
                 return Unannotated(unlabelled_files(self.root))
             if self.dataset == "digits":
                 return Unannotated(self.source("val"))
-            images, _ = self.layout.pairs(self.root, "val")
+            images = list(self.layout.images_of(self.root, "val").values())
             return Unannotated(Files(images, [-1] * len(images)))
         if self.dataset == "digits":
             return scenes.Scenes(split == "train", SCENES[split])

@@ -48,6 +48,42 @@ class Layout:
             (name for name in self.names[split] if (folder / pattern.replace("{split}", name)).exists()), None
         )
 
+    def images_of(self, root: Path, split: str) -> dict[str, str]:
+        """Finds the images of a split: the path of each by its name without ending.
+
+        Raises:
+            InputError: there are none, or one that is listed is not there.
+        """
+        if not root.is_dir():
+            raise InputError(f"no such folder: {root}; set root to the folder of the data set")
+        if (name := self.name(root, split)) is None:
+            pattern = self.splits or self.images
+            wanted = " or ".join(pattern.replace("{split}", name) for name in self.names[split])
+            raise InputError(f"no {wanted} in {self.folder(root)}: set root to the folder that holds it")
+        folder = self._existing(root, self.images, name)
+        images: dict[str, str] = {}
+        for path in images_beneath(folder):
+            if self.images == self.masks and path.lower().endswith(self.mask_suffix.lower()):
+                continue
+            stem = path[len(str(folder)) + 1 :].rpartition(".")[0]
+            if stem in images:
+                raise InputError(
+                    f"{images[stem]} and {path} are images of one name, with one mask: rename one"
+                )
+            images[stem] = path
+        if self.splits:
+            file = self.folder(root) / self.splits.replace("{split}", name)
+            stems = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            if missing := [stem for stem in stems if stem not in images]:
+                raise InputError(
+                    f"{len(missing)} of {len(stems)} names in {file} have no image in {folder}:"
+                    f" {listed(missing, 3)}; a line is an image's name without ending"
+                )
+            images = {stem: images[stem] for stem in stems}
+        if not images:
+            raise InputError(f"no images of {name} in {folder}: {EXTENSIONS}")
+        return images
+
     def pairs(self, root: Path, split: str) -> tuple[list[str], list[str]]:
         """Finds the images of a split and their masks.
 
@@ -57,56 +93,35 @@ class Layout:
         Raises:
             InputError: there are none, or an image or a mask is alone.
         """
-        folder, name, pattern = self.folder(root), self.name(root, split), self.splits or self.images
-        if not root.is_dir():
-            raise InputError(f"no such folder: {root}; set root to the folder of the data set")
-        if name is None:
-            wanted = " or ".join(pattern.replace("{split}", name) for name in self.names[split])
-            raise InputError(f"no {wanted} in {folder}: set root to the folder that holds it")
-        image_folder, mask_folder = (
-            folder / each.replace("{split}", name) for each in (self.images, self.masks)
-        )
-        for each in (image_folder, mask_folder):
-            if not each.is_dir():
-                raise InputError(f"no such folder: {each}, which should hold images or masks of {name}")
+        images, name = self.images_of(root, split), self.name(root, split)
+        image_folder, mask_folder = (self._existing(root, each, name) for each in (self.images, self.masks))
         masks = {
             path[len(str(mask_folder)) + 1 : -len(self.mask_suffix)]: path
             for path in files_beneath(mask_folder, (self.mask_suffix.lower(),))
         }
-        images: dict[str, str] = {}
-        for path in images_beneath(image_folder):
-            if image_folder == mask_folder and path.lower().endswith(self.mask_suffix.lower()):
-                continue
-            stem = path[len(str(image_folder)) + 1 :].rpartition(".")[0]
-            if stem in images:
-                raise InputError(
-                    f"{images[stem]} and {path} are images of one name, with one mask: rename one"
-                )
-            images[stem] = path
         rule = f"the mask of a.jpg is a{self.mask_suffix}"
-        if self.splits:
-            file = folder / self.splits.replace("{split}", name)
-            stems = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-            for kind, found, where in (("image", images, image_folder), ("mask", masks, mask_folder)):
-                if missing := [stem for stem in stems if stem not in found]:
-                    raise InputError(
-                        f"{len(missing)} of {len(stems)} names in {file} have no {kind} in {where}:"
-                        f" {listed(missing, 3)}; {rule}"
-                    )
-        else:
-            stems = list(images)
-            for kind, other, ours, theirs, where, there in (
-                ("images", "mask", images, masks, image_folder, mask_folder),
-                ("masks", "image", masks, images, mask_folder, image_folder),
-            ):
-                if alone := sorted(ours.keys() - theirs.keys()):
-                    raise InputError(
-                        f"{len(alone)} of {len(ours)} {kind} in {where} have no {other} in {there}:"
-                        f" {listed([ours[stem][len(str(where)) + 1 :] for stem in alone], 3)}; {rule}"
-                    )
-        if not stems:
-            raise InputError(f"no images of {name} in {image_folder}: {EXTENSIONS}")
-        return [images[stem] for stem in stems], [masks[stem] for stem in stems]
+        if alone := [path for stem, path in images.items() if stem not in masks]:
+            raise InputError(
+                f"{len(alone)} of {len(images)} images in {image_folder} have no mask in {mask_folder}:"
+                f" {_listed_in(image_folder, alone)}; {rule}"
+            )
+        alone = [path for stem, path in masks.items() if stem not in images]
+        if alone and not self.splits:
+            raise InputError(
+                f"{len(alone)} of {len(masks)} masks in {mask_folder} have no image in {image_folder}:"
+                f" {_listed_in(mask_folder, alone)}; {rule}"
+            )
+        return list(images.values()), [masks[stem] for stem in images]
+
+    def _existing(self, root: Path, pattern: str, name: str | None) -> Path:
+        folder = self.folder(root) / pattern.replace("{split}", name or "")
+        if not folder.is_dir():
+            raise InputError(f"no such folder: {folder}, which should hold images or masks of {name}")
+        return folder
+
+
+def _listed_in(folder: Path, paths: list[str]) -> str:
+    return listed([path[len(str(folder)) + 1 :] for path in paths], 3)
 
 
 # As mmsegmentation's guide to preparing data sets leaves them (docs/en/user_guides/2_dataset_prepare.md).

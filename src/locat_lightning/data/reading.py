@@ -5,13 +5,16 @@ processes gives the same batches, and so does a run that is taken up again.
 """
 
 import logging
+import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import cycle, islice
+from multiprocessing import parent_process
 from os import PathLike
+from threading import Thread
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +24,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 
 from locat_lightning.errors import InputError
@@ -291,11 +295,13 @@ class ImageLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: the workers start at the first batch, after Lightning has set the epoch.
+        batches = None
         last, seen = len(self), self.seen()
         if isinstance(self.sampler, TrainOrder):
             self.sampler.skip = seen * (self.batch_size or 1)
         try:
-            for number, (batch, failures) in enumerate(super().__iter__(), seen + 1):
+            batches = super().__iter__()
+            for number, (batch, failures) in enumerate(batches, seen + 1):
                 self.unreadable.add(failures)
                 if number == last:  # Lightning does not ask for one more
                     self.unreadable.report()
@@ -306,6 +312,13 @@ class ImageLoader(DataLoader):
                         f"no image of a training batch of {len(failures)} can be read, the first being"
                         f" {failures[0].path} ({failures[0].reason}): repair or remove them"
                     )
+        except InputError:
+            # Whoever shows the error holds the iterator by its traceback: left to the end of the process, its
+            # workers would delay that by seconds.
+            if isinstance(batches, _MultiProcessingDataLoaderIter):
+                batches._shutdown_workers()
+                self._iterator = None
+            raise
         finally:
             self.unreadable.report()
 
@@ -338,8 +351,21 @@ class ResumableLoader(ImageLoader):
 
 
 def _leave_sigterm_to_the_run(worker: int) -> None:
-    """A scheduler sends SIGTERM to all processes of a job: the one that trains ends its workers itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A scheduler sends SIGTERM to all processes of a job: a worker heeds only the one that trains.
+
+    A worker that heeded nobody would keep alive a process that ends while it holds an unfinished iterator. On
+    macOS and Windows, where the sender cannot be told, a worker heeds all.
+    """
+    parent = parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
+
+
+def _end_when_told(by: int | None) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != by:
+        pass
+    os._exit(0)
 
 
 def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
