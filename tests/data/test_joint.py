@@ -11,6 +11,7 @@ from locat_lightning.data.joint import (
     CONTRAST,
     JointAugmentation,
     JointEvaluation,
+    JointSquare,
     as_tensor,
     distort,
     draw_crop,
@@ -72,6 +73,15 @@ def test_a_crop_is_cut_from_the_resized_image_and_mask(ratio):
     whole_mask = F.interpolate(torch.from_numpy(mask)[None, None], (height, width), mode="nearest-exact")
     torch.testing.assert_close(pixels, whole[:, top : top + 32, left : left + 32], atol=1.01 / 255, rtol=0)
     assert torch.equal(classes, whole_mask[0, 0, top : top + 32, left : left + 32])
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_square_whatever_the_shape(with_mask):
+    image, mask = noise(64, 96)
+    pixels, classes = JointSquare(40, with_mask, (0, 0, 0), (1, 1, 1))(image, mask)
+    torch.testing.assert_close(pixels, as_tensor(image.resize((40, 40), Image.Resampling.BILINEAR)))
+    resized = F.interpolate(torch.from_numpy(mask)[None, None], (40, 40), mode="nearest-exact")[0, 0]
+    assert torch.equal(classes, resized if with_mask else torch.from_numpy(mask))
 
 
 def test_torchvision_resizes_alike():
