@@ -33,6 +33,7 @@ from locat_lightning.callbacks.pictures import AttentionPictures
 from locat_lightning.callbacks.predictions import PredictionTable
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.callbacks.progress import ProgressBar
+from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
 from locat_lightning.options import (
@@ -62,8 +63,17 @@ EXPECTED = (
     # Lightning 2.6 asks torch's pytree in a way that torch 2.15 wants asked differently.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
-GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear")
-MEASURED = ("val/", "knn/", "linear/")  # metrics that say what came of a run
+# Lines of Lightning's that say nothing to a user either; --debug shows them.
+NO_NEWS = (
+    "Seed set to",
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "Loading `train_dataloader` to estimate",
+    "💡 Tip",
+)
+GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
+MEASURED = ("val/", "knn/", "linear/", "retrieval/")  # metrics that say what came of a run
 COMMANDS = {
     "fit": "train",
     "validate": "measure on the val split",
@@ -212,6 +222,7 @@ class LocatCLI(LightningCLI):
         parser.add_lightning_class_args(AttentionPictures, "pictures")
         parser.add_lightning_class_args(KnnProbe, "knn")
         parser.add_lightning_class_args(LinearProbe, "linear")
+        parser.add_lightning_class_args(RetrievalProbe, "retrieval")
         parser.set_defaults(
             {
                 "trainer.enable_model_summary": False,
@@ -223,6 +234,7 @@ class LocatCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
                 "knn.every_n_epochs": 0,
                 "linear.every_n_epochs": 0,
+                "retrieval.every_n_epochs": 0,
             }
             | self._recorded
         )
@@ -312,7 +324,7 @@ class LocatCLI(LightningCLI):
             if isinstance(each, AttentionPictures)
         ]
         if config["enable_progress_bar"] is not False:
-            callbacks.append(ProgressBar())
+            callbacks.insert(0, ProgressBar())  # it stands still before any other says what came of the run
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -437,15 +449,29 @@ def _flat(hparams: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NO_NEWS)
+
+
+class Messages(logging.StreamHandler):
+    """Writes where standard error is now: above the progress bar, while there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def main(arguments: list[str]) -> None:
     """Run `locat` with these arguments."""
     for expected in EXPECTED:
         warnings.filterwarnings("ignore", expected)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    messages = Messages()
+    if "--debug" not in arguments:
+        messages.addFilter(_is_news)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        if not (logger := logging.getLogger(name)).propagate:  # else whoever imports this decides
+            logger.handlers = [messages]
     given = sys.argv
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
     sys.argv = [given[0], *(argument for argument in arguments if argument != "--debug")]

@@ -1,0 +1,174 @@
+"""What all probes share: when a backbone is measured while it trains, on which images, and what is logged."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from locat_lightning.data.module import ImageModule
+from locat_lightning.data.reading import ImageLoader
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.features import autocast_type
+
+Data = TypeVar("Data", bound=ImageModule[Any])
+
+
+class Probe(Callback, ABC, Generic[Data]):
+    """Measures `pl_module.backbone` on annotated images, before the first step and at the ends of epochs.
+
+    Attributes:
+        title: what it measures, in words.
+        figure: the headline, in words.
+        metrics: what it logs, the headline first.
+        first: the headline before the first step; None if that was not measured.
+        last: the headline as last measured.
+    """
+
+    title: str
+    figure: str
+    metrics: tuple[str, ...]
+
+    def __init__(
+        self, data: Data | None, every_n_epochs: int, images: int | None, seed: int, name: str
+    ) -> None:
+        if every_n_epochs < 0:
+            raise InputError(f"{name}: every_n_epochs ({every_n_epochs}) must be at least 1, or 0 for never")
+        if images is not None and images < 1:
+            raise InputError(f"{name}: images ({images}) must be at least 1")
+        self.data = data
+        self.every_n_epochs = every_n_epochs
+        self.images = images
+        self.seed = seed
+        self.name = name
+        self.first: float | None = None
+        self.last: float | None = None
+        self._measured: Data | None = None
+        self._autocast_dtype: torch.dtype | None = None
+        self._bank: list[int] = []
+
+    @abstractmethod
+    def obstacle(self, data: Any) -> str:
+        """Say why these data cannot be measured; nothing if they can. They have been set up."""
+
+    @abstractmethod
+    def measure(self, data: Data, backbone: nn.Module, device: torch.device) -> dict[str, float]:
+        """Measure some or all of `metrics`, the headline among them, the same in every process."""
+
+    @property
+    def headline(self) -> str:
+        """The logged name of the metric that counts."""
+        return f"{self.name}/{self.metrics[0]}"
+
+    @property
+    def logged(self) -> list[str]:
+        """The names that it logs; none where it is switched off."""
+        return [f"{self.name}/{metric}" for metric in self.metrics] if self.every_n_epochs else []
+
+    @property
+    def state_key(self) -> str:
+        """One for each name, so that probes of several data sets stand side by side."""
+        return f"{type(self).__name__}.{self.name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures that the last line of the run reports."""
+        return {"first": self.first, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with those of the run that is resumed."""
+        self.first, self.last = state_dict["first"], state_dict["last"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the images, and see that they can be measured.
+
+        Raises:
+            InputError: the probe's own data cannot (those of the run switch it off instead, in a line), or
+                not in the trainer's precision.
+        """
+        if stage != "fit" or not self.every_n_epochs:
+            return
+        self._autocast_dtype = autocast_type(trainer.precision)
+        self.first = self.last = self._measured = None
+        if self.data is not None:
+            self.data.trainer = trainer  # for its number of workers
+            if trainer.local_rank == 0:
+                self.data.prepare_data()
+            trainer.strategy.barrier(f"{self.name}: data")
+            self.data.setup("fit")
+        data = trainer.datamodule if self.data is None else self.data  # type: ignore[attr-defined]
+        if obstacle := self.obstacle(data):
+            if self.data is not None:
+                raise InputError(f"{self.name}: {obstacle}")
+            rank_zero_info(f"{self.title} is not measured: {obstacle}")
+        else:
+            self._measured = data
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the untrained backbone; a run that is resumed has that behind it."""
+        if trainer.global_step == 0 and trainer.current_epoch == 0 and self.first is None:
+            metrics = self._measure(trainer, pl_module)
+            self.first = self.last
+            for logger in trainer.loggers if metrics else ():
+                logger.log_metrics(metrics | {"epoch": 0}, step=0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure every n epochs and after the last, in time for a ModelCheckpoint that monitors it."""
+        due = self._active(trainer) and (
+            (trainer.current_epoch + 1) % self.every_n_epochs == 0
+            or trainer.current_epoch + 1 == trainer.max_epochs
+            or trainer.global_step == trainer.max_steps
+            or trainer.should_stop
+        )
+        if due:
+            for name, value in self._measure(trainer, pl_module).items():
+                # All processes have the same value; sync_dist says so.
+                pl_module.log(name, value, prog_bar=name == self.headline, sync_dist=True)
+        elif self._active(trainer):
+            # A ModelCheckpoint that monitors it takes NaN for the worst, and a missing metric for a mistake.
+            trainer.callback_metrics.setdefault(self.headline, torch.tensor(torch.nan))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the training brought."""
+        if self.last is not None:
+            untrained = "" if self.first is None else f"{self.first:.4g} untrained -> "
+            rank_zero_info(f"{self.title} {self.figure} ({self.headline}) {untrained}{self.last:.4g}")
+
+    def _active(self, trainer: Trainer) -> bool:
+        return self._measured is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Metrics by the names they are logged under, the same in every process; none if switched off."""
+        if self._measured is None or not self._active(trainer):
+            return {}
+        backbone: Any = pl_module.backbone
+        with isolate_rng():
+            metrics = self.measure(self._measured, backbone, pl_module.device)
+        self.last = metrics[self.metrics[0]]
+        return {f"{self.name}/{metric}": value for metric, value in metrics.items()}
+
+    def choose(self, images: int) -> None:
+        """Choose at random, once, which of so many training images are measured."""
+        count = images if self.images is None else min(self.images, images)
+        chosen = np.random.default_rng(self.seed).choice(images, count, replace=False)
+        self._bank = sorted(chosen.tolist())
+
+    def share(self, data: Data, whole: ImageLoader, *, training: bool) -> ImageLoader:
+        """This process's share of a loader's images, of those chosen if `training`; workers end with it."""
+        places: Sequence[int] = self._bank if training else range(len(whole.dataset))  # type: ignore[arg-type]
+        trainer = data.trainer
+        assert trainer is not None  # of the run
+        return ImageLoader(
+            whole.dataset,  # type: ignore[arg-type]
+            sampler=places[trainer.global_rank :: trainer.world_size],
+            batch_size=whole.batch_size,
+            num_workers=whole.num_workers,
+            pin_memory=whole.pin_memory,
+            training=False,
+            unreadable=data.unreadable,
+            collate=whole.collate,
+        )

@@ -1,0 +1,93 @@
+"""What the backbone's patch features are worth while it trains: dense retrieval."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from locat_lightning.callbacks.probe import Probe
+from locat_lightning.data.masks import SegmentationData
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.retrieval import Search, check_search, segment_by_retrieval
+
+
+class RetrievalProbe(Probe[SegmentationData]):
+    """Logs the mIoU of dense retrieval (Hummingbird) while the backbone trains, as `retrieval/miou`.
+
+    Every patch of a validation image takes the classes of the training patches most like it; see
+    `evaluation.retrieval`. When it measures is as in `KnnProbe`, and training gives the same weights with and
+    without it.
+
+    Args:
+        data: images and masks to measure on; null takes the run's own, where those have masks.
+        every_n_epochs: epochs from one measurement to the next; 0 for never.
+        images: training images in the memory, chosen at random once; null takes all.
+        image_size: height and width to which the images are resized, in pixels.
+        memory_size: patches in the memory; null keeps all of the images'.
+        neighbours: patches of the memory that vote.
+        temperature: of the votes.
+        search: `auto` takes faiss on the CPU where it is installed; `torch`; `faiss`.
+        seed: of the choice of images and patches.
+        name: before the slash in the logged names; several probes need several names.
+
+    Raises:
+        InputError: an argument is out of its range, or `data` cannot be measured.
+    """
+
+    title = "Dense retrieval"
+    figure = "mIoU"
+    metrics = ("miou", "pixel_accuracy", "mean_accuracy")
+
+    def __init__(
+        self,
+        data: SegmentationData | None = None,
+        *,
+        every_n_epochs: int = 10,
+        images: int | None = 1000,
+        image_size: int = 224,
+        memory_size: int | None = 100_000,
+        neighbours: int = 30,
+        temperature: float = 0.02,
+        search: Search = "auto",
+        seed: int = 0,
+        name: str = "retrieval",
+    ) -> None:
+        super().__init__(data, every_n_epochs, images, seed, name)
+        check_search(neighbours, temperature, search)
+        for option, value in (("image_size", image_size), ("memory_size", memory_size or 1)):
+            if value < 1:
+                raise InputError(f"{name}: {option} ({value}) must be at least 1")
+        self.image_size = image_size
+        self.memory_size = memory_size
+        self.options: dict[str, Any] = {
+            "neighbours": neighbours,
+            "temperature": temperature,
+            "search": search,
+            "seed": seed,
+        }
+
+    def obstacle(self, data: Any) -> str:
+        """Choose the training images, or say why these data cannot be measured."""
+        if not isinstance(data, SegmentationData):
+            return f"{type(data).__name__} has no masks: set {self.name}.data to some that have"
+        self.choose(len(data.source("train")))
+        return ""
+
+    def measure(self, data: SegmentationData, backbone: nn.Module, device: torch.device) -> dict[str, float]:
+        """Build the memory of the chosen images, and segment all validation images."""
+        train, val = (
+            self.share(data, data.square_dataloader(split, self.image_size), training=split == "train")
+            for split in ("train", "val")
+        )
+        found = segment_by_retrieval(
+            backbone,
+            train,
+            val,
+            device,
+            num_classes=data.num_classes,
+            memory_size=self.memory_size,
+            autocast_dtype=self._autocast_dtype,
+            progress=False,
+            **self.options,
+        )
+        return {metric: float(getattr(found, metric)) for metric in self.metrics}
