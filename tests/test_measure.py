@@ -1,4 +1,4 @@
-"""`locat knn` and `locat linear` as a user calls them, on every kind of weights."""
+"""`locat knn`, `linear` and `retrieve` as a user calls them, on every kind of weights."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from locat import main
-from locat_lightning.data import ImageData
+from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.evaluation.features import extract_features
 from locat_lightning.evaluation.knn import knn_classify
+from locat_lightning.evaluation.retrieval import segment_by_retrieval
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
 
 
 def backbone(seed=0, **arguments):
@@ -193,3 +195,59 @@ def test_mistakes_are_one_line(options, message, images, named, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("locat: error: ")
     assert message in error
+
+
+def test_dense_retrieval(scenes, named, capsys):
+    root = scenes("folder")
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    of_model = named[named.index("--accelerator") :]
+    options = [
+        *of_model,
+        "--data.root",
+        root,
+        "--data.classes",
+        "[sky, road, car]",
+        "--data.num_workers",
+        "0",
+    ]
+    run("retrieve", "--weights", "net.pth", *options, "--image_size", "36", "--memory_size", "60")
+
+    data = SegmentationData(root=str(root), classes=["sky", "road", "car"], num_workers=0)
+    data.setup("fit")
+    expected = segment_by_retrieval(
+        backbone(seed=3, dynamic_img_size=True),
+        data.square_dataloader("train", 36),
+        data.square_dataloader("val", 36),
+        "cpu",
+        num_classes=3,
+        memory_size=60,
+        progress=False,
+    )
+    found = metrics("net_retrieve")
+    assert found["retrieval/miou"] == pytest.approx(float(expected.miou))
+    assert found["retrieval/iou_sky"] == pytest.approx(float(expected.per_class[0]))
+    out = capsys.readouterr().out
+    assert (
+        f"dense retrieval: mIoU {float(expected.miou):.4f} (images resized to 36 × 36, 60 patches kept" in out
+    )
+    assert f"{float(expected.per_class[0]):.2%}" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*the model has not been trained")
+def test_a_segmentations_run_says_itself_what_is_to_be_retrieved(scenes, images):
+    torch.save({"state_dict": backbone().state_dict(), "hyper_parameters": OWN}, "net.pth")
+    data = ["--data.root", scenes("ade20k"), "--data.crop_size", "32", "--data.scale", "[48, 40]"]
+    quiet = [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--data.num_workers",
+        "0",
+    ]
+    steps = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--data.batch_size", "3"]
+    steps += ["--trainer.log_every_n_steps", "1"]
+    run("fit", "--config", "segment_ade20k.yaml", "--weights", "net.pth", *data, *quiet, *steps)
+    decoder = Path("runs/segment_ade20k/version_0/checkpoints/last.ckpt")
+    run("retrieve", "--weights", decoder, "--image_size", "32", "--accelerator", "cpu")
+    assert 0 <= metrics("segment_ade20k_retrieve")["retrieval/miou"] <= 1
