@@ -21,11 +21,11 @@ def test_a_scene_follows_from_its_split_and_number(scenes):
     assert scenes.path(7) == "scenes/train/7"
 
 
-def test_scenes_show_two_to_five_digits_on_ground(scenes):
+def test_scenes_show_two_to_four_digits_on_ground(scenes):
     assert len(scenes) == 40
     assert ["ground", *"0123456789"] == CLASS_NAMES
     classes = [np.unique(scenes.read(index)[1]) for index in range(40)]
-    assert all(found[0] == 0 and 2 <= len(found) <= 6 for found in classes)
+    assert all(found[0] == 0 and 2 <= len(found) <= 5 for found in classes)
     assert set(np.concatenate(classes)) == set(range(11))
     ground = np.mean([(scenes.read(index)[1] == 0).mean() for index in range(40)])
     assert 0.6 < ground < 0.95

@@ -8,15 +8,15 @@ from locat_lightning.data.reading import Source
 
 CLASS_NAMES = ["ground", *digits.CLASS_NAMES]
 SIDE = 64  # pixels
-DIGITS = (2, 5)  # in a scene, fewest and most
-SIZES = (16, 36)  # of a digit in pixels, smallest and largest
+DIGITS = (2, 4)  # in a scene, fewest and most
+SIZES = (24, 36)  # of a digit in pixels, smallest and largest
 INK = 0.4  # share of the pen's full colour from which on a pixel belongs to the digit
 GROUND, PEN = (10, 110), (150, 255)  # levels of the colours, of 255: pale on dark, as the digits are
 ATTEMPTS = 20  # at a place for a digit
 
 
 class Scenes(Source[np.ndarray]):
-    """A split of the scenes: two to five digits of scikit-learn's on rough ground, 64 x 64 pixels.
+    """A split of the scenes: two to four digits of scikit-learn's on rough ground, 64 x 64 pixels.
 
     Scene i follows from (split, i) alone. Training scenes are of training digits, the others of those held
     out. Class 0 is the ground, class d + 1 the digit d.
