@@ -446,6 +446,19 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small):
 
 
 @pytest.mark.slow
+def test_an_interrupt_of_the_process_alone_ends_its_workers_too(small):
+    process = locat(*FIT, *small, "--trainer.max_epochs", "100000", "--data.num_workers", "1")
+    deadline = time.monotonic() + 120
+    while not LAST.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert "Traceback" not in said
+    assert f"to go on: locat fit --ckpt_path {LAST}" in said
+
+
+@pytest.mark.slow
 def test_two_processes_are_as_one(small, folder):
     """They share out an odd number of images: none is counted twice, none is left out."""
     (folder / "val" / "ant" / "2.png").unlink()

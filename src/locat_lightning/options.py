@@ -116,8 +116,15 @@ def errors_in_a_line(debug: bool) -> Iterator[None]:
     """What a user can put right is one line on standard error and exit code 2."""
     try:
         yield
+    # As the shell has it: whoever sent the signal sees that it was heeded.
     except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)  # as the shell has it: whoever sent the signal sees that it was heeded
+        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning, having ended the run, exits with 1
+            sys.exit(128 + signal.SIGINT)
+        raise
     except Exception as error:
         mistake = _mistake(error)
         if debug or mistake is None:

@@ -4,25 +4,84 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn, RichProgressBarTheme
+from lightning.pytorch.trainer.states import TrainerFn
+
+WIDE = 120  # columns of a terminal that has room for a bar of full length and batches per second
+NAMES = {"train/images_per_s": "images/s"}
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, with time left, and the metrics under short names with four digits."""
+    """Lightning's rich bar in one line, with time left, and as many metrics as the terminal has room for.
+
+    It counts epochs from 1, and stands still before the run says what came of it.
+    """
 
     def __init__(self) -> None:
         super().__init__(theme=RichProgressBarTheme(metrics_format=".4g", progress_bar="cyan"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the bar shows: `loss`, `lr`, `images/s`, … of training, `val/…` of validation."""
-        names = {"train/images_per_s": "images/s"}
+        """What the bar shows: `loss`, what the run goes by, `images/s`, `lr`, …, as far as they fit."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return {names.get(name, name.removeprefix("train/")): value for name, value in metrics.items()}
+        first = ("train/loss", getattr(trainer.checkpoint_callback, "monitor", None), "train/images_per_s")
+        order = sorted(metrics, key=lambda name: first.index(name) if name in first else len(first))
+        shown: dict[str, Any] = {}
+        room = self._room(trainer)
+        for name in order:
+            short = NAMES.get(name, name.removeprefix("train/"))
+            room -= len(f"{short}: {metrics[name]:.4g} ")
+            if room < 0:
+                break
+            shown[short] = metrics[name]
+        return shown
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Lightning's, but for a short bar and no batches per second where the terminal is narrow."""
+        columns: list[Any] = super().configure_columns(trainer)
+        if self._is_narrow():
+            columns.pop()
+            for column in columns:
+                if isinstance(column, CustomBarColumn):
+                    column.bar_width = 10
+        return columns
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand still, with the last metrics."""
+        self._update_metrics(trainer, pl_module)
+        self._stop_progress()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand still, where validation is all there is to do."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._stop_progress()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand still."""
+        self._stop_progress()
+
+    on_predict_epoch_end = on_test_epoch_end
+
+    def _is_narrow(self) -> bool:
+        return self._console is not None and self._console.width < WIDE
+
+    def _room(self, trainer: Trainer) -> int:
+        """Columns that are left beside the description, the bar, the batches, the times and their gaps."""
+        if self._console is None:
+            return 0
+        description = len(self._get_train_description(trainer.current_epoch))
+        batches = 2 * len(str(self.total_train_batches)) + 1
+        bar_and_speed = 10 + 1 if self._is_narrow() else 40 + 1 + len("1234.56it/s") + 1
+        times = len("0:00:00 • 0:00:00")
+        return int(self._console.width) - description - batches - bar_and_speed - times - 3
+
+    def _stop_progress(self) -> None:
+        """Lightning's, once."""
+        if not self._progress_stopped:
+            super()._stop_progress()
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Lightning's, but for a run that ends with a step: it has no last epoch."""
-        if self.trainer.max_epochs == -1:
-            return f"Epoch {current_epoch}".ljust(len(self.validation_description))
-        description: str = super()._get_train_description(current_epoch)
-        return description
+        """The epoch, counted from 1; a run that ends with a step has no last one."""
+        last = f"/{self.trainer.max_epochs}" if (self.trainer.max_epochs or -1) > 0 else ""
+        return f"Epoch {current_epoch + 1}{last}".ljust(len(self.validation_description))
