@@ -10,7 +10,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-.PHONY: help install quickstart test check format bench
+.PHONY: help install quickstart segment test check format bench
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -35,6 +35,13 @@ quickstart: $(INSTALLED) ## train a LocAtViT and a plain ViT on real digits, min
 	$(BIN)/locat fit --config quickstart.yaml --name quickstart_locatvit
 	@echo; $(BIN)/locat runs
 	@echo 'look: $(BIN)/tensorboard --logdir runs'
+
+segment: $(INSTALLED) ## after quickstart: what the patch features of its two models are worth, minutes on a CPU
+	for model in vit locatvit; do \
+		$(BIN)/locat fit --config segment_digits.yaml --name segment_$$model \
+			--weights runs/quickstart_$$model/version_0/checkpoints/best.ckpt || exit; \
+	done
+	@echo; $(BIN)/locat runs
 
 bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO step, the segmentation head
 	$(BIN)/python benchmarks/backbones.py

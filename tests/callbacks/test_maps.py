@@ -117,6 +117,7 @@ def test_tensorboard_shows_pictures_iou_and_confusion(run):
     assert {"train/loss", "train/lr", "train/grad_norm", "val/miou", "train/images_per_s"} <= set(
         found["scalars"]
     )
+    assert {"iou/sky", "iou/car"} <= set(found["scalars"])
     assert {"gaug_variance/block_00", "gaug_alpha/block_01"} <= set(found["scalars"])
 
 

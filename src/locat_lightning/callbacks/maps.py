@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def draw_iou(
     for label, value in enumerate(values):
         left, top = line + label // rows * width, (2 + label % rows) * line
         name = fitted(class_names[label], name_width - line // 2, font)
-        pen.text((left, top), name, INK if value == value else FAINT, font)
+        pen.text((left, top), name, INK , font)
         begin = left + name_width
         if value == value:
             box = (begin, top, begin + value * bar_width, top + 0.7 * line)
@@ -194,8 +195,8 @@ class SegmentationPictures(Callback):
     """Draws the same validation images in TensorBoard at each validation, and what the validation counted.
 
     `pictures/validation`: input, annotation, prediction, GAug's kernels at three depths, with a legend;
-    `pictures/iou`: IoU by class; `pictures/confusion`: the confusion matrix. Other tasks than `Segmentation`
-    are left alone, and without a TensorBoard logger nothing is drawn.
+    `pictures/iou` and the scalars `iou/NAME`: IoU by class; `pictures/confusion`: the confusion matrix. Other
+    tasks than `Segmentation` are left alone, and without a TensorBoard logger nothing is drawn.
 
     Args:
         images: how many, evenly spaced over the validation set.
@@ -225,7 +226,11 @@ class SegmentationPictures(Callback):
             "iou": draw_iou(iou, pl_module.class_names, data.colours, title=pl_module.protocol),
             "confusion": draw_confusion(iou.confusion, pl_module.class_names),
         }
+        names = pl_module.class_names
+        by_class = zip(names, iou.per_class.tolist(), strict=True)
+        shares = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
         for board in tensorboards(trainer):
+            board.log_metrics(shares, step=step)
             for name, picture in pictures.items():
                 board.experiment.add_image(f"pictures/{name}", picture, global_step=step)
 
