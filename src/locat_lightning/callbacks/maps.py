@@ -139,9 +139,9 @@ def draw_iou(
     for label, value in enumerate(values):
         left, top = line + label // rows * width, (2 + label % rows) * line
         name = fitted(class_names[label], name_width - line // 2, font)
-        pen.text((left, top), name, INK , font)
+        pen.text((left, top), name, FAINT if isnan(value) else INK, font)
         begin = left + name_width
-        if value == value:
+        if not isnan(value):
             box = (begin, top, begin + value * bar_width, top + 0.7 * line)
             pen.rectangle((begin, top, begin + bar_width, top + 0.7 * line), "#eaeef2")
             pen.rectangle(box, tuple(colours[label].tolist()), outline=FAINT)
