@@ -206,7 +206,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             InputError: they are not given, or cannot be read.
         """
         if self.dataset == "digits":
-            return named_classes(scenes.CLASS_NAMES)
+            return named_classes(scenes.CLASS_NAMES, scenes.COLOURS)
         if self.dataset in LAYOUTS:
             return known_classes(self.dataset)
         given = self.given_classes

@@ -7,6 +7,9 @@ from locat_lightning.data import digits
 from locat_lightning.data.reading import Source
 
 CLASS_NAMES = ["ground", *digits.CLASS_NAMES]
+# Of the ground, then ten of matplotlib's ("tab10").
+PALETTE = "303030 1f77b4 ff7f0e 2ca02c d62728 9467bd 8c564b e377c2 7f7f7f bcbd22 17becf"
+COLOURS = np.array([list(bytes.fromhex(colour)) for colour in PALETTE.split()], np.uint8)
 SIDE = 64  # pixels
 DIGITS = (2, 4)  # in a scene, fewest and most
 SIZES = (24, 36)  # of a digit in pixels, smallest and largest
