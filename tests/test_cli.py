@@ -225,7 +225,10 @@ def test_what_does_not_fit_is_one_line(options, expected, small, capsys):
 def test_an_unreadable_image_is_named(workers, small, folder, capsys):
     broken = folder / "train" / "bee" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    assert str(broken) in refusal(capsys, [*FIT, *small, "--data.num_workers", workers])
+    said = refusal(capsys, [*FIT, *small, "--data.num_workers", workers])
+    assert str(broken) in said
+    assert "allow more with --data.max_unreadable (now 0)" in said
+    assert not RUN.exists()
 
 
 def test_debug_shows_the_traceback(small):
@@ -315,6 +318,24 @@ def test_nothing_is_lost_where_nothing_can_go_on(small, capsys, caplog):
     assert "nothing was left to train" in caplog.text
     assert {path: path.read_bytes() for path in record} == record
     assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))
+
+
+def test_the_last_run_of_a_name_goes_on_without_its_config(small, capsys):
+    assert refusal(capsys, ["fit", "--ckpt_path", "last"]) == (
+        "--ckpt_path last needs --name, the name of the run, or its --config"
+    )
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    last = ["fit", "--ckpt_path", "last"]
+    assert "the name of the run (classify_tiny), or" in refusal(capsys, last)
+    assert "no run in" in refusal(capsys, [*last, "--name", "other"])
+    main([*last, "--name", "classify_tiny", "--trainer.max_epochs", "2", "--allow_changes", "true"])
+    assert torch.load(LAST, weights_only=True)["global_step"] == 6
+
+
+def test_a_small_data_set_has_curves(small, recwarn):
+    main([*FIT, *small, "--trainer.log_every_n_steps", "null"])  # 50, of 3 batches an epoch
+    assert [step for step, _ in scalars(RUN, "train/loss")] == [2, 5]
+    assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
 
 
 def test_an_option_at_resuming_counts(small, capsys):

@@ -101,8 +101,12 @@ def test_a_change_is_refused_or_said(caplog):
     assert str(refused.value) == (
         "going on from runs/last.ckpt, model.lr was null and is 0.1 now; "
         "trainer.max_epochs was 100 and is 200 now: "
-        "give what was, or permit the change with --allow_changes true"
+        "leave the options out (locat fit --ckpt_path runs/last.ckpt goes on with what the run had), "
+        "or permit the change with --allow_changes true"
     )
+    more = now | {"trainer.devices": 1, "trainer.precision": "16-mixed"}
+    with pytest.raises(InputError, match="model.lr was.*trainer.max_epochs was.*; and 1 more: leave"):
+        resume.check(BEFORE, more, allowed=False, checkpoint=path)
     with caplog.at_level("INFO"):
         resume.check(BEFORE, now, allowed=True, checkpoint=path)
     assert [record.message for record in caplog.records] == [

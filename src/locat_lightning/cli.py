@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 import locat_lightning
 from locat_lightning import resume
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
-from locat_lightning.callbacks.checkpoints import Checkpoints
+from locat_lightning.callbacks.checkpoints import Checkpoints, came_to_nothing
 from locat_lightning.callbacks.crops import CropPictures
 from locat_lightning.callbacks.kernels import KernelWidths
 from locat_lightning.callbacks.maps import MapWriter, SegmentationPictures
@@ -60,6 +60,8 @@ EXPECTED = (
     "You're using the WeightAveraging callback with a model that overrides the configure_model",
     # A frozen backbone stays in evaluation mode.
     "Found .* module.* in eval mode at the start of training",
+    # It logs as often as there are batches then, unless somebody said otherwise.
+    "The number of training batches .* is smaller than the logging interval",
     # Lightning 2.6 asks torch's pytree in a way that torch 2.15 wants asked differently.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
@@ -91,6 +93,9 @@ class RunRecord(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Config and versions, once."""
         super().setup(trainer, pl_module, str(trainer.state.fn))
+        if self.config.trainer.log_every_n_steps is None:  # often enough for a small data set
+            steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+            trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, steps))  # type: ignore[attr-defined]
 
     on_test_start = on_predict_start = on_train_start
 
@@ -128,12 +133,17 @@ class RunRecord(SaveConfigCallback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Remove the directory of a run that never began: there are just empty logs in it."""
+        """Remove the directory of a run that came to nothing: there are just logs in it."""
         directory = Path(trainer.default_root_dir)
-        if self.already_saved or not trainer.is_global_zero or not directory.is_dir():
+        if self.already_saved and not came_to_nothing(trainer, exception):
             return
+        if not trainer.is_global_zero or not directory.is_dir():
+            return
+        for logger in trainer.loggers:
+            logger.finalize("failed")
         files = list(directory.iterdir())
-        if all(file.name.startswith(("events.out.tfevents", "hparams.yaml")) for file in files):
+        logs = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml")
+        if all(file.name.startswith(logs) for file in files):
             for file in files:
                 file.unlink()
             directory.rmdir()
@@ -290,12 +300,7 @@ class LocatCLI(LightningCLI):
             if not path.is_file():
                 raise InputError(f"--ckpt_path: no such file: {path.absolute()}")
             return path
-        runs = Path(config.runs) / config.name
-        found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise InputError(f"--ckpt_path last: no run in {runs.absolute()} has a last.ckpt")
-        newest: Path = found[-1]
-        return newest
+        return _last_checkpoint(Path(config.runs) / config.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with a directory for the run: a fresh one, or that of the checkpoint to go on from.
@@ -382,6 +387,21 @@ class MetricsTable(CSVLogger):
             return [row for row in csv.DictReader(file) if int(row["step"]) < self._step]
 
 
+def _last_checkpoint(runs: Path) -> Path:
+    """The `last.ckpt` of the newest run of a name.
+
+    Args:
+        runs: the directory of the runs of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"--ckpt_path last: no run in {runs.absolute()} has a last.ckpt")
+    return found[-1]
+
+
 def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     """What the given checkpoint's run wrote down of itself, where no --config says it, by dotted key.
 
@@ -395,6 +415,16 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     if command not in COMMANDS or options.keys() & {"--config", "-c", "--help", "-h", "--print_config"}:
         return {}
     checkpoint = Path(options.get("--ckpt_path" if command == "fit" else "--weights", ""))
+    if command == "fit" and checkpoint == Path("last"):
+        runs = Path(options.get("--runs", "runs"))
+        if "--name" not in options:
+            names = sorted({path.parents[2].name for path in runs.glob("*/*/checkpoints/last.ckpt")})
+            raise InputError(
+                "--ckpt_path last needs --name, the name of the run"
+                + (f" ({', '.join(names)})" if names else "")
+                + ", or its --config"
+            )
+        checkpoint = _last_checkpoint(runs / options["--name"])
     record = record_of_run(checkpoint)
     if record is None:
         if options.keys() & {"--model", "--model.class_path"}:

@@ -15,6 +15,8 @@ from locat_lightning.data.module import ImageModule
 from locat_lightning.errors import InputError
 
 OPTION = "allow_changes"
+IMAGES = "the number of training images"
+LISTED = 3  # differences in a message
 RECORD = "run"  # a checkpoint's key of what `of_trainer` gives
 
 # What of a trainer shapes the training, by attribute, and the option that says it.
@@ -70,9 +72,7 @@ def of_data(data: Any) -> dict[str, Any]:
     Args:
         data: of the run, set up.
     """
-    return (
-        {"the number of training images": len(data.source("train"))} if isinstance(data, ImageModule) else {}
-    )
+    return {IMAGES: len(data.source("train"))} if isinstance(data, ImageModule) else {}
 
 
 def of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,10 +118,16 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool, c
     """
     found = changes(before, now)
     if found and not allowed:
-        differing = "; ".join(map(str, found))
+        differing = "; ".join(map(str, found[:LISTED]))
+        if len(found) > LISTED:
+            differing += f"; and {len(found) - LISTED} more"
+        if any(change.option == IMAGES for change in found):
+            remedy = "give what was"
+        else:
+            as_it_was = f"locat fit --ckpt_path {checkpoint}"
+            remedy = f"leave the options out ({as_it_was} goes on with what the run had)"
         raise InputError(
-            f"going on from {checkpoint}, {differing}: give what was, or permit the change with "
-            f"--{OPTION} true"
+            f"going on from {checkpoint}, {differing}: {remedy}, or permit the change with --{OPTION} true"
         )
     for change in found:
         rank_zero_info(f"going on with a change: {change}")

@@ -238,7 +238,7 @@ def test_the_first_unreadable_image_stops_the_run(training, workers):
         list(loader(broken=[5], training=training, workers=workers))
     assert str(error.value) == (
         "cannot read image image-5 (broken as it is): repair or remove it,"
-        " or allow more with max_unreadable (now 0)"
+        " or allow more with --data.max_unreadable (now 0)"
     )
 
 

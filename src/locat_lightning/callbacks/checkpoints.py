@@ -7,6 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from locat_lightning.errors import InputError
+
 
 class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose `last.ckpt` is that of the last epoch, and also of a run cut off.
@@ -30,6 +32,8 @@ class Checkpoints(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last, and say so. A batch that was under way counts as not begun."""
+        if came_to_nothing(trainer, exception):
+            return
         if self._should_save_on_exception(trainer):
             progress = trainer.fit_loop.epoch_loop.batch_progress
             current = progress.current.state_dict()
@@ -63,3 +67,9 @@ class Checkpoints(ModelCheckpoint):
         if trainer.is_global_zero:
             Path(part).replace(filepath)
         self._last_checkpoint_saved = filepath
+
+
+def came_to_nothing(trainer: Trainer, exception: BaseException) -> bool:
+    """Whether a run ends by a mistake before it logged a step: nothing of it is worth keeping."""
+    fresh = trainer.ckpt_path is None
+    return fresh and isinstance(exception, InputError) and trainer.global_step < trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -233,7 +233,7 @@ class UnreadableImages:
                 skipped = f" and {self.limit} more before" if self.limit else ""
                 raise InputError(
                     f"cannot read image {path} ({reason}){skipped}: repair or remove it, or allow more"
-                    f" with max_unreadable (now {self.limit})"
+                    f" with --data.max_unreadable (now {self.limit})"
                 )
             self.reasons[path] = reason
 
