@@ -1,16 +1,19 @@
 """The segmentation task: what is frozen, what is kept, what is predicted, against plain expressions."""
 
 import copy
+import os
+import socket
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from torch import multiprocessing
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from locat_lightning.backbones.create import create_backbone
 from locat_lightning.backbones.weights import DECODER_OF
-from locat_lightning.data.masks import MaskBatch
+from locat_lightning.data.masks import MaskBatch, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.tasks import Segmentation
@@ -328,3 +331,45 @@ def test_a_copy_is_as_good(tmp_path, weights):
     images = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(copy.deepcopy(module)(images), module(images))
+
+
+def of_folder(folder, weights, **options):
+    """mIoU and weights after two steps on 5 images; 2 processes have unequal shares of the 3 to evaluate."""
+    data = SegmentationData(
+        root=str(folder),
+        classes=["a", "b", "c"],
+        crop_size=16,
+        scale=(24, 20),
+        batch_size=6 // options.get("devices", 1),
+        num_workers=0,
+    )
+    module = task(weights, lr=0.01)
+    fit(folder, module, data, max_epochs=2, **options)
+    return module.iou.confusion, dict(module.decoder.state_dict())
+
+
+def one_of_two(rank, port, folder, weights):
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
+    torch.set_num_threads(1)
+    torch.save(of_folder(folder, weights, devices=2, strategy="ddp"), folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_pixel_once(scenes, weights):
+    folder = scenes("folder")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(one_of_two, (port, folder, weights), nprocs=2)
+    confusion, decoder = of_folder(folder, weights)
+    for rank in range(2):
+        of_both, same = torch.load(folder / f"{rank}.pt", weights_only=True)
+        assert of_both.sum() == confusion.sum() == 3 * 48 * 30
+        for name, value in decoder.items():
+            torch.testing.assert_close(same[name], value, atol=1e-3, rtol=1e-3)
