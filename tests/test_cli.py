@@ -91,6 +91,10 @@ def test_a_config_is_a_local_file_first(tmp_path):
     assert find_config("quickstart.yaml") == "quickstart.yaml"
     with pytest.raises(InputError, match="no shipped config 'nowhere'"):
         find_config("nowhere")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
+    with pytest.raises(InputError, match=r"run is a directory: give a file, as run/config\.yaml"):
+        find_config("run")
 
 
 @pytest.mark.parametrize(
@@ -100,16 +104,31 @@ def test_a_config_is_a_local_file_first(tmp_path):
         (["fit"], "locat fit needs --config, a file or one of classify_base.yaml"),
         (["fit", "--config", "nowhere"], "no shipped config 'nowhere'"),
         (["validate", "--data.root", "x"], "locat validate needs --config"),
-        ([*FIT, "--model.lrr", "1"], "model.lrr: there is no such option"),
-        ([*FIT, "--trainer.max_epoch", "1"], "unrecognized arguments: --trainer.max_epoch"),
+        (
+            ["fit", "--config", "classify_tinny"],
+            "no shipped config 'classify_tinny'; near it: classify_tiny.yaml",
+        ),
+        (["fit", "--config", "."], "--config: . is a directory, not a file"),
+        (["validate", "--weights", "runs/nope/last.ckpt"], "--weights: no such file: "),
+        (["validate", "--weights", "."], "--weights: . is a directory, not a file"),
+        ([*FIT, "--model.lrr", "1"], "model.lrr: there is no such option; near it: model.lr"),
+        (
+            [*FIT, "--data.batchsize", "1"],
+            "data.batchsize: there is no such option; near it: data.batch_size",
+        ),
+        (
+            [*FIT, "--trainer.max_epoch", "1"],
+            "--trainer.max_epoch: there is no such option; near it: --trainer.max_",
+        ),
         ([*FIT, "--model.lr", "fast"], "model.lr: 'fast' is not of the type float or null"),
         ([*FIT, "--data.batch_size", "0"], "batch_size (0) must be at least 1"),
         ([*FIT, "--model", "Nope"], "model: there is no class 'Nope'"),
         ([*FIT, "--trainer.callbacks+=lightning.Nope"], "trainer.callbacks: module 'lightning' has no"),
         (
             [*FIT, "--trainer.precision", "17"],
-            "trainer.precision: '17' is not of the type Literal[64, 32, 16]",
+            "trainer.precision: '17' must be one of 64, 32, 16, transformer-engine, ",
         ),
+        ([*FIT, "--trainer.precision", "fp8"], "16, bf16, null"),
         ([*FIT, "--checkpoint.mode", "most"], "`mode` can be min, max but got most"),
         ([*FIT, "--model.backbone", "locatvit_huge"], "timm knows no model 'locatvit_huge'; near it: "),
         ([*FIT, "--model.optimizer", "adamz"], "model.optimizer: timm knows no 'adamz'; it knows adam, "),
@@ -425,6 +444,18 @@ def test_weight_averaging_is_an_option(small):
     main(["validate", "--weights", str(LAST), *QUIET])
     [(_, measured)] = scalars("runs/classify_tiny_validate/version_0", "val/loss")
     assert measured == pytest.approx(scalars(RUN, "val/loss")[-1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("option", "expected"), [("model", "mixup_prob"), ("data", "batch_size")])
+def test_the_options_of_a_class_need_no_config(option, expected, capsys):
+    name = {"model": "Classification", "data": "ImageData"}[option]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", f"--{option}.help", name])
+    assert ended.value.code == 0
+    assert f"--{option}.{expected}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert f"--{option}.help {name}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_commands_are_those_of_the_help():

@@ -105,7 +105,7 @@ def test_a_change_is_refused_or_said(caplog):
         "or permit the change with --allow_changes true"
     )
     more = now | {"trainer.devices": 1, "trainer.precision": "16-mixed"}
-    with pytest.raises(InputError, match="model.lr was.*trainer.max_epochs was.*; and 1 more: leave"):
+    with pytest.raises(InputError, match=r"model.lr was.*trainer.max_epochs was.*; and 1 more: leave"):
         resume.check(BEFORE, more, allowed=False, checkpoint=path)
     with caplog.at_level("INFO"):
         resume.check(BEFORE, now, allowed=True, checkpoint=path)

@@ -39,9 +39,11 @@ from locat_lightning.errors import InputError
 from locat_lightning.options import (
     ConfigByName,
     check_processes,
+    check_weights,
     errors_in_a_line,
     given_options,
     mixed_precision,
+    near_options,
     record_of_run,
     shipped_configs,
 )
@@ -76,6 +78,11 @@ NO_NEWS = (
 )
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
 MEASURED = ("val/", "knn/", "linear/", "retrieval/")  # metrics that say what came of a run
+HELP = {"--model.help", "--data.help"}  # of a class
+HELP_TO_OPTIONS = (
+    "The options of model and data are those of their class: locat fit --model.help Classification (or Dino, "
+    "Segmentation), locat fit --data.help ImageData (or MultiCropData, SegmentationData)."
+)
 COMMANDS = {
     "fit": "train",
     "validate": "measure on the val split",
@@ -184,7 +191,7 @@ class LocatCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False, "prog": "locat", "allow_abbrev": False}
             | {
-                name: {"exit_on_error": False, "description": description}
+                name: {"exit_on_error": False, "description": description, "epilog": HELP_TO_OPTIONS}
                 for name, description in COMMANDS.items()
             },
         )
@@ -248,6 +255,12 @@ class LocatCLI(LightningCLI):
             }
             | self._recorded
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Like LightningCLI's, with the options that are like one that is unknown."""
+        command = self._subcommand_parsers.get(next(iter(sys.argv[1:]), ""), parser)
+        with near_options(option for action in command._actions for option in action.option_strings):
+            super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a resumed run has the options that it is given, not those of its checkpoint."""
@@ -412,7 +425,14 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     """
     options = given_options(arguments)
     command = next(iter(options), "")
-    if command not in COMMANDS or options.keys() & {"--config", "-c", "--help", "-h", "--print_config"}:
+    if command not in COMMANDS or options.keys() & {
+        "--config",
+        "-c",
+        "--help",
+        "-h",
+        "--print_config",
+        *HELP,
+    }:
         return {}
     checkpoint = Path(options.get("--ckpt_path" if command == "fit" else "--weights", ""))
     if command == "fit" and checkpoint == Path("last"):
@@ -427,6 +447,8 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
         checkpoint = _last_checkpoint(runs / options["--name"])
     record = record_of_run(checkpoint)
     if record is None:
+        if "--weights" in options:
+            check_weights(options["--weights"])
         if options.keys() & {"--model", "--model.class_path"}:
             return {}
         raise InputError(

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from locat_lightning.backbones.create import load_backbone
-from locat_lightning.backbones.weights import Network, check_source
+from locat_lightning.backbones.weights import Network
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import (
@@ -34,9 +34,11 @@ from locat_lightning.evaluation.retrieval import Search, segment_by_retrieval
 from locat_lightning.options import (
     ConfigByName,
     check_processes,
+    check_weights,
     errors_in_a_line,
     given_options,
     mixed_precision,
+    near_options,
     record_of_run,
 )
 
@@ -79,11 +81,12 @@ def _measure(command: str, arguments: list[str]) -> None:
     parser = _parser(command)
     options = given_options(arguments)
     if weights := options.get("--weights"):
-        check_source(weights)
+        check_weights(weights)
         parser.set_defaults(_defaults(command, weights))
     elif not options.keys() & {"--config", "-c", "--help", "-h"}:
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
-    config = parser.parse_args(arguments)
+    with near_options(option for action in parser._actions for option in action.option_strings):
+        config = parser.parse_args(arguments)
     autocast_type(config.precision)  # a mistake shows before anything is read
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
@@ -199,7 +202,7 @@ def _check_size(backbone: nn.Module, size: int, device: torch.device) -> None:
     except (AssertionError, RuntimeError) as error:
         raise InputError(
             f"the backbone does not take images of {size} pixels ({error}): set --data.img_size, or "
-            "--backbone_args '{img_size: …}'"
+            f"--backbone_args.img_size {size}"
         ) from error
 
 

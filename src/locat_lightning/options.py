@@ -4,10 +4,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from locat import config_directory, list_configs
+from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError
 
 
@@ -36,9 +40,53 @@ def find_config(name: str) -> str:
     for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
         if path.is_file():
             return str(path)
+    if Path(name).is_dir():
+        raise InputError(f"--config: {name} is a directory{_is_it(Path(name) / 'config.yaml')}")
+    shipped = shipped_configs().split(", ")
     raise InputError(
-        f"--config: no file {Path(name).absolute()} and no shipped config {name!r} ({shipped_configs()})"
+        f"--config: no file {Path(name).absolute()} and no shipped config {name!r}"
+        f"{near(name, shipped) or f' ({shipped_configs()})'}"
     )
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The known names that are like a name, to go on with after a mistake; empty if there is none."""
+    found = get_close_matches(name, known)
+    return f"; near it: {', '.join(found)}" if found else ""
+
+
+def check_weights(weights: str) -> None:
+    """See that there is such a source of weights (`check_source`), and that it is no directory.
+
+    Raises:
+        InputError: there is not, or it is.
+    """
+    if (path := Path(weights)).is_dir():
+        raise InputError(f"--weights: {weights} is a directory{_is_it(path / 'checkpoints' / 'best.ckpt')}")
+    check_source(weights)
+
+
+def _is_it(path: Path) -> str:
+    return f": give a file, as {path}" if path.is_file() else ", not a file"
+
+
+@contextmanager
+def near_options(known: Iterable[str]) -> Iterator[None]:
+    """Have an option that a parser does not know answered by those that it knows.
+
+    Args:
+        known: as they are typed.
+
+    Raises:
+        InputError: there is such an option.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", str(error))
+        if unknown is None:
+            raise
+        raise InputError(f"{unknown[1]}: there is no such option{near(unknown[1], known)}") from error
 
 
 def shipped_configs() -> str:
@@ -86,7 +134,10 @@ def _in_a_line(message: str) -> str:
     keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     key, problem = ".".join(keys), message.rpartition('Parser key "')[2]
     if option := re.search(r"Option '([^']+)' is not accepted", problem):
-        return f"{key}.{option[1]}: there is no such option"
+        owner = re.search(r"class_path '([^']+)'", problem)
+        known = signature(resolve_name(owner[1])).parameters if owner else ()
+        name = f"{key}.{option[1]}"
+        return f"{name}: there is no such option{near(name, [f'{key}.{each}' for each in known])}"
     if unknown := re.search(r"Expected a dot import path string: (.*)", problem):
         return f"{key}: there is no class {unknown[1]!r}"
     if fault := re.search(r"Problem with given class_path '[^']+':\s*(.*)", problem):
@@ -95,7 +146,14 @@ def _in_a_line(message: str) -> str:
         return f"{key}: it takes {tuple_[1]} values, not {tuple_[2]}"
     if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
         tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])
-        types = " or ".join("null" if name == "NoneType" else name or other for name, other in tried)
+        names = ["null" if name == "NoneType" else name or other for name, other in tried]
+        if allowed := [
+            word for name in names for word in re.findall(r"[\w-]+", name.partition("Literal")[2])
+        ]:
+            return (
+                f"{key}: {value[1]!r} must be one of {', '.join([*allowed, *('null',) * ('null' in names)])}"
+            )
+        types = " or ".join(names)
         return f"{key}: {value[1]!r} is not of the type {types}" if types else f"{key}: {value[1]!r} is wrong"
     return " ".join(message.split())
 

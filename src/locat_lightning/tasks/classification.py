@@ -198,7 +198,7 @@ class Classification(Task):
         if given is not None and taken is not None and tuple(taken) != (given, given):
             raise InputError(
                 f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "
-                f"them agree, for example by model.backbone_args {{img_size: {given}}}"
+                f"them agree, for example by --model.backbone_args.img_size {given}"
             )
 
     def _mixup(self, num_classes: int) -> Mixup | None:
