@@ -69,7 +69,7 @@ def test_knn_of_a_state_dict(named, folder, capsys):
     out = capsys.readouterr().out
     assert "8 images, each by its nearest among 18" in out
     assert f"{expected.top1:.2%}" in out
-    assert "│ 18 │" in out  # k is capped at the bank's size
+    assert "200 (all 18)" in out  # k is capped at the bank's size
     board = EventAccumulator("runs/net_knn/version_0")
     board.Reload()
     assert board.Scalars("knn/top1_k5")[0].value == pytest.approx(expected.top1)
@@ -97,6 +97,30 @@ def test_knn_of_a_local_dir(images, folder):
     Path("config.json").write_text(json.dumps(config))
     run("knn", "--weights", "local-dir:.", *images, "--k", "3", "--name", "hub")
     assert metrics("hub")["knn/top1_k3"] == knn_of(model, folder, 3).top1
+
+
+def test_a_local_dir_says_how_its_images_are_normalised(images, monkeypatch):
+    save_file(backbone(seed=4).state_dict(), "model.safetensors")
+    noted = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    config = {"architecture": "locatvit_tiny", "num_classes": 0, "model_args": SIZES, "pretrained_cfg": noted}
+    Path("config.json").write_text(json.dumps(config))
+    seen = []
+    original = ImageData.eval_dataloader
+    monkeypatch.setattr(
+        ImageData,
+        "eval_dataloader",
+        lambda self, split: seen.append(self.normalisation) or original(self, split),
+    )
+    run("knn", "--weights", "local-dir:.", *images, "--k", "3")
+    run("knn", "--weights", "local-dir:.", *images, "--k", "3", "--data.mean", "[0, 0, 0]")
+    assert seen[0] == {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    assert seen[2] == {"mean": (0, 0, 0), "std": (0.2, 0.3, 0.4)}
+
+
+def test_images_of_another_size_than_the_model_was_built_for(images, capsys):
+    torch.save({"state_dict": backbone().state_dict(), "hyper_parameters": OWN}, "net.pth")
+    run("knn", "--weights", "net.pth", *images, "--k", "100", "--data.img_size", "48")
+    assert "100 (all 18)" in capsys.readouterr().out
 
 
 def test_a_run_says_itself_what_it_is(small, images):
@@ -181,7 +205,7 @@ def test_commands_repeat_themselves(named):
         (["--weights", "net.pth", "NAMED", "--student"], "holds no student"),
         (["--weights", "net.pth", "NAMED", "--k", "0"], '"k" element 1'),
         (["--weights", "net.pth", "NAMED", "--precision", "64-true"], "precision '64-true' is none"),
-        (["--weights", "net.pth", "NAMED", "--data.img_size", "48"], "does not take images of 48 pixels"),
+        (["--weights", "net.pth", "NAMED", "--data.img_size", "33"], "does not take images of 33 pixels"),
         (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),
     ],

@@ -14,6 +14,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
+from timm.models import load_model_config_from_hf
 from torch import nn
 
 from locat_lightning.backbones.create import load_backbone
@@ -102,7 +103,7 @@ def _measure(command: str, arguments: list[str]) -> None:
         config.backbone,
         config.backbone_args,
         network=network,
-        any_size=isinstance(data, SegmentationData),
+        any_size=True,
     )
     backbone.to(fabric.device)
     if isinstance(data, SegmentationData):
@@ -189,10 +190,24 @@ def _defaults(command: str, weights: str) -> dict[str, Any]:
         of_a_kind = has_masks == (command == "retrieve")
         keys = (OF_THE_MASKS if has_masks else OF_THE_IMAGES) if of_a_kind else OF_ANY_KIND
         return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
-    if timm.is_model(weights):
-        known = timm.get_pretrained_cfg(weights)
-        return {f"data.{key}": getattr(known, key) for key in OF_ANY_KIND}
-    return {}
+    known = _pretrained_cfg(weights)
+    return {f"data.{key}": tuple(known[key]) for key in OF_ANY_KIND if known.get(key)}
+
+
+def _pretrained_cfg(weights: str) -> dict[str, Any]:
+    """What timm notes beside the weights that it names, or that a hub or a folder has; {} of others."""
+    source, _, place = weights.partition(":")
+    if source == "local-dir":
+        file = Path(place) / "config.json"
+        known = json.loads(file.read_text()).get("pretrained_cfg", {}) if file.is_file() else {}
+    elif source in ("hf-hub", "hf_hub"):
+        try:
+            known = load_model_config_from_hf(place)[0]
+        except Exception:  # of many kinds, which are told when the weights are loaded
+            known = {}
+    else:
+        known = timm.get_pretrained_cfg(weights).to_dict() if timm.is_model(weights) else {}
+    return dict(known)
 
 
 def _check_size(backbone: nn.Module, size: int, device: torch.device) -> None:
@@ -219,14 +234,17 @@ def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric
     return Measurement(
         f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}",
         ("k", "top-1", "top-5"),
-        [(f"{a.neighbours}", *_percent(a.top1, a.top5)) for a in found.values()],
+        [
+            (f"{k}" if a.neighbours == k else f"{k} (all {a.neighbours})", *_percent(a.top1, a.top5))
+            for k, a in found.items()
+        ],
         {f"knn/{metric}_k{k}": getattr(a, metric) for k, a in found.items() for metric in ("top1", "top5")},
     )
 
 
 def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     if config.protocol == "paper":
-        images = data.batch_size * fabric.world_size
+        images = min(data.batch_size * fabric.world_size, len(data.source("train")))
         best = train_linear(
             backbone,
             data.train_dataloader(),
@@ -251,7 +269,8 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
             progress=fabric.is_global_zero,
         )
         results, best = list(sweep.results), sweep.best
-        manner = f"{config.sweep_batch_size} features a step, best top-1 {best.top1:.2%}"
+        features = min(config.sweep_batch_size, len(train.labels))
+        manner = f"{features} features a step, best top-1 {best.top1:.2%}"
     return Measurement(
         f"linear, {config.protocol}: {config.epochs} epochs, {manner}",
         ("learning rate", "effective", "top-1", "top-5"),

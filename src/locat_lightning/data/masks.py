@@ -76,7 +76,8 @@ def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
         sizes = list(dict.fromkeys(f"{part.shape[-1]} x {part.shape[-2]}" for part in parts))
         if len(sizes) > 1:
             raise InputError(
-                f"{kind} of {sizes[0]} and {sizes[1]} pixels cannot be in one batch: set eval_batch_size to 1"
+                f"{kind} of {sizes[0]} and {sizes[1]} pixels cannot be in one batch: set "
+                "--data.eval_batch_size 1"
             )
     return MaskBatch(torch.stack(images), torch.stack(masks), torch.tensor(indices))
 
@@ -173,14 +174,14 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         check_share(hflip=hflip)
         check_span(ratio=ratio)
         if min(scale) < 1:
-            raise InputError(f"scale {tuple(scale)} must be two numbers of pixels, at least 1")
+            raise InputError(f"data.scale {tuple(scale)} must be two numbers of pixels, at least 1")
         if not 0 < cat_max_ratio <= 1:
-            raise InputError(f"cat_max_ratio ({cat_max_ratio}) must be above 0 and at most 1")
+            raise InputError(f"data.cat_max_ratio ({cat_max_ratio}) must be above 0 and at most 1")
         if not 0 <= ignore_index <= VOID:
-            raise InputError(f"ignore_index ({ignore_index}) must be from 0 to {VOID}")
+            raise InputError(f"data.ignore_index ({ignore_index}) must be from 0 to {VOID}")
         if "{split}" not in (splits or images):
             raise InputError(
-                f"images ({images!r}) or splits ({splits!r}) must contain {{split}}, or train and val are one"
+                f"data.images ({images!r}) or data.splits ({splits!r}) must contain {{split}}, or train and val are one"
             )
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
@@ -214,7 +215,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             if self._is_unlabelled():
                 return Classes([], np.zeros((0, 3), np.uint8))
             raise InputError(
-                f"the classes of {self.root} are not given: set classes to their names in the order of their"
+                f"the classes of {self.root} are not given: set --data.classes to their names in the order of their"
                 " labels, or to a file with a name a line"
             )
         if isinstance(given, str):
