@@ -390,10 +390,17 @@ def test_without_tensorboard_nothing_is_done(tmp_path):
     assert not hasattr(callback, "inputs")
 
 
-@pytest.mark.parametrize("name", ["images", "every_n_epochs", "side"])
-def test_arguments_out_of_range(name):
-    with pytest.raises(InputError, match=rf"{name} \(0\) must be at least 1"):
-        AttentionPictures(**{name: 0})
+@pytest.mark.parametrize(("name", "least"), [("images", 1), ("every_n_epochs", 0), ("side", 1)])
+def test_arguments_out_of_range(name, least):
+    with pytest.raises(InputError, match=rf"pictures: {name} \({least - 1}\) must be at least {least}"):
+        AttentionPictures(**{name: least - 1})
+
+
+def test_never(tmp_path):
+    callback = AttentionPictures(every_n_epochs=0)
+    trainer(tmp_path, [callback]).validate(Classifier(vit()), digits(), verbose=False)
+    assert not hasattr(callback, "inputs")
+    assert not drawn_in(tmp_path)
 
 
 def test_other_data(tmp_path):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -25,6 +24,7 @@ from locat_lightning.callbacks.pictures import (
     Column,
     fitted,
     gaussian_kernels,
+    is_due,
     kernel_columns,
     resized,
     table,
@@ -200,7 +200,7 @@ class SegmentationPictures(Callback):
 
     Args:
         images: how many, evenly spaced over the validation set.
-        every_n_epochs: epochs from one picture to the next.
+        every_n_epochs: epochs from one picture to the next; 0 for never.
         side: shorter side of an image in the picture, in pixels.
     """
 
@@ -213,8 +213,7 @@ class SegmentationPictures(Callback):
         """Draws before the module concludes: its counts are those of the whole set then."""
         if trainer.sanity_checking or not isinstance(pl_module, Segmentation) or not tensorboards(trainer):
             return
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
+        if not is_due(trainer, self.every_n_epochs):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         iou = pl_module.val_iou.compute()  # in all processes: they bring their parts together

@@ -30,6 +30,7 @@ __all__ = [
     "draw",
     "fitted",
     "gaussian_kernels",
+    "is_due",
     "kernel_columns",
     "patch_features",
     "pca_colours",
@@ -253,7 +254,7 @@ class AttentionPictures(Callback):
 
     Args:
         images: how many, evenly spaced over the validation set.
-        every_n_epochs: epochs from one picture to the next.
+        every_n_epochs: epochs from one picture to the next; 0 for never.
         side: shorter side of an image in the picture, in pixels; small images are enlarged without smoothing.
 
     Raises:
@@ -261,16 +262,20 @@ class AttentionPictures(Callback):
     """
 
     def __init__(self, images: int = 8, every_n_epochs: int = 1, side: int = 224) -> None:
-        for name, value in (("images", images), ("every_n_epochs", every_n_epochs), ("side", side)):
-            if value < 1:
-                raise InputError(f"{name} ({value}) must be at least 1")
+        for name, value, least in (
+            ("images", images, 1),
+            ("every_n_epochs", every_n_epochs, 0),
+            ("side", side, 1),
+        ):
+            if value < least:
+                raise InputError(f"pictures: {name} ({value}) must be at least {least}")
         self.images = images
         self.every_n_epochs = every_n_epochs
         self.side = side
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reads the images, in the main process."""
-        if stage not in ("fit", "validate") or not tensorboards(trainer):
+        if stage not in ("fit", "validate") or not self.every_n_epochs or not tensorboards(trainer):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(pl_module, Segmentation):
@@ -292,10 +297,7 @@ class AttentionPictures(Callback):
         """Draws after the first batch: a moving average of the weights is still in place then."""
         if trainer.sanity_checking or not trainer.is_global_zero or batch_idx or dataloader_idx:
             return
-        if isinstance(pl_module, Segmentation):
-            return
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and (trainer.current_epoch + 1) % self.every_n_epochs:
+        if isinstance(pl_module, Segmentation) or not is_due(trainer, self.every_n_epochs):
             return
         if loggers := tensorboards(trainer):
             picture = self._picture(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
@@ -324,6 +326,13 @@ class AttentionPictures(Callback):
             probabilities=probabilities,
             side=self.side,
         )
+
+
+def is_due(trainer: Trainer, every_n_epochs: int) -> bool:
+    """Whether a validation is one whose pictures are drawn: any by itself, every n-th of a training."""
+    if every_n_epochs == 0:
+        return False
+    return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % every_n_epochs == 0
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
