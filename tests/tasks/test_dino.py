@@ -246,8 +246,24 @@ def test_the_teacher_is_an_average_and_never_trained():
     trained = {id(p) for group in task.optimizers().param_groups for p in group["params"]}
     assert not trained & set(map(id, task.teacher.parameters()))
     assert task.teacher.training
-    names = {type(module).__name__ for module in task.student.modules()}
-    assert names - {type(module).__name__ for module in task.teacher.modules()} == {"DropPath"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("locatvit_tiny", BACKBONE | {"drop_path_rate": 0.5}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 32, "embed_dim": 24}),  # which has some unasked
+    ],
+)
+def test_drop_path_is_the_students(name, arguments):
+    task = Dino(name, backbone_args=arguments, out_dim=16, hidden_dim=8, bottleneck_dim=8)
+    task.configure_model()
+    dropped = [
+        {module.drop_prob for module in network.modules() if hasattr(module, "drop_prob")}
+        for network in (task.student, task.teacher)
+    ]
+    assert max(dropped[0]) > 0
+    assert dropped[1] == {0}
 
 
 def test_weights_start_both_backbones(tmp_path):

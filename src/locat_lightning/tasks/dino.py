@@ -13,6 +13,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
@@ -145,9 +146,11 @@ class Dino(Task):
         if hasattr(self, "student"):
             return
         hp = self.hp
-        arguments = dict(hp.backbone_args or {})
-        self.student = self._network(arguments)
-        self.teacher = self._network({k: v for k, v in arguments.items() if k != "drop_path_rate"})
+        self.student = self._network()
+        self.teacher = self._network()
+        for module in self.teacher.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
         announce_size(hp.backbone, self.student.backbone)
         if self.weights is not None:
             load_weights(self.student.backbone, self.weights, new_head=True)
@@ -160,9 +163,9 @@ class Dino(Task):
             center_momentum=hp.center_momentum,
         )
 
-    def _network(self, backbone_args: dict[str, Any]) -> "Network":
+    def _network(self) -> "Network":
         hp = self.hp
-        backbone: Any = create_for_any_size(hp.backbone, backbone_args)
+        backbone: Any = create_for_any_size(hp.backbone, hp.backbone_args)
         with warnings.catch_warnings():
             # The old weight norm keeps the parameters' names those of the original code.
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
