@@ -149,7 +149,7 @@ def test_a_config_is_a_local_file_first(tmp_path):
         ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),
         ([*FIT, "--data.scale", "[0.9]"], "data.scale: it takes 2 values, not [0.9]"),
         ([*FIT, "--data.eval_interpolation", "sharp"], "eval_interpolation ('sharp') must be of nearest, "),
-        ([*FIT, "--data.auto_augment", "bogus"], "timm cannot make an augmentation of auto_augment 'bogus'"),
+        ([*FIT, "--data.auto_augment", "bogus"], "timm cannot make an augmentation of data.auto_augment 'bogus'"),
         ([*FIT, "--trainer.strategy", "bogus"], "trainer: You selected an invalid strategy name"),
         (
             [*FIT, "--data.root", "nowhere", "--model.backbone_args.nonsense", "1"],

@@ -278,14 +278,18 @@ def test_a_trainer_stops_at_an_image_that_has_vanished(root, trainer, workers):
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_no_such_folder(tmp_path, stage, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert error_of(stage, root="missing") == (
-        f"no such folder: {tmp_path}/missing; set root to the folder that holds train/ and val/"
+    holds = "a folder of images" if stage == "predict" else "the folder that holds train/ and val/"
+    assert (
+        error_of(stage, root="missing") == f"no such folder: {tmp_path}/missing; set --data.root to {holds}"
+    )
+    assert error_of(stage, root="data") == (
+        f"data.root is not given, and there is no folder {tmp_path}/data: set --data.root to {holds}"
     )
 
 
 def test_a_file_for_a_folder(root):
     assert error_of(root=root / "train/ant/0.png").startswith(
-        f"not a folder: {root}/train/ant/0.png; set root"
+        f"not a folder: {root}/train/ant/0.png; set --data.root"
     )
 
 
@@ -336,16 +340,16 @@ def test_classes_that_train_lacks(root):
 
 def test_an_augmentation_that_timm_does_not_know(root):
     assert error_of(root=root, auto_augment="rnd-m9").startswith(
-        "timm cannot make an augmentation of auto_augment 'rnd-m9' and interpolation 'random': "
+        "timm cannot make an augmentation of data.auto_augment 'rnd-m9' and data.interpolation 'random': "
     )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size (0) must be at least 1"),
-        ({"num_workers": -1}, "num_workers (-1) must be at least 0"),
-        ({"crop_pct": 1.5}, "crop_pct (1.5) must be above 0 and at most 1"),
+        ({"batch_size": 0}, "data.batch_size (0) must be at least 1"),
+        ({"num_workers": -1}, "data.num_workers (-1) must be at least 0"),
+        ({"crop_pct": 1.5}, "data.crop_pct (1.5) must be above 0 and at most 1"),
     ],
 )
 def test_arguments_out_of_range(root, options, message):

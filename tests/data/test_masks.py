@@ -85,7 +85,7 @@ def test_larger_batches_of_evaluation_need_one_size(root, workers):
     with pytest.raises(InputError) as error:
         list(data(root, **options).val_dataloader())
     assert str(error.value) == (
-        "images of 20 x 20 and 20 x 24 pixels cannot be in one batch: set eval_batch_size to 1"
+        "images of 20 x 20 and 20 x 24 pixels cannot be in one batch: set --data.eval_batch_size 1"
     )
 
 
@@ -301,8 +301,8 @@ def test_unreadable_images_and_masks_are_named_or_skipped(root, caplog):
 
 def test_setup_finds_mistakes(root, tmp_path):
     assert error_of(root=root, classes=None) == (
-        f"the classes of {root} are not given: set classes to their names in the order of their labels, or"
-        " to a file with a name a line"
+        f"the classes of {root} are not given: set --data.classes to their names in the order of their labels, "
+        "or to a file with a name a line"
     )
     assert error_of(root=root, classes=["sky", "tree"]).startswith("value 2 in mask ")
     assert error_of(root=root, ignore_index=0, classes=["sky"], reduce_zero_label=True).startswith("value 2")
@@ -323,19 +323,19 @@ def test_setup_finds_mistakes(root, tmp_path):
             {"dataset": "ade"},
             "unknown data set 'ade': use folder, digits, ade20k, pascal_context, coco_stuff",
         ),
-        ({"crop_size": 0}, "crop_size (0) must be at least 1"),
-        ({"eval_batch_size": 0}, "eval_batch_size (0) must be at least 1"),
-        ({"batch_size": 0}, "batch_size (0) must be at least 1"),
-        ({"seed": -1}, "seed (-1) must be at least 0"),
-        ({"scale": (0, 512)}, "scale (0, 512) must be two numbers of pixels, at least 1"),
-        ({"ratio": (2, 0.5)}, "ratio (2, 0.5) must be two numbers, 0 < low <= high"),
-        ({"cat_max_ratio": 0}, "cat_max_ratio (0) must be above 0 and at most 1"),
-        ({"hflip": 1.5}, "hflip (1.5) must be from 0 to 1"),
-        ({"std": (1, 0, 1)}, "std (1, 0, 1) must be three numbers above 0"),
-        ({"ignore_index": 256}, "ignore_index (256) must be from 0 to 255"),
+        ({"crop_size": 0}, "data.crop_size (0) must be at least 1"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size (0) must be at least 1"),
+        ({"batch_size": 0}, "data.batch_size (0) must be at least 1"),
+        ({"seed": -1}, "data.seed (-1) must be at least 0"),
+        ({"scale": (0, 512)}, "data.scale (0, 512) must be two numbers of pixels, at least 1"),
+        ({"ratio": (2, 0.5)}, "data.ratio (2, 0.5) must be two numbers, 0 < low <= high"),
+        ({"cat_max_ratio": 0}, "data.cat_max_ratio (0) must be above 0 and at most 1"),
+        ({"hflip": 1.5}, "data.hflip (1.5) must be from 0 to 1"),
+        ({"std": (1, 0, 1)}, "data.std (1, 0, 1) must be three numbers above 0"),
+        ({"ignore_index": 256}, "data.ignore_index (256) must be from 0 to 255"),
         (
             {"images": "pictures"},
-            "images ('pictures') or splits (None) must contain {split}, or train and val are one",
+            "data.images ('pictures') or data.splits (None) must contain {split}, or train and val are one",
         ),
     ],
 )

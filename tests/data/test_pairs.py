@@ -267,10 +267,10 @@ def test_folders_that_are_not_there(tmp_path):
     layout = Layout()
     none = tmp_path / "none"
     assert error_of(lambda: layout.pairs(none, "train")) == (
-        f"no such folder: {none}; set root to the folder of the data set"
+        f"no such folder: {none}; set --data.root to the folder of the data set"
     )
     assert error_of(lambda: layout.pairs(tmp_path, "val")) == (
-        f"no images/val or images/validation or images/test in {tmp_path}: set root to the folder"
+        f"no images/val or images/validation or images/test in {tmp_path}: set --data.root to the folder"
         " that holds it"
     )
     write(tmp_path / "images/train/a.jpg", (0, 0, 0), mode="RGB")

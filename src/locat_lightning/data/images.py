@@ -37,6 +37,7 @@ from locat_lightning.errors import InputError
 
 __all__ = ["ImageBatch", "ImageData"]
 
+ROOT = "data"  # where none is given
 TIMM_KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
@@ -80,7 +81,7 @@ class ImageData(ImageModule["Source | Stream"]):
     def __init__(
         self,
         *,
-        root: str = "data",
+        root: str = ROOT,
         dataset: str = "folder",
         download: bool = False,
         classes: int | None = None,
@@ -115,13 +116,13 @@ class ImageData(ImageModule["Source | Stream"]):
         check_span(1, scale=scale)
         check_span(ratio=ratio)
         if not 0 < crop_pct <= 1:
-            raise InputError(f"crop_pct ({crop_pct}) must be above 0 and at most 1")
+            raise InputError(f"data.crop_pct ({crop_pct}) must be above 0 and at most 1")
         if not 0 <= color_jitter < inf:
-            raise InputError(f"color_jitter ({color_jitter}) must be at least 0")
+            raise InputError(f"data.color_jitter ({color_jitter}) must be at least 0")
         resamplings = [each.name.lower() for each in Image.Resampling]
         if eval_interpolation not in resamplings:
             raise InputError(
-                f"eval_interpolation ({eval_interpolation!r}) must be of {', '.join(resamplings)}"
+                f"data.eval_interpolation ({eval_interpolation!r}) must be of {', '.join(resamplings)}"
             )
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
@@ -157,7 +158,7 @@ class ImageData(ImageModule["Source | Stream"]):
         known = source.class_names or [str(label) for label in range(self.classes or 0)]
         if not known:
             raise InputError(
-                f"data set {self.dataset!r} does not know its classes: give their number as classes"
+                f"data set {self.dataset!r} does not know its classes: give their number by --data.classes"
             )
         return known
 
@@ -208,7 +209,7 @@ class ImageData(ImageModule["Source | Stream"]):
         except (AssertionError, KeyError, ValueError) as error:
             policy, interpolation = self.augmentation["auto_augment"], self.augmentation["interpolation"]
             raise InputError(
-                f"timm cannot make an augmentation of auto_augment {policy!r} and interpolation"
+                f"timm cannot make an augmentation of data.auto_augment {policy!r} and data.interpolation"
                 f" {interpolation!r}: {_in_a_line(error)}"
             ) from error
 
@@ -229,6 +230,8 @@ class ImageData(ImageModule["Source | Stream"]):
 
     def _find(self, split: str) -> "Source | Stream":
         if split == "predict":
+            if self.dataset == "folder" and not self.root.is_dir():
+                raise InputError(f"{self._without_root()} a folder of images")
             if self.dataset == "folder" and self._is_unlabelled():
                 return unlabelled_files(self.root)
             return self.source("test")
@@ -254,13 +257,19 @@ class ImageData(ImageModule["Source | Stream"]):
     def _split_folder(self, split: str) -> Path:
         """Finds the folder of a split."""
         if not self.root.is_dir():
-            what = "not a folder" if self.root.exists() else "no such folder"
-            raise InputError(f"{what}: {self.root}; set root to the folder that holds train/ and val/")
+            raise InputError(f"{self._without_root()} the folder that holds train/ and val/")
         for name in SPLITS[split]:
             if (self.root / name).is_dir():
                 return self.root / name
         wanted = " or ".join(f"{name}/" for name in SPLITS[split])
         raise InputError(f"no {wanted} in {self.root}: it should hold a folder per class, with its images")
+
+    def _without_root(self) -> str:
+        """What is wrong with a root that is no folder, up to what it should be."""
+        if self.hparams["root"] == ROOT and not self.root.exists():
+            return f"data.root is not given, and there is no folder {self.root}: set --data.root to"
+        what = "not a folder" if self.root.exists() else "no such folder"
+        return f"{what}: {self.root}; set --data.root to"
 
     def _timm_source(self, split: str, download: bool) -> "TimmSource | Stream":
         """Has timm make a data set, of the first name of the split that it knows."""
@@ -292,7 +301,7 @@ class ImageData(ImageModule["Source | Stream"]):
                 is_stream = isinstance(made, IterableDataset)
                 return Stream(made, to_rgb) if is_stream else TimmSource(made, f"{self.dataset}/{name}")
         assert failed is not None
-        hint = " (download: true allows it)" if kind == "torch" and not self.download else ""
+        hint = " (--data.download true allows it)" if kind == "torch" and not self.download else ""
         raise InputError(
             f"data set {self.dataset!r}, {split}, in {self.root}: {_in_a_line(failed)}{hint}"
         ) from failed

@@ -181,7 +181,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             raise InputError(f"data.ignore_index ({ignore_index}) must be from 0 to {VOID}")
         if "{split}" not in (splits or images):
             raise InputError(
-                f"data.images ({images!r}) or data.splits ({splits!r}) must contain {{split}}, or train and val are one"
+                f"data.images ({images!r}) or data.splits ({splits!r}) must contain {{split}}, or train and "
+                "val are one"
             )
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
@@ -215,8 +216,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             if self._is_unlabelled():
                 return Classes([], np.zeros((0, 3), np.uint8))
             raise InputError(
-                f"the classes of {self.root} are not given: set --data.classes to their names in the order of their"
-                " labels, or to a file with a name a line"
+                f"the classes of {self.root} are not given: set --data.classes to their names in the order "
+                "of their labels, or to a file with a name a line"
             )
         if isinstance(given, str):
             file = Path(given).expanduser()

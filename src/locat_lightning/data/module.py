@@ -62,9 +62,9 @@ class ImageModule(LightningDataModule, Generic[Found]):
         check_least(1, batch_size=batch_size)
         check_least(0, num_workers=num_workers or 0, max_unreadable=max_unreadable)
         if not all(0 < deviation < inf for deviation in std):
-            raise InputError(f"std {tuple(std)} must be three numbers above 0")
+            raise InputError(f"data.std {tuple(std)} must be three numbers above 0")
         if not all(-inf < value < inf for value in mean):
-            raise InputError(f"mean {tuple(mean)} must be three finite numbers")
+            raise InputError(f"data.mean {tuple(mean)} must be three finite numbers")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.normalisation = {"mean": tuple(mean), "std": tuple(std)}
@@ -151,7 +151,7 @@ def check_least(smallest: int, **arguments: int) -> None:
     """
     for name, value in arguments.items():
         if value < smallest:
-            raise InputError(f"{name} ({value}) must be at least {smallest}")
+            raise InputError(f"data.{name} ({value}) must be at least {smallest}")
 
 
 def check_share(**arguments: float) -> None:
@@ -162,7 +162,7 @@ def check_share(**arguments: float) -> None:
     """
     for name, value in arguments.items():
         if not 0 <= value <= 1:
-            raise InputError(f"{name} ({value}) must be from 0 to 1")
+            raise InputError(f"data.{name} ({value}) must be from 0 to 1")
 
 
 def check_span(most: float = inf, **arguments: Sequence[float]) -> None:
@@ -174,4 +174,4 @@ def check_span(most: float = inf, **arguments: Sequence[float]) -> None:
     for name, (low, high) in arguments.items():
         if not 0 < low <= high <= most:
             limit = f" <= {most:g}" if most < inf else ""
-            raise InputError(f"{name} ({low}, {high}) must be two numbers, 0 < low <= high{limit}")
+            raise InputError(f"data.{name} ({low}, {high}) must be two numbers, 0 < low <= high{limit}")

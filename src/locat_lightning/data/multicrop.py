@@ -168,7 +168,7 @@ class MultiCropData(ImageData):
     def _find(self, split: str) -> Source | Stream:
         if self.dataset == "folder":
             if not self.root.is_dir():
-                raise InputError(f"no such folder: {self.root}; set root to the folder of the images")
+                raise InputError(f"{self._without_root()} the folder of the images")
             if split == "train" and not self._is_labelled():
                 folder = self.root / "train"
                 return unlabelled_files(folder if folder.is_dir() else self.root)

@@ -55,11 +55,13 @@ class Layout:
             InputError: there are none, or one that is listed is not there.
         """
         if not root.is_dir():
-            raise InputError(f"no such folder: {root}; set root to the folder of the data set")
+            raise InputError(f"no such folder: {root}; set --data.root to the folder of the data set")
         if (name := self.name(root, split)) is None:
             pattern = self.splits or self.images
             wanted = " or ".join(pattern.replace("{split}", name) for name in self.names[split])
-            raise InputError(f"no {wanted} in {self.folder(root)}: set root to the folder that holds it")
+            raise InputError(
+                f"no {wanted} in {self.folder(root)}: set --data.root to the folder that holds it"
+            )
         folder = self._existing(root, self.images, name)
         images: dict[str, str] = {}
         for path in images_beneath(folder):

@@ -104,19 +104,19 @@ class MultiCrop:
     ) -> None:
         if min(global_size, local_size) < 1:
             raise InputError(
-                f"global_size ({global_size}) and local_size ({local_size}) must be at least 1 pixel"
+                f"data.global_size ({global_size}) and data.local_size ({local_size}) must be at least 1"
             )
         if local_views < 0:
-            raise InputError(f"local_views ({local_views}) must not be negative")
+            raise InputError(f"data.local_views ({local_views}) must not be negative")
         for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
             if not 0 < low <= high <= 1:
                 raise InputError(
-                    f"{name} ({low}, {high}) must be two shares of the area, 0 < low <= high <= 1"
+                    f"data.{name} ({low}, {high}) must be two shares of the area, 0 < low <= high <= 1"
                 )
         if colour_on not in ("device", "worker"):
-            raise InputError(f'colour_on ("{colour_on}") must be "device" or "worker"')
+            raise InputError(f'data.colour_on ("{colour_on}") must be "device" or "worker"')
         if not 0 <= hflip <= 1:
-            raise InputError(f"hflip ({hflip}) must be from 0 to 1")
+            raise InputError(f"data.hflip ({hflip}) must be from 0 to 1")
         self.colour_on = colour_on
         self.hflip = hflip
         self.sizes = [global_size] * 2 + [local_size] * local_views
