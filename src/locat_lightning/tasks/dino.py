@@ -27,6 +27,7 @@ from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.optim import cosine, linear_rule, linear_warmup, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 COLLAPSED = 0.01  # share of the largest possible entropy that counts as none
 
 
@@ -188,7 +189,8 @@ class Dino(Task):
         """AdamW; its learning rate and weight decay follow from the step, in `optimizer_step`.
 
         Raises:
-            InputError: a warm-up is longer than the run, or the trainer clips gradients.
+            InputError: a warm-up is longer than the run, or the trainer clips gradients or has weights in
+                another precision than float32.
         """
         hp, batch = self.hp, self.global_batch_size()
         self.peak_lr = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 256)
@@ -204,6 +206,11 @@ class Dino(Task):
             raise InputError(
                 f"trainer.gradient_clip_val ({self.trainer.gradient_clip_val}) clips by the global norm, "
                 "DINO by each parameter's: use model.clip_grad"
+            )
+        if self.trainer.precision not in PRECISIONS:
+            raise InputError(
+                f"trainer.precision ({self.trainer.precision}): DINO's weights are float32, since half "
+                "precision rounds away what the teacher takes from the student: use bf16-mixed"
             )
         trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -237,7 +244,7 @@ class Dino(Task):
         Raises:
             InputError: a loss since the last look was not finite (see `_has_to_look`).
         """
-        views = [each.crops.to(self.dtype) for each in batch.views]
+        views = [each.crops for each in batch.views]
         with torch.no_grad():
             features, taught = self.teacher(views[:1])
         _, learnt = self.student(views)
@@ -395,7 +402,7 @@ class Network(nn.Module):
         features = torch.cat([self.backbone(each.flatten(0, 1)) for each in views])
         # Logits in bfloat16, divided by the temperature, would be off by a tenth.
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.head(features.to(next(self.head.parameters()).dtype)).float()
+            logits = self.head(features.float())
         return features, list(logits.split(views[0].shape[1]))
 
 
