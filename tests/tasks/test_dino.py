@@ -549,13 +549,14 @@ def of_digits(world_size=1, **options):
         num_workers=0,
         batch_size=8 // world_size,
     )
-    run = trainer(record, max_steps=6, **options)
+    run = trainer(record, max_steps=10, **options)
     task = small(lr=1e-2)
     run.fit(task, data)
     return record.losses, copied(task.loss)["center"]
 
 
-def one_of_two(rank, port, folder):
+def of_two(rank, port):
+    """Have this process be one of two."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -564,18 +565,50 @@ def one_of_two(rank, port, folder):
         "WORLD_SIZE": "2",
     }
     torch.set_num_threads(1)
-    torch.save(of_digits(2, devices=2, strategy="ddp"), Path(folder) / f"{rank}.pt")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def train_on_digits(rank, port, folder):
+    of_two(rank, port)
+    torch.save(of_digits(2, devices=2, strategy="ddp"), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, tmp_path), nprocs=2)
+    multiprocessing.spawn(train_on_digits, (free_port(), tmp_path), nprocs=2)
     losses, center = of_digits()
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     mean = torch.tensor([half for half, _ in halves]).mean(0)
     torch.testing.assert_close(mean, torch.tensor(losses), atol=1e-4, rtol=0)
     assert torch.equal(halves[0][1], halves[1][1])
     torch.testing.assert_close(halves[0][1], center, atol=1e-5, rtol=0)
+
+
+def train_until_nan(rank, port, folder, looks):
+    of_two(rank, port)
+    if looks == "when it saves":
+        Dino._has_to_look = lambda self, batch_idx: False
+    batches = [random_batch(4, seed) for seed in range(4)]
+    if rank == 1:
+        batches[2].views[1].crops.fill_(float("nan"))
+    saving = Checkpoints(folder / "run", every_n_train_steps=1, save_last=True, save_on_exception=True)
+    with pytest.raises(InputError) as error:
+        fit(small(), batches, saving, devices=2, strategy="ddp", use_distributed_sampler=False)
+    (folder / f"{rank}.txt").write_text(str(error.value))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looks", ["at every step", "when it saves"])
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, looks):
+    multiprocessing.spawn(train_until_nan, (free_port(), tmp_path, looks), nprocs=2)
+    one, other = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert one == other
+    assert "the loss is nan at optimizer step 2" in one
+    assert not list(tmp_path.rglob("*.part"))
+    last = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2

@@ -12,6 +12,7 @@ from lightly.models.modules import DINOProjectionHead
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -336,11 +337,16 @@ class Dino(Task):
         return self.device.type == "cpu" or last or (every > 0 and batch_idx % every == 0)
 
     def _stop_unless_finite(self) -> None:
+        """Stop if a mean of all processes' losses is not finite, so that all of them stop."""
         if not self._losses:
             return
         steps, losses = zip(*self._losses, strict=True)
         self._losses.clear()
-        for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
+        means = torch.stack(losses)
+        # A run cut off has its own processes' losses only: the others may be anywhere.
+        if self.trainer.state.status != TrainerStatus.INTERRUPTED:
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        for step, loss in zip(steps, means.tolist(), strict=True):
             if not math.isfinite(loss):
                 self._stop(f"the loss is {loss}", step)
 
