@@ -8,9 +8,14 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 COMMANDS = ("fit", "validate", "test", "predict", "knn", "linear", "retrieve", "configs", "runs")
+HEADLINES = (
+    *("val/top1", "val/miou", "knn/top1", *(f"knn/top1_k{k}" for k in (10, 20, 100, 200))),
+    *("linear/top1", "retrieval/miou"),
+)
+SHOWN = ("epochs", *(name for metric in HEADLINES for name in (metric, f"best {metric}")))
 HELP = """usage: locat [--debug] COMMAND [options]
 
 Vision Transformers whose patch features are good (LocAtViT), trained in PyTorch Lightning.
@@ -60,15 +65,32 @@ def list_configs() -> str:
 
 
 def list_runs(directory: Path) -> str:
-    """A line for each finished run beneath a directory: its path and its metrics."""
+    """A line for each run beneath a directory: its path, and its headline metrics or how to go on with it."""
+    runs = {path.parent: _headline(json.loads(path.read_text())) for path in directory.rglob("metrics.json")}
+    for config in directory.rglob("config.yaml"):
+        if config.parent not in runs and "\nckpt_path:" in config.read_text():  # which training alone has
+            last = config.parent / "checkpoints" / "last.ckpt"
+            way_on = (
+                f"; to go on: locat fit --ckpt_path {last}" if last.is_file() else ", without a checkpoint"
+            )
+            runs[config.parent] = {"": f"not finished{way_on}"}
+    names = [name for name in SHOWN if any(name in cells for cells in runs.values())]
+    widths = {name: max(len(cells.get(name, "")) for cells in runs.values()) for name in names}
+    width = max((len(run.as_posix()) for run in runs), default=0)
     lines = []
-    for path in sorted(directory.rglob("metrics.json")):
-        metrics = json.loads(path.read_text())
-        values = "   ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()
-        )
-        lines.append(f"{path.parent.as_posix()}   {values}")
-    return "\n".join(lines) or f"no finished run beneath {directory}"
+    for run, cells in sorted(runs.items()):
+        row = [cells[""]] if "" in cells else [cells.get(name, "").ljust(widths[name]) for name in names]
+        lines.append("   ".join([run.as_posix().ljust(width), *row]).rstrip())
+    return "\n".join(lines) or f"no run beneath {directory}"
+
+
+def _headline(metrics: dict[str, Any]) -> dict[str, str]:
+    """What of a run's metrics is worth a look, as `name value` by name."""
+    return {
+        name: f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in metrics.items()
+        if name in SHOWN
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,6 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
         case ["configs"]:
             print(list_configs())
         case ["runs", *rest] if len(rest) < 2 and not "".join(rest).startswith("-"):
+            if rest and not Path(rest[0]).is_dir():
+                _refuse(f"locat runs: no such folder: {Path(rest[0]).absolute()}")
             print(list_runs(Path(rest[0] if rest else "runs")))
         case ["configs" | "runs" as command, *rest]:
             _refuse(f"{' '.join(rest)!r} is too much for locat {command}: see locat {command} --help")

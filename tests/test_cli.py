@@ -62,7 +62,7 @@ def test_a_run_leaves_its_record(small, caplog):
     assert json.loads((RUN / "metrics.json").read_text())["epochs"] == 2
     with (RUN / "metrics.csv").open() as file:
         assert {row["step"] for row in csv.DictReader(file)} == set("012345")
-    assert "tensorboard --logdir runs/classify_tiny" in caplog.text
+    assert f"run: {RUN}\nlook: tensorboard --logdir runs\n" in caplog.text
 
     events = EventAccumulator(str(RUN)).Reload()
     tags = set(events.Tags()["scalars"])
@@ -149,7 +149,10 @@ def test_a_config_is_a_local_file_first(tmp_path):
         ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),
         ([*FIT, "--data.scale", "[0.9]"], "data.scale: it takes 2 values, not [0.9]"),
         ([*FIT, "--data.eval_interpolation", "sharp"], "eval_interpolation ('sharp') must be of nearest, "),
-        ([*FIT, "--data.auto_augment", "bogus"], "timm cannot make an augmentation of data.auto_augment 'bogus'"),
+        (
+            [*FIT, "--data.auto_augment", "bogus"],
+            "timm cannot make an augmentation of data.auto_augment 'bogus'",
+        ),
         ([*FIT, "--trainer.strategy", "bogus"], "trainer: You selected an invalid strategy name"),
         (
             [*FIT, "--data.root", "nowhere", "--model.backbone_args.nonsense", "1"],
@@ -394,7 +397,7 @@ def test_images_that_came_or_went_are_refused_at_resuming(small, folder, capsys,
     main(longer)
 
 
-def test_weights_of_a_run_are_measured_with_its_record(small, folder, capsys):
+def test_weights_of_a_run_are_measured_with_its_record(small, folder, caplog):
     main([*FIT, *small])
     top1 = json.loads((RUN / "metrics.json").read_text())["best val/top1"]
     for command in ("validate", "test"):
@@ -402,6 +405,10 @@ def test_weights_of_a_run_are_measured_with_its_record(small, folder, capsys):
         with Path(f"runs/classify_tiny_{command}/version_0/metrics.csv").open() as file:
             row = list(csv.DictReader(file))[-1]
         assert float(row["test/top1" if command == "test" else "val/top1"]) == pytest.approx(top1)
+        assert not [name for name in row if name.startswith("gaug_")]
+        where = f"run: runs/classify_tiny_{command}/version_0\nlook: tensorboard --logdir runs\n"
+        assert caplog.text.endswith(where)
+        assert (f"no test/ in {folder}: taking val/\n" in caplog.text) == (command == "test")
 
     some = folder.parent / "some"
     some.mkdir()

@@ -28,10 +28,27 @@ def test_every_config_says_in_a_line_what_it_is():
 
 
 def test_runs_are_listed_with_their_metrics(tmp_path):
-    assert "no finished run" in locat.list_runs(tmp_path)
+    assert "no run beneath" in locat.list_runs(tmp_path)
     (tmp_path / "a" / "version_0").mkdir(parents=True)
     (tmp_path / "a" / "version_0" / "metrics.json").write_text('{"epochs": 3, "val/top1": 0.51234}')
     assert locat.list_runs(tmp_path).split("a/version_0")[1].split() == ["epochs", "3", "val/top1", "0.5123"]
+    (tmp_path / "longer" / "version_0").mkdir(parents=True)
+    other = '{"epochs": 30, "val/loss": 1.5, "val/top1": 0.25, "best val/top1": 0.5}'
+    (tmp_path / "longer" / "version_0" / "metrics.json").write_text(other)
+    for name, recorded in (("cut", "ckpt_path: null"), ("failed", "ckpt_path: null"), ("validated", "b: 1")):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(f"a: 1\n{recorded}\n")
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    last.touch()
+    pad = " " * len("longer/version_0")
+    assert locat.list_runs(tmp_path).replace(f"{tmp_path}/", "").splitlines() == [
+        "a/version_0" + pad[11:] + "   epochs 3    val/top1 0.5123",
+        "cut"
+        + pad[3:]
+        + f"   not finished; to go on: locat fit --ckpt_path {last}".replace(f"{tmp_path}/", ""),
+        "failed" + pad[6:] + "   not finished, without a checkpoint",
+        "longer/version_0   epochs 30   val/top1 0.25     best val/top1 0.5",
+    ]
 
 
 @pytest.mark.parametrize("command", ["configs", "runs"])
@@ -49,7 +66,7 @@ def test_debug_changes_nothing_of_an_answer(arguments, capsys):
 
 def test_the_runs_of_a_directory_whose_name_is_given(tmp_path, capsys):
     locat.main(["--debug", "runs", str(tmp_path)])
-    assert capsys.readouterr().out == f"no finished run beneath {tmp_path}\n"
+    assert capsys.readouterr().out == f"no run beneath {tmp_path}\n"
 
 
 @pytest.mark.parametrize(
@@ -60,6 +77,7 @@ def test_the_runs_of_a_directory_whose_name_is_given(tmp_path, capsys):
         (["--config", "x", "fit"], "'--config' is no command: the first word is one of "),
         (["configs", "tiny"], "'tiny' is too much for locat configs: see locat configs --help"),
         (["runs", "a", "b"], "'a b' is too much for locat runs: see locat runs --help"),
+        (["runs", "/nowhere"], "locat runs: no such folder: /nowhere"),
         (["runs", "--all"], "'--all' is too much for locat runs: see locat runs --help"),
     ],
 )

@@ -176,7 +176,13 @@ class RunRecord(SaveConfigCallback):
         record = {"epochs": trainer.current_epoch, **metrics}
         (Path(directory) / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         summary = "   ".join(f"{k} {v:.4g}" for k, v in record.items())
-        rank_zero_info(f"{summary}\nrun: {directory}\nlook: tensorboard --logdir {Path(directory).parent}")
+        rank_zero_info(f"{summary}\n{_where(directory)}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Say where the log of a measurement is, below its table."""
+        directory = trainer.log_dir  # in every process: they agree on it
+        if directory is not None and trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            rank_zero_info(_where(directory))
 
 
 class LocatCLI(LightningCLI):
@@ -481,6 +487,11 @@ def _versions(trainer: pl.Trainer) -> str:
             f"{trainer.world_size} process(es) on {device}",
         )
     )
+
+
+def _where(directory: str) -> str:
+    """Where a run's log is, and how to look at it beside the others."""
+    return f"run: {directory}\nlook: tensorboard --logdir {Path(directory).parent.parent}"
 
 
 def _as_code(text: str) -> str:

@@ -97,7 +97,7 @@ def test_the_bar_is_a_line_and_the_closing_lines_stay_below_it(width, shown, tmp
     assert "epochs 2   val/loss" in text
     assert [line for line in fit if line][-2:] == [
         "run: runs/classify_tiny/version_0",
-        "look: tensorboard --logdir runs/classify_tiny",
+        "look: tensorboard --logdir runs",
     ]
 
     weights = ["--weights", "runs/classify_tiny/version_0/checkpoints/best.ckpt"]

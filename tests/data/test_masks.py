@@ -301,8 +301,8 @@ def test_unreadable_images_and_masks_are_named_or_skipped(root, caplog):
 
 def test_setup_finds_mistakes(root, tmp_path):
     assert error_of(root=root, classes=None) == (
-        f"the classes of {root} are not given: set --data.classes to their names in the order of their labels, "
-        "or to a file with a name a line"
+        f"the classes of {root} are not given: set --data.classes to their names in the order of their "
+        "labels, or to a file with a name a line"
     )
     assert error_of(root=root, classes=["sky", "tree"]).startswith("value 2 in mask ")
     assert error_of(root=root, ignore_index=0, classes=["sky"], reduce_zero_label=True).startswith("value 2")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from locat_lightning.data.images import ImageBatch
@@ -69,7 +70,7 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
 
 
 class KernelWidths(Callback):
-    """Logs the means `gaug_variance/block_00`, `gaug_alpha/block_00`, … at each validation.
+    """Logs the means `gaug_variance/block_00`, `gaug_alpha/block_00`, … at each validation of a training.
 
     Measured on the same few images each time: the first of the first validation batch of the main process.
 
@@ -92,7 +93,9 @@ class KernelWidths(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measures after the first batch: a moving average of the weights is still in place then."""
-        if trainer.sanity_checking or not trainer.is_global_zero or batch_idx or dataloader_idx:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if not trainer.is_global_zero or batch_idx or dataloader_idx:
             return
         assert isinstance(pl_module.backbone, nn.Module)
         for block, (variance, alpha) in enumerate(

@@ -9,6 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
 from torch.utils.data import IterableDataset
@@ -237,6 +238,8 @@ class ImageData(ImageModule["Source | Stream"]):
             return self.source("test")
         if self.dataset == "folder":
             folder = self._split_folder(split)
+            if split == "test" != folder.name:
+                rank_zero_info(f"no test/ in {self.root}: taking {folder.name}/")
             names = self.class_names or _class_folders(folder)
             return _labelled_files(folder, names, self._class_folder().name, complete=split == "train")
         if self.dataset == "digits":
