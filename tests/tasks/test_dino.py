@@ -345,7 +345,19 @@ def test_collapse_is_said_in_words():
     with pytest.warns(UserWarning, match=r"collapsed at step 0, uniform: .*teacher_temp"):
         fit(small(lr=0.0, base_lr=0.0, min_lr=0.0), [random_batch(4)], uniform)
     with pytest.warns(UserWarning, match=r"collapsed at step 0, constant: .*single prototype"):
-        fit(small(), [random_batch(1)], constant)
+        fit(small(), [random_batch(4)], constant)
+
+
+def test_a_teacher_that_is_certain_of_each_image_has_not_collapsed():
+    class Centre(Callback):
+        def on_train_start(self, trainer, module):
+            logits = module.teacher([batch.views[0].crops])[1]
+            module.loss.center.copy_(torch.cat(logits).mean(0))
+
+    task, batch = small(teacher_temp=1e-6), random_batch(8)
+    [metrics] = fit(task, [batch], Centre()).metrics
+    assert metrics["train/teacher_entropy"] < 0.01 * math.log(64)
+    assert task.collapse == ""
 
 
 @pytest.mark.parametrize("looks", ["at every step", "when it saves"])

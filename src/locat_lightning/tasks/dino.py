@@ -259,7 +259,8 @@ class Dino(Task):
             self._stop_unless_finite()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and batch_idx % every == 0:  # seldom, for it waits for the device
-            self._warn_of_collapse(entropy.item(), divergence.item())
+            of_mean = self.loss.entropy_of_mean(taught, temperature)
+            self._warn_of_collapse(entropy.item(), of_mean.item(), divergence.item())
         if every and (self.global_step + 1) % every == 0:  # when it is written: singular values wait, too
             self.log("train/effective_rank", effective_rank(features))
         self.log("train/loss", loss, prog_bar=True)
@@ -364,15 +365,21 @@ class Dino(Task):
             f"last good checkpoint: {last or 'none yet'}"
         )
 
-    def _warn_of_collapse(self, entropy: float, divergence: float) -> None:
-        """Say in words that the training has collapsed, once."""
+    def _warn_of_collapse(self, entropy: float, of_mean: float, divergence: float) -> None:
+        """Say in words that the training has collapsed, once.
+
+        Args:
+            entropy: of the teacher's distributions, their mean.
+            of_mean: entropy of the mean of these distributions, which is no less.
+            divergence: of the student's distributions from the teacher's.
+        """
         most = math.log(self.hp.out_dim)
         collapse = ""
         if entropy > (1 - COLLAPSED) * most and abs(divergence) < COLLAPSED * most:
             collapse = "uniform: the teacher finds every prototype equally likely and the student agrees"
             advice = "lower model.teacher_temp"
-        elif entropy < COLLAPSED * most:
-            collapse = "constant: the teacher is certain of a single prototype"
+        elif of_mean < COLLAPSED * most:
+            collapse = "constant: the teacher is certain of a single prototype, whatever the image"
             advice = "raise model.teacher_temp, or lower model.center_momentum or model.lr"
         if collapse and collapse != self.collapse:
             rank_zero_warn(
@@ -454,5 +461,22 @@ class Loss(DINOLoss):
             teacher_out: of each view [B, out_dim].
             temperature: of the teacher.
         """
-        log_p: Tensor = ((torch.stack(teacher_out) - self.center) / temperature).log_softmax(-1)
+        log_p = self._log_probabilities(teacher_out, temperature)
         return -(log_p.exp() * log_p).sum(-1).mean()
+
+    @torch.no_grad()
+    def entropy_of_mean(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
+        """Entropy of the mean of the teacher's distributions, in nats; low only if all images have the same.
+
+        Args:
+            teacher_out: of each view [B, out_dim].
+            temperature: of the teacher.
+        """
+        mean = self._log_probabilities(teacher_out, temperature).exp().mean((0, 1))
+        entropy: Tensor = torch.special.entr(mean).sum()
+        return entropy
+
+    def _log_probabilities(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
+        """[views, B, out_dim]."""
+        log_p: Tensor = ((torch.stack(teacher_out) - self.center) / temperature).log_softmax(-1)
+        return log_p
