@@ -49,6 +49,7 @@ def test_one_cycle_is_torchs(steps):
             torchs.step()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_one_cycle_of_few_steps_stays_within_its_ends(steps):
-    assert all(0 < one_cycle(step, steps=steps, peak=1e-3) <= 1e-3 for step in range(steps + 1))
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("up", [0, 0.25, 1])
+def test_one_cycle_stays_within_its_ends(steps, up):
+    assert all(0 < one_cycle(step, steps=steps, peak=1e-3, up=up) <= 1e-3 for step in range(steps + 1))

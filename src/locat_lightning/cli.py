@@ -47,6 +47,7 @@ from locat_lightning.options import (
     record_of_run,
     shipped_configs,
 )
+from locat_lightning.tasks import Segmentation
 from locat_lightning.tasks.base import Task
 
 import locat_lightning.data  # isort: skip - the parser knows the classes of data and tasks by short name
@@ -173,9 +174,12 @@ class RunRecord(SaveConfigCallback):
             if isinstance(logger, TensorBoardLogger) and metrics:
                 final = {f"final/{k}": v for k, v in metrics.items()}
                 logger.log_hyperparams(_flat(pl_module.hparams), final, trainer.global_step)
-        record = {"epochs": trainer.current_epoch, **metrics}
-        (Path(directory) / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        record: dict[str, Any] = {"epochs": trainer.current_epoch, **metrics}
         summary = "   ".join(f"{k} {v:.4g}" for k, v in record.items())
+        if isinstance(pl_module, Segmentation):
+            record["protocol"] = pl_module.protocol
+            summary += f"   ({pl_module.protocol})"
+        (Path(directory) / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         rank_zero_info(f"{summary}\n{_where(directory)}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -31,9 +31,10 @@ def one_cycle(
     Source: `torch.optim.lr_scheduler.OneCycleLR`, `anneal_strategy="linear"`, without its cycle of momentum.
     """
     start, top = peak / div, up * steps - 1
-    if step < top:
+    if top > 0 and step <= top:
         return start + (peak - start) * step / top
-    return peak + (start / final_div - peak) * min(1.0, (step - top) / (steps - 1 - top))
+    down = steps - 1 - top
+    return peak + (start / final_div - peak) * (min(1.0, (step - top) / down) if down > 0 else 1.0)
 
 
 def cosine(step: int, *, steps: int, start: float, end: float) -> float:

@@ -132,14 +132,17 @@ def test_predictions_are_index_pngs_and_overlays_of_any_folder(run, tmp_path):
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     (tmp_path / "mine").mkdir()
     pixels = np.random.default_rng(0).integers(256, size=(33, 57, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "mine" / "holiday.png")
+    (tmp_path / "mine" / "more").mkdir()
+    for name in ("holiday.png", "holiday.jpg", "more/holiday.png"):
+        Image.fromarray(pixels).save(tmp_path / "mine" / name)
     main(["predict", "--weights", str(run.weights), "--data.root", str(tmp_path / "mine"), *quiet])
     [directory] = (tmp_path / "runs").rglob("predictions")
-    assert {path.name for path in directory.iterdir()} == {"holiday.png", "holiday_overlay.png"}
-    with Image.open(directory / "holiday.png") as indexed:
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*.png")}
+    assert files == {"holiday.jpg.png", "holiday.png.png", "more/holiday.png.png"}  # none over another
+    with Image.open(directory / "holiday.png.png") as indexed:
         assert (indexed.size, indexed.mode) == ((57, 33), "P")
         assert np.asarray(indexed).max() < len(NAMES)
-    with Image.open(directory / "holiday_overlay.png") as drawn:
+    with Image.open(directory.parent / "overlays" / "holiday.png.png") as drawn:
         assert (drawn.size, drawn.mode) == ((57, 33), "RGB")
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.retrieval import segment_by_retrieval
+from locat_lightning.evaluation.retrieval import build_memory, segment_by_retrieval
 from locat_lightning.tasks import Classification
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -71,14 +71,17 @@ def test_training_is_the_same_with_it(folder, masks):
 
 
 def test_the_memory_is_of_the_chosen_images(folder, masks, monkeypatch):
-    seen = []
+    seen, sizes = [], []
 
     def watched(backbone, train, val, *arguments, **options):
+        kept = {name: options[name] for name in ("num_classes", "memory_size", "places")}
+        sizes.append(len(build_memory(backbone, train, "cpu", **kept, progress=False).features))
         seen.append([index for batch in train for index in batch.indices.tolist()])
         return segment_by_retrieval(backbone, train, val, *arguments, **options)
 
     monkeypatch.setattr("locat_lightning.callbacks.retrieval_probe.segment_by_retrieval", watched)
-    fit(folder, RetrievalProbe(masks, every_n_epochs=1, image_size=32, images=4), epochs=1)
+    fit(folder, RetrievalProbe(masks, every_n_epochs=1, image_size=32, images=4, memory_size=17), epochs=1)
+    assert sizes == [17, 17]  # of 4 images with 12 annotated patches each
     assert len(seen) == 2  # before and after
     assert seen[0] == seen[1]
     assert len(set(seen[0])) == 4

@@ -68,6 +68,15 @@ def test_half_precision_is_upsampled_in_float32():
     assert half.grad.dtype == torch.bfloat16
 
 
+def test_a_scaled_loss_keeps_small_gradients_in_float16():
+    logits, masks = case(images=8, size=(64, 64))
+    half = logits.detach().half().requires_grad_()
+    (upsampled_cross_entropy(half, masks) * 2**16).backward()
+    (plain(logits, masks) * 2**16).backward()
+    torch.testing.assert_close(half.grad.float(), logits.grad, atol=0.05, rtol=2e-3)
+    assert (half.grad == 0).sum() == 0
+
+
 @pytest.mark.parametrize("classes", [1, 3, 16, 17, 40])
 @pytest.mark.parametrize("size", [(19, 31), (4, 6)])
 def test_argmax_is_that_of_all_classes_at_once(classes, size):

@@ -38,7 +38,7 @@ class Batches(LightningDataModule):
 
     def __init__(self, batches=4, size=3, side=18, classes=3):
         super().__init__()
-        self.batch_size, self.scale = size, (side, side)
+        self.batch_size, self.scale, self.crop_size = size, (side, side), side - side % 4
         self.class_names = [f"class {i}" for i in range(classes)]
         generator = torch.Generator().manual_seed(0)
         self.items = []
@@ -209,7 +209,7 @@ def test_a_trained_backbone_learns_less_at_its_earlier_layers(tmp_path, weights)
     before = torch.load(weights, weights_only=True)["state_dict"]
     run = fit(tmp_path, module)
     group_of = {id(p): group for group in run.optimizers[0].param_groups for p in group["params"]}
-    rate = {name: group_of[id(p)]["lr"] for name, p in module.named_parameters()}
+    rate = {name: group_of[id(p)]["lr"] for name, p in module.named_parameters() if p.requires_grad}
     top = rate["decoder.0.weight"]
     assert rate["backbone.blocks.1.attn.qkv.weight"] / top == pytest.approx(1)
     assert rate["backbone.blocks.0.attn.qkv.weight"] / top == pytest.approx(0.5)
@@ -301,6 +301,56 @@ def test_a_frozen_backbone_needs_weights(tmp_path):
         Segmentation("locatvit_tiny").check(trainer(tmp_path), training=True)
     with pytest.raises(InputError, match=r"give --weights, or --model\.backbone"):
         Segmentation(train_backbone=True).check(trainer(tmp_path), training=True)
+
+
+def test_a_run_that_would_end_before_it_is_measured(tmp_path, weights):
+    run = trainer(tmp_path, max_epochs=-1, max_steps=4, val_check_interval=2000, check_val_every_n_epoch=None)
+    with pytest.raises(InputError, match=r"\(2000\) is more than trainer.max_steps \(4\): nothing would be"):
+        task(weights).check(run, training=True)
+
+
+def test_an_untrained_decoder_is_no_result(tmp_path, weights):
+    module = task(weights)
+    fit(tmp_path, module, num_sanity_val_steps=2, limit_val_batches=0.5, check_val_every_n_epoch=5)
+    assert module.iou is None
+
+
+def test_a_backbone_with_batch_norm(tmp_path):
+    seed_everything(1)
+    model = create_backbone("resnet10t", {}, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    module = task(str(tmp_path / "bare.pt"), backbone="resnet10t")
+    saved(fit(tmp_path, module, Batches(side=64), max_epochs=1), tmp_path / "a.ckpt")
+    again = task(str(tmp_path / "a.ckpt"))  # knows of which model the bare weights are
+    trainer(tmp_path).validate(again, datamodule=Batches(side=64), verbose=False)
+    torch.testing.assert_close(again.iou.per_class, module.iou.per_class)
+
+
+@pytest.mark.parametrize("options", [{}, {"train_backbone": True}])
+def test_half_precision(tmp_path, weights, options):
+    module = task(weights, **options)
+    fit(tmp_path, module, precision="bf16-true", max_epochs=1)
+    assert module.decoder[0].weight.dtype == torch.bfloat16
+    assert module.decoder[0].weight.isfinite().all()
+
+
+def test_of_a_trained_backbone_only_what_is_read_is_trained(tmp_path, weights):
+    module = task(weights, train_backbone=True)
+    fit(tmp_path, module, max_epochs=1)
+    left = {name for name, p in module.backbone.named_parameters() if not p.requires_grad}
+    assert left == {"norm.weight", "norm.bias"}
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_averaged_weights_leave_the_backbone_out_and_go_on(tmp_path, weights):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    def averaged(module, **options):
+        return fit(tmp_path, module, callbacks=[EMAWeightAveraging()], **options)
+
+    checkpoint = saved(averaged(task(weights), max_epochs=2), tmp_path / "cut.ckpt")
+    for key in ("state_dict", "current_model_state"):
+        assert not any("backbone." in name for name in checkpoint[key]), key
 
 
 def test_a_metric_that_nobody_logs(tmp_path, weights):

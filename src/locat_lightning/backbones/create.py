@@ -128,6 +128,7 @@ def load_backbone(
     """
     contents = read_checkpoint(weights) if Path(weights).is_file() else None
     if contents is not None and (reference := contents.get(DECODER_OF)) is not None:
+        name, arguments = model_of(weights, name, arguments, contents)
         weights = reference["weights"]
         check_source(weights)
         contents = read_checkpoint(weights) if Path(weights).is_file() else None

@@ -30,6 +30,7 @@ from locat_lightning.callbacks.pictures import (
     table,
     tensorboards,
 )
+from locat_lightning.data.classes import distinct_colours
 from locat_lightning.data.masks import SegmentationData
 from locat_lightning.data.reading import Failure
 from locat_lightning.evaluation.iou import IoU
@@ -195,7 +196,7 @@ class SegmentationPictures(Callback):
     """Draws the same validation images in TensorBoard at each validation, and what the validation counted.
 
     `pictures/validation`: input, annotation, prediction, GAug's kernels at three depths, with a legend;
-    `pictures/iou` and the scalars `iou/NAME`: IoU by class; `pictures/confusion`: the confusion matrix. Other
+    `pictures/iou`: IoU by class; `pictures/confusion`: the confusion matrix. Other
     tasks than `Segmentation` are left alone, and without a TensorBoard logger nothing is drawn.
 
     Args:
@@ -225,11 +226,7 @@ class SegmentationPictures(Callback):
             "iou": draw_iou(iou, pl_module.class_names, data.colours, title=pl_module.protocol),
             "confusion": draw_confusion(iou.confusion, pl_module.class_names),
         }
-        names = pl_module.class_names
-        by_class = zip(names, iou.per_class.tolist(), strict=True)
-        shares = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
         for board in tensorboards(trainer):
-            board.log_metrics(shares, step=step)
             for name, picture in pictures.items():
                 board.experiment.add_image(f"pictures/{name}", picture, global_step=step)
 
@@ -259,8 +256,8 @@ class MapWriter(BasePredictionWriter):
     """Writes what a segmentation predicts into the run's directory, as each batch is done.
 
     `predictions/NAME.png` has the index of each pixel's class, with the classes' colours as its palette;
-    `predictions/NAME_overlay.png` has the colours over the image. Names that occur twice are told apart by
-    their folders.
+    `overlays/NAME.png` has the colours over the image. NAME is the image's path within the folder, with its
+    ending where another image differs in nothing else.
     """
 
     def __init__(self) -> None:
@@ -285,36 +282,37 @@ class MapWriter(BasePredictionWriter):
         if not isinstance(pl_module, Segmentation):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        directory = self._directory(trainer)
-        directory.mkdir(parents=True, exist_ok=True)
         indices, maps = prediction
         for place, classes in zip(indices.tolist(), maps.cpu().numpy(), strict=True):
-            name = self._names[place]
-            indexed = Image.fromarray(classes)
-            indexed.putpalette(data.colours.tobytes())
-            indexed.save(directory / f"{name}.png")
-            overlay(data.source("predict").read(place)[0], classes, data.colours).save(
-                directory / f"{name}_overlay.png"
+            index_map, overlaid = (
+                self._directory(trainer) / kind / f"{self._names[place]}.png"
+                for kind in ("predictions", "overlays")
             )
+            for file in (index_map, overlaid):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            colours = data.colours if len(data.colours) else distinct_colours(pl_module.hp.num_classes)
+            indexed = Image.fromarray(classes)
+            indexed.putpalette(colours.tobytes())
+            indexed.save(index_map)
+            overlay(data.source("predict").read(place)[0], classes, colours).save(overlaid)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""
         if isinstance(pl_module, Segmentation):
-            rank_zero_info(f"predictions: {self._directory(trainer)}")
+            rank_zero_info(f"predictions and overlays: {self._directory(trainer)}")
 
     def _directory(self, trainer: Trainer) -> Path:
         directory = trainer.log_dir  # in every process: they agree on it
         assert directory is not None
-        return Path(directory) / "predictions"
+        return Path(directory)
 
 
 def _file_names(paths: Sequence[str]) -> list[str]:
-    """A name for each image: that of its file, after its folders where files of one name are in several."""
-    stems = [Path(path).stem for path in paths]
-    if len(set(stems)) == len(stems):
-        return stems
-    root = os.path.commonpath(paths)
-    return ["_".join(Path(path).relative_to(root).with_suffix("").parts) for path in paths]
+    """A name for each image: its path in the folder that holds all, with its ending where it needs one."""
+    root = os.path.commonpath([Path(path).parent for path in paths])
+    within = [Path(path).relative_to(root) for path in paths]
+    bare = [str(path.with_suffix("")) for path in within]
+    return bare if len(set(bare)) == len(bare) else [str(path) for path in within]
 
 
 def _on_paper(tile: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -25,6 +25,7 @@ class Probe(Callback, ABC, Generic[Data]):
     Attributes:
         title: what it measures, in words.
         figure: the headline, in words.
+        protocol: what the headline is to be compared by, in words, where the title does not say it.
         metrics: what it logs, the headline first.
         first: the headline before the first step; None if that was not measured.
         last: the headline as last measured.
@@ -32,6 +33,7 @@ class Probe(Callback, ABC, Generic[Data]):
 
     title: str
     figure: str
+    protocol: str = ""
     metrics: tuple[str, ...]
 
     def __init__(
@@ -136,7 +138,8 @@ class Probe(Callback, ABC, Generic[Data]):
         """Say what the training brought."""
         if self.last is not None:
             untrained = "" if self.first is None else f"{self.first:.4g} untrained -> "
-            rank_zero_info(f"{self.title} {self.figure} ({self.headline}) {untrained}{self.last:.4g}")
+            manner = f" ({self.protocol})" if self.protocol else ""
+            rank_zero_info(f"{self.title} {self.figure} ({self.headline}) {untrained}{self.last:.4g}{manner}")
 
     def _active(self, trainer: Trainer) -> bool:
         return self._measured is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]

@@ -59,6 +59,9 @@ class RetrievalProbe(Probe[SegmentationData]):
                 raise InputError(f"{name}: {option} ({value}) must be at least 1")
         self.image_size = image_size
         self.memory_size = memory_size
+        kept = "all patches" if memory_size is None else f"at most {memory_size:,} patches"
+        of = "all training images" if images is None else f"at most {images:,} training images"
+        self.protocol = f"{image_size} × {image_size} pixels, {kept} of {of}, {neighbours} neighbours"
         self.options: dict[str, Any] = {
             "neighbours": neighbours,
             "temperature": temperature,
@@ -86,6 +89,7 @@ class RetrievalProbe(Probe[SegmentationData]):
             device,
             num_classes=data.num_classes,
             memory_size=self.memory_size,
+            places=self._bank,
             autocast_dtype=self._autocast_dtype,
             progress=False,
             **self.options,

@@ -118,6 +118,12 @@ class ImageModule(LightningDataModule, Generic[Found]):
 
     def _in_order(self, images: Images, **options: Any) -> ImageLoader:
         """Batches of these images in order, each in one process once."""
+        processes, _ = self._processes()
+        if self.trainer is not None and len(images) < processes:
+            # Lightning leaves a process without images out of what all have to do together.
+            raise InputError(
+                f"{len(images)} images for {processes} processes: use --trainer.devices {len(images)}"
+            )
         order = EvaluationOrder(images, *self._processes(), shuffle=False)
         return ImageLoader(images, sampler=order, **(self._loader_options(training=False) | options))
 

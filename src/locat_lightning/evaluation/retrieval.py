@@ -4,7 +4,8 @@ Source: "Towards In-context Scene Understanding" (Balažević et al., NeurIPS 20
 """
 
 import importlib.util
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -74,6 +75,7 @@ def segment_by_retrieval(
     *,
     num_classes: int,
     memory_size: int | None = None,
+    places: Sequence[int] | None = None,
     neighbours: int = 30,
     temperature: float = 0.02,
     seed: int = 0,
@@ -95,6 +97,7 @@ def segment_by_retrieval(
         device: where to compute, and where the memory is kept.
         num_classes: C, 1 to 255.
         memory_size: patches that the memory may hold; None takes all.
+        places: ascending positions of the training images that the processes bring; None for all.
         neighbours: patches that vote; the memory's size where that is smaller.
         temperature: of the votes.
         seed: of the choice of patches.
@@ -114,6 +117,7 @@ def segment_by_retrieval(
         device,
         num_classes=num_classes,
         memory_size=memory_size,
+        places=places,
         seed=seed,
         autocast_dtype=autocast_dtype,
         progress=progress,
@@ -157,6 +161,7 @@ def build_memory(
     *,
     num_classes: int,
     memory_size: int | None = None,
+    places: Sequence[int] | None = None,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -179,6 +184,7 @@ def build_memory(
         device: where the backbone computes.
         num_classes: C, 1 to 255.
         memory_size: most patches to keep; None keeps all.
+        places: ascending positions in the data set of the images that the processes bring; None for all.
         seed: of the sample.
         autocast_dtype: mixed precision in this type; None computes in the type of the weights.
         progress: show a progress bar (on the first process only).
@@ -192,7 +198,7 @@ def build_memory(
     check_classes(num_classes)
     if memory_size is not None and memory_size < 1:
         raise InputError(f"memory_size is {memory_size}: give the number of patches to keep, or none for all")
-    device, images = torch.device(device), len(loader.dataset)
+    device, images = torch.device(device), len(loader.dataset if places is None else places)
     # Keys, features and histograms of each batch, which say at last how large the memory is.
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     show = progress and first_process()
@@ -204,7 +210,8 @@ def build_memory(
             for place, (of_image, index) in enumerate(zip(histograms, batch.indices.tolist(), strict=True)):
                 quota = None
                 if memory_size is not None:  # quotas of all images add up to the memory's size
-                    quota = (index + 1) * memory_size // images - index * memory_size // images
+                    rank = index if places is None else bisect_left(places, index)
+                    quota = (rank + 1) * memory_size // images - rank * memory_size // images
                 patches = sample_patches(of_image, quota, (seed, index))
                 rows.append(place * len(of_image) + patches)
                 keys.append(index * PATCHES + patches)

@@ -74,13 +74,15 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
                     difference.mul_(annotated), size, small.shape, False
                 )
         if grad is not None:
-            ctx.save_for_backward(grad.div_(pixels).to(logits.dtype))
+            ctx.dtype = logits.dtype
+            ctx.save_for_backward(grad.div_(pixels))
         return loss / pixels
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0] * grad, None
+        # Cast at last: half precision takes these numbers only when the loss has been scaled up.
+        return (ctx.saved_tensors[0] * grad).to(ctx.dtype), None
 
 
 def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:

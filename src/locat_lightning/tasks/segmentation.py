@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from math import ceil, inf
+from math import ceil, inf, isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Network, check
 from locat_lightning.data.masks import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
+from locat_lightning.evaluation.features import frozen
 from locat_lightning.evaluation.iou import IoU, MeanIoU
 from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.optim import one_cycle
@@ -122,6 +123,12 @@ class Segmentation(Task):
         if self.backbone_weights is not None:
             check_source(self.backbone_weights)
         super().check(trainer, training=training, logged=logged)
+        every, steps = trainer.val_check_interval, trainer.max_steps
+        if training and isinstance(every, int) and 0 < steps < every:
+            raise InputError(
+                f"trainer.val_check_interval ({every}) is more than trainer.max_steps ({steps}): nothing "
+                f"would be measured; add --trainer.val_check_interval {steps}"
+            )
 
     @property
     def metric_names(self) -> list[str]:
@@ -160,13 +167,28 @@ class Segmentation(Task):
         self.decoder = MlpDecoder(_width(self.backbone), classes, self.hp.hidden_dim)
         if (obstacle := _load(self.decoder, decoder)) and not self.trainer.training:
             raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
-        if not self.hp.train_backbone:
+        if decoder and self.trainer.training:
+            rank_zero_info(f"{self.weights}: {obstacle or 'the decoder in it'} is where training begins")
+        if self.hp.train_backbone:
+            self._freeze_what_is_not_read()
+        else:
             self.backbone.requires_grad_(False)
         self.val_iou, self.test_iou = MeanIoU(classes), MeanIoU(classes)
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.parameters())
         rank_zero_info(f"{self.hp.backbone}: {whole:,} parameters with the decoder, {trained:,} are trained")
         self.train(self.training)
+
+    def _freeze_what_is_not_read(self) -> None:
+        """Leave out what follows the features (final norm, pooling): it gets no gradient, for which DDP waits."""
+        side: int = self.trainer.datamodule.crop_size  # type: ignore[attr-defined]
+        weight = next(self.backbone.parameters())
+        with frozen(self.backbone), torch.enable_grad():
+            images = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
+            patch_features(self.backbone, images).sum().backward()
+        for parameter in self.backbone.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
 
     def _agree_on_classes(self) -> int:
         told: int | None = self.hp.num_classes
@@ -180,8 +202,8 @@ class Segmentation(Task):
         if not names and told is None:
             raise InputError("model.num_classes has to be given where the data do not name their classes")
         number = told if told is not None else len(names)
-        if not 2 <= number < IGNORED:
-            raise InputError(f"{number} classes: between 2 and {IGNORED - 1} can be told apart")
+        if not 2 <= number <= IGNORED:
+            raise InputError(f"{number} classes: between 2 and {IGNORED} can be told apart")
         self.class_names = self.class_names or list(names)
         self.hp.num_classes, self.hp.class_names = number, self.class_names
         return number
@@ -193,7 +215,9 @@ class Segmentation(Task):
         source = self.weights
         contents = read_checkpoint(source) if Path(source).is_file() else {}
         decoder = _beneath("decoder.", contents.get("state_dict", {}))
+        named, arguments_of = self.hp.backbone, self.hp.backbone_args
         if (reference := contents.get(DECODER_OF)) is not None:
+            named, arguments_of = model_of(source, named, arguments_of, contents)
             source = self.backbone_weights or reference["weights"]
             if not (Path(source).is_file() or source == reference["weights"]):
                 raise InputError(f"model.backbone_weights: no such file: {Path(source).absolute()}")
@@ -204,7 +228,7 @@ class Segmentation(Task):
                 )
             contents = read_checkpoint(source) if Path(source).is_file() else {}
         network: Network = "student" if self.hp.student else "teacher"
-        name, arguments = model_of(source, self.hp.backbone, self.hp.backbone_args, contents or None)
+        name, arguments = model_of(source, named, arguments_of, contents or None)
         backbone = load_backbone(source, name, arguments, network=network, any_size=True)
         self.hp.backbone, self.hp.backbone_args = name or source, arguments
         digest = _digest(backbone)
@@ -230,9 +254,9 @@ class Segmentation(Task):
         super().on_save_checkpoint(checkpoint)
         if not self._reference:
             return
-        state = checkpoint["state_dict"]
-        for name in [name for name in state if name.startswith("backbone.")]:
-            del state[name]
+        for state in self._states_in(checkpoint):
+            for name in [name for name in state if name.startswith("backbone.")]:
+                del state[name]
         checkpoint[DECODER_OF] = self._reference
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -250,17 +274,26 @@ class Segmentation(Task):
                 f"({reference['weights']}): give that one as --weights"
             )
         own = self.backbone.state_dict()
-        checkpoint["state_dict"] |= {f"backbone.{name}": value for name, value in own.items()}
+        for state in self._states_in(checkpoint):
+            state |= {f"backbone.{name}": value for name, value in own.items()}
+
+    def _states_in(self, checkpoint: dict[str, Any]) -> list[dict[str, Tensor]]:
+        """The weights, and those that Lightning's averaging of weights keeps beside them."""
+        return [checkpoint[key] for key in ("state_dict", "current_model_state") if key in checkpoint]
 
     def features(self, images: Tensor) -> Tensor:
         """Patch features [B, D, h, w] of images [B, 3, H, W], whose sides are padded to whole patches."""
         on = torch.is_autocast_enabled(images.device.type)
         dtype = torch.get_autocast_dtype(images.device.type) if on else None
         if self.hp.train_backbone:
-            return patch_features(self.backbone, images, autocast_dtype=dtype)
+            return patch_features(self.backbone, images, autocast_dtype=dtype).to(self._precision())
         with torch.inference_mode():
             found = patch_features(self.backbone, images, autocast_dtype=dtype)
-        return found.clone()  # an ordinary tensor, fit for autograd
+        return found.clone().to(self._precision())  # an ordinary tensor, fit for autograd
+
+    def _precision(self) -> torch.dtype:
+        """What the decoder computes in: float32, if the trainer has not made all of it half precision."""
+        return next(self.decoder.parameters()).dtype
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes, H, W] of normalised images [B, 3, H, W], by the protocol of the evaluation."""
@@ -322,17 +355,19 @@ class Segmentation(Task):
         self._conclude("test", self.test_iou)
 
     def _conclude(self, split: str, metric: MeanIoU) -> None:
+        if self.trainer.sanity_checking:
+            metric.reset()
+            return
         self.iou = metric.compute()
         metric.reset()
         for name in IoU.SCALARS:
             self.log(f"{split}/{name}", getattr(self.iou, name), prog_bar=name == "miou", sync_dist=True)
+        by_class = zip(self.class_names, self.iou.per_class.tolist(), strict=True)
+        shares = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(shares, step=max(0, self.global_step - 1))
         if self.trainer.state.fn != TrainerFn.FITTING:
             rank_zero_info(f"{split}/miou {float(self.iou.miou):.4f} ({self.protocol})")
-
-    def on_fit_end(self) -> None:
-        """Say what came of it, by which protocol."""
-        if self.iou is not None:
-            rank_zero_info(f"val/miou {float(self.iou.miou):.4f} ({self.protocol})")
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Positions in the data set [B], and classes [B, H, W] uint8 at the image's own size."""
@@ -402,5 +437,5 @@ def _digest(backbone: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
