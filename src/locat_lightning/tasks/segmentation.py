@@ -180,7 +180,7 @@ class Segmentation(Task):
         self.train(self.training)
 
     def _freeze_what_is_not_read(self) -> None:
-        """Leave out what follows the features (final norm, pooling): it gets no gradient, for which DDP waits."""
+        """Leave out what follows the features (norm, pooling): DDP would wait for its gradients."""
         side: int = self.trainer.datamodule.crop_size  # type: ignore[attr-defined]
         weight = next(self.backbone.parameters())
         with frozen(self.backbone), torch.enable_grad():
