@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,29 @@ def test_train_without_classes_is_unlabelled(labelled):
     assert images.source("val") is images.source("train")
 
 
+@pytest.mark.parametrize("lacking", ["images of a class", "class folders of val"])
+def test_training_needs_no_labels(labelled, caplog, lacking):
+    if lacking == "images of a class":
+        (labelled / "train" / "cat").mkdir()
+        why = "class folders without an image in .*train: cat"
+    else:
+        for path in list((labelled / "val").rglob("*.png")):
+            path.rename(labelled / "val" / path.name)
+        for folder in ("ant", "bee"):
+            (labelled / "val" / folder).rmdir()
+        why = "no class folders in .*val"
+    images = data(labelled)
+    with caplog.at_level("INFO"):
+        images.setup("fit")
+    [line] = [record.getMessage() for record in caplog.records]
+    assert re.match(f"the images are taken without labels: {why}", line)
+    assert "\n" not in line
+    assert images.class_names == []
+    assert len(images.source("train")) == 8
+    assert {label for batch in images.train_dataloader() for label in batch.labels.tolist()} == {-1}
+    assert {label for batch in images.val_dataloader() for label in batch.labels.tolist()} == {-1}
+
+
 def test_a_few_images_are_watched(tmp_path):
     for number in range(70):
         write(tmp_path / f"{number:02}.png", number, (8, 8))
@@ -167,6 +192,15 @@ def test_unreadable_images_are_named_or_skipped(unlabelled):
     assert len(batch.indices) == 9
     assert 8 in batch.indices
     assert len(set(batch.indices.tolist())) == 8
+
+
+def test_a_bug_in_cutting_is_no_unreadable_image(unlabelled, monkeypatch):
+    def cut(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("locat_lightning.data.views._cut", cut)
+    with pytest.raises(ZeroDivisionError):
+        list(data(unlabelled, max_unreadable=9).train_dataloader())
 
 
 def test_mistakes_are_named(tmp_path, labelled):

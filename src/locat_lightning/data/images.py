@@ -241,7 +241,7 @@ class ImageData(ImageModule["Source | Stream"]):
             if split == "test" != folder.name:
                 rank_zero_info(f"no test/ in {self.root}: taking {folder.name}/")
             names = self.class_names or _class_folders(folder)
-            return _labelled_files(folder, names, self._class_folder().name, complete=split == "train")
+            return labelled_files(folder, names, self._class_folder().name, complete=split == "train")
         if self.dataset == "digits":
             return digits.Digits(train=split == "train")
         return self._timm_source(split, download=False)
@@ -407,8 +407,12 @@ def _known_classes(dataset: Any) -> list[str]:
     return [str(name) for name in getattr(dataset, "classes", [])]
 
 
-def _labelled_files(folder: Path, class_names: list[str], named_by: str, complete: bool) -> Files:
-    """Finds the images of a split, whose classes another names; a `complete` one has some of every class."""
+def labelled_files(folder: Path, class_names: list[str], named_by: str, complete: bool) -> Files:
+    """Finds the images of a split, whose classes another names; a `complete` one has some of every class.
+
+    Raises:
+        InputError: the folder has no class folders, others than named, or too few images in them.
+    """
     if unknown := sorted(set(_class_folders(folder)) - set(class_names)):
         raise InputError(
             f"{folder} has classes that {named_by} lacks: {listed(unknown)}; remove or rename them"

@@ -8,11 +8,12 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor, tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from locat_lightning.data.images import ImageData, Stream, unlabelled_files
+from locat_lightning.data.images import Files, ImageData, Stream, labelled_files, unlabelled_files
 from locat_lightning.data.module import SPLITS
 from locat_lightning.data.reading import Failure, ImageLoader, Images, Source, reason
 from locat_lightning.data.views import MultiCrop, Views, collate_views
@@ -48,15 +49,18 @@ class MultiCropImages(Images):
         seed: of the views.
     """
 
+    transform: MultiCrop
+
     def __getitem__(self, item: int) -> tuple[list[Views], int, int] | Failure:
         epoch, index = divmod(item, len(self))
         try:
             with self.source.open(index) as (image, label):
-                return self.transform(image, np.random.default_rng([self.seed, epoch, index])), label, index
+                decoded = self.transform.decode(image, np.random.default_rng([self.seed, epoch, index]))
         except (
             Exception
         ) as error:  # decoders raise anything; a worker that raises would hide which image it was
             return Failure(self.source.path(index), reason(error))
+        return self.transform.cut(*decoded), label, index
 
 
 def collate_multicrop(items: Sequence[tuple[list[Views], int, int]]) -> MultiCropBatch:
@@ -69,9 +73,10 @@ class MultiCropData(ImageData):
     """Images with or without labels, in several views each for training.
 
     In a folder, every image beneath `train/` is trained on, or beneath the root where there is no `train/`.
-    They have labels where `train/` holds nothing but a folder per class; `val/` is for measuring, as in
-    `ImageData`. Training needs neither. A few images, of `val/` if it is there, are what a validation during
-    training shows to the callbacks; those that measure more read it themselves (`eval_dataloader`).
+    They have labels where `train/` holds nothing but a folder per class, and `val/`, which is for measuring,
+    is as in `ImageData`. Training needs neither. A few images, of `val/` if they have labels, are what a
+    validation during training shows to the callbacks; those that measure more read it themselves
+    (`eval_dataloader`).
 
     Args:
         root: the folder of the images.
@@ -141,7 +146,7 @@ class MultiCropData(ImageData):
     @cached_property
     def class_names(self) -> list[str]:
         """The classes in the order of their labels; none if the images have no labels."""
-        if self.dataset == "folder" and not self._is_labelled():
+        if self.dataset == "folder" and not self._labelled:
             return []
         return super().class_names
 
@@ -169,10 +174,12 @@ class MultiCropData(ImageData):
         if self.dataset == "folder":
             if not self.root.is_dir():
                 raise InputError(f"{self._without_root()} the folder of the images")
-            if split == "train" and not self._is_labelled():
+            if split in self._labelled:
+                return self._labelled[split]
+            if split == "train":
                 folder = self.root / "train"
                 return unlabelled_files(folder if folder.is_dir() else self.root)
-            if split == "val" and not (self._is_labelled() and self._has_val()):
+            if split == "val":
                 return self.source("train")
         source = super()._find(split)
         if isinstance(source, Stream):
@@ -182,15 +189,22 @@ class MultiCropData(ImageData):
             )
         return source
 
-    def _is_labelled(self) -> bool:
-        """Whether `train/` holds a folder per class and no image beside them."""
+    @cached_property
+    def _labelled(self) -> dict[str, Files]:
+        """The images of `train`, and of `val` where it is there, if those have labels; else nothing."""
         folder = self.root / "train"
         entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."] if folder.is_dir() else []
-        folders = [entry for entry in entries if entry.is_dir()]
-        return bool(folders) and not any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries)
-
-    def _has_val(self) -> bool:
-        return any((self.root / name).is_dir() for name in SPLITS["val"])
+        names = sorted(entry.name for entry in entries if entry.is_dir())
+        if not names or any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
+            return {}
+        try:
+            found = {"train": labelled_files(folder, names, "train", complete=True)}
+            if any((self.root / name).is_dir() for name in SPLITS["val"]):
+                found["val"] = labelled_files(self._split_folder("val"), names, "train", complete=False)
+        except InputError as error:
+            rank_zero_info(f"the images are taken without labels: {error}")
+            return {}
+        return found
 
 
 @dataclass(frozen=True)

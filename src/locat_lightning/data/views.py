@@ -9,7 +9,7 @@ Source: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,14 @@ def collate_views(images: Sequence[Sequence[Views]]) -> list[Views]:
         colours = [v.colour for v in views if v.colour is not None]
         batches.append(Views(crops, torch.stack(colours, dim=1) if colours else None))
     return batches
+
+
+class Drawn(NamedTuple):
+    """What an image's V views show."""
+
+    boxes: np.ndarray  # int [V, 4]: left, top, width, height
+    flipped: np.ndarray  # bool [V]
+    colour: Tensor  # float32 [V, 8], see `draw_colour`
 
 
 class MultiCrop:
@@ -137,6 +145,14 @@ class MultiCrop:
         Returns:
             The global views, and the local views if there are any.
         """
+        return self.cut(*self.decode(image, rng))
+
+    def decode(self, image: Image.Image, rng: np.random.Generator) -> tuple[np.ndarray, Drawn]:
+        """Draw what the views show, and decode the image: the first half of a call, which may find it broken.
+
+        Returns:
+            The pixels, uint8 [H, W, 3], and what was drawn.
+        """
         boxes = draw_boxes(rng, image.size, self.scales)
         flipped = rng.random(len(boxes)) < self.hflip
         colour = draw_colour(rng, self.blur, self.solarize)
@@ -147,8 +163,11 @@ class MultiCrop:
         image.draft("RGB", (math.ceil(width / spare), math.ceil(height / spare)))
         pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         reduction = width / pixels.shape[1]
-        boxes = np.rint(boxes / reduction).astype(int)
+        return pixels, Drawn(np.rint(boxes / reduction).astype(int), flipped, colour)
 
+    def cut(self, pixels: np.ndarray, drawn: Drawn) -> list[Views]:
+        """Cut the views out of what `decode` gave: the second half of a call."""
+        boxes, flipped, colour = drawn
         parts = [slice(0, 2), slice(2, None)] if len(boxes) > 2 else [slice(0, 2)]
         views = [Views(_cut(pixels, boxes[p], flipped[p], self.sizes[p][0]), colour[p]) for p in parts]
         return [v.coloured() for v in views] if self.colour_on == "worker" else views
