@@ -112,6 +112,20 @@ def test_worker_and_device_give_the_same_views(photograph):
         torch.testing.assert_close(device.crops, worker.crops, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [("cuda", {}, True), ("cuda:1", {}, True), ("cpu", {}, False), ("mps", {}, False)]
+    + [("cuda", {"non_blocking": False}, False), ("cpu", {"non_blocking": True}, True)],
+)
+def test_only_cuda_is_not_waited_for(device, given, expected):
+    class Crops:
+        def to(self, device, non_blocking):
+            self.non_blocking = non_blocking
+            return self
+
+    assert Views(Crops(), None).to(torch.device(device), **given).crops.non_blocking is expected
+
+
 def test_a_batch_puts_views_first(photograph):
     images = [
         MultiCrop(global_size=32, local_size=16)(photograph, np.random.default_rng(i)) for i in range(3)

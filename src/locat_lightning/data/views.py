@@ -40,8 +40,16 @@ class Views:
         self.crops = crops
         self.colour = colour
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Views":
-        """The views with their crops on a device."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Views":
+        """The views with their crops on a device.
+
+        Args:
+            device: the device.
+            non_blocking: as for a tensor; None only for CUDA, elsewhere crops could be read before they are
+                there.
+        """
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda"
         return Views(self.crops.to(device, non_blocking=non_blocking), self.colour)
 
     def pin_memory(self) -> "Views":
