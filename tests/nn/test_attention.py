@@ -129,7 +129,7 @@ def by_loops():
     return reference
 
 
-@pytest.mark.parametrize("path", ["chunks", (4, 999), (1, 5), "one expression"], ids=str)
+@pytest.mark.parametrize("path", ["chunks", (4, 999), (1, 5), (2, 5), "one expression"], ids=str)
 @pytest.mark.parametrize(("grid", "built_for", "prefix"), CASES)
 def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, grid, built_for, prefix):
     shape = (3, 3, prefix + math.prod(grid), 4)

@@ -93,9 +93,13 @@ def gaussian_attention(
 class _ChunkedGaussianAttention(torch.autograd.Function):
     """`gaussian_attention` of all images' heads, [B·h, N, d], a chunk of heads or rows at a time.
 
-    With A = q kᵀ / √d + S, P = softmax(A) and T = ∂A ∘ S, the gradients of the logarithms of S's factors are
-    T summed by row, T_y[p, i] = Σ_j T[p, (i, j)], and by column, T_x[p, j] = Σ_i T[p, (i, j)]: one product
-    with an indicator. Then ∂(slope_y)[p] = Σ_i T_y[p, i] D_y[p, i], likewise x, and ∂(ln α)[p] is T_y's sum.
+    With A = q kᵀ / √d + S, L = ln Σ exp(A) by row, P = exp(A − L) and T = ∂A ∘ S, the gradients of the
+    logarithms of S's factors are T summed by row, T_y[p, i] = Σ_j T[p, (i, j)], and by column,
+    T_x[p, j] = Σ_i T[p, (i, j)]. Then ∂(slope_y)[p] = Σ_i T_y[p, i] D_y[p, i], likewise x, and ∂(ln α)[p] is
+    T_y's sum.
+
+    Matrices [heads, rows, N] lie in memory key by key, as the factors do: a pass over S then runs along the
+    many queries, not along the few patches of a grid's row. Only flash attention wants its mask row by row.
     """
 
     @staticmethod
@@ -110,51 +114,65 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         cap: int,
     ) -> Tensor:
         prefix = q.shape[1] - alpha.shape[1]
-        to_grid = offsets(grid, prefix, q.device)
-        distances = to_grid.square().clamp_max(cap)
-        y, x = factors(Gaussians(slope, alpha, grid, cap), distances)
-        out = torch.empty_like(v)
-        room = _room(q, y.dtype)
+        distances = offsets(grid, prefix, q.device).square().clamp_max(cap)
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
-        flash = q.device.type != "cpu" or q.dtype != y.dtype or room.shape[1] < q.shape[1]
-        for _, q_, y_, x_, out_, k_, v_ in _chunks((q, y, x, out), (k, v)):
-            s = _kernel_of_tokens(y_, x_, room)
+        flash = q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[1]
+        if not flash:
+            distances = _key_by_key(distances)
+        y, x = factors(Gaussians(slope, alpha, grid, cap), distances)
+        out, lse = torch.empty_like(v), y.new_empty(*q.shape[:2], 1)
+        room = _room(q, y.dtype)
+        for _, q_, y_, x_, out_, lse_, k_, v_ in _chunks((q, y, x, out, lse), (k, v)):
+            s = _matrices(room, q_, k_)
             if flash:
-                mask = s.to(q.dtype)[None]
+                s = s.mT.view(s.shape)  # the same room, row by row
+                mask = _kernel_of_tokens(y_, x_, s).to(q.dtype)[None]
                 out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=mask)[0])
             else:
-                logits = s.baddbmm_(q_, k_.mT, alpha=q.shape[-1] ** -0.5)
-                torch.bmm(torch.softmax(logits, -1, out=logits), v_, out=out_)
-        ctx.save_for_backward(q, k, v, alpha, y, x, to_grid, distances)
+                a = _add_product(q_, k_.mT, _kernel_of_tokens(y_, x_, s), q.shape[-1] ** -0.5)
+                largest = a.amax(-1, keepdim=True)
+                exp = a.sub_(largest).exp_()
+                total = exp.sum(-1, keepdim=True)
+                torch.bmm(exp, v_, out=out_).div_(total)
+                torch.add(largest, total.log(), out=lse_)
+        ctx.save_for_backward(q, k, v, alpha, y, x, distances, lse)
+        ctx.lse_is_known = not flash
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, alpha, y, x, to_grid, distances = ctx.saved_tensors
+        q, k, v, alpha, y, x, distances, lse = ctx.saved_tensors
+        y, x = _key_by_key(y), _key_by_key(x)
+        grid = y.shape[2], x.shape[2]
         prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
-        rows_and_columns = (to_grid == 0).to(y.dtype)
         grad = grad.contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        grad_yx = y.new_empty(*y.shape[:2], distances.shape[1])
-        s_room, p_room, g_room = (_room(q, y.dtype) for _ in range(3))
-        for first, q_, y_, x_, d_out, d_q, d_yx, k_, v_, d_k, d_v in _chunks(
-            (q, y, x, grad, grad_q, grad_yx), (k, v, grad_k, grad_v)
+        t_y, t_x = torch.empty_like(y), torch.empty_like(x)
+        rooms = [_room(q, y.dtype) for _ in range(3)]
+        for first, q_, y_, x_, lse_, d_out, d_q, t_y_, t_x_, k_, v_, d_k, d_v in _chunks(
+            (q, y, x, lse, grad, grad_q, t_y, t_x), (k, v, grad_k, grad_v)
         ):
-            s, p, g = _kernel_of_tokens(y_, x_, s_room), _first(p_room, q_), _first(g_room, q_)
-            torch.add(s, _product(q_, k_.mT, p), alpha=scale, out=p)
-            torch.softmax(p, -1, out=p)
+            s, p, g = (_matrices(room, q_, k_) for room in rooms)
+            _kernel_of_tokens(y_, x_, s)
+            if ctx.lse_is_known:
+                _add_product(q_, k_.mT, torch.sub(s, lse_, out=p), scale).exp_()
+            else:
+                torch.add(s, _product(q_, k_.mT, p), alpha=scale, out=p)
+                torch.softmax(p.mT, 1, out=p.mT)
             d_v.baddbmm_(p.to(q.dtype).mT, d_out, beta=1 - first)
             _product(d_out, v_.mT, g)
-            torch._softmax_backward_data(g, p, -1, p.dtype, grad_input=g)
+            torch._softmax_backward_data(g.mT, p.mT, 1, p.dtype, grad_input=g.mT)
             d_a = g.to(q.dtype)
             d_q.baddbmm_(d_a, k_, beta=0, alpha=scale)
             d_k.baddbmm_(d_a.mT, q_, beta=1 - first, alpha=scale)
-            torch.matmul(s.mul_(g), rows_and_columns, out=d_yx)
-        by_distance = (grad_yx * distances)[:, prefix:].split([y.shape[2], x.shape[2]], dim=-1)
-        grad_slope = torch.stack([each.sum(-1) for each in by_distance])
-        grad_log_alpha = grad_yx[:, prefix:, : y.shape[2]].sum(-1)
+            t = s.mul_(g)[..., prefix:].unflatten(-1, grid)
+            torch.sum(t, -1, out=t_y_)
+            torch.sum(t, -2, out=t_x_)
+        d_y, d_x = distances.split(grid, dim=-1)
+        grad_slope = torch.stack([(t_y * d_y).sum(-1), (t_x * d_x).sum(-1)])[..., prefix:]
+        grad_log_alpha = t_y.sum(-1)[:, prefix:]
         grad_alpha = grad_log_alpha / alpha.clamp_min(torch.finfo(alpha.dtype).tiny)
         return grad_q, grad_k, grad_v, grad_slope, grad_alpha, None, None
 
@@ -184,25 +202,41 @@ def _chunks(by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...]) -> Iterator
 
 
 def _room(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a chunk's logits [heads, rows, N]; q is [B·h, N, d]."""
-    return q.new_empty(*_chunk_size(q), q.shape[1], dtype=dtype)
+    """Room for the logits of any chunk; q is [B·h, N, d]."""
+    return q.new_empty(math.prod(_chunk_size(q)) * q.shape[1], dtype=dtype)
 
 
-def _first(room: Tensor, like: Tensor) -> Tensor:
-    """As much of the room as the chunk needs."""
-    return room if like.shape[:2] == room.shape[:2] else room[: like.shape[0], : like.shape[1]]
+def _matrices(room: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Matrices [heads, rows, N] of a chunk, key by key, in as much of the room as they take."""
+    heads, rows = q.shape[:2]
+    return room[: heads * rows * k.shape[1]].view(heads, -1, rows).mT
+
+
+def _key_by_key(t: Tensor) -> Tensor:
+    """The same numbers [.., N, keys], in memory key by key."""
+    return t.mT.contiguous().mT
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """A batched product in the type of its factors, kept in that of `out`."""
-    return torch.bmm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.bmm(a, b))
+    """A batched product in the type of its factors, kept in that of `out`, which lies key by key."""
+    if a.dtype != out.dtype:
+        return out.copy_(torch.bmm(a, b))
+    torch.bmm(b.mT, a.mT, out=out.mT)
+    return out
 
 
-def _kernel_of_tokens(y: Tensor, x: Tensor, room: Tensor) -> Tensor:
-    """S [heads, rows, N] from its factors in these rows, in as much of the room as it takes."""
-    s = _first(room, y)
-    prefix = s.shape[-1] - y.shape[-1] * x.shape[-1]
-    s[..., :prefix] = 0
-    patches = s[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
+def _add_product(a: Tensor, b: Tensor, to: Tensor, scale: float) -> Tensor:
+    """Adds scale · a b to `to`, which lies key by key; the product in the type of its factors."""
+    if a.dtype != to.dtype:
+        return to.add_(torch.bmm(a, b), alpha=scale)
+    to.mT.baddbmm_(b.mT, a.mT, alpha=scale)
+    return to
+
+
+def _kernel_of_tokens(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """S [heads, rows, N] from its factors in these rows."""
+    prefix = out.shape[-1] - y.shape[-1] * x.shape[-1]
+    out[..., :prefix] = 0
+    patches = out[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
     torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=patches)
-    return s
+    return out
