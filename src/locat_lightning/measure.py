@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
-import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -24,9 +23,8 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import (
     Features,
     autocast_type,
+    check_size,
     extract_features,
-    frozen,
-    image_features,
 )
 from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.knn import knn_classify
@@ -109,7 +107,8 @@ def _measure(command: str, arguments: list[str]) -> None:
     if isinstance(data, SegmentationData):
         measurement = _retrieve(backbone, data, config, fabric)
     else:
-        _check_size(backbone, data.img_size, fabric.device)
+        advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
+        check_size(backbone, data.img_size, fabric.device, advice=advice)
         measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
     if fabric.is_global_zero:
         _show(measurement)
@@ -208,17 +207,6 @@ def _pretrained_cfg(weights: str) -> dict[str, Any]:
     else:
         known = timm.get_pretrained_cfg(weights).to_dict() if timm.is_model(weights) else {}
     return dict(known)
-
-
-def _check_size(backbone: nn.Module, size: int, device: torch.device) -> None:
-    try:
-        with frozen(backbone), torch.inference_mode():
-            image_features(backbone, torch.zeros(1, 3, size, size, device=device))
-    except (AssertionError, RuntimeError) as error:
-        raise InputError(
-            f"the backbone does not take images of {size} pixels ({error}): set --data.img_size, or "
-            f"--backbone_args.img_size {size}"
-        ) from error
 
 
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:

@@ -114,8 +114,14 @@ def test_worker_and_device_give_the_same_views(photograph):
 
 @pytest.mark.parametrize(
     ("device", "given", "expected"),
-    [("cuda", {}, True), ("cuda:1", {}, True), ("cpu", {}, False), ("mps", {}, False)]
-    + [("cuda", {"non_blocking": False}, False), ("cpu", {"non_blocking": True}, True)],
+    [
+        ("cuda", {}, True),
+        ("cuda:1", {}, True),
+        ("cpu", {}, False),
+        ("mps", {}, False),
+        ("cuda", {"non_blocking": False}, False),
+        ("cpu", {"non_blocking": True}, True),
+    ],
 )
 def test_only_cuda_is_not_waited_for(device, given, expected):
     class Crops:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import autocast_type, extract_features, image_features
+from locat_lightning.evaluation.features import (
+    autocast_type,
+    check_size,
+    extract_features,
+    image_features,
+)
 from locat_lightning.evaluation.linear import train_linear
 
 
@@ -169,3 +174,14 @@ def test_two_processes_with_unequal_parts_both_get_the_whole(tmp_path):
         assert torch.equal(second[0], expected(range(3))[0])
         assert top1 == alone.top1
         torch.testing.assert_close(weight, alone.head.weight.detach())
+
+
+def test_a_size_that_a_backbone_does_not_take_is_an_error():
+    backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 8)).train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    check_size(backbone, 4, "cpu", advice="do this")
+    with pytest.raises(InputError, match=r"it does not take images of 5 pixels \(.*\): do this") as error:
+        check_size(backbone, 5, "cpu", advice="do this", name="it")
+    assert "\n" not in str(error.value)
+    assert all(module.training for module in backbone.modules())
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())

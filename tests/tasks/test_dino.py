@@ -284,6 +284,18 @@ def test_any_timm_model_takes_both_sizes(name):
     assert math.isfinite(fit(task, [random_batch(2)]).losses[0])
 
 
+@pytest.mark.parametrize(("img_size", "option", "size"), [(64, "local_size", 32), (32, "global_size", 64)])
+def test_a_model_that_does_not_take_both_sizes_is_an_error(tmp_path, img_size, option, size):
+    name = "mixer_s32_224"
+    arguments = {"img_size": img_size}
+    task = Dino(name, backbone_args=arguments, out_dim=16, hidden_dim=8, bottleneck_dim=8, warmup_epochs=0)
+    with pytest.raises(
+        InputError, match=rf"{name} does not take images of {size} pixels .*: set data\.{option} .*"
+    ) as error:
+        trainer().fit(task, multicrop(images(tmp_path / "images"), global_size=64, local_size=32))
+    assert "\n" not in str(error.value)
+
+
 def test_mixed_precision_keeps_head_and_loss_in_float32():
     plain = fit(small(), [random_batch(4)] * 2)
     mixed = fit(small(), [random_batch(4)] * 2, precision="bf16-mixed")

@@ -125,6 +125,29 @@ def image_features(
     return features.float()
 
 
+def check_size(
+    backbone: nn.Module, size: int, device: torch.device | str, *, advice: str, name: str = "the backbone"
+) -> None:
+    """See that a backbone takes square images of a size, by a black one.
+
+    Args:
+        backbone: see `image_features`; already on `device`.
+        size: height and width in pixels.
+        device: where the backbone computes.
+        advice: what to do if it does not.
+        name: of the backbone.
+
+    Raises:
+        InputError: it does not, or does not give one vector per image.
+    """
+    try:
+        with frozen(backbone), torch.no_grad():
+            image_features(backbone, torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name} does not take images of {size} pixels ({why}): {advice}") from error
+
+
 def extract_features(
     backbone: nn.Module,
     loader: ImageLoader[LabelledImages],

@@ -21,9 +21,10 @@ from torch.optim import AdamW, Optimizer
 
 from locat_lightning.backbones.create import create_for_any_size
 from locat_lightning.backbones.weights import load_weights
-from locat_lightning.data.multicrop import MultiCropBatch
+from locat_lightning.data.multicrop import MultiCropBatch, MultiCropData
 from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.features import check_size
 from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.optim import cosine, linear_rule, linear_warmup, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
@@ -219,6 +220,22 @@ class Dino(Task):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         return AdamW(groups, lr=self.peak_lr, weight_decay=hp.weight_decay)
+
+    def on_fit_start(self) -> None:
+        """See that the model takes views of both sizes.
+
+        Raises:
+            InputError: it does not.
+        """
+        super().on_fit_start()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, MultiCropData):
+            for option, size in (("global_size", data.views.sizes[0]), ("local_size", data.views.sizes[-1])):
+                advice = (
+                    f"set data.{option} to one that it takes, or choose a model.backbone that takes any, "
+                    "as vit_… and locatvit_… do"
+                )
+                check_size(self.backbone, size, self.device, advice=advice, name=self.hp.backbone)
 
     def schedule(self, step: int) -> Schedule:
         """Learning rate, weight decay and the teacher's momentum of an optimizer step, from 0 on."""
