@@ -120,9 +120,10 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         if not flash:
             distances = _key_by_key(distances)
         y, x = factors(Gaussians(slope, alpha, grid, cap), distances)
-        out, lse = torch.empty_like(v), y.new_empty(*q.shape[:2], 1)
+        out = torch.empty_like(v)
+        largest, total, lse = y.new_empty(3, *q.shape[:2], 1)  # max A, Σ exp(A − max A), and L
         room = _room(q, y.dtype)
-        for _, q_, y_, x_, out_, lse_, k_, v_ in _chunks((q, y, x, out, lse), (k, v)):
+        for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks((q, y, x, out, largest, total), (k, v)):
             s = _matrices(room, q_, k_)
             if flash:
                 s = s.mT.view(s.shape)  # the same room, row by row
@@ -130,11 +131,12 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
                 out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=mask)[0])
             else:
                 a = _add_product(q_, k_.mT, _kernel_of_tokens(y_, x_, s), q.shape[-1] ** -0.5)
-                largest = a.amax(-1, keepdim=True)
-                exp = a.sub_(largest).exp_()
-                total = exp.sum(-1, keepdim=True)
-                torch.bmm(exp, v_, out=out_).div_(total)
-                torch.add(largest, total.log(), out=lse_)
+                torch.amax(a, -1, keepdim=True, out=largest_)
+                torch.sum(a.sub_(largest_).exp_(), -1, keepdim=True, out=total_)
+                torch.bmm(a, v_, out=out_)
+        if not flash:
+            out.div_(total)
+            torch.add(largest, total.log_(), out=lse)
         ctx.save_for_backward(q, k, v, alpha, y, x, distances, lse)
         ctx.lse_is_known = not flash
         return out
