@@ -506,7 +506,10 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small):
 
 @pytest.mark.slow
 def test_an_interrupt_of_the_process_alone_ends_its_workers_too(small):
+    # A shell's background jobs ignore interrupts, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = locat(*FIT, *small, "--trainer.max_epochs", "100000", "--data.num_workers", "1")
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not LAST.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
