@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from locat_lightning.nn import GaussianAugmentation, PatchGrid, gaussian_kernel
-from locat_lightning.nn.gaussian import factors, offsets
+from locat_lightning.nn.gaussian import factors
 
 # grid of the images, grid that the model was built for
 GRIDS = [
@@ -95,7 +95,7 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
 def test_the_kernel_is_the_product_of_its_two_factors():
     q = queries(2, 3, 1 + 15, 8)
     gaussians = augmentation(8)(q, (5, 3), (5, 3))
-    y, x = factors(gaussians, offsets((5, 3), 1, q.device).square().clamp_max(gaussians.cap))
+    y, x = factors(gaussians, distances((5, 3), 1, gaussians.cap, q.device))
     assert y.shape == (2, 3, 1 + 15, 5)
     assert x.shape == (2, 3, 1 + 15, 3)
     assert y.dtype == x.dtype == torch.float32
@@ -105,11 +105,13 @@ def test_the_kernel_is_the_product_of_its_two_factors():
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_offsets_are_those_of_the_grid(prefix):
-    table = offsets((2, 3), prefix, torch.device("cpu"))[prefix:]
+def test_distances_are_those_of_the_grid_squared_and_capped(prefix):
+    table = distances((2, 3), prefix, 3, torch.device("cpu"))
+    assert len(table) == prefix + 6
     for p in range(6):
         i, j = divmod(p, 3)
-        assert table[p].tolist() == [i - 0, i - 1, j - 0, j - 1, j - 2]
+        squares = [(i - row) ** 2 for row in range(2)] + [(j - column) ** 2 for column in range(3)]
+        assert table[prefix + p].tolist() == [min(each, 3) for each in squares]
 
 
 def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():

@@ -14,9 +14,9 @@ from locat_lightning.nn.gaussian import (
     GaussianAugmentation,
     Gaussians,
     PatchGrid,
+    distances,
     factors,
     gaussian_kernel,
-    offsets,
 )
 
 
@@ -114,37 +114,40 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         cap: int,
     ) -> Tensor:
         prefix = q.shape[1] - alpha.shape[1]
-        distances = offsets(grid, prefix, q.device).square().clamp_max(cap)
+        squares = distances(grid, prefix, cap, q.device)
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
         flash = q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[1]
         if not flash:
-            distances = _key_by_key(distances)
-        y, x = factors(Gaussians(slope, alpha, grid, cap), distances)
+            squares = _key_by_key(squares)
+        y, x = factors(Gaussians(slope, alpha, grid, cap), squares)
         out = torch.empty_like(v)
         largest, total, lse = y.new_empty(3, *q.shape[:2], 1)  # max A, Σ exp(A − max A), and L
-        room = _room(q, y.dtype)
-        for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks((q, y, x, out, largest, total), (k, v)):
-            s = _matrices(room, q_, k_)
-            if flash:
-                s = s.mT.view(s.shape)  # the same room, row by row
-                mask = _kernel_of_tokens(y_, x_, s).to(q.dtype)[None]
-                out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=mask)[0])
-            else:
-                a = _add_product(q_, k_.mT, _kernel_of_tokens(y_, x_, s), q.shape[-1] ** -0.5)
+        if flash:
+            size = _chunk_size(q, on_cpu=2**19)
+            mask = _mask_room(size, k, prefix, y.dtype)
+            for _, q_, y_, x_, out_, k_, v_ in _chunks((q, y, x, out), (k, v), size):
+                s = _kernel_of_tokens(y_, x_, mask[: q_.shape[0], : q_.shape[1]]).to(q.dtype)[None]
+                out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=s)[0])
+        else:
+            size = _chunk_size(q)
+            room = _room(size, k, y.dtype)
+            by_row = q, y, x, out, largest, total
+            for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_row, (k, v), size):
+                s = _kernel_of_tokens(y_, x_, _matrices(room, q_, k_))
+                a = _add_product(q_, k_.mT, s, q.shape[-1] ** -0.5)
                 torch.amax(a, -1, keepdim=True, out=largest_)
                 torch.sum(a.sub_(largest_).exp_(), -1, keepdim=True, out=total_)
                 torch.bmm(a, v_, out=out_)
-        if not flash:
             out.div_(total)
             torch.add(largest, total.log_(), out=lse)
-        ctx.save_for_backward(q, k, v, alpha, y, x, distances, lse)
+        ctx.save_for_backward(q, k, v, alpha, y, x, squares, lse)
         ctx.lse_is_known = not flash
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, alpha, y, x, distances, lse = ctx.saved_tensors
+        q, k, v, alpha, y, x, squares, lse = ctx.saved_tensors
         y, x = _key_by_key(y), _key_by_key(x)
         grid = y.shape[2], x.shape[2]
         prefix = q.shape[1] - alpha.shape[1]
@@ -152,9 +155,10 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grad = grad.contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
-        rooms = [_room(q, y.dtype) for _ in range(3)]
+        size = _chunk_size(q)
+        rooms = [_room(size, k, y.dtype) for _ in range(3)]
         for first, q_, y_, x_, lse_, d_out, d_q, t_y_, t_x_, k_, v_, d_k, d_v in _chunks(
-            (q, y, x, lse, grad, grad_q, t_y, t_x), (k, v, grad_k, grad_v)
+            (q, y, x, lse, grad, grad_q, t_y, t_x), (k, v, grad_k, grad_v), size
         ):
             s, p, g = (_matrices(room, q_, k_) for room in rooms)
             _kernel_of_tokens(y_, x_, s)
@@ -172,28 +176,30 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             t = s.mul_(g)[..., prefix:].unflatten(-1, grid)
             torch.sum(t, -1, out=t_y_)
             torch.sum(t, -2, out=t_x_)
-        d_y, d_x = distances.split(grid, dim=-1)
+        d_y, d_x = squares.split(grid, dim=-1)
         grad_slope = torch.stack([(t_y * d_y).sum(-1), (t_x * d_x).sum(-1)])[..., prefix:]
         grad_log_alpha = t_y.sum(-1)[:, prefix:]
         grad_alpha = grad_log_alpha / alpha.clamp_min(torch.finfo(alpha.dtype).tiny)
         return grad_q, grad_k, grad_v, grad_slope, grad_alpha, None, None
 
 
-def _chunk_size(q: Tensor) -> tuple[int, int]:
+def _chunk_size(q: Tensor, on_cpu: int = 2**18) -> tuple[int, int]:
     """Of how many heads, and of how many rows of a head, the logits stay in a CPU's cache, or fill a GPU."""
     heads, N, _ = q.shape
-    size = 2**18 if q.device.type == "cpu" else 2**26
+    size = on_cpu if q.device.type == "cpu" else 2**26
     if 2 * size >= N**2:
         return min(heads, max(1, size // N**2)), N
     return min(heads, 2), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
 
 
-def _chunks(by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...]) -> Iterator[tuple[Any, ...]]:
+def _chunks(
+    by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...], size: tuple[int, int]
+) -> Iterator[tuple[Any, ...]]:
     """Of tensors of rows [B·h, N, ..] and of whole heads [B·h, ..], the chunks that belong together.
 
     Before them comes whether these are the first rows of their heads.
     """
-    heads, rows = _chunk_size(by_row[0])
+    heads, rows = size
     for of_heads in zip(*(t.split(heads) for t in by_row + by_head), strict=True):
         if rows == by_row[0].shape[1]:
             yield True, *of_heads
@@ -203,9 +209,19 @@ def _chunks(by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...]) -> Iterator
             yield row == 0, *parts, *of_heads[len(by_row) :]
 
 
-def _room(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the logits of any chunk; q is [B·h, N, d]."""
-    return q.new_empty(math.prod(_chunk_size(q)) * q.shape[1], dtype=dtype)
+def _room(size: tuple[int, int], k: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the logits of any chunk; k is [B·h, N, d]."""
+    return k.new_empty(math.prod(size) * k.shape[1], dtype=dtype)
+
+
+def _mask_room(size: tuple[int, int], k: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """Room [heads, rows, N] for the mask of any chunk, row by row; k is [B·h, N, d].
+
+    Every row takes whole blocks of 16 numbers. On a CPU, the patches' columns begin with one.
+    """
+    lead = -prefix % 16 if k.device.type == "cpu" else 0
+    end = lead + k.shape[1]
+    return k.new_empty(*size, end + -end % 16, dtype=dtype)[..., lead:end]
 
 
 def _matrices(room: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -123,27 +123,27 @@ class GaussianAugmentation(nn.Module):
             return Gaussians(-0.5 / (var + _epsilon(built_for)), alpha, grid, cap)
 
 
-def offsets(grid: tuple[int, int], prefix: int, device: torch.device) -> Tensor:
-    """From each token's place to the rows, i − i', and to the columns, j − j', of its grid.
+def distances(grid: tuple[int, int], prefix: int, cap: int, device: torch.device) -> Tensor:
+    """From each token's place to the rows, (i − i')², and to the columns, (j − j')², of its grid.
 
     Args:
         grid: (H, W).
-        prefix: Prefix tokens before the patches. They have no place: their rows mean nothing.
+        prefix: Prefix tokens before the patches. They have no place: their rows are 0.
+        cap: The largest value.
         device: Where the tensor is made.
 
     Returns:
         [N, H + W], float32.
     """
     H, W = grid
-    tokens, rows, columns = (
-        torch.arange(start, end, dtype=torch.float32, device=device)
-        for start, end in ((-prefix, H * W), (0, H), (0, W))
-    )
-    i, j = tokens.div(W, rounding_mode="floor"), tokens.remainder(W)
-    return torch.cat([i.unsqueeze(-1) - rows, j.unsqueeze(-1) - columns], dim=1)
+    i, j = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
+    rows = (i.unsqueeze(-1) - i).square_().clamp_max_(cap).unsqueeze(1)
+    columns = (j.unsqueeze(-1) - j).square_().clamp_max_(cap)
+    of_patches = torch.cat([rows.expand(H, W, H), columns.expand(H, W, W)], dim=-1).flatten(0, 1)
+    return F.pad(of_patches, (0, 0, prefix, 0)) if prefix else of_patches
 
 
-def factors(gaussians: Gaussians, distances: Tensor) -> tuple[Tensor, Tensor]:
+def factors(gaussians: Gaussians, squares: Tensor) -> tuple[Tensor, Tensor]:
     """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y, which is 0 of prefix tokens.
 
     The exponential of a sum is a product: this takes H + W exponentials a row instead of H · W, and nothing
@@ -151,16 +151,16 @@ def factors(gaussians: Gaussians, distances: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         gaussians: Of the last H·W tokens.
-        distances: (i − i')² and (j − j')² [N, H + W], capped.
+        squares: (i − i')² and (j − j')² [N, H + W], capped.
 
     Returns:
         y [B, h, N, H] and x [B, h, N, W].
     """
-    prefix = len(distances) - gaussians.alpha.shape[-1]
+    prefix = len(squares) - gaussians.alpha.shape[-1]
     slope, alpha = (F.pad(each, (prefix, 0)).unsqueeze(-1) for each in gaussians[:2])
     y, x = (
         (a * d).clamp_min_(_LEAST_EXPONENT).exp_()
-        for a, d in zip(slope, distances.split(gaussians.grid, dim=-1), strict=True)
+        for a, d in zip(slope, squares.split(gaussians.grid, dim=-1), strict=True)
     )
     return y * alpha, x
 
@@ -168,7 +168,7 @@ def factors(gaussians: Gaussians, distances: Tensor) -> tuple[Tensor, Tensor]:
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
     """S [B, h, H·W, H·W] of the patches among themselves, float32."""
     _, alpha, grid, cap = gaussians
-    y, x = factors(gaussians, offsets(grid, 0, alpha.device).square().clamp_max(cap))
+    y, x = factors(gaussians, distances(grid, 0, cap, alpha.device))
     return (y.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
 
 
