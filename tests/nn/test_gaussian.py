@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from locat_lightning.nn import GaussianAugmentation, PatchGrid, gaussian_kernel
-from locat_lightning.nn.gaussian import factors
+from locat_lightning.nn.gaussian import distances, factors
 
 # grid of the images, grid that the model was built for
 GRIDS = [

@@ -43,8 +43,8 @@ class GaussianAttention(Attention):
             raise ValueError("Gaussian-augmented attention takes no attn_mask and is not causal")
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = (each.transpose(1, 2).contiguous() for each in qkv.unbind(2))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
+        q, k = self.q_norm(q.contiguous()), self.k_norm(k)
 
         grid = self.grid.of(x.shape[1] - self.num_prefix_tokens)
         gaussians = self.gaug(q, grid, self.grid.built_for)
@@ -83,15 +83,14 @@ def gaussian_attention(
         expression: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
         return expression
     slope, alpha, grid, cap = gaussians
-    heads = (t.flatten(0, 1).contiguous() for t in (q, k, v))
     out: Tensor = _ChunkedGaussianAttention.apply(
-        *heads, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap
-    ).unflatten(0, q.shape[:2])
+        q, k, v, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap
+    )
     return out
 
 
 class _ChunkedGaussianAttention(torch.autograd.Function):
-    """`gaussian_attention` of all images' heads, [B·h, N, d], a chunk of heads or rows at a time.
+    """`gaussian_attention` of all images' heads, a chunk of heads or rows at a time.
 
     With A = q kᵀ / √d + S, L = ln Σ exp(A) by row, P = exp(A − L) and T = ∂A ∘ S, the gradients of the
     logarithms of S's factors are T summed by row, T_y[p, i] = Σ_j T[p, (i, j)], and by column,
@@ -113,56 +112,40 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grid: tuple[int, int],
         cap: int,
     ) -> Tensor:
-        prefix = q.shape[1] - alpha.shape[1]
+        prefix = q.shape[2] - alpha.shape[1]
         squares = distances(grid, prefix, cap, q.device)
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
-        flash = q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[1]
+        flash = q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]
         if not flash:
             squares = _key_by_key(squares)
+            q, k, v = (t.contiguous() for t in (q, k, v))
         y, x = factors(Gaussians(slope, alpha, grid, cap), squares)
-        out = torch.empty_like(v)
-        largest, total, lse = y.new_empty(3, *q.shape[:2], 1)  # max A, Σ exp(A − max A), and L
         if flash:
-            size = _chunk_size(q, on_cpu=2**19)
-            mask = _mask_room(size, k, prefix, y.dtype)
-            for _, q_, y_, x_, out_, k_, v_ in _chunks((q, y, x, out), (k, v), size):
-                s = _kernel_of_tokens(y_, x_, mask[: q_.shape[0], : q_.shape[1]]).to(q.dtype)[None]
-                out_.copy_(F.scaled_dot_product_attention(q_[None], k_[None], v_[None], attn_mask=s)[0])
+            out, lse = _flash_attention(q, k, v, y, x), None
         else:
-            size = _chunk_size(q)
-            room = _room(size, k, y.dtype)
-            by_row = q, y, x, out, largest, total
-            for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_row, (k, v), size):
-                s = _kernel_of_tokens(y_, x_, _matrices(room, q_, k_))
-                a = _add_product(q_, k_.mT, s, q.shape[-1] ** -0.5)
-                torch.amax(a, -1, keepdim=True, out=largest_)
-                torch.sum(a.sub_(largest_).exp_(), -1, keepdim=True, out=total_)
-                torch.bmm(a, v_, out=out_)
-            out.div_(total)
-            torch.add(largest, total.log_(), out=lse)
+            out, lse = _attention_and_lse(q, k, v, y, x)
         ctx.save_for_backward(q, k, v, alpha, y, x, squares, lse)
-        ctx.lse_is_known = not flash
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, alpha, y, x, squares, lse = ctx.saved_tensors
+        *qkv, alpha, y, x, squares, lse = ctx.saved_tensors
+        q, k, v, grad = (_flat(t) for t in (*qkv, grad))
         y, x = _key_by_key(y), _key_by_key(x)
         grid = y.shape[2], x.shape[2]
         prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
-        grad = grad.contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
         rooms = [_room(size, k, y.dtype) for _ in range(3)]
         for first, q_, y_, x_, lse_, d_out, d_q, t_y_, t_x_, k_, v_, d_k, d_v in _chunks(
-            (q, y, x, lse, grad, grad_q, t_y, t_x), (k, v, grad_k, grad_v), size
+            (q, y, x, q if lse is None else lse, grad, grad_q, t_y, t_x), (k, v, grad_k, grad_v), size
         ):
             s, p, g = (_matrices(room, q_, k_) for room in rooms)
             _kernel_of_tokens(y_, x_, s)
-            if ctx.lse_is_known:
+            if lse is not None:
                 _add_product(q_, k_.mT, torch.sub(s, lse_, out=p), scale).exp_()
             else:
                 torch.add(s, _product(q_, k_.mT, p), alpha=scale, out=p)
@@ -180,16 +163,63 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grad_slope = torch.stack([(t_y * d_y).sum(-1), (t_x * d_x).sum(-1)])[..., prefix:]
         grad_log_alpha = t_y.sum(-1)[:, prefix:]
         grad_alpha = grad_log_alpha / alpha.clamp_min(torch.finfo(alpha.dtype).tiny)
-        return grad_q, grad_k, grad_v, grad_slope, grad_alpha, None, None
+        grads = (t.view(qkv[0].shape) for t in (grad_q, grad_k, grad_v))
+        return *grads, grad_slope, grad_alpha, None, None
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """`gaussian_attention` [B, h, N, d] with the kernel's factors [B·h, N, H] and [B·h, N, W].
+
+    Every row of the mask takes whole blocks of 16 numbers. On a CPU, the patches' columns begin with one.
+    """
+    B, h, N, d = q.shape
+    y, x = (t.unflatten(0, (B, h)) for t in (y, x))
+    out = v.new_empty(B, N, h, d).transpose(1, 2)
+    heads, rows = _chunk_size(q, on_cpu=2**19)
+    images = min(B, heads)
+    heads //= images
+    lead = -(N - y.shape[-1] * x.shape[-1]) % 16 if q.device.type == "cpu" else 0
+    room = y.new_empty(images, heads, rows, lead + N + -(lead + N) % 16)[..., lead : lead + N]
+    for of_images in zip(*(t.split(images) for t in (k, v, q, y, x, out)), strict=True):
+        for k_, v_, *of_heads in zip(*(t.split(heads, dim=1) for t in of_images), strict=True):
+            for q_, y_, x_, out_ in zip(*(t.split(rows, dim=2) for t in of_heads), strict=True):
+                mask = room[: q_.shape[0], : q_.shape[1], : q_.shape[2]]
+                s = _kernel_of_tokens(y_, x_, mask).to(q.dtype)
+                out_.copy_(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=s))
+    return out
+
+
+def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`gaussian_attention` [B, h, N, d] and L [B·h, N, 1], with factors that lie key by key."""
+    shape = v.shape
+    q, k, v = (_flat(t) for t in (q, k, v))
+    out = torch.empty_like(v)
+    largest, total = y.new_empty(2, *q.shape[:2], 1)  # max A and Σ exp(A − max A)
+    size = _chunk_size(q)
+    room = _room(size, k, y.dtype)
+    by_row = q, y, x, out, largest, total
+    for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_row, (k, v), size):
+        s = _kernel_of_tokens(y_, x_, _matrices(room, q_, k_))
+        a = _add_product(q_, k_.mT, s, q.shape[-1] ** -0.5)
+        torch.amax(a, -1, keepdim=True, out=largest_)
+        torch.sum(a.sub_(largest_).exp_(), -1, keepdim=True, out=total_)
+        torch.bmm(a, v_, out=out_)
+    out.div_(total)
+    return out.view(shape), total.log_().add_(largest)
 
 
 def _chunk_size(q: Tensor, on_cpu: int = 2**18) -> tuple[int, int]:
     """Of how many heads, and of how many rows of a head, the logits stay in a CPU's cache, or fill a GPU."""
-    heads, N, _ = q.shape
+    heads, N = q.shape[:-2].numel(), q.shape[-2]
     size = on_cpu if q.device.type == "cpu" else 2**26
     if 2 * size >= N**2:
         return min(heads, max(1, size // N**2)), N
     return min(heads, 2), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
+
+
+def _flat(t: Tensor) -> Tensor:
+    """[B, h, N, d] as [B·h, N, d]."""
+    return t.flatten(0, 1).contiguous()
 
 
 def _chunks(
@@ -212,16 +242,6 @@ def _chunks(
 def _room(size: tuple[int, int], k: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for the logits of any chunk; k is [B·h, N, d]."""
     return k.new_empty(math.prod(size) * k.shape[1], dtype=dtype)
-
-
-def _mask_room(size: tuple[int, int], k: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
-    """Room [heads, rows, N] for the mask of any chunk, row by row; k is [B·h, N, d].
-
-    Every row takes whole blocks of 16 numbers. On a CPU, the patches' columns begin with one.
-    """
-    lead = -prefix % 16 if k.device.type == "cpu" else 0
-    end = lead + k.shape[1]
-    return k.new_empty(*size, end + -end % 16, dtype=dtype)[..., lead:end]
 
 
 def _matrices(room: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -252,7 +272,7 @@ def _add_product(a: Tensor, b: Tensor, to: Tensor, scale: float) -> Tensor:
 
 
 def _kernel_of_tokens(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """S [heads, rows, N] from its factors in these rows."""
+    """S [.., rows, N] from its factors in these rows."""
     prefix = out.shape[-1] - y.shape[-1] * x.shape[-1]
     out[..., :prefix] = 0
     patches = out[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
