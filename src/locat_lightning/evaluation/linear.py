@@ -19,6 +19,7 @@ from locat_lightning.evaluation.features import (
     frozen,
     image_features,
 )
+from locat_lightning.evaluation.gather import distributed, first_process
 from locat_lightning.evaluation.knn import label_ranks
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
@@ -97,8 +98,7 @@ def train_linear(
     effective = learning_rate * batch_size / 256
     heads = _Heads(1, num_classes, val.features.shape[1], momentum, seed, device)
     val_features, val_labels = val.features.to(device), val.labels.to(device)
-    distributed = dist.is_available() and dist.is_initialized()
-    show = progress and not (distributed and dist.get_rank() > 0)
+    show = progress and first_process()
     step = 0
     sampler = getattr(train_loader, "sampler", None)
     with isolate_rng(), frozen(backbone), Progress(disable=not show) as bar:
@@ -112,7 +112,7 @@ def train_linear(
                     images = batch.images.to(device, non_blocking=True)
                     features = image_features(backbone, images, autocast_dtype=autocast_dtype)
                 rates = torch.tensor([_cosine(effective, step, steps)])
-                heads.step(features, batch.labels.to(device), rates, average_processes=distributed)
+                heads.step(features, batch.labels.to(device), rates, average_processes=distributed())
                 step += 1
                 bar.advance(task)
             top1 = heads.accuracy(val_features, val_labels)[0][0]

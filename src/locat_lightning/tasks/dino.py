@@ -25,6 +25,7 @@ from locat_lightning.data.multicrop import MultiCropBatch, MultiCropData
 from locat_lightning.data.reading import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
+from locat_lightning.evaluation.gather import distributed
 from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.optim import cosine, linear_rule, linear_warmup, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
@@ -464,7 +465,7 @@ class Loss(DINOLoss):
         if self._sum is None:
             return
         mean = self._sum / self._count
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
