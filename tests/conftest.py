@@ -1,9 +1,13 @@
 """What all tests share."""
 
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import multiprocessing
 
 SMALL = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
 
@@ -41,6 +45,31 @@ def small(folder):
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--pictures.images", "2"),
         *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--pictures.side", "64"),
     ]
+
+
+def one_of_two(rank, port, function, arguments):
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+
+
+@pytest.fixture
+def two_processes():
+    """Calls `function(rank, *arguments)` in two processes, which are those of a trainer with two devices."""
+
+    def run(function, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        multiprocessing.spawn(one_of_two, (port, function, arguments), nprocs=2)
+
+    return run
 
 
 # Where each data set of segmentation has its images and masks, for training and for validation; how the names

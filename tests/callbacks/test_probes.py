@@ -2,9 +2,7 @@
 
 import csv
 import logging
-import os
 import random
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import multiprocessing
 
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.data import ImageData, MultiCropData
@@ -357,24 +354,13 @@ def of_digits(folder, **options):
     return record.metrics[-1]
 
 
-def one_of_two(rank, port, folder):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
+def one_of_two(rank, folder):
     torch.save(of_digits(folder, devices=2, strategy="ddp"), folder.parent / f"{rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, folder), nprocs=2)
+def test_two_processes_measure_what_one_does(folder, two_processes):
+    two_processes(one_of_two, folder)
     first, second = (torch.load(folder.parent / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = of_digits(folder)
     for name in ("knn/top1", "linear/top1", "linear/top5", "linear/rate"):

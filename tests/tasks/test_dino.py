@@ -2,7 +2,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors import safe_open
-from torch import multiprocessing
 from torch.utils.data import DataLoader
 
 from locat_lightning.callbacks.checkpoints import Checkpoints
@@ -579,32 +577,13 @@ def of_digits(world_size=1, **options):
     return record.losses, copied(task.loss)["center"]
 
 
-def of_two(rank, port):
-    """Have this process be one of two."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def train_on_digits(rank, port, folder):
-    of_two(rank, port)
+def train_on_digits(rank, folder):
     torch.save(of_digits(2, devices=2, strategy="ddp"), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
-    multiprocessing.spawn(train_on_digits, (free_port(), tmp_path), nprocs=2)
+def test_two_processes_are_one(tmp_path, two_processes):
+    two_processes(train_on_digits, tmp_path)
     losses, center = of_digits()
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     mean = torch.tensor([half for half, _ in halves]).mean(0)
@@ -613,8 +592,7 @@ def test_two_processes_are_one(tmp_path):
     torch.testing.assert_close(halves[0][1], center, atol=1e-5, rtol=0)
 
 
-def train_until_nan(rank, port, folder, looks):
-    of_two(rank, port)
+def train_until_nan(rank, folder, looks):
     if looks == "when it saves":
         Dino._has_to_look = lambda self, batch_idx: False
     batches = [random_batch(4, seed) for seed in range(4)]
@@ -628,8 +606,8 @@ def train_until_nan(rank, port, folder, looks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("looks", ["at every step", "when it saves"])
-def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, looks):
-    multiprocessing.spawn(train_until_nan, (free_port(), tmp_path, looks), nprocs=2)
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, looks, two_processes):
+    two_processes(train_until_nan, tmp_path, looks)
     one, other = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert one == other
     assert "the loss is nan at optimizer step 2" in one

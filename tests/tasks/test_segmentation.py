@@ -1,13 +1,10 @@
 """The segmentation task: what is frozen, what is kept, what is predicted, against plain expressions."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from torch import multiprocessing
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -398,25 +395,14 @@ def of_folder(folder, weights, **options):
     return module.iou.confusion, dict(module.decoder.state_dict())
 
 
-def one_of_two(rank, port, folder, weights):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
-    torch.set_num_threads(1)
+def one_of_two(rank, folder, weights):
     torch.save(of_folder(folder, weights, devices=2, strategy="ddp"), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_processes_count_every_pixel_once(scenes, weights):
+def test_two_processes_count_every_pixel_once(scenes, weights, two_processes):
     folder = scenes("folder")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, folder, weights), nprocs=2)
+    two_processes(one_of_two, folder, weights)
     confusion, decoder = of_folder(folder, weights)
     for rank in range(2):
         of_both, same = torch.load(folder / f"{rank}.pt", weights_only=True)
