@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from locat import config_directory, list_configs
 from locat_lightning.backbones.weights import check_source
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, near
 
 
 class ConfigByName(ActionConfigFile):
@@ -47,12 +46,6 @@ def find_config(name: str) -> str:
         f"--config: no file {Path(name).absolute()} and no shipped config {name!r}"
         f"{near(name, shipped) or f' ({shipped_configs()})'}"
     )
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """The known names that are like a name, to go on with after a mistake; empty if there is none."""
-    found = get_close_matches(name, known)
-    return f"; near it: {', '.join(found)}" if found else ""
 
 
 def check_weights(weights: str) -> None:

@@ -1,6 +1,5 @@
 """Backbones by timm's name, or by nothing but their weights."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from locat_lightning.backbones.weights import (
     pretrained,
     read_checkpoint,
 )
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, near
 
 WEIGHTS_OF_TIMM = ("pretrained", "checkpoint_path")  # arguments of `timm.create_model` that read weights
 
@@ -29,9 +28,7 @@ def check_name(name: str) -> None:
         InputError: it does not; the message has names like it.
     """
     if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=5)
-        hint = f"; near it: {', '.join(close)}" if close else ""
-        raise InputError(f"model.backbone: timm knows no model {name!r}{hint}")
+        raise InputError(f"model.backbone: timm knows no model {name!r}{near(name, timm.list_models(), n=5)}")
 
 
 def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
