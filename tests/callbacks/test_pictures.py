@@ -18,6 +18,7 @@ from locat_lightning.callbacks.pictures import (
     cls_attention,
     draw,
     gaussian_kernels,
+    inferno,
     patch_features,
     pca_colours,
 )
@@ -156,6 +157,13 @@ def test_fewer_than_three_components():
     assert (pca_colours(torch.rand(1, 2, 4, 4))[:, 2] == 0.5).all()
     assert (pca_colours(torch.rand(1, 8, 1, 1)) == 0.5).all()
     assert pca_colours(torch.rand(1, 8, 1, 2)).unique().numel() == 3  # one component: low, high, and grey
+
+
+def test_heat_goes_from_black_to_pale_yellow():
+    first, between, last = (255 * inferno(torch.tensor([[0, 0.5 / 9, 1]]))[0]).tolist()
+    assert first == pytest.approx([0, 0, 4])
+    assert between == pytest.approx([13.5, 6, 35])
+    assert last == pytest.approx([252, 255, 164])
 
 
 def test_training_goes_on_as_before():

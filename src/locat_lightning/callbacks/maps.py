@@ -18,12 +18,12 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from locat_lightning.callbacks.pictures import (
     FAINT,
-    INFERNO,
     INK,
     PAPER,
     Column,
     fitted,
     gaussian_kernels,
+    inferno,
     is_due,
     kernel_columns,
     resized,
@@ -165,12 +165,8 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], *, side: int =
     """
     counts = confusion.float().cpu()
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    scale = torch.tensor([list(bytes.fromhex(colour)) for colour in INFERNO.split()]).float()
-    place = shares * (len(scale) - 1)
-    lower = place.long().clamp_max(len(scale) - 2)
-    cells = torch.lerp(scale[lower], scale[lower + 1], (place - lower).unsqueeze(-1)).byte().numpy()
-    matrix = Image.fromarray(cells).resize((side, side), Image.Resampling.NEAREST)
-    cell, names = side / len(cells), len(cells) <= 40
+    matrix = to_pil_image(inferno(shares).movedim(-1, 0)).resize((side, side), Image.Resampling.NEAREST)
+    cell, names = side / len(shares), len(shares) <= 40
     font = ImageFont.load_default(size=min(16.0, max(8.0, 0.6 * cell)))
     margin = 150 if names else 30
     picture = Image.new("RGB", (side + margin + 20, side + margin + 20), PAPER)
@@ -178,7 +174,7 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], *, side: int =
     pen = ImageDraw.Draw(picture)
     pen.text((margin, 6), "predicted", INK, font)
     pen.text((6, margin - 20), "annotated", INK, font)
-    for label in range(len(cells) if names else 0):
+    for label in range(len(shares) if names else 0):
         name = fitted(class_names[label], margin - 36, font)
         middle = margin + (label + 0.5) * cell
         pen.text((margin - 8, middle), name, INK, font, anchor="rm")

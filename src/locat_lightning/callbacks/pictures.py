@@ -30,6 +30,7 @@ __all__ = [
     "draw",
     "fitted",
     "gaussian_kernels",
+    "inferno",
     "is_due",
     "kernel_columns",
     "patch_features",
@@ -140,6 +141,21 @@ def pca_colours(features: Tensor) -> Tensor:
     varies = spread > NEGLIGIBLE * patches.abs().max()
     colours = torch.where(varies, (components - low) / spread, 0.5).clamp(0, 1)
     return colours.view(B, H, W, 3).movedim(-1, 1)
+
+
+def inferno(heat: Tensor) -> Tensor:
+    """Colours of matplotlib's "inferno", from black to pale yellow.
+
+    Args:
+        heat: [...], from 0 to 1.
+
+    Returns:
+        [..., 3] float32, RGB from 0 to 1.
+    """
+    colours = torch.tensor([list(bytes.fromhex(colour)) for colour in INFERNO.split()]) / 255
+    place = heat * (len(colours) - 1)
+    lower = place.long().clamp_max(len(colours) - 2)
+    return torch.lerp(colours[lower], colours[lower + 1], (place - lower).unsqueeze(-1))
 
 
 def draw(
@@ -392,12 +408,8 @@ def _attention_column(title: str, tiles: Tensor, attention: Tensor) -> Column:
 def _overlaid(tiles: Tensor, heat: Tensor) -> list[Image.Image]:
     """Dimmed images [B, 3, height, width] under heat [B, H, W] from 0 to 1, which hides more where hotter."""
     heat = F.interpolate(heat.unsqueeze(1), tiles.shape[-2:], mode="bicubic").nan_to_num().clamp(0, 1)
-    table = torch.tensor([list(bytes.fromhex(colour)) for colour in INFERNO.split()]) / 255
-    place = heat.squeeze(1) * (len(table) - 1)
-    lower = place.long().clamp_max(len(table) - 2)
-    colour = torch.lerp(table[lower], table[lower + 1], (place - lower).unsqueeze(-1)).movedim(-1, 1)
     grey = 0.7 * tiles.mean(1, keepdim=True).expand_as(tiles)
-    mixed = torch.lerp(grey, colour, 0.4 + 0.5 * heat)
+    mixed = torch.lerp(grey, inferno(heat.squeeze(1)).movedim(-1, 1), 0.4 + 0.5 * heat)
     return [to_pil_image(tile) for tile in mixed]
 
 
