@@ -46,7 +46,7 @@ class GaussianAttention(Attention):
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
         q, k = self.q_norm(q.contiguous()), self.k_norm(k)
 
-        grid = self.grid.of(x.shape[1] - self.num_prefix_tokens)
+        grid = self.grid.of(int(x.shape[1]) - self.num_prefix_tokens)
         gaussians = self.gaug(q, grid, self.grid.built_for)
         dropout = self.attn_drop.p if self.training else 0.0
         x = gaussian_attention(q, k, v, gaussians, dropout=dropout).transpose(1, 2).flatten(2)
@@ -64,7 +64,8 @@ def gaussian_attention(
     """softmax(q kᵀ / √d + S) v, with S = 0 in every row and column of a prefix token.
 
     S exists for a few heads at a time, in the forward and in the backward pass: the memory is that
-    of flash attention. Under `torch.compile`, `torch.export` and with dropout it is one expression instead.
+    of flash attention. Under `torch.compile`, `torch.export`, `torch.jit.trace` and with dropout it is one
+    expression instead.
 
     Args:
         q: Queries [B, h, N, d].
@@ -77,7 +78,7 @@ def gaussian_attention(
         [B, h, N, d] in the type of v.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
-    if torch.compiler.is_compiling() or dropout > 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or dropout > 0:
         prefix = q.shape[-2] - gaussians.alpha.shape[-1]
         s = F.pad(gaussian_kernel(gaussians).to(q.dtype), (prefix, 0, prefix, 0))
         expression: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
