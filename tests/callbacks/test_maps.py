@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from locat_lightning.callbacks import maps
 from locat_lightning.callbacks.maps import draw_confusion, draw_iou, draw_segmentation, overlay
+from locat_lightning.callbacks.pictures import spaced_items
 from locat_lightning.cli import main
 from locat_lightning.evaluation.iou import count_pixels, iou
 from locat_lightning.nn.decoder import IGNORED
@@ -104,15 +106,14 @@ def run(scenes, tmp_path, monkeypatch):
     return SimpleNamespace(root=root, directory=directory, weights=directory / "checkpoints" / "best.ckpt")
 
 
-def tags(directory):
+def events_in(directory):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(directory)).Reload()
-    return events.Tags()
+    return EventAccumulator(str(directory)).Reload()
 
 
 def test_tensorboard_shows_pictures_iou_and_confusion(run):
-    found = tags(run.directory)
+    found = events_in(run.directory).Tags()
     assert set(found["images"]) == {f"pictures/{name}" for name in ("validation", "iou", "confusion")}
     assert {"train/loss", "train/lr", "train/grad_norm", "val/miou", "train/images_per_s"} <= set(
         found["scalars"]
@@ -146,9 +147,13 @@ def test_predictions_are_index_pngs_and_overlays_of_any_folder(run, tmp_path):
         assert (drawn.size, drawn.mode) == ((57, 33), "RGB")
 
 
-def test_a_run_goes_on_in_its_directory(run):
+def test_a_run_goes_on_in_its_directory_and_reads_its_pictures_once(run, monkeypatch):
+    read = []
+    monkeypatch.setattr(maps, "spaced_items", lambda *of: read.append(spaced_items(*of)) or read[-1])
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     last = run.directory / "checkpoints" / "last.ckpt"
-    more = ["--trainer.max_steps", "4", "--allow_changes", "true"]
+    more = ["--trainer.max_steps", "6", "--allow_changes", "true"]
     main(["fit", "--ckpt_path", str(last), *more, *quiet])
-    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    assert [picture.step for picture in events_in(run.directory).Images("pictures/validation")] == [1, 3, 5]
+    assert [len(items) for items in read] == [2]

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
 from locat_lightning.callbacks.pictures import (
@@ -21,9 +22,11 @@ from locat_lightning.callbacks.pictures import (
     inferno,
     patch_features,
     pca_colours,
+    spaced_items,
 )
 from locat_lightning.data import MultiCropData
 from locat_lightning.data.images import ImageData
+from locat_lightning.data.reading import Failure
 from locat_lightning.errors import InputError
 from locat_lightning.nn import gaussian_kernel
 from locat_lightning.tasks import Dino
@@ -392,6 +395,12 @@ def test_the_images_are_spread_over_the_validation_set(tmp_path):
     assert torch.equal(callback.inputs[3], images[359][0])
 
 
+def test_an_image_that_cannot_be_read_is_left_out():
+    items = [0, Failure("1.png", "it is truncated"), 2, 3]
+    assert spaced_items(DataLoader(items), 9) == [0, 2, 3]
+    assert spaced_items(DataLoader(items), 2) == [0, 3]
+
+
 def test_without_tensorboard_nothing_is_done(tmp_path):
     callback = AttentionPictures()
     trainer(tmp_path, [callback], logger=False).validate(Classifier(vit()), digits(), verbose=False)
@@ -412,6 +421,6 @@ def test_never(tmp_path):
 
 
 def test_other_data(tmp_path):
-    loader = torch.utils.data.DataLoader([torch.zeros(3, 16, 16)])
+    loader = DataLoader([torch.zeros(3, 16, 16)])
     with pytest.raises(InputError, match="AttentionPictures draws images of ImageData, not of NoneType"):
         trainer(tmp_path, [AttentionPictures()]).validate(Classifier(vit()), loader)

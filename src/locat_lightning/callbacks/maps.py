@@ -27,12 +27,12 @@ from locat_lightning.callbacks.pictures import (
     is_due,
     kernel_columns,
     resized,
+    spaced_items,
     table,
     tensorboards,
 )
 from locat_lightning.data.classes import distinct_colours
 from locat_lightning.data.masks import SegmentationData
-from locat_lightning.data.reading import Failure
 from locat_lightning.evaluation.iou import IoU
 from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.tasks import Segmentation
@@ -206,6 +206,13 @@ class SegmentationPictures(Callback):
         self.every_n_epochs = every_n_epochs
         self.side = side
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Reads the images, in the main process."""
+        if stage not in ("fit", "validate") or not self.every_n_epochs or not tensorboards(trainer):
+            return
+        if isinstance(pl_module, Segmentation) and trainer.is_global_zero:
+            self.items = spaced_items(trainer.datamodule.val_dataloader(), self.images)  # type: ignore[attr-defined]
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws before the module concludes: its counts are those of the whole set then."""
         if trainer.sanity_checking or not isinstance(pl_module, Segmentation) or not tensorboards(trainer):
@@ -227,19 +234,15 @@ class SegmentationPictures(Callback):
                 board.experiment.add_image(f"pictures/{name}", picture, global_step=step)
 
     def _picture(self, data: SegmentationData, module: Segmentation) -> Tensor:
-        dataset: Any = data.eval_dataloader("val").dataset
-        last = len(dataset) - 1
-        places = torch.linspace(0, last, min(self.images, last + 1)).round().int().tolist()
-        items = [item for place in places if not isinstance(item := dataset[place], Failure)]
         mean, std = (torch.tensor(data.normalisation[name]).view(3, 1, 1) for name in ("mean", "std"))
         predictions, kernels = [], []
-        for image, mask, *_ in items:
+        for image, mask, *_ in self.items:
             inputs = image[None].to(module.device)
             predictions.append(module.predicted(inputs, tuple(mask.shape[-2:]))[0].cpu())
             kernels.append(gaussian_kernels(module.backbone, inputs))
         return draw_segmentation(
-            [item[0] * std + mean for item in items],
-            [item[1] for item in items],
+            [item[0] * std + mean for item in self.items],
+            [item[1] for item in self.items],
             predictions,
             module.class_names,
             data.colours,

@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from locat_lightning.callbacks.kernels import observe
 from locat_lightning.data.images import ImageData, Stream
-from locat_lightning.data.reading import Failure, Images
+from locat_lightning.data.reading import Failure
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.nn import GaussianAttention, gaussian_kernel
@@ -36,6 +37,7 @@ __all__ = [
     "patch_features",
     "pca_colours",
     "resized",
+    "spaced_items",
     "table",
     "tensorboards",
 ]
@@ -299,7 +301,9 @@ class AttentionPictures(Callback):
         if not isinstance(data, ImageData):
             raise InputError(f"AttentionPictures draws images of ImageData, not of {type(data).__name__}")
         if trainer.is_global_zero:
-            self.inputs, self.labels = _spaced(data, self.images)
+            items = spaced_items(data.val_dataloader(), self.images)
+            self.inputs = torch.stack([item[0] for item in items])
+            self.labels = [item[1] for item in items]
 
     def on_validation_batch_end(
         self,
@@ -356,20 +360,17 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def _spaced(data: ImageData, count: int) -> tuple[Tensor, list[int]]:
-    """Images [B, 3, height, width] and labels, evenly spaced over the validation set; a stream's first."""
-    dataset = data.val_dataloader().dataset
-    items: list[Any]
-    if isinstance(dataset, Images):
+def spaced_items(loader: DataLoader, count: int) -> list[Any]:
+    """Items of a loader's data set that can be read, evenly spaced over it; of a stream the first."""
+    dataset: Any = loader.dataset
+    if isinstance(dataset, Stream):
+        with isolate_rng():
+            items = list(islice(dataset, count))
+    else:
         last = len(dataset) - 1
         places = torch.linspace(0, last, min(count, last + 1)).round().int().tolist()
         items = [dataset[place] for place in places]
-    else:
-        assert isinstance(dataset, Stream)
-        with isolate_rng():
-            items = list(islice(dataset, count))
-    read = [item for item in items if not isinstance(item, Failure)]
-    return torch.stack([item[0] for item in read]), [item[1] for item in read]
+    return [item for item in items if not isinstance(item, Failure)]
 
 
 def kernel_columns(tiles: Tensor, kernels: Sequence[Tensor]) -> list[Column]:
