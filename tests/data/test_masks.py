@@ -6,9 +6,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
+from torchvision.transforms.v2.functional import resize, to_image
 
 from locat_lightning.data import SegmentationData
-from locat_lightning.data.joint import JointAugmentation
 from locat_lightning.data.masks import MaskBatch
 from locat_lightning.errors import InputError
 
@@ -72,8 +72,8 @@ def test_evaluation_takes_whole_images_and_masks_of_their_own_size(root):
         assert batches[0].masks.shape == (1, 24, 20)
         assert batches[0].masks[0, 0].unique().tolist() == [0, 1, 2]
         with Image.open(masks.source("val").path(0)) as image:
-            expected = np.asarray(image.resize((12, 14), Image.Resampling.BILINEAR)) / 255
-        np.testing.assert_allclose(batches[0].images[0].permute(1, 2, 0), expected, atol=1e-6)
+            expected = resize(to_image(image), [14, 12]) / 255
+        np.testing.assert_allclose(batches[0].images[0], expected, atol=1e-6)
     assert len(masks.eval_dataloader("train")) == 9
 
 
@@ -90,17 +90,20 @@ def test_larger_batches_of_evaluation_need_one_size(root, workers):
 
 
 def test_what_an_epoch_sees_follows_from_seed_epoch_and_index(root):
-    masks = data(root, seed=7)
-    loader = masks.train_dataloader()
+    loader = data(root, seed=7).train_dataloader()
     loader.sampler.set_epoch(3)
     batch = next(iter(loader))
     index = int(batch.indices[2])
-    transform = JointAugmentation(
-        16, (24, 20), (0.5, 2), 0.9, 0.5, True, masks.normalisation["mean"], masks.normalisation["std"]
-    )
-    expected = transform(*masks.source("train").read(index), np.random.default_rng([7, 3, index]))
-    assert torch.equal(batch.images[2], expected[0])
-    assert torch.equal(batch.masks[2], expected[1])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    image, mask, same = data(root, seed=7).train_dataloader().dataset[3 * 9 + index]
+    assert torch.equal(batch.images[2], image)
+    assert torch.equal(batch.masks[2], mask)
+    assert same == index
+    assert torch.equal(torch.get_rng_state(), state)
+    for seed, epoch in ((7, 4), (8, 3)):
+        other, _, _ = data(root, seed=seed).train_dataloader().dataset[epoch * 9 + index]
+        assert not torch.equal(other, image)
 
 
 def test_workers_change_nothing_but_the_seed_does(root):

@@ -1,8 +1,8 @@
-"""Transforms of an image together with its mask, after mmsegmentation's.
+"""Transforms of an image together with its mask: torchvision's, and our own where mmsegmentation has others.
 
-The image is a PIL image up to its colours, since that can cut a box out of a resized image without resizing
-the rest of it: the crop is chosen on the mask alone, and only what it shows is computed. All random numbers
-come from one generator per image: (seed, epoch, index) can fix what an epoch sees.
+They take a `tv_tensors.Image`, uint8 [3, H, W], and a `tv_tensors.Mask`, uint8 [H, W], and draw from torch's
+global random numbers, as torchvision's do. An image of `to_image` keeps a pixel's channels together in
+memory, for which torchvision resizes fastest.
 
 Source: `RandomResize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion` and `Pad` in
 `mmseg/datasets/transforms` of github.com/open-mmlab/mmsegmentation, with the settings of its
@@ -10,28 +10,41 @@ Source: `RandomResize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion` and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import (
+    Compose,
+    Identity,
+    InterpolationMode,
+    Normalize,
+    RandomHorizontalFlip,
+    RandomPhotometricDistort,
+    ToPureTensor,
+    Transform,
+    query_size,
+)
+from torchvision.transforms.v2 import functional as F
+from torchvision.tv_tensors import Mask
 
 from locat_lightning.data.colour import turn_hue
 
 VOID = 255  # in a mask: of no class, ignored by loss and measure
 
 ATTEMPTS = 10  # at a crop that shows more than one class
-# Of the distortion: smallest and largest change in brightness, factors, and shares of a turn of the hue.
-# mmsegmentation says 32 (of 255) and 18 (of 180, OpenCV's scale of the hue).
-BRIGHTNESS = (-32 / 255, 32 / 255)
-CONTRAST = SATURATION = (0.5, 1.5)
-HUE = (-0.1, 0.1)
 
 
-@dataclass(frozen=True)
-class JointAugmentation:
+def joint_augmentation(
+    crop_size: int,
+    scale: Sequence[int],
+    ratio: Sequence[float],
+    cat_max_ratio: float,
+    hflip: float,
+    distortion: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Transform:
     """Resizes, crops, flips, distorts the colours, normalises and pads, at random.
 
     Args:
@@ -43,176 +56,212 @@ class JointAugmentation:
         distortion: whether the colours are distorted.
         mean: of each channel (RGB, 0 to 1), subtracted.
         std: of each channel (RGB, 0 to 1), divided by.
+
+    Returns:
+        Makes the image, float32 [3, crop_size, crop_size], with 0 on the right and below where it is smaller;
+        and its mask, uint8 [crop_size, crop_size], with 255 there.
     """
-
-    crop_size: int
-    scale: Sequence[int]
-    ratio: Sequence[float]
-    cat_max_ratio: float
-    hflip: float
-    distortion: bool
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def __call__(
-        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Makes what one epoch sees of an image.
-
-        Args:
-            image: RGB.
-            mask: uint8 [H, W], the classes of its pixels, 255 for none.
-            rng: the image's own generator, e.g. `np.random.default_rng([seed, epoch, index])`.
-
-        Returns:
-            The image, float32 [3, crop_size, crop_size], with 0 on the right and below where it is smaller;
-            its mask, uint8 [crop_size, crop_size], with 255 there.
-        """
-        ratio = rng.uniform(self.ratio[0], self.ratio[1])
-        width, height = fitted_size(image.size, (int(self.scale[0] * ratio), int(self.scale[1] * ratio)))
-        # Nearest neighbours: the row and the column that each pixel of the resized mask comes from.
-        rows = ((np.arange(height) + 0.5) * (mask.shape[0] / height)).astype(int)
-        columns = ((np.arange(width) + 0.5) * (mask.shape[1] / width)).astype(int)
-        left, top, mask = draw_crop(rng, mask, rows, columns, self.crop_size, self.cat_max_ratio)
-
-        high, wide = mask.shape
-        across, down = image.width / width, image.height / height
-        box = (left * across, top * down, (left + wide) * across, (top + high) * down)
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        image = image.resize((wide, high), Image.Resampling.BILINEAR, box)
-        if rng.random() < self.hflip:
-            image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
-        pixels = as_tensor(image)
-        if self.distortion:
-            distort(pixels, rng)
-        normalise(pixels, self.mean, self.std)
-
-        padding = (0, self.crop_size - wide, 0, self.crop_size - high)
-        classes = torch.from_numpy(np.ascontiguousarray(mask))
-        return F.pad(pixels, padding), F.pad(classes, padding, value=VOID)
+    return Compose(
+        [
+            Resize(scale, ratio),
+            VariedCrop(crop_size, cat_max_ratio),
+            RandomHorizontalFlip(hflip),
+            ToFloat(),
+            PhotometricDistortion() if distortion else Identity(),
+            Normalize(mean, std, inplace=True),
+            PadTo(crop_size),
+            ToPureTensor(),
+        ]
+    )
 
 
-@dataclass(frozen=True)
-class JointEvaluation:
+def joint_evaluation(scale: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Transform:
     """Resizes and normalises the image; leaves its mask as large as it was annotated.
 
     Args:
         scale: longer and shorter side in pixels within which the image is resized.
         mean: of each channel (RGB, 0 to 1), subtracted.
         std: of each channel (RGB, 0 to 1), divided by.
+
+    Returns:
+        Makes the image, float32 [3, h, w], and the mask, uint8 [H, W].
     """
-
-    scale: Sequence[int]
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def __call__(
-        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Makes the image, float32 [3, h, w], and the mask, uint8 [H, W], of an RGB image and its mask."""
-        image = image.resize(fitted_size(image.size, self.scale), Image.Resampling.BILINEAR)
-        return normalise(as_tensor(image), self.mean, self.std), torch.from_numpy(mask)
+    return Compose(
+        [Resize(scale, with_mask=False), ToFloat(), Normalize(mean, std, inplace=True), ToPureTensor()]
+    )
 
 
-@dataclass(frozen=True)
-class JointSquare:
+def joint_square(side: int, with_mask: bool, mean: Sequence[float], std: Sequence[float]) -> Transform:
     """Resizes the image to a square, whatever its shape, and normalises it; the mask where it is told to.
 
     Args:
         side: height and width of the result in pixels.
-        with_mask: whether the mask is resized, too, by nearest neighbours.
+        with_mask: whether the mask is resized, too.
         mean: of each channel (RGB, 0 to 1), subtracted.
         std: of each channel (RGB, 0 to 1), divided by.
+
+    Returns:
+        Makes the image, float32 [3, side, side], and the mask, uint8.
     """
-
-    side: int
-    with_mask: bool
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def __call__(
-        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Makes the image, float32 [3, side, side], and the mask, uint8, of an RGB image and its mask."""
-        image = image.resize((self.side, self.side), Image.Resampling.BILINEAR)
-        if self.with_mask:
-            rows, columns = (((np.arange(self.side) + 0.5) * (n / self.side)).astype(int) for n in mask.shape)
-            mask = mask[rows[:, None], columns]
-        return normalise(as_tensor(image), self.mean, self.std), torch.from_numpy(mask)
+    return Compose(
+        [
+            Resize((side, side), keep_ratio=False, with_mask=with_mask),
+            ToFloat(),
+            Normalize(mean, std, inplace=True),
+            ToPureTensor(),
+        ]
+    )
 
 
-def fitted_size(size: tuple[int, int], scale: Sequence[int]) -> tuple[int, int]:
-    """Finds the (width, height) of an image of a size that just fits within a scale.
+class Resize(Transform):
+    """Resizes the image (bilinear, antialiased) and its mask (nearest neighbours, of the pixels' centres).
 
     Args:
-        size: (width, height).
+        scale: longer and shorter side in pixels, in either order.
+        ratio: smallest and largest factor of `scale`, drawn uniformly.
+        keep_ratio: whether the result keeps its shape and just fits within the scale; otherwise its height
+            and width are the scale.
+        with_mask: whether the mask is resized, too.
+    """
+
+    def __init__(
+        self,
+        scale: Sequence[int],
+        ratio: Sequence[float] = (1, 1),
+        keep_ratio: bool = True,
+        with_mask: bool = True,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.ratio = ratio
+        self.keep_ratio = keep_ratio
+        self.with_mask = with_mask
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the size, [height, width]."""
+        ratio = torch.empty(()).uniform_(*self.ratio).item()
+        size = [int(side * ratio) for side in self.scale]
+        return {"size": fitted_size(query_size(flat_inputs), size) if self.keep_ratio else size}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resizes the image or the mask."""
+        if isinstance(inpt, Mask):
+            return F.resize(inpt, params["size"], InterpolationMode.NEAREST_EXACT) if self.with_mask else inpt
+        return F.resize(inpt, params["size"])
+
+
+class VariedCrop(Transform):
+    """Crops at random until the mask shows enough variety, after ten attempts anyhow.
+
+    Args:
+        crop_size: greatest height and width of the crop.
+        cat_max_ratio: see `is_varied`; 1 takes the first crop.
+    """
+
+    def __init__(self, crop_size: int, cat_max_ratio: float) -> None:
+        super().__init__()
+        self.crop_size = crop_size
+        self.cat_max_ratio = cat_max_ratio
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the crop: its top, left, height and width."""
+        mask = next(each for each in flat_inputs if isinstance(each, Mask)).as_subclass(Tensor)
+        height, width = (min(side, self.crop_size) for side in mask.shape)
+        for attempt in range(ATTEMPTS + 1):
+            top, left = (
+                int(torch.randint(side - part + 1, ()))
+                for side, part in zip(mask.shape, (height, width), strict=True)
+            )
+            crop = mask[top : top + height, left : left + width]
+            if self.cat_max_ratio >= 1 or attempt == ATTEMPTS or is_varied(crop, self.cat_max_ratio):
+                break
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crops the image or the mask."""
+        return F.crop(inpt, **params)
+
+
+class PhotometricDistortion(RandomPhotometricDistort):
+    """Changes brightness, contrast, saturation and hue of float pixels in place, each with probability 1/2.
+
+    torchvision draws the changes; they are made as mmsegmentation makes them. torchvision would multiply the
+    brightness, change contrast and saturation about grey values, and permute the channels.
+
+    Brightness is added, contrast and saturation are factors, the hue is turned by a share of a turn.
+    mmsegmentation gives the ranges as 32 (of 255) and 18 (of 180, OpenCV's scale of the hue).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            brightness=(-32 / 255, 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.1, 0.1)
+        )
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Distorts an image, RGB from 0 to 1, [3, H, W]; leaves a mask."""
+        if isinstance(inpt, Mask):
+            return inpt
+        pixels, contrast = inpt.as_subclass(Tensor), params["contrast_factor"]
+        if params["brightness_factor"] is not None:
+            pixels.add_(params["brightness_factor"]).clamp_(0, 1)
+        if contrast is not None and params["contrast_before"]:
+            pixels.mul_(contrast).clamp_(0, 1)
+        if params["saturation_factor"] is not None:
+            scale_saturation(pixels, params["saturation_factor"])
+        if params["hue_factor"] is not None:
+            turn_hue(pixels[None], torch.full((1, 1, 1, 1), params["hue_factor"]))
+        if contrast is not None and not params["contrast_before"]:
+            pixels.mul_(contrast).clamp_(0, 1)
+        return inpt
+
+
+class ToFloat(Transform):
+    """Turns uint8 pixels into float32 from 0 to 1, a channel after the other in memory; leaves a mask."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Converts the image."""
+        if isinstance(inpt, Mask):
+            return inpt
+        return inpt.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+class PadTo(Transform):
+    """Pads on the right and below, the image with 0, the mask with 255.
+
+    Args:
+        size: height and width of the result in pixels, if it is not larger anyway.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Pads the image or the mask."""
+        below, right = (max(0, self.size - side) for side in inpt.shape[-2:])
+        return F.pad(inpt, [0, 0, right, below], fill=VOID if isinstance(inpt, Mask) else 0)
+
+
+def fitted_size(size: Sequence[int], scale: Sequence[int]) -> list[int]:
+    """Finds the [height, width] of an image of a size that just fits within a scale.
+
+    Args:
+        size: height and width.
         scale: what the longer and the shorter side may have at most, in either order.
     """
     factor = min(max(scale) / max(size), min(scale) / min(size))
-    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+    return [max(1, int(side * factor + 0.5)) for side in size]
 
 
-def draw_crop(
-    rng: np.random.Generator,
-    mask: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    crop_size: int,
-    cat_max_ratio: float,
-) -> tuple[int, int, np.ndarray]:
-    """Draws a crop of a resized mask until it shows enough variety, or after ten attempts any.
+def is_varied(mask: Tensor, cat_max_ratio: float) -> bool:
+    """Whether a mask shows more than one class, and none on as much as a share of its annotated pixels.
 
     Args:
-        rng: where the random numbers come from.
-        mask: uint8 [H, W] before it is resized.
-        rows: of it, that are the rows of the resized mask.
-        columns: of it, that are the columns of the resized mask.
-        crop_size: greatest height and width of the crop.
-        cat_max_ratio: see `is_varied`; 1 takes the first crop.
-
-    Returns:
-        Left, top, and the crop of the resized mask.
+        mask: uint8 [H, W], 255 where there is no class.
+        cat_max_ratio: the share.
     """
-    for attempt in range(ATTEMPTS + 1):
-        top = int(rng.integers(max(0, len(rows) - crop_size) + 1))
-        left = int(rng.integers(max(0, len(columns) - crop_size) + 1))
-        across = columns[left : left + crop_size]
-        crop = mask[rows[top : top + crop_size]][:, across]
-        if cat_max_ratio >= 1 or attempt == ATTEMPTS or is_varied(crop, cat_max_ratio):
-            break
-    return left, top, crop
-
-
-def is_varied(mask: np.ndarray, cat_max_ratio: float) -> bool:
-    """Whether a mask shows more than one class, and none on as much as a share of its annotated pixels."""
-    counts = np.bincount(mask.ravel(), minlength=256)[:VOID]
-    return bool(np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum())
-
-
-def distort(pixels: Tensor, rng: np.random.Generator) -> None:
-    """Changes brightness, contrast, saturation and hue, each with probability 1/2.
-
-    The saturation is that of HSV. torchvision's `RandomPhotometricDistort` cannot be set to this: it
-    multiplies the brightness, changes contrast and saturation about grey values, and permutes the channels.
-
-    Args:
-        pixels: RGB from 0 to 1, [3, H, W], changed in place.
-        rng: where the random numbers come from.
-    """
-    brightness, contrast, saturation, hue = rng.uniform(
-        *np.transpose([BRIGHTNESS, CONTRAST, SATURATION, HUE])
-    )
-    brighten, contrast_it, saturate, turn, contrast_first = rng.random(5) < 0.5
-    if brighten:
-        pixels.add_(brightness).clamp_(0, 1)
-    if contrast_it and contrast_first:
-        pixels.mul_(contrast).clamp_(0, 1)
-    if saturate:
-        scale_saturation(pixels, saturation)
-    if turn:
-        turn_hue(pixels[None], torch.full((1, 1, 1, 1), hue))
-    if contrast_it and not contrast_first:
-        pixels.mul_(contrast).clamp_(0, 1)
+    counts = mask.flatten().bincount(minlength=256)[:VOID]
+    return bool(counts.count_nonzero() > 1 and counts.max() < cat_max_ratio * counts.sum())
 
 
 def scale_saturation(pixels: Tensor, factor: float) -> None:
@@ -226,13 +275,3 @@ def scale_saturation(pixels: Tensor, factor: float) -> None:
     chroma = value - pixels.amin(0, keepdim=True)
     most = value / chroma.clamp_(min=1 / 1024)  # the factor that makes the smallest channel 0
     torch.sub(value, pixels, out=pixels).mul_(most.clamp_(max=factor)).sub_(value).neg_()
-
-
-def as_tensor(image: Image.Image) -> Tensor:
-    """Makes float32 [3, H, W], from 0 to 1, of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255
-
-
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalises float32 [3, H, W] in place, and returns it."""
-    return pixels.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])

@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_image
+from torchvision.tv_tensors import Mask
 
 from locat_lightning.data import scenes
 from locat_lightning.data.classes import Classes, known_classes, named_classes, read_classes
 from locat_lightning.data.images import Files, unlabelled_files
-from locat_lightning.data.joint import VOID, JointAugmentation, JointEvaluation, JointSquare
+from locat_lightning.data.joint import VOID, joint_augmentation, joint_evaluation, joint_square
 from locat_lightning.data.module import (
     SPLITS,
     STAGES,
@@ -23,7 +26,7 @@ from locat_lightning.data.module import (
     check_span,
 )
 from locat_lightning.data.pairs import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
-from locat_lightning.data.reading import Failure, ImageLoader, Images, Source, reason
+from locat_lightning.data.reading import ImageLoader, Images, Source
 from locat_lightning.errors import InputError
 
 __all__ = ["MaskBatch", "SegmentationData"]
@@ -47,22 +50,12 @@ class MaskBatch(NamedTuple):
 
 
 class MaskedImages(Images):
-    """The images of a source and their masks, transformed together.
+    """The images of a source and their masks, transformed together."""
 
-    What an epoch sees follows from (seed, epoch, index) alone.
-    """
-
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, int] | Failure:
-        epoch, index = divmod(item, len(self))
-        try:
-            image, mask = self.source.read(index)
-        except InputError as error:
-            return Failure(self.source.path(index), str(error), mistake=True)
-        except (
-            Exception
-        ) as error:  # decoders raise anything; a worker that raises would hide which image it was
-            return Failure(self.source.path(index), reason(error))
-        return *self.transform(image, mask, np.random.default_rng([self.seed, epoch, index])), index
+    def transformed(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Transforms an image and its mask."""
+        made: tuple[Tensor, Tensor] = self.transform(to_image(image), Mask(label))
+        return made
 
 
 def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
@@ -195,10 +188,10 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         self.scale = tuple(scale)
         self.crop_size = crop_size
         self.eval_batch_size = eval_batch_size
-        self.augmentation = JointAugmentation(
+        self.augmentation = joint_augmentation(
             crop_size, scale, ratio, cat_max_ratio, hflip, distortion, mean, std
         )
-        self.evaluation = JointEvaluation(scale, mean, std)
+        self.evaluation = joint_evaluation(scale, mean, std)
 
     @cached_property
     def classes(self) -> Classes:
@@ -275,7 +268,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             side: height and width in pixels.
         """
         training = split == "train"
-        square = JointSquare(side, training, **self.normalisation)
+        square = joint_square(side, training, **self.normalisation)
         images = MaskedImages(self.source(split), square, self.seed)
         size = self.batch_size if training else self.eval_batch_size
         return self._in_order(images, collate=collate_masks, batch_size=size)

@@ -168,6 +168,8 @@ class Images(Dataset):
         epoch, index = divmod(item, len(self))
         try:
             image, label = self.source.read(index)
+        except InputError as error:
+            return Failure(self.source.path(index), str(error), mistake=True)
         except (
             Exception
         ) as error:  # decoders raise anything; a worker that raises would hide which image it was
@@ -176,7 +178,11 @@ class Images(Dataset):
             random.seed(f"{self.seed} {epoch} {index}")
             np.random.seed(random.getrandbits(32))  # noqa: NPY002 - timm's transforms draw from the global state
             torch.default_generator.manual_seed(random.getrandbits(63))
-            return self.transform(image), label, index
+            return *self.transformed(image, label), index
+
+    def transformed(self, image: Image.Image, label: Any) -> tuple[Any, Any]:
+        """Transforms an image, and its label where that goes with it."""
+        return self.transform(image), label
 
 
 class TrainOrder(DistributedSampler):
