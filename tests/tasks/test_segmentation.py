@@ -161,6 +161,25 @@ def test_random_weights_are_kept(tmp_path):
     torch.testing.assert_close(again.iou.per_class, module.iou.per_class)
 
 
+def test_each_file_is_read_once(tmp_path, weights, monkeypatch):
+    decoder = tmp_path / "a.ckpt"
+    saved(fit(tmp_path, task(weights)), decoder)
+    read, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda path, **options: read.append(str(path)) or load(path, **options)
+    )
+    trainer(tmp_path).validate(task(str(decoder)), datamodule=Batches(), verbose=False)
+    assert read == [str(decoder), weights]
+
+
+@pytest.mark.parametrize("options", [{"save_backbone": True}, {"train_backbone": True}])
+def test_a_backbone_that_checkpoints_hold_is_known_without_its_digest(
+    tmp_path, weights, options, monkeypatch
+):
+    monkeypatch.setattr("locat_lightning.tasks.segmentation._digest", None)
+    fit(tmp_path, task(weights, **options))
+
+
 def test_a_moved_backbone_is_said(tmp_path, weights):
     module = task(weights)
     saved(fit(tmp_path, module), tmp_path / "a.ckpt")

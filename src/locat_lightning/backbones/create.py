@@ -109,6 +109,7 @@ def load_backbone(
     *,
     network: Network = "teacher",
     any_size: bool = False,
+    contents: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Build a timm model without classifier from any source of weights, and say what matched.
 
@@ -118,12 +119,14 @@ def load_backbone(
         arguments: of the model, beside or instead of those that the weights name.
         network: of a checkpoint with a teacher and a student, the one to take.
         any_size: whether it has to take images of other sizes than it was built for, where timm can.
+        contents: of the weights' file, where `read_checkpoint` has read it already.
 
     Raises:
         InputError: the weights do not say of which model they are, timm does not know it or it does not take
             the arguments, or the weights cannot be read or do not fit.
     """
-    contents = read_checkpoint(weights) if Path(weights).is_file() else None
+    if contents is None and Path(weights).is_file():
+        contents = read_checkpoint(weights)
     if contents is not None and (reference := contents.get(DECODER_OF)) is not None:
         name, arguments = model_of(weights, name, arguments, contents)
         weights = reference["weights"]

@@ -213,11 +213,10 @@ class Segmentation(Task):
         if self.weights is None:
             return create_for_any_size(self.hp.backbone, self.hp.backbone_args), {}
         source = self.weights
-        contents = read_checkpoint(source) if Path(source).is_file() else {}
-        decoder = _beneath("decoder.", contents.get("state_dict", {}))
-        named, arguments_of = self.hp.backbone, self.hp.backbone_args
-        if (reference := contents.get(DECODER_OF)) is not None:
-            named, arguments_of = model_of(source, named, arguments_of, contents)
+        contents = read_checkpoint(source) if Path(source).is_file() else None
+        decoder = _beneath("decoder.", (contents or {}).get("state_dict", {}))
+        name, arguments = model_of(source, self.hp.backbone, self.hp.backbone_args, contents)
+        if (reference := (contents or {}).get(DECODER_OF)) is not None:
             source = self.backbone_weights or reference["weights"]
             if not (Path(source).is_file() or source == reference["weights"]):
                 raise InputError(f"model.backbone_weights: no such file: {Path(source).absolute()}")
@@ -226,18 +225,21 @@ class Segmentation(Task):
                     f"{self.weights} is a decoder of the backbone in {source}, which is not there any more: "
                     "say with model.backbone_weights where it is"
                 )
-            contents = read_checkpoint(source) if Path(source).is_file() else {}
+            contents = read_checkpoint(source) if Path(source).is_file() else None
+            name, arguments = model_of(source, name, arguments, contents)
         network: Network = "student" if self.hp.student else "teacher"
-        name, arguments = model_of(source, named, arguments_of, contents or None)
-        backbone = load_backbone(source, name, arguments, network=network, any_size=True)
+        backbone = load_backbone(source, name, arguments, network=network, any_size=True, contents=contents)
         self.hp.backbone, self.hp.backbone_args = name or source, arguments
+        left_out = not (self.hp.train_backbone or self.hp.save_backbone or source == RANDOM)
+        if reference is None and not left_out:
+            return backbone, decoder
         digest = _digest(backbone)
         if reference is not None and digest != reference["digest"]:
             raise InputError(
                 f"{source} is not the backbone that the decoder in {self.weights} was trained on (the "
                 "weights differ): say with model.backbone_weights where that one is"
             )
-        if not (self.hp.train_backbone or self.hp.save_backbone or source == RANDOM):
+        if left_out:
             where = str(Path(source).absolute()) if Path(source).is_file() else source
             self._reference = {"weights": where, "digest": digest}
         return backbone, decoder
