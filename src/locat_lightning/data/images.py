@@ -18,7 +18,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from locat_lightning.data import digits
 from locat_lightning.data.module import (
     SPLITS,
-    STAGES,
     ImageModule,
     check_least,
     check_share,
@@ -187,16 +186,8 @@ class ImageData(ImageModule["Source | Stream"]):
                 self._timm_source(split, download=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds and checks the images of a stage, once.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; all but the last if None.
-
-        Raises:
-            InputError: the images are not as they should be.
-        """
-        for split in STAGES[stage] if stage else SPLITS:
-            self.source(split)
+        """Finds and checks the images of a stage and their classes, once (see `ImageModule`)."""
+        super().setup(stage)
         _ = self.predict_paths if stage == "predict" else self.class_names
 
     def train_transform(self) -> Callable[[Image.Image], Any]:

@@ -19,7 +19,6 @@ from locat_lightning.data.images import Files, unlabelled_files
 from locat_lightning.data.joint import VOID, joint_augmentation, joint_evaluation, joint_square
 from locat_lightning.data.module import (
     SPLITS,
-    STAGES,
     ImageModule,
     check_least,
     check_share,
@@ -237,18 +236,6 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         """The path of each image that `predict` reads: what the indices of its batches count."""
         source = self.source("predict")
         return [source.path(index) for index in range(len(source))]
-
-    def setup(self, stage: str | None = None) -> None:
-        """Finds and checks the images of a stage, once.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; all but the last if None.
-
-        Raises:
-            InputError: the images or masks are not as they should be.
-        """
-        for split in STAGES[stage] if stage else SPLITS:
-            self.source(split)
 
     def train_dataloader(self) -> ImageLoader:
         """Augmented crops in random order, the same number for every process."""

@@ -84,6 +84,18 @@ class ImageModule(LightningDataModule, Generic[Found]):
             self._sources[split] = self._find(split)
         return self._sources[split]
 
+    def setup(self, stage: str | None = None) -> None:
+        """Finds and checks the images of a stage, once.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`; all but the last if None.
+
+        Raises:
+            InputError: the images are not as they should be.
+        """
+        for split in STAGES[stage] if stage else SPLITS:
+            self.source(split)
+
     @abstractmethod
     def _find(self, split: str) -> Found:
         """Finds and checks the images of a split."""
@@ -118,13 +130,13 @@ class ImageModule(LightningDataModule, Generic[Found]):
 
     def _in_order(self, images: Images, **options: Any) -> ImageLoader:
         """Batches of these images in order, each in one process once."""
-        processes, _ = self._processes()
+        processes, rank = self._processes()
         if self.trainer is not None and len(images) < processes:
             # Lightning leaves a process without images out of what all have to do together.
             raise InputError(
                 f"{len(images)} images for {processes} processes: use --trainer.devices {len(images)}"
             )
-        order = EvaluationOrder(images, *self._processes(), shuffle=False)
+        order = EvaluationOrder(images, processes, rank, shuffle=False)
         return ImageLoader(images, sampler=order, **(self._loader_options(training=False) | options))
 
     def _processes(self) -> tuple[int, int]:
