@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,36 @@ def test_a_folder_of_both_and_names_with_an_ending(tmp_path):
     ]
 
 
+def cityscapes(root):
+    for split, name in (("train", "bonn/bonn_1"), ("train", "ulm/ulm_2"), ("val", "köln/köln_3")):
+        write(root / f"leftImg8bit/{split}/{name}_leftImg8bit.png", (0, 0, 0), mode="RGB")
+        write(root / f"gtFine/{split}/{name}_gtFine_labelIds.png")
+        write(root / f"gtFine/{split}/{name}_gtFine_color.png", (0, 0, 0), mode="RGB")
+    return Layout(
+        "leftImg8bit/{split}", "gtFine/{split}", "_gtFine_labelIds.png", image_suffix="_leftImg8bit.png"
+    )
+
+
+def test_names_of_which_both_have_an_ending(tmp_path):
+    layout = cityscapes(tmp_path)
+    write(tmp_path / "leftImg8bit/train/bonn/preview.png", (0, 0, 0), mode="RGB")
+    assert names(layout.pairs(tmp_path, "train"), tmp_path) == [
+        ["leftImg8bit/train/bonn/bonn_1_leftImg8bit.png", "leftImg8bit/train/ulm/ulm_2_leftImg8bit.png"],
+        ["gtFine/train/bonn/bonn_1_gtFine_labelIds.png", "gtFine/train/ulm/ulm_2_gtFine_labelIds.png"],
+    ]
+    listed = replace(layout, images="leftImg8bit/train", masks="gtFine/train", splits="{split}.txt")
+    (tmp_path / "train.txt").write_text("ulm/ulm_2\n")
+    assert len(listed.pairs(tmp_path, "train")[0]) == 1
+    (tmp_path / "gtFine/val/köln/köln_3_gtFine_labelIds.png").unlink()
+    assert error_of(lambda: layout.pairs(tmp_path, "val")).endswith(
+        ": köln/köln_3_leftImg8bit.png; the mask of a_leftImg8bit.png is a_gtFine_labelIds.png"
+        " (--data.image_suffix, --data.mask_suffix)"
+    )
+    assert error_of(lambda: replace(layout, image_suffix=".tif").pairs(tmp_path, "val")) == (
+        f"no images of val in {tmp_path}/leftImg8bit/val: files ending in .tif count"
+    )
+
+
 def test_a_file_lists_the_images_of_a_split(tmp_path):
     tree(tmp_path, "abcd", ("pictures", "labels"))
     (tmp_path / "train.txt").write_text("c\na\n\n")
@@ -245,7 +276,7 @@ def test_images_without_masks_and_the_reverse(tmp_path):
     found = error_of(lambda: Layout().pairs(tmp_path, "train"))
     assert found == (
         f"4 of 7 images in {tmp_path}/images/train have no mask in {tmp_path}/annotations/train: b.jpg,"
-        " c.jpg, d.jpg and 1 more; the mask of a.jpg is a.png"
+        " c.jpg, d.jpg and 1 more; the mask of a.jpg is a.png (--data.image_suffix, --data.mask_suffix)"
     )
     for name in "bcdfg":
         (tmp_path / f"images/train/{name}.jpg").unlink()

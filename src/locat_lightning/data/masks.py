@@ -99,6 +99,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         masks: of `folder`: the masks' folder in root.
         splits: of `folder`: a text file in root with the images of a split, a name without ending a line;
             null takes all images.
+        image_suffix: of `folder`: how the images' names end, where that is more than `.jpg` or the like.
         mask_suffix: of `folder`: how the masks' names end that begin as the images'.
         classes: of `folder`: their names in the order of their labels; or a file with a class a line, `name`
             or `name,red,green,blue`, found from here or from root.
@@ -132,6 +133,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         images: str = "images/{split}",
         masks: str = "annotations/{split}",
         splits: str | None = None,
+        image_suffix: str = "",
         mask_suffix: str = ".png",
         classes: list[str] | str | None = None,
         ignore_index: int = VOID,
@@ -178,7 +180,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             )
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
-        self.layout = LAYOUTS.get(dataset) or Layout(images, masks, mask_suffix, splits)
+        self.layout = LAYOUTS.get(dataset) or Layout(images, masks, mask_suffix, splits, image_suffix)
         self.given_classes = classes
         self.ignore_index = ignore_index if dataset == "folder" else VOID
         self.reduce_zero_label = (

@@ -23,6 +23,7 @@ class Layout:
         masks: folder of the masks. Each is named as its image but for the ending.
         mask_suffix: ending of the masks' names.
         splits: text file with the images of a split, a name without ending a line; None takes all.
+        image_suffix: ending of the images' names; "" takes all images, whose ending begins at the last dot.
         names: of each split, in the order in which they are looked for.
         home: the data set's folder, where root is not that but one above it.
     """
@@ -31,6 +32,7 @@ class Layout:
     masks: str = "annotations/{split}"
     mask_suffix: str = ".png"
     splits: str | None = None
+    image_suffix: str = ""
     names: dict[str, tuple[str, ...]] = field(default_factory=lambda: SPLITS)
     home: str = ""
 
@@ -64,10 +66,11 @@ class Layout:
             )
         folder = self._existing(root, self.images, name)
         images: dict[str, str] = {}
-        for path in images_beneath(folder):
+        suffix = self.image_suffix.lower()
+        for path in files_beneath(folder, (suffix,)) if suffix else images_beneath(folder):
             if self.images == self.masks and path.lower().endswith(self.mask_suffix.lower()):
                 continue
-            stem = path[len(str(folder)) + 1 :].rpartition(".")[0]
+            stem = path[len(str(folder)) + 1 : -len(suffix) if suffix else path.rindex(".")]
             if stem in images:
                 raise InputError(
                     f"{images[stem]} and {path} are images of one name, with one mask: rename one"
@@ -83,7 +86,8 @@ class Layout:
                 )
             images = {stem: images[stem] for stem in stems}
         if not images:
-            raise InputError(f"no images of {name} in {folder}: {EXTENSIONS}")
+            counted = f"files ending in {self.image_suffix} count" if suffix else EXTENSIONS
+            raise InputError(f"no images of {name} in {folder}: {counted}")
         return images
 
     def pairs(self, root: Path, split: str) -> tuple[list[str], list[str]]:
@@ -101,7 +105,9 @@ class Layout:
             path[len(str(mask_folder)) + 1 : -len(self.mask_suffix)]: path
             for path in files_beneath(mask_folder, (self.mask_suffix.lower(),))
         }
-        rule = f"the mask of a.jpg is a{self.mask_suffix}"
+        rule = f"the mask of a{self.image_suffix or '.jpg'} is a{self.mask_suffix}"
+        if not self.home:
+            rule += " (--data.image_suffix, --data.mask_suffix)"
         if alone := [path for stem, path in images.items() if stem not in masks]:
             raise InputError(
                 f"{len(alone)} of {len(images)} images in {image_folder} have no mask in {mask_folder}:"
