@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from scipy.stats import chisquare, kstest
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -131,6 +132,21 @@ def test_blur_is_pils_up_to_its_rounding(size, sigma):
     assert abs(error.mean()) < 0.05
 
 
+@pytest.mark.parametrize("size", [5, 13, 14, 24, 100])
+@pytest.mark.parametrize("sigma", [0.1, 0.9, 1.42, 2.0])
+def test_a_blur_is_three_boxes_and_extends_the_border_before_each(size, sigma):
+    variance = sigma**2 / 3
+    whole = int((np.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.array([part, *[1.0] * (2 * whole + 1), part])
+    expected = np.eye(size)
+    for _ in range(3):
+        padded = np.pad(expected, ((0, 0), (whole + 1, whole + 1)), mode="edge")
+        expected = np.stack([np.convolve(line, box / box.sum(), mode="valid") for line in padded])
+    actual = C._blur_bands(size, values(sigma, 2)).double()
+    torch.testing.assert_close(actual, torch.tensor(expected.T).expand(2, 1, -1, -1), atol=1e-6, rtol=0)
+
+
 def test_a_crop_goes_through_its_operations_in_its_own_order():
     generator = torch.Generator().manual_seed(0)
     order = (C.HUE, C.SATURATION, C.BRIGHTNESS, C.CONTRAST)
@@ -150,8 +166,10 @@ def test_gathered_as_on_a_gpu_equals_one_by_one(size):
     crops = torch.randint(0, 256, (40, 3, size, size), dtype=torch.uint8, generator=generator)
     parameters = C.draw_colour(np.random.default_rng(0), [0.5] * 40, [0.2] * 40)
     kept = crops.clone()
-    together = C._augment_together(crops, parameters)
-    torch.testing.assert_close(together, C._augment_one_by_one(crops, parameters), atol=1e-5, rtol=0)
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
+    together = C._augment_together(crops, parameters, mean, std)
+    one_by_one = C._augment_one_by_one(crops, parameters, mean, std)
+    torch.testing.assert_close(together, one_by_one, atol=2e-5, rtol=0)
     assert torch.equal(crops, kept)
 
 

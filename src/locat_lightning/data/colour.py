@@ -12,6 +12,7 @@ from itertools import permutations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -25,7 +26,7 @@ JITTER_ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
 GRAYSCALE_PROBABILITY = 0.2
 BLUR_SIGMAS = (0.1, 2.0)  # pixels
 BLUR_REACH = 6  # pixels that the widest of these blurs reaches to each side
-BLOCK = 96  # rows of a banded matrix product at once
+BLOCK = 48  # rows of a banded matrix product at once
 SOLARIZE_THRESHOLD = 128 / 255
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
@@ -80,11 +81,9 @@ def apply_colour(
         float32 [N, 3, S, S] on the crops' device. Unlike PIL, nothing rounds to 1/255 between operations.
     """
     augment = _augment_one_by_one if crops.device.type == "cpu" else _augment_together
+    channels = torch.tensor([mean, std])[..., None, None].to(crops.device, non_blocking=True)
     with torch.autocast(crops.device.type, enabled=False):  # a blur in bfloat16 would round to 1/256
-        x = augment(crops, parameters)
-    for channel, m, s in zip(x.unbind(1), mean, std, strict=True):
-        channel.sub_(m).div_(s)
-    return x
+        return augment(crops, parameters, *channels)
 
 
 def _steps(parameters: list[float]) -> list[tuple[int, int]]:
@@ -93,7 +92,7 @@ def _steps(parameters: list[float]) -> list[tuple[int, int]]:
     return [(step, column) for step, column in enumerate(columns) if parameters[column] != NEUTRAL[column]]
 
 
-def _augment_one_by_one(crops: Tensor, parameters: Tensor) -> Tensor:
+def _augment_one_by_one(crops: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     x = torch.empty(crops.shape)
     blurred = parameters[parameters[:, SIGMA] > 0, SIGMA, None, None, None]
     bands = iter(_blur_bands(crops.shape[-1], blurred).split(1))
@@ -104,10 +103,11 @@ def _augment_one_by_one(crops: Tensor, parameters: Tensor) -> Tensor:
         torch.mul(source, 1 / 255, out=crop)
         for _, column in _steps(row):
             _OPERATIONS[column](crop, next(bands) if column == SIGMA else values[column])
+        crop.sub_(mean).div_(std)
     return x
 
 
-def _augment_together(crops: Tensor, parameters: Tensor) -> Tensor:
+def _augment_together(crops: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row, values in enumerate(parameters.tolist()):
         for step in _steps(values):
@@ -122,7 +122,7 @@ def _augment_together(crops: Tensor, parameters: Tensor) -> Tensor:
         part, values = x[r], on_device[r, column, None, None, None]
         _OPERATIONS[column](part, _blur_bands(x.shape[-1], values) if column == SIGMA else values)
         x[r] = part
-    return x
+    return x.sub_(mean).div_(std)
 
 
 # Each operation changes crops [N, 3, S, S] in place by values [N, 1, 1, 1]. Arithmetic stands where
@@ -176,16 +176,18 @@ def _grayscale(x: Tensor, _: Tensor) -> None:
 
 def _blur(x: Tensor, band: Tensor) -> None:
     """Blur the lines of both axes by a matrix of `_blur_bands`, [N, 1, S, S]."""
-    x.copy_(_banded_product(band, _banded_product(band, x.mT).mT))
+    planes, bands = x.view(-1, *x.shape[2:]), band.expand(-1, 3, -1, -1).flatten(0, 1)
+    lines = torch.empty_like(planes)
+    _banded_product(bands, planes.mT, lines.mT)
+    _banded_product(bands, lines, planes)
 
 
-def _banded_product(band: Tensor, x: Tensor) -> Tensor:
-    """Multiply by a matrix [..., M, M] that is 0 beyond `BLUR_REACH` of its diagonal: skip most zeros."""
-    blocks = []
+def _banded_product(band: Tensor, x: Tensor, out: Tensor) -> None:
+    """Multiply by matrices [N, S, S] that are 0 beyond `BLUR_REACH` of their diagonals: skip most zeros."""
     for start in range(0, band.shape[-1], BLOCK):
+        rows = slice(start, start + BLOCK)
         near = slice(max(0, start - BLUR_REACH), start + BLOCK + BLUR_REACH)
-        blocks.append(band[..., start : start + BLOCK, near] @ x[..., near, :])
-    return torch.cat(blocks, dim=-2)
+        torch.bmm(band[:, rows, near], x[:, near], out=out[:, rows])
 
 
 def _blur_bands(size: int, sigma: Tensor) -> Tensor:
@@ -195,6 +197,14 @@ def _blur_bands(size: int, sigma: Tensor) -> Tensor:
     each. A box reaches `whole` pixels to each side, and one more with weight `part` (Gwosdek et al.,
     "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
     """
+    reach, window = BLUR_REACH, 2 * BLUR_REACH + 1
+    if size > window:  # only the rows nearest to the border differ by more than a shift
+        small = _blur_bands(window, sigma)
+        line = F.pad(small[..., reach, :], [size - reach - 1] * 2)
+        bands = line.unfold(-1, size, 1).flip(-2)
+        bands[..., :reach, :window] = small[..., :reach, :]
+        bands[..., -reach:, -window:] = small[..., -reach:, :]
+        return bands
     variance = sigma.square() / 3
     whole = ((12 * variance + 1).sqrt().sub_(1) / 2).floor_()
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
@@ -205,7 +215,7 @@ def _blur_bands(size: int, sigma: Tensor) -> Tensor:
     lines = up_to[..., 0, :].unfold(-1, size + 1, 1).flip(-2)  # row i: offsets from -i-1 to size-i-1
     lines[..., 0], lines[..., -1] = 0, 1  # the first and the last pixel stand for all beyond them
     box = lines.diff()
-    return _banded_product(box, _banded_product(box, box))
+    return box @ box @ box
 
 
 def _solarize(x: Tensor, _: Tensor) -> None:
