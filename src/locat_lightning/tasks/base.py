@@ -67,6 +67,29 @@ class Task(LightningModule):
         """Go on from a checkpoint (given without its weights), which has all of them: read no others."""
         self.weights = None
 
+    def agreed_classes(self, option: str) -> tuple[int, list[str]]:
+        """The number of classes, as `num_classes` or the data have it, and their names in the data, if any.
+
+        Args:
+            option: that decides which classes the data have.
+
+        Raises:
+            InputError: the two disagree, or there is neither.
+        """
+        told: int | None = self.hp.num_classes
+        data = getattr(self._trainer, "datamodule", None)
+        names: list[str] = data.class_names if data is not None else []
+        if told is None and not names:
+            raise InputError("model.num_classes has to be given where the data do not name their classes")
+        number = len(names) if told is None else told
+        if names and number != len(names):
+            raise InputError(
+                f"model.num_classes is {number}, but the data have {len(names)} classes "
+                f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): leave model.num_classes out, or "
+                f"mend {option}"
+            )
+        return number, names
+
     def global_batch_size(self) -> int:
         """Images per optimizer step, over all processes and accumulated batches."""
         images: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]

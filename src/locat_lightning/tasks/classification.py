@@ -145,24 +145,13 @@ class Classification(Task):
         Args:
             contents: of the file of weights.
         """
-        told: int | None = self.hp.num_classes
-        data = getattr(self._trainer, "datamodule", None)
-        names: list[str] = data.class_names if data is not None else []
-        if names and told is not None and len(names) != told:
-            raise InputError(
-                f"model.num_classes is {told}, but the data have {len(names)} classes "
-                f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): leave model.num_classes out, or "
-                "mend data.root"
-            )
-        if told is None and not names:
-            raise InputError("model.num_classes has to be given where the data do not name their classes")
+        number, names = self.agreed_classes("data.root")
         self.data_classes = self.data_classes or _classes_of(contents)
         if self._is_training():
             self.data_classes = list(names)
         elif self._is_scoring() and len(learnt := self.data_classes or self.class_names) == len(names):
             _see_that_classes_agree(learnt, names)  # another number is for load_weights to find
         self.class_names = self.class_names or list(names)
-        number = told if told is not None else len(names)
         if number < 2:
             raise InputError(f"with {number} class ({', '.join(names)}) there is nothing to classify")
         self.hp.num_classes, self.hp.class_names = number, self.class_names

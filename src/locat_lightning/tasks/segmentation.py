@@ -191,17 +191,7 @@ class Segmentation(Task):
             parameter.grad = None
 
     def _agree_on_classes(self) -> int:
-        told: int | None = self.hp.num_classes
-        data = getattr(self._trainer, "datamodule", None)
-        names: list[str] = data.class_names if data is not None else []
-        if names and told is not None and len(names) != told:
-            raise InputError(
-                f"model.num_classes is {told}, but the data have {len(names)} classes: leave "
-                "model.num_classes out, or mend data.classes"
-            )
-        if not names and told is None:
-            raise InputError("model.num_classes has to be given where the data do not name their classes")
-        number = told if told is not None else len(names)
+        number, names = self.agreed_classes("data.classes")
         if not 2 <= number <= IGNORED:
             raise InputError(f"{number} classes: between 2 and {IGNORED} can be told apart")
         self.class_names = self.class_names or list(names)
