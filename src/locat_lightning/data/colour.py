@@ -81,9 +81,14 @@ def apply_colour(
         float32 [N, 3, S, S] on the crops' device. Unlike PIL, nothing rounds to 1/255 between operations.
     """
     augment = _augment_one_by_one if crops.device.type == "cpu" else _augment_together
-    channels = torch.tensor([mean, std])[..., None, None].to(crops.device, non_blocking=True)
+    channels = _beside(crops, torch.tensor([mean, std]))[..., None, None]
     with torch.autocast(crops.device.type, enabled=False):  # a blur in bfloat16 would round to 1/256
         return augment(crops, parameters, *channels)
+
+
+def _beside(crops: Tensor, x: Tensor) -> Tensor:
+    """Move x to where the crops are, without a wait on CUDA only: its stream keeps copy and use in order."""
+    return x.to(crops.device, non_blocking=crops.is_cuda)
 
 
 def _steps(parameters: list[float]) -> list[tuple[int, int]]:
@@ -114,8 +119,8 @@ def _augment_together(crops: Tensor, parameters: Tensor, mean: Tensor, std: Tens
             groups[step].append(row)
     steps = sorted(groups)
     flat = torch.tensor([row for step in steps for row in groups[step]], dtype=torch.long)
-    rows = flat.to(crops.device, non_blocking=True).split([len(groups[step]) for step in steps])
-    on_device = parameters.to(crops.device, non_blocking=True)
+    rows = _beside(crops, flat).split([len(groups[step]) for step in steps])
+    on_device = _beside(crops, parameters)
 
     x = torch.mul(crops.contiguous(), 1 / 255)
     for (_, column), r in zip(steps, rows, strict=True):
