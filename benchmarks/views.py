@@ -53,6 +53,10 @@ def main() -> None:
         'colour_on="worker", in full': lambda i: on_worker(
             Image.open(io.BytesIO(files[i])), np.random.default_rng([0, 0, i])
         ),
+        'colour_on="device", in full (here a CPU)': lambda i: [
+            views.coloured()
+            for views in on_device(Image.open(io.BytesIO(files[i])), np.random.default_rng([0, 0, i]))
+        ],
         'colour_on="device", the worker': lambda i: on_device(
             Image.open(io.BytesIO(files[i])), np.random.default_rng([0, 0, i])
         ),
