@@ -309,6 +309,6 @@ def test_classes_that_masks_do_not_know_are_mistakes():
 
 
 def test_faiss_has_to_be_installed_before_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("locat_lightning.evaluation.retrieval.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"locat-lightning\[retrieval\]"):
         segmented(Scenes(3), Scenes(2), search="faiss")

@@ -263,9 +263,11 @@ class MapWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Name the files."""
+        """Name the files, and choose the colours."""
         if isinstance(pl_module, Segmentation):
-            self._names = _file_names(trainer.datamodule.predict_paths)  # type: ignore[attr-defined]
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self._names = _file_names(data.predict_paths)
+            self._colours = data.colours if len(data.colours) else distinct_colours(pl_module.hp.num_classes)
 
     def write_on_batch_end(
         self,
@@ -280,7 +282,7 @@ class MapWriter(BasePredictionWriter):
         """Write the maps of a batch."""
         if not isinstance(pl_module, Segmentation):
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        source = trainer.datamodule.source("predict")  # type: ignore[attr-defined]
         indices, maps = prediction
         for place, classes in zip(indices.tolist(), maps.cpu().numpy(), strict=True):
             index_map, overlaid = (
@@ -289,11 +291,10 @@ class MapWriter(BasePredictionWriter):
             )
             for file in (index_map, overlaid):
                 file.parent.mkdir(parents=True, exist_ok=True)
-            colours = data.colours if len(data.colours) else distinct_colours(pl_module.hp.num_classes)
             indexed = Image.fromarray(classes)
-            indexed.putpalette(colours.tobytes())
+            indexed.putpalette(self._colours.tobytes())
             indexed.save(index_map)
-            overlay(data.source("predict").read(place)[0], classes, colours).save(overlaid)
+            overlay(source.read(place)[0], classes, self._colours).save(overlaid)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""

@@ -3,7 +3,6 @@
 Source: "Towards In-context Scene Understanding" (Balažević et al., NeurIPS 2023), Hummingbird's retrieval.
 """
 
-import importlib.util
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -289,7 +288,7 @@ def check_search(neighbours: int, temperature: float, search: Search) -> None:
             f"retrieval from {neighbours} neighbours at temperature {temperature}: both have to be positive, "
             "as Hummingbird's 30 and 0.02"
         )
-    if search == "faiss" and importlib.util.find_spec("faiss") is None:
+    if search == "faiss" and find_spec("faiss") is None:
         raise InputError(
             "search='faiss' needs faiss: pip install 'locat-lightning[retrieval]', or take search='torch'"
         )
