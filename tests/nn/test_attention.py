@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from locat_lightning.nn import (
-    GaussianAttention,
     GaussianAugmentation,
     PatchGrid,
     attention,
     gaussian_attention,
 )
+from locat_lightning.nn.layers import add_gaussians
 
 
 def normal(*shape, seed):
@@ -25,8 +25,8 @@ def normal(*shape, seed):
 
 
 def augmentation(head_dim):
-    torch.manual_seed(0)
     gaug = GaussianAugmentation(head_dim)
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in gaug.parameters():
             parameter.normal_()
@@ -221,9 +221,10 @@ def test_mixed_precision(monkeypatch, path, qk):
 
 def layer(**kwargs):
     torch.manual_seed(0)
-    gaussian = GaussianAttention(24, num_heads=3, norm_layer=torch.nn.LayerNorm, **kwargs)
-    gaussian.grid, gaussian.num_prefix_tokens = PatchGrid((4, 4)), 1
-    return gaussian
+    attention = Attention(24, num_heads=3, norm_layer=torch.nn.LayerNorm, **kwargs)
+    add_gaussians(attention, GaussianAugmentation(attention.head_dim))
+    attention.grid, attention.num_prefix_tokens = PatchGrid((4, 4)), 1
+    return attention
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ GRIDS = [
 
 
 def augmentation(head_dim, seed=0):
-    torch.manual_seed(seed)
     gaug = GaussianAugmentation(head_dim)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in gaug.parameters():
             parameter.normal_()

@@ -1,45 +1,51 @@
-"""The paper's backbones under their published names, for `timm.create_model`."""
+"""The paper's backbones under their published names, for `timm.create_model`.
 
+All take `gaug` and `prr`, which say what of LocAt is in them (see `add_locat`), beside the arguments of the
+timm model that they are made of. RegViT is `reg_tokens=4`; a ViT without position embedding is
+`pos_embed="none"`.
+"""
+
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import build_model_with_cfg, eva, generate_default_cfgs, register_model
+from timm.models import swin_transformer as swin
+from timm.models import vision_transformer as vit
+from torch import nn
 
-from locat_lightning.nn import GaussianAttention, PatchGrid, PatchRefinement
+from locat_lightning.backbones.jumbo import Jumbo
+from locat_lightning.backbones.locate import add_locat
 
-_SIZES = {
+Gaug = bool | Mapping[str, Any]
+
+_VIT = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
 }
-
-default_cfgs = generate_default_cfgs(
-    {
-        f"locatvit_{size}": {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": None,
-            "crop_pct": 0.9,
-            "interpolation": "bicubic",
-            "fixed_input_size": True,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "license": "apache-2.0",
-        }
-        for size in _SIZES
-    }
-)
+_SWIN = {
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+}
+_ROPE_MIXED: dict[str, Any] = {
+    "attn_type": "rope",
+    "init_values": 1e-5,
+    "class_token": True,
+    "global_pool": "token",
+    "use_abs_pos_emb": False,
+    "use_rot_pos_emb": True,
+    "rope_type": "mixed",
+    "rope_grid_indexing": "xy",
+    "rope_temperature": 10.0,
+}
 
 
 def _vision_transformer(
-    *, gaug: bool, prr: bool, global_pool: str = "token", **kwargs: Any
-) -> VisionTransformer:
-    """Timm's `VisionTransformer` with LocAt plugged into its own arguments."""
+    *, gaug: Gaug, prr: bool, global_pool: str = "token", **kwargs: Any
+) -> vit.VisionTransformer:
     if prr:
         if global_pool not in ("token", "prr", ""):
             raise ValueError(
@@ -47,67 +53,89 @@ def _vision_transformer(
                 "or global_pool='token' with PRR"
             )
         global_pool = "prr"
-    if gaug and kwargs.get("patch_drop_rate", 0.0) > 0:
-        raise ValueError("patch_drop_rate has to be 0 with gaug=True: the Gaussian kernel needs every patch")
-    model = VisionTransformer(
-        global_pool=global_pool, attn_layer=GaussianAttention if gaug else Attention, **kwargs
-    )
-    if gaug:
-        _share_patch_grid(model)
-    if prr:
-        pool = model.attn_pool
-        model.attn_pool = PatchRefinement(pool.out_features, num_heads=pool.num_heads, pool_type=pool.pool)
-    return model
+    return add_locat(vit.VisionTransformer(global_pool=global_pool, **kwargs), gaug=gaug, prr=prr)
 
 
-def _share_patch_grid(model: VisionTransformer) -> None:
-    """Let every GAug layer know the grid of the images under way."""
-    layers = [module for module in model.modules() if isinstance(module, GaussianAttention)]
-    if not layers:
-        block = type(model.blocks[0]).__name__ if len(model.blocks) else "no block"
-        raise ValueError(
-            f"gaug=True needs blocks with the attention of attn_layer, which {block} does not have: pass "
-            "gaug=False with it, or another block_fn"
-        )
-    grid = PatchGrid(tuple(model.patch_embed.grid_size))
-    model.patch_embed.register_forward_hook(grid)
-    for layer in layers:
-        layer.grid = grid
-        layer.num_prefix_tokens = model.num_prefix_tokens
+def _rope(*, gaug: Gaug, prr: bool, **kwargs: Any) -> eva.Eva:
+    return add_locat(eva.Eva(**_ROPE_MIXED | kwargs), gaug=gaug, prr=prr)
+
+
+def _swin_transformer(*, gaug: Gaug, prr: bool, **kwargs: Any) -> swin.SwinTransformer:
+    return add_locat(swin.SwinTransformer(**kwargs), gaug=gaug, prr=prr)
 
 
 def _create(
-    name: str, pretrained: bool, gaug: bool, prr: bool, size: dict[str, int], **kwargs: Any
-) -> VisionTransformer:
-    return build_model_with_cfg(
-        partial(_vision_transformer, gaug=gaug, prr=prr),
+    model: Callable[..., nn.Module],
+    filter_fn: Callable[..., Any],
+    name: str,
+    defaults: dict[str, Any],
+    locat: bool,
+    *,
+    pretrained: bool,
+    gaug: Gaug | None = None,
+    prr: bool | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model as timm's own entry points do; without LocAt by default if it is a plain counterpart."""
+    if "depths" in defaults:
+        features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True}
+    else:
+        features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
+    of_locat = {"gaug": locat if gaug is None else gaug, "prr": locat if prr is None else prr}
+    built: nn.Module = build_model_with_cfg(
+        partial(model, **of_locat),
         name,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **(size | kwargs),
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=features,
+        **(defaults | kwargs),
     )
+    return built
 
 
-@register_model
-def locatvit_tiny(
-    pretrained: bool = False, *, gaug: bool = True, prr: bool = True, **kwargs: Any
-) -> VisionTransformer:
-    """LocAtViT-Tiny (5.7 M parameters): `VisionTransformer`'s arguments, and GAug and PRR to be switched."""
-    return _create("locatvit_tiny", pretrained, gaug, prr, _SIZES["tiny"], **kwargs)
+_VISION_TRANSFORMER = _vision_transformer, vit.checkpoint_filter_fn
+_FAMILIES: list[tuple[str, Any, dict[str, dict[str, Any]], dict[str, Any], bool]] = [
+    ("locatvit_{}", _VISION_TRANSFORMER, _VIT, {}, True),
+    ("nopos_vit_{}_patch16_224", _VISION_TRANSFORMER, _VIT, {"pos_embed": "none"}, False),
+    ("locatvit_{}_rope_mixed", (_rope, eva.checkpoint_filter_fn), _VIT, {}, True),
+    ("vit_{}_patch16_rope_mixed_224", (_rope, eva.checkpoint_filter_fn), {"tiny": _VIT["tiny"]}, {}, False),
+    ("locatswin_{}", (_swin_transformer, swin.checkpoint_filter_fn), _SWIN, {}, True),
+    ("jumbo_{}", (Jumbo, vit.checkpoint_filter_fn), _VIT, {}, False),
+    ("locatjumbo_{}", (Jumbo, vit.checkpoint_filter_fn), _VIT, {"norm_patches": True}, True),
+]
+_MODELS = {
+    name.format(size): (*model, name.format(size), sizes | defaults, locat)
+    for name, model, by_size, defaults, locat in _FAMILIES
+    for size, sizes in by_size.items()
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7) if "swin" in name else None,
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "fixed_input_size": True,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head.fc" if "swin" in name else "head",
+            "license": "apache-2.0",
+        }
+        for name in _MODELS
+    }
+)
 
 
-@register_model
-def locatvit_small(
-    pretrained: bool = False, *, gaug: bool = True, prr: bool = True, **kwargs: Any
-) -> VisionTransformer:
-    """LocAtViT-Small (22 M parameters): `VisionTransformer`'s arguments, and GAug and PRR to be switched."""
-    return _create("locatvit_small", pretrained, gaug, prr, _SIZES["small"], **kwargs)
+def _register(name: str) -> None:
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(*_MODELS[name], pretrained=pretrained, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    register_model(entry_point)
 
 
-@register_model
-def locatvit_base(
-    pretrained: bool = False, *, gaug: bool = True, prr: bool = True, **kwargs: Any
-) -> VisionTransformer:
-    """LocAtViT-Base (86.6 M parameters): `VisionTransformer`'s arguments, and GAug and PRR to be switched."""
-    return _create("locatvit_base", pretrained, gaug, prr, _SIZES["base"], **kwargs)
+for _name in _MODELS:
+    _register(_name)

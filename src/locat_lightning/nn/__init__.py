@@ -7,13 +7,25 @@ Dimensions, in the names of tensors' shapes throughout this package:
     d  width of a head
 """
 
-from locat_lightning.nn.attention import GaussianAttention, gaussian_attention
-from locat_lightning.nn.gaussian import GaussianAugmentation, PatchGrid, gaussian_kernel
+from locat_lightning.nn.attention import gaussian_attention
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid, gaussian_kernel
+from locat_lightning.nn.layers import (
+    GaussianAttention,
+    GaussianEvaAttention,
+    GaussianRopeAttention,
+    GaussianSelfAttention,
+    GaussianWindowAttention,
+)
 from locat_lightning.nn.refinement import PatchRefinement
 
 __all__ = [
     "GaussianAttention",
     "GaussianAugmentation",
+    "GaussianEvaAttention",
+    "GaussianMixture",
+    "GaussianRopeAttention",
+    "GaussianSelfAttention",
+    "GaussianWindowAttention",
     "PatchGrid",
     "PatchRefinement",
     "gaussian_attention",

@@ -5,85 +5,56 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import Attention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from locat_lightning.nn.gaussian import (
-    GaussianAugmentation,
     Gaussians,
-    PatchGrid,
     distances,
     factors,
     gaussian_kernel,
 )
 
 
-class GaussianAttention(Attention):
-    """timm's self-attention with GAug; for the `attn_layer` argument of timm's Vision Transformers.
-
-    Takes the arguments of `timm.layers.Attention`. The model's `PatchGrid` is put into `grid` once its
-    patch embedding is known.
-
-    Source: "Locality-Attending Vision Transformer" (ICLR 2026), Gaussian-augmented attention.
-    """
-
-    grid: PatchGrid
-    num_prefix_tokens: int
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        weight = self.qkv.weight
-        self.gaug = GaussianAugmentation(self.head_dim, device=weight.device, dtype=weight.dtype)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend within [B, N, D]; masks are not supported (`ValueError`)."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("Gaussian-augmented attention takes no attn_mask and is not causal")
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
-        q, k = self.q_norm(q.contiguous()), self.k_norm(k)
-
-        grid = self.grid.of(int(x.shape[1]) - self.num_prefix_tokens)
-        gaussians = self.gaug(q, grid, self.grid.built_for)
-        dropout = self.attn_drop.p if self.training else 0.0
-        x = gaussian_attention(q, k, v, gaussians, dropout=dropout).transpose(1, 2).flatten(2)
-
-        x = self.norm(x)
-        if gate is not None:
-            x = x * gate
-        out: Tensor = self.proj_drop(self.proj(x))
-        return out
-
-
 def gaussian_attention(
-    q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians, *, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gaussians: Gaussians | Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q kᵀ / √d + S) v, with S = 0 in every row and column of a prefix token.
 
     S exists for a few heads at a time, in the forward and in the backward pass: the memory is that
-    of flash attention. Under `torch.compile`, `torch.export`, `torch.jit.trace` and with dropout it is one
-    expression instead.
+    of flash attention. Under `torch.compile`, `torch.export`, `torch.jit.trace`, with dropout, with a bias
+    and of kernels that are no product of two factors it is one expression instead.
 
     Args:
         q: Queries [B, h, N, d].
         k: Keys [B, h, N, d].
         v: Values [B, h, N, d].
-        gaussians: Kernels of the last H·W tokens.
+        gaussians: Kernels of the last H·W tokens, or S itself, which broadcasts to [B, h, H·W, H·W].
+        bias: Something more to add to the logits, [windows, h, N, N], where B is of whole images' windows.
         dropout: Probability of dropping an attention weight.
 
     Returns:
         [B, h, N, d] in the type of v.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or dropout > 0:
-        prefix = q.shape[-2] - gaussians.alpha.shape[-1]
-        s = F.pad(gaussian_kernel(gaussians).to(q.dtype), (prefix, 0, prefix, 0))
+    separable = isinstance(gaussians, Gaussians) and gaussians.cross is None
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if traced or dropout > 0 or bias is not None or not separable:
+        s = gaussian_kernel(gaussians) if isinstance(gaussians, Gaussians) else gaussians
+        prefix = q.shape[-2] - s.shape[-1]
+        s = F.pad(s, (prefix, 0, prefix, 0)).to(q.dtype)
+        if bias is not None:
+            s = (s.expand(len(q), -1, -1, -1).unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
         expression: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
         return expression
-    slope, alpha, grid, cap = gaussians
+    slope, alpha, grid, cap, _ = gaussians
     out: Tensor = _ChunkedGaussianAttention.apply(
         q, k, v, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap
     )

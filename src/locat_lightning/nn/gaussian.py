@@ -4,6 +4,8 @@ Source: "Locality-Attending Vision Transformer" (ICLR 2026), the section on Gaus
 """
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,13 +57,15 @@ class Gaussians(NamedTuple):
     """The kernels of a layer's patches, each centred on its own patch.
 
     `slope` [2, B, h, H·W] is −½ / (σ² + ε), vertical and horizontal; `alpha` is α [B, h, H·W]; both float32.
-    `grid` is (H, W), and `cap` bounds the squared distances.
+    `grid` is (H, W), and `cap` bounds the squared distances. `cross` [B, h, H·W], of rotated kernels alone,
+    is the factor of (i − i') (j − j') in the exponent.
     """
 
     slope: Tensor
     alpha: Tensor
     grid: tuple[int, int]
     cap: int
+    cross: Tensor | None = None
 
 
 class GaussianAugmentation(nn.Module):
@@ -76,18 +80,65 @@ class GaussianAugmentation(nn.Module):
     so that z = 0 is a variance of one patch. On another grid than (H0, W0), which the model was built for,
     variances are scaled by min(H, W) / min(H0, W0).
 
+    The arguments after the first make the variants of an ablation; what they fix is a buffer under the name
+    of the parameter that it replaces.
+
     Args:
         head_dim: Width d of one head's query; the maps are shared by all heads of the layer.
+        query_dependent: False: Wσ and Wα are 0, and a layer has one kernel for all queries.
+        isotropic: One variance for both directions.
+        learned_alpha: False: α is 1.
+        rotated: A full covariance: the two directions are correlated by tanh(q · Wr + br). The paper names
+            the axis-parallel kernel as a limit. Such a kernel is no product of two factors: it takes H · W
+            exponentials a row, and memory for all of S.
+        gated: α is multiplied by a learned scalar that begins at 1e-6, so that a model to which GAug is added
+            gives what it gave before, and learns from there.
         device: Where the parameters are made.
         dtype: Type of the parameters.
     """
 
     def __init__(
-        self, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        head_dim: int,
+        *,
+        query_dependent: bool = True,
+        isotropic: bool = False,
+        learned_alpha: bool = True,
+        rotated: bool = False,
+        gated: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.log_var = nn.Linear(head_dim, 2, device=device, dtype=dtype)
-        self.log_alpha = nn.Linear(head_dim, 1, device=device, dtype=dtype)
+        linear = partial(nn.Linear, head_dim, device=device, dtype=dtype)
+        self.log_var = linear(1 if isotropic else 2)
+        self.log_alpha = linear(1)
+        self.correlation = linear(1) if rotated else None
+        self.gate = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if gated else None
+        if not query_dependent:
+            for each in self._maps():
+                _fix(each, "weight")
+        if not learned_alpha:
+            _fix(self.log_alpha, "weight")
+            _fix(self.log_alpha, "bias")
+        self.reset_parameters()
+
+    def _maps(self) -> list[nn.Linear]:
+        maps = [self.log_var, self.log_alpha]
+        return maps if self.correlation is None else [*maps, self.correlation]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Begin as timm's linear layers do: weights of a standard deviation of 0.02, biases of 0."""
+        for each in self._maps():
+            nn.init.zeros_(each.bias)
+            nn.init.zeros_(each.weight)
+            if "weight" in each._parameters:
+                nn.init.trunc_normal_(each.weight, std=0.02)
+        if "bias" not in self.log_alpha._parameters:
+            nn.init.constant_(self.log_alpha.bias, math.log(math.e - 1))  # of which softplus is 1
+        if self.gate is not None:
+            nn.init.constant_(self.gate, 1e-6)
 
     def variance_and_alpha(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]
@@ -102,12 +153,19 @@ class GaussianAugmentation(nn.Module):
             torch.cat([self.log_var.weight, self.log_alpha.weight]),
             q.flatten(0, -2).mT,
         )
-        z, a = za.unflatten(-1, q.shape[:-1])[..., -math.prod(grid) :].float().split([2, 1])
+        z, a = (
+            za.unflatten(-1, q.shape[:-1])[..., -math.prod(grid) :]
+            .float()
+            .split([len(self.log_var.weight), 1])
+        )
         largest = max(built_for) ** 2
         var = largest * torch.sigmoid(z - math.log(largest - 1) if largest > 2 else z)
         if grid != built_for:
             var = var * (min(grid) / min(built_for))
-        return var, F.softplus(a.squeeze(0))
+        alpha = F.softplus(a.squeeze(0))
+        if self.gate is not None:
+            alpha = alpha * self.gate
+        return var.expand(2, *alpha.shape), alpha
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
         """Kernels of the patches' queries.
@@ -118,9 +176,56 @@ class GaussianAugmentation(nn.Module):
             built_for: (H0, W0).
         """
         with torch.autocast(q.device.type, enabled=False):
-            var, alpha = self.variance_and_alpha(q.to(self.log_var.weight.dtype), grid, built_for)
+            q = q.to(self.log_var.weight.dtype)
+            var, alpha = self.variance_and_alpha(q, grid, built_for)
+            var = var + _epsilon(built_for)
             cap = min((max(built_for) - 1) ** 2, 13100)
-            return Gaussians(-0.5 / (var + _epsilon(built_for)), alpha, grid, cap)
+            if self.correlation is None:
+                return Gaussians(-0.5 / var, alpha, grid, cap)
+            r = torch.tanh(self.correlation(q[..., -math.prod(grid) :, :]).squeeze(-1).float())
+            left = 1 - r.square() + torch.finfo(r.dtype).eps
+            return Gaussians(-0.5 / (var * left), alpha, grid, cap, r / (var.prod(0).sqrt() * left))
+
+
+class GaussianMixture(nn.Module):
+    """A kernel that is learned, but the same for all queries and heads: the rival of GAug for a comparison.
+
+    S = Σ_m α_m · exp(−½ ((i − i')² + (j − j')²) / σ²_m). Source: Gaussian mixture mask attention
+    (arXiv 2309.04875).
+
+    Args:
+        components: How many Gaussians. Their widths begin between one patch and the whole grid.
+        built_for: (H0, W0).
+        gated: Whether all α_m begin at 1e-6 instead of 1 / m.
+        device: Where the parameters are made.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        components: int,
+        built_for: tuple[int, int],
+        *,
+        gated: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        widest = 2 * math.log(max(built_for))
+        self.log_var = nn.Parameter(torch.linspace(0, widest, components, device=device, dtype=dtype))
+        alpha = 1e-6 if gated else 1 / components
+        self.alpha = nn.Parameter(torch.full((components,), alpha, device=device, dtype=dtype))
+
+    def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Tensor:
+        """S [1, 1, H·W, H·W], float32; of the queries only the device matters."""
+        squares = distances(grid, 0, max(grid) ** 2, q.device)
+        var = self.log_var.float().exp() * (min(grid) / min(built_for))
+        y, x = (
+            (-0.5 * d / var.view(-1, 1, 1)).clamp_min(_LEAST_EXPONENT).exp()
+            for d in squares.split(grid, dim=-1)
+        )
+        s: Tensor = torch.einsum("m,mpi,mpj->pij", self.alpha.float(), y, x)
+        return s.flatten(1)[None, None]
 
 
 def distances(grid: tuple[int, int], prefix: int, cap: int, device: torch.device) -> Tensor:
@@ -136,7 +241,7 @@ def distances(grid: tuple[int, int], prefix: int, cap: int, device: torch.device
         [N, H + W], float32.
     """
     H, W = grid
-    i, j = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
+    i, j = _places(grid, device)
     rows = (i.unsqueeze(-1) - i).square_().clamp_max_(cap).unsqueeze(1)
     columns = (j.unsqueeze(-1) - j).square_().clamp_max_(cap)
     of_patches = torch.cat([rows.expand(H, W, H), columns.expand(H, W, W)], dim=-1).flatten(0, 1)
@@ -167,9 +272,21 @@ def factors(gaussians: Gaussians, squares: Tensor) -> tuple[Tensor, Tensor]:
 
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
     """S [B, h, H·W, H·W] of the patches among themselves, float32."""
-    _, alpha, grid, cap = gaussians
-    y, x = factors(gaussians, distances(grid, 0, cap, alpha.device))
-    return (y.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+    slope, alpha, grid, cap, cross = gaussians
+    if cross is None:
+        y, x = factors(gaussians, distances(grid, 0, cap, alpha.device))
+        return (y.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+    dy, dx = ((at.unsqueeze(-1) - at).clamp(-(cap**0.5), cap**0.5) for at in _places(grid, alpha.device))
+    dy, dx = dy[:, None, :, None], dx[None, :, None, :]
+    of_y, of_x, of_yx, alpha = (t.unflatten(-1, grid)[..., None, None] for t in (*slope, cross, alpha))
+    exponent = of_y * dy.square() + of_x * dx.square() + of_yx * dy * dx
+    s: Tensor = alpha * exponent.clamp_min(_LEAST_EXPONENT).exp()
+    return s.flatten(-4, -3).flatten(-2)
+
+
+def _places(grid: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
+    """Rows 0 … H − 1 and columns 0 … W − 1."""
+    return (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
 
 
 def _epsilon(built_for: tuple[int, int]) -> float:
@@ -178,3 +295,10 @@ def _epsilon(built_for: tuple[int, int]) -> float:
     while 0.5 * (max(built_for) - 1) ** 2 / epsilon**2 > 32500:
         epsilon *= 2
     return epsilon
+
+
+def _fix(layer: nn.Linear, name: str) -> None:
+    """Make a parameter of a map a buffer of the same name."""
+    value = getattr(layer, name).detach()
+    delattr(layer, name)
+    layer.register_buffer(name, value)

@@ -3,23 +3,64 @@
 Source: "Locality-Attending Vision Transformer" (ICLR 2026), the section on patch representation refinement.
 """
 
+from typing import Any, Literal
+
+import torch
 from timm.layers import AttentionPoolPrr
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class PatchRefinement(AttentionPoolPrr):
     """PRR, then pooling: x⁺ = softmax(x xᵀ / √d) x by head, of which the pooling takes [CLS] or the mean.
 
-    timm's module with the same arguments, values and gradients; where only [CLS] is pooled, only its row is
-    computed: O(N) instead of O(N²).
+    timm's module with the same values and gradients; only the rows that are pooled are computed: for [CLS]
+    O(N) instead of O(N²).
+
+    Args:
+        dim: Width h·d of a token.
+        num_heads: h.
+        pool_type: "token" for [CLS]; "avg" for the mean; "" for no pooling, where that is done elsewhere.
+        prefix: Of "token", how many tokens [CLS] has (Jumbo's several are concatenated); of "avg", how many
+            tokens before the patches the mean leaves out.
+        gated: x + g (x⁺ − x) instead of x⁺, where g is a learned scalar that begins at 0, so that a model to
+            which PRR is added gives what it gave before.
+        device: Where the parameters are made, if there are any.
+        dtype: Type of the parameters.
+        **norms: `pre_norm`, `post_norm` and `norm_layer` of timm's module.
     """
 
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        pool_type: Literal["token", "avg", ""] = "token",
+        prefix: int | None = None,
+        *,
+        gated: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **norms: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **norms)
+        self.pool = pool_type
+        self.rows = {
+            "token": slice(1 if prefix is None else prefix),
+            "avg": slice(prefix or 0, None),
+            "": slice(None),
+        }[pool_type]
+        self.gate = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if gated else None
+
     def forward(self, x: Tensor) -> Tensor:
-        """Refine and pool final-normed tokens [B, N, h·d] to [B, h·d]."""
-        x = self.pre_norm(x)
-        heads = x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        queries = heads[:, :, :1] if self.pool == "token" else heads
-        refined = F.scaled_dot_product_attention(queries, heads, heads)
-        pooled: Tensor = self.post_norm(refined.transpose(1, 2).flatten(2)).mean(1)
-        return pooled
+        """Refine final-normed tokens [B, N, h·d] and pool them to [B, h·d]; without pooling [B, .., h·d]."""
+        tokens = self.pre_norm(x.flatten(1, -2))
+        heads = tokens.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        rows = F.scaled_dot_product_attention(heads[:, :, self.rows], heads, heads)
+        refined: Tensor = rows.transpose(1, 2).flatten(2)
+        if self.gate is not None:
+            pooled = tokens[:, self.rows]
+            refined = pooled + self.gate * (refined - pooled)
+        refined = self.post_norm(refined)
+        if self.pool == "token":
+            return refined.flatten(1)
+        return refined.mean(1) if self.pool == "avg" else refined.view(x.shape)

@@ -1,0 +1,135 @@
+"""Put LocAt into a built timm model: GAug into its self-attention, PRR before its pooling."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from timm.layers import AttentionPoolPrr
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid
+from locat_lightning.nn.layers import ATTENTIONS, add_gaussians
+from locat_lightning.nn.refinement import PatchRefinement
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def add_locat(
+    model: Model,
+    *,
+    gaug: bool | Mapping[str, Any] = True,
+    prr: bool = True,
+    start: Literal["paper", "identity"] = "paper",
+) -> Model:
+    """Put LocAt into a timm model, which keeps its weights.
+
+    Knows the attention of timm's ViT (so DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP, with registers or
+    without), RoPE-ViT, EVA, DINOv3 and Swin. The model is changed in place: to keep it, pass a copy.
+
+    Args:
+        model: From `timm.create_model`.
+        gaug: Whether its attention gets Gaussian kernels; arguments of `GaussianAugmentation` make a variant,
+            and `{"mixture": m}` is Gaussian mixture mask attention with m components instead.
+        prr: Whether its final tokens are refined before they are pooled. Where the model normalises what it
+            has pooled (`fc_norm`), they are refined as they are pooled: before the norm.
+        start: "paper" begins as a model that is trained from scratch. "identity" begins with the outputs of
+            the model as it is: every kernel's strength, and the refinement, have a learned gate that is
+            (nearly) shut. For models that are trained already.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model's attention or pooling is none that LocAt can be put into, or it drops patches.
+        TypeError: `GaussianAugmentation` has no such argument.
+
+    Source: "Locality-Attending Vision Transformer" (ICLR 2026); `start="identity"` is ours.
+    """
+    if start not in ("paper", "identity"):
+        raise ValueError(f"start has to be 'paper' or 'identity', not {start!r}")
+    gated = start == "identity"
+    if gaug is not False:
+        _add_gaug(model, {} if gaug is True else dict(gaug), gated)
+    if prr:
+        _add_prr(model, gated)
+    return model
+
+
+def _add_gaug(model: Any, options: dict[str, Any], gated: bool) -> None:
+    layers = [layer for layer in model.modules() if type(layer) in ATTENTIONS]
+    others = {
+        type(layer).__name__
+        for name, layer in model.named_modules()
+        if name.endswith("attn") and type(layer) not in ATTENTIONS
+    }
+    if others or not layers:
+        blocks = {type(block).__name__ for block in getattr(model, "blocks", [])}
+        raise ValueError(
+            f"gaug=True needs attention that takes Gaussian kernels (timm's "
+            f"{', '.join(each.__name__ for each in ATTENTIONS)}), which "
+            f"{', '.join(sorted(others or blocks)) or type(model).__name__} is not: pass gaug=False with it"
+        )
+    if getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0:
+        raise ValueError("patch_drop_rate has to be 0 with gaug=True: the Gaussian kernel needs every patch")
+
+    windowed = isinstance(model, SwinTransformer)
+    if not windowed:
+        grid = PatchGrid(tuple(model.patch_embed.grid_size))
+        model.patch_embed.register_forward_hook(grid)
+    for layer in layers:
+        built_for = layer.window_size if windowed else grid.built_for
+        if mixture := options.get("mixture"):
+            add_gaussians(layer, GaussianMixture(mixture, built_for, gated=gated, **_place(layer)))
+        else:
+            head_dim = layer.proj.in_features // layer.num_heads
+            add_gaussians(layer, GaussianAugmentation(head_dim, gated=gated, **options, **_place(layer)))
+        if windowed:
+            layer.built_for = built_for
+        else:
+            layer.grid, layer.num_prefix_tokens = grid, model.num_prefix_tokens
+
+
+def _add_prr(model: Any, gated: bool) -> None:
+    pooling = getattr(model, "global_pool", None)
+    if isinstance(model, SwinTransformer) and pooling:
+        _refine_before(model.head.global_pool, model.num_features, model.layers[-1].blocks[-1].attn, gated)
+        return
+    pool: Any = getattr(model, "attn_pool", None)
+    if isinstance(pool, AttentionPoolPrr):
+        model.attn_pool = PatchRefinement(
+            model.embed_dim, pool.num_heads, pool.pool, gated=gated, **_place(model)
+        ).train(model.training)
+        return
+    attention: Any = getattr(next(reversed(getattr(model, "blocks", [])), None), "attn", None)
+    distilled = hasattr(model, "dist_token")  # whose head takes two tokens, and no pooling
+    if attention is None or pooling not in ("token", "avg", "map") or distilled:
+        raise ValueError(
+            f"prr=True: {type(model).__name__} with global_pool={pooling!r} pools no tokens that could be "
+            "refined before: pass prr=False"
+        )
+    if pooling == "map":
+        _refine_before(pool, model.embed_dim, attention, gated)
+        return
+    includes_prefix = pooling == "token" or getattr(model, "pool_include_prefix", False)
+    prefix = None if includes_prefix else model.num_prefix_tokens
+    model.attn_pool = PatchRefinement(
+        model.embed_dim, attention.num_heads, pooling, prefix, gated=gated, **_place(model)
+    ).train(model.training)
+    if isinstance(model, VisionTransformer):
+        model.global_pool, model.pool_include_prefix = "prr", True
+
+
+def _refine_before(pool: nn.Module, dim: int, attention: Any, gated: bool) -> None:
+    """Let a pooling module take refined tokens."""
+    pool.refinement = PatchRefinement(dim, attention.num_heads, "", gated=gated, **_place(attention))
+    pool.register_forward_pre_hook(_refined)
+
+
+def _refined(pool: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return pool.refinement(inputs[0]), *inputs[1:]
+
+
+def _place(module: nn.Module) -> dict[str, Any]:
+    weight = next(module.parameters())
+    return {"device": weight.device, "dtype": weight.dtype}

@@ -1,0 +1,140 @@
+"""timm's self-attention layers with a Gaussian kernel in their logits."""
+
+from typing import Any
+
+import torch
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from locat_lightning.nn.attention import gaussian_attention
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid
+
+
+class GaussianSelfAttention(nn.Module):
+    """What GAug makes of a Vision Transformer's self-attention: of timm's layers that compute q, k and v.
+
+    A subclass names the layer whose weights and other parts it has. `gaug`, the model's `grid` and the number
+    of its prefix tokens are put into a built layer.
+
+    Source: "Locality-Attending Vision Transformer" (ICLR 2026), Gaussian-augmented attention.
+    """
+
+    gaug: GaussianAugmentation | GaussianMixture
+    grid: PatchGrid
+    num_prefix_tokens: int
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend within [B, N, D]; masks are not supported (`ValueError`).
+
+        Args:
+            x: Tokens.
+            rope: timm's rotary embedding of the patches. The kernels are of the queries before it.
+            attn_mask: None.
+            is_causal: False.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("Gaussian-augmented attention takes no attn_mask and is not causal")
+        this: Any = self
+        gate = this.gate(x).sigmoid() if this.gate is not None else None
+        q, k, v = self._queries_keys_values(x)
+        q, k = this.q_norm(q.contiguous()), this.k_norm(k)
+        grid = self.grid.of(int(x.shape[1]) - self.num_prefix_tokens)
+        gaussians = self.gaug(q, grid, self.grid.built_for)
+        if rope is not None:
+            q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
+        if q.shape[1] > k.shape[1]:  # grouped queries
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        dropout = this.attn_drop.p if self.training else 0.0
+        x = gaussian_attention(q, k, v, gaussians, dropout=dropout).transpose(1, 2).flatten(2)
+        x = this.norm(x)
+        if gate is not None:
+            x = x * gate
+        out: Tensor = this.proj_drop(this.proj(x))
+        return out
+
+    def _queries_keys_values(self, x: Tensor) -> list[Tensor]:
+        """[B, h, N, d] each, of one projection or of three."""
+        this: Any = self
+        d = this.head_dim
+        if this.qkv is None:
+            return [
+                project(x).unflatten(-1, (-1, d)).transpose(1, 2)
+                for project in (this.q_proj, this.k_proj, this.v_proj)
+            ]
+        if getattr(this, "q_bias", None) is None:
+            qkv = this.qkv(x)
+        else:
+            qkv = F.linear(x, this.qkv.weight, torch.cat([this.q_bias, this.k_bias, this.v_bias]))
+        return [each.transpose(1, 2) for each in qkv.unflatten(-1, (3, -1, d)).unbind(2)]
+
+    def _rotate(self, t: Tensor, rope: Tensor) -> Tensor:
+        prefix, patches = t.split([self.num_prefix_tokens, t.shape[2] - self.num_prefix_tokens], dim=2)
+        rotated = apply_rot_embed_cat(patches, rope, half=getattr(self, "rotate_half", False))
+        return torch.cat([prefix.to(rotated.dtype), rotated], dim=2)
+
+
+class GaussianAttention(GaussianSelfAttention, Attention):
+    """timm's `Attention` with GAug: of ViT, DeiT, DINO, DINOv2, CLIP and SigLIP."""
+
+    qkv: nn.Module
+    q_proj = k_proj = v_proj = None
+
+
+class GaussianRopeAttention(GaussianSelfAttention, AttentionRope):
+    """timm's `AttentionRope` with GAug: of RoPE-ViT and others of its family."""
+
+
+class GaussianEvaAttention(GaussianSelfAttention, EvaAttention):
+    """timm's `EvaAttention` with GAug: of EVA, EVA-02 and DINOv3."""
+
+
+class GaussianWindowAttention(WindowAttention):
+    """timm's `WindowAttention` with GAug: of Swin. The grid is the window, and there is no prefix token.
+
+    S adds to the relative position bias and to the mask of shifted windows.
+    """
+
+    gaug: GaussianAugmentation | GaussianMixture
+    built_for: tuple[int, int]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within windows.
+
+        Args:
+            x: Windows of whole images, [B·windows, N, D].
+            mask: [windows, N, N], 0 or -100, of shifted windows.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
+        gaussians = self.gaug(q.contiguous(), self.window_size, self.built_for)
+        bias = self._get_rel_pos_bias()
+        if mask is not None:
+            bias = bias + mask.unsqueeze(1)
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = gaussian_attention(q, k, v, gaussians, bias=bias, dropout=dropout).transpose(1, 2).flatten(2)
+        out: Tensor = self.proj_drop(self.proj(x))
+        return out
+
+
+_WITH_GAUSSIANS: dict[type[nn.Module], type[nn.Module]] = {
+    Attention: GaussianAttention,
+    AttentionRope: GaussianRopeAttention,
+    EvaAttention: GaussianEvaAttention,
+    WindowAttention: GaussianWindowAttention,
+}
+ATTENTIONS = tuple(_WITH_GAUSSIANS)
+
+
+def add_gaussians(layer: nn.Module, gaug: GaussianAugmentation | GaussianMixture) -> None:
+    """Make one of timm's layers, of `ATTENTIONS`, that with GAug; it keeps its weights, hooks and place."""
+    layer.__class__ = _WITH_GAUSSIANS[type(layer)]
+    layer.gaug = gaug.train(layer.training)
