@@ -196,6 +196,20 @@ def test_accumulated_batches_are_one_large_batch():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
+def test_what_is_logged_of_accumulated_batches_is_their_mean():
+    """11 batches: the last step of an epoch has two of them, and the next epoch begins anew."""
+    batches = [random_batch(2, seed) for seed in range(11)]
+    record = fit(small(), batches, accumulate_grad_batches=3, max_epochs=2)
+    steps = [slice(i, min(i + 3, 11)) for i in (0, 3, 6, 9)]
+    steps += [slice(step.start + 11, step.stop + 11) for step in steps]
+    for step in steps:
+        logged = record.metrics[step][-1]
+        assert logged["train/loss"] == pytest.approx(sum(losses := record.losses[step]) / len(losses))
+        assert logged["train/teacher_entropy"] + logged["train/kl"] == pytest.approx(logged["train/loss"])
+    alone = [fit(small(), [batch]).metrics[0]["train/teacher_entropy"] for batch in batches[:3]]
+    assert record.metrics[2]["train/teacher_entropy"] == pytest.approx(sum(alone) / 3)
+
+
 def test_the_learning_rate_follows_the_global_batch():
     record = fit(small(lr=None, base_lr=0.5), [random_batch(4)] * 2, accumulate_grad_batches=2)
     assert record.steps[0][0][0] == 0.5 * 8 / 256

@@ -131,6 +131,7 @@ class Dino(Task):
         self.class_names = []
         self.collapse = ""
         self._losses: list[tuple[int, Tensor]] = []  # that nobody has looked at yet, with their steps
+        self._accumulated: list[Tensor] = []  # loss and teacher's entropy of a step's micro-batches so far
 
     @property
     def metric_names(self) -> list[str]:
@@ -281,11 +282,13 @@ class Dino(Task):
             self._warn_of_collapse(entropy.item(), of_mean.item(), divergence.item())
         if every and (self.global_step + 1) % every == 0:  # when it is written: singular values wait, too
             self.log("train/effective_rank", effective_rank(features))
-        self.log("train/loss", loss, prog_bar=True)
+        self._accumulated.append(torch.stack([loss.detach(), entropy]))
+        mean_loss, mean_entropy = torch.stack(self._accumulated).mean(0)
+        self.log("train/loss", mean_loss, prog_bar=True)
         self.log_dict(
             {
-                "train/teacher_entropy": entropy,
-                "train/kl": divergence,
+                "train/teacher_entropy": mean_entropy,
+                "train/kl": mean_loss - mean_entropy,
                 "train/centre_norm": self.loss.center.norm(),
                 "train/feature_std": F.normalize(features.float(), dim=-1).std(0).mean(),
                 "train/teacher_temp": temperature,
@@ -328,6 +331,7 @@ class Dino(Task):
         matrices["lr"] = others["lr"] = lr
         matrices["weight_decay"] = weight_decay
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._accumulated.clear()
         with torch.no_grad():
             torch._foreach_lerp_(
                 list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum
