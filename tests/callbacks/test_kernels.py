@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
 from locat_lightning.callbacks.kernels import KernelWidths, kernel_widths, observe
+from locat_lightning.callbacks.pictures import gaussian_kernels
 from locat_lightning.data.images import ImageData
 
 pytestmark = pytest.mark.filterwarnings(
@@ -74,6 +75,13 @@ def test_means_over_images_heads_patches_and_directions():
         assert variance == pytest.approx((16 * torch.sigmoid(z - torch.tensor(15.0).log())).mean().item())
         assert alpha == pytest.approx(F.softplus(a).mean().item())
         tokens = block(tokens)
+
+
+def test_images_are_padded_to_whole_patches():
+    backbone = locatvit(dynamic_img_size=True)
+    images = torch.randn(2, 3, 13, 18)
+    assert kernel_widths(backbone, images) == kernel_widths(backbone, F.pad(images, (0, 2, 0, 3)))
+    assert gaussian_kernels(backbone, images)[0].shape == (2, 4 * 5, 4, 5)
 
 
 def test_a_model_without_gaug_has_none():

@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from locat_lightning.data.images import ImageBatch
+from locat_lightning.evaluation.dense import padded
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.nn import GaussianAugmentation
 
@@ -53,7 +54,7 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
 
     Args:
         backbone: a timm model; one without GAug has none.
-        images: [B, 3, height, width], normalised.
+        images: [B, 3, height, width], normalised; padded to whole patches.
 
     Returns:
         (variance in squared patches, alpha), from the first block to the last.
@@ -64,7 +65,7 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
     with torch.no_grad():
         kernels = [
             gaug.variance_and_alpha(*call.inputs)
-            for gaug, call in zip(gaugs, observe(backbone, images, gaugs), strict=True)
+            for gaug, call in zip(gaugs, observe(backbone, padded(backbone, images), gaugs), strict=True)
         ]
         return [(variance.mean().item(), alpha.mean().item()) for variance, alpha in kernels]
 

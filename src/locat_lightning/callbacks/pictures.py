@@ -20,6 +20,7 @@ from locat_lightning.callbacks.kernels import observe
 from locat_lightning.data.images import ImageData, Stream
 from locat_lightning.data.reading import Failure
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.dense import padded
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.nn import GaussianAttention, gaussian_kernel
 from locat_lightning.tasks import Dino, Segmentation
@@ -57,7 +58,7 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 
     Args:
         backbone: a timm Vision Transformer; any other model has none.
-        images: [B, 3, height, width], normalised.
+        images: [B, 3, height, width], normalised; padded to whole patches.
 
     Returns:
         For each block [B, H·W, H, W] float32: what each patch, row by row, adds to its logit for each patch.
@@ -65,7 +66,7 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     gaugs = [layer.gaug for layer in _attention_layers(backbone) if isinstance(layer, GaussianAttention)]
     if not gaugs:
         return []
-    factors = [call.output for call in observe(backbone, images, gaugs)]
+    factors = [call.output for call in observe(backbone, padded(backbone, images), gaugs)]
     return [gaussian_kernel(each).mean(1).unflatten(-1, each.grid) for each in factors]
 
 

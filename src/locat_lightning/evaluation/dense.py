@@ -34,9 +34,8 @@ def patch_features(
 
     Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
     """
-    height, width = images.shape[-2:]
-    size = padded_size(backbone, (height, width))
-    images = F.pad(images, (0, size[1] - width, 0, size[0] - height))
+    images = padded(backbone, images)
+    size = tuple(images.shape[-2:])
     timm: Any = backbone
     patches: Any = getattr(timm, "patch_embed", None)
     own = patches.img_size if getattr(patches, "strict_img_size", False) else None
@@ -51,6 +50,13 @@ def patch_features(
         )
     result: Tensor = features.float()
     return result
+
+
+def padded(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Pads images [B, 3, height, width] at right and bottom with zeros, to `padded_size`."""
+    height, width = images.shape[-2:]
+    size = padded_size(backbone, (height, width))
+    return F.pad(images, (0, size[1] - width, 0, size[0] - height))
 
 
 def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
