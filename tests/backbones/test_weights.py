@@ -1,15 +1,18 @@
 """Weights from every kind of file, and what becomes of those that do not fit."""
 
 import argparse
+import json
 import pickle
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_patch_embed
 from timm.models import save_for_hf
 
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
+from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import check_source, load_weights, read_checkpoint
 from locat_lightning.errors import InputError
 
@@ -68,8 +71,19 @@ def dino_of_ours(state, path):
     torch.save({"state_dict": both}, path)
 
 
+def authors(state, path):
+    """As timm's training script, which is the authors', writes it."""
+    of_model = {key: value for key, value in SMALL.items() if key != "num_classes"}
+    args = argparse.Namespace(model="locatvit_tiny", num_classes=None, gp="token", model_kwargs=of_model)
+    other = {name: value + 1 for name, value in state.items()}
+    of_optimizer = {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    checkpoint = {"epoch": 299, "arch": "locatvit_tiny", "state_dict": other, "optimizer": of_optimizer}
+    checkpoint |= {"version": 2, "args": args, "amp_scaler": {"scale": 65536.0}, "state_dict_ema": state}
+    torch.save(checkpoint | {"metric": 73.9}, path)
+
+
 @pytest.mark.parametrize(
-    "write", [plain, lightning, timm_style, averaged, with_command_line, dino, dino_of_ours]
+    "write", [plain, lightning, timm_style, averaged, with_command_line, authors, dino, dino_of_ours]
 )
 def test_every_kind_of_checkpoint_is_read(tmp_path, write):
     trained, fresh = model(1), model(2)
@@ -129,6 +143,69 @@ def test_positions_are_resampled_to_another_resolution(tmp_path):
     torch.testing.assert_close(new[:, 1:], resampled.flatten(2).transpose(1, 2))
 
 
+def test_a_file_of_the_authors_script_says_what_it_is(tmp_path):
+    trained = model(1).eval()
+    authors(trained.state_dict(), tmp_path / "model_best.pth.tar")
+    read = load_backbone(str(tmp_path / "model_best.pth.tar"), classifier=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(read(images), trained(images))
+    headless = load_backbone(str(tmp_path / "model_best.pth.tar")).eval()
+    assert torch.equal(headless(images), trained.forward_head(trained.forward_features(images), True))
+
+
+def test_a_hub_s_folder_says_what_it_is(tmp_path):
+    trained = model(1).eval()
+    config = {"architecture": "locatvit_tiny", "num_classes": 5, "model_args": SMALL, "pretrained_cfg": {}}
+    layers = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    config["pretrained_cfg"] = {"num_classes": 5, "input_size": [3, 32, 32], **layers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    read = load_backbone(f"local-dir:{tmp_path}", classifier=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(read(images), trained(images))
+    larger = load_backbone(f"local-dir:{tmp_path}", arguments={"img_size": 48, "in_chans": 1})
+    assert larger(torch.randn(1, 1, 48, 48)).shape == (1, 24)
+
+
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1)}
+
+
+# What timm's interpolation of Swin's positions does is not as torch wants it.
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize(
+    ("name", "arguments", "larger"),
+    [
+        ("locatvit_tiny", SMALL, {"img_size": 48}),
+        ("swin_tiny_patch4_window7_224", SWIN | {"num_heads": (1, 2)}, {"img_size": 48, "window_size": 6}),
+        ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 1}, {"img_size": 56}),
+    ],
+)
+def test_weights_follow_resolution_as_timm_has_it(tmp_path, name, arguments, larger):
+    torch.manual_seed(0)
+    trained = timm.create_model(name, **arguments | {"num_classes": 5})
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    save_for_hf(trained, tmp_path / "hub", safe_serialization=True)
+    expected = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, **larger)
+    found = timm.create_model(name, **arguments | larger | {"num_classes": 5})
+    load_weights(found, str(tmp_path / "a.pth"))
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_input_channels_and_patches_follow_as_timm_has_it(tmp_path, in_chans):
+    trained = model(1)
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    fresh = model(2, in_chans=in_chans, patch_size=16)
+    load_weights(fresh, str(tmp_path / "a.pth"))
+    patches = resample_patch_embed(trained.patch_embed.proj.weight.detach(), [16, 16])
+    expected = patches.sum(1, keepdim=True) if in_chans == 1 else patches[:, [0, 1, 2, 0]] * 3 / 4
+    torch.testing.assert_close(fresh.patch_embed.proj.weight.detach(), expected)
+    assert fresh(torch.randn(1, in_chans, 32, 32)).shape == (1, 5)
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     torch.save(timm.create_model("resnet10t", num_classes=5).state_dict(), tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"too poor a match: .*0 of the model's .* another model"):
@@ -168,9 +245,38 @@ def test_nothing_is_executed(tmp_path, save):
         read_checkpoint(tmp_path / "a.pth")
 
 
+def test_nothing_in_a_hub_s_folder_is_executed(tmp_path):
+    config = {"architecture": "locatvit_tiny", "num_classes": 5, "model_args": SMALL, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"state_dict": {"a": Exploit()}}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="timm cannot load local-dir:") as refused:
+        load_backbone(f"local-dir:{tmp_path}")
+    assert "\n" not in str(refused.value)
+
+
+def test_an_object_in_a_command_line_is_refused(tmp_path):
+    torch.save({"state_dict": {}, "args": argparse.Namespace(data=Exploit())}, tmp_path / "a.pth.tar")
+    with pytest.raises(InputError, match="could execute code"):
+        read_checkpoint(tmp_path / "a.pth.tar")
+
+
+@pytest.mark.parametrize("kind", ["a.pth", "a.safetensors"])
+def test_a_file_cut_anywhere_is_refused(tmp_path, kind):
+    path = tmp_path / kind
+    (save_file if path.suffix == ".safetensors" else torch.save)(model().state_dict(), path)
+    whole = path.read_bytes()
+    for size in (*range(1, 200, 7), *range(200, len(whole) - 1, len(whole) // 50), len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError):
+            read_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
+        ("a.pth", b"\x80\x02}q\x00.", "a.pth holds no weights|cannot be read|is not a checkpoint"),
+        ("a.pth", b"\x89PNG\r\n\x1a\n" + bytes(64), "a.pth (cannot be read|is not a checkpoint)"),
+        ("a.pth", b"PK\x03\x04" + bytes(64), "a.pth (cannot be read|is not a checkpoint)"),
         ("a.pth", b"", "a.pth cannot be read .*: it is empty"),
         ("a.pth", b"just text", "a.pth (cannot be read|is not a checkpoint)"),
         ("a.safetensors", b"just text", "a.safetensors cannot be read"),

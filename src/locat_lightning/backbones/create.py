@@ -1,5 +1,6 @@
 """Backbones by timm's name, or by nothing but their weights."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from locat_lightning.backbones.weights import (
     load_weights,
     pretrained,
     read_checkpoint,
+    state_for,
 )
 from locat_lightning.errors import InputError, near
 
@@ -48,8 +50,8 @@ def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
         raise InputError(f"model.backbone_args do not fit {name}: {error}") from error
 
 
-def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int) -> nn.Module:
-    """A timm model by name, with random weights.
+def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int | None) -> nn.Module:
+    """A timm model by name, with random weights; without `num_classes` it has as many as timm's.
 
     Raises:
         InputError: timm knows no such model, the model does not take these arguments, or they are to bring
@@ -58,8 +60,9 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
     check_name(name)
     if given := [key for key in WEIGHTS_OF_TIMM if (arguments or {}).get(key)]:
         raise InputError(f"model.backbone_args.{given[0]}: use --weights, which says where weights come from")
+    classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model: nn.Module = timm.create_model(name, num_classes=num_classes, **(arguments or {}))
+        model: nn.Module = timm.create_model(name, **classes, **(arguments or {}))
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"model.backbone_args do not fit {name}: {str(error) or arguments}") from error
     except (KeyError, ArithmeticError) as error:  # which alone say nothing
@@ -99,7 +102,12 @@ def model_of(
     if isinstance(own.get("backbone"), str):
         return own["backbone"], (own.get("backbone_args") or {}) | arguments
     architecture = contents.get("arch")  # as timm's training script has it
-    return (architecture if isinstance(architecture, str) else None), arguments
+    if not isinstance(architecture, str):
+        return None, arguments
+    line = vars(contents["args"]) if isinstance(contents.get("args"), argparse.Namespace) else {}
+    told = {"in_chans": line.get("in_chans"), "global_pool": line.get("gp")}
+    told = {key: value for key, value in told.items() if value is not None}
+    return architecture, told | (line.get("model_kwargs") or {}) | arguments
 
 
 def load_backbone(
@@ -109,9 +117,10 @@ def load_backbone(
     *,
     network: Network = "teacher",
     any_size: bool = False,
+    classifier: bool = False,
     contents: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a timm model without classifier from any source of weights, and say what matched.
+    """Build a timm model from any source of weights, and say what matched.
 
     Args:
         weights: as for `load_weights`; a decoder of a frozen backbone leads to that.
@@ -119,6 +128,7 @@ def load_backbone(
         arguments: of the model, beside or instead of those that the weights name.
         network: of a checkpoint with a teacher and a student, the one to take.
         any_size: whether it has to take images of other sizes than it was built for, where timm can.
+        classifier: whether it has the classifier that the weights have, if they have one.
         contents: of the weights' file, where `read_checkpoint` has read it already.
 
     Raises:
@@ -129,18 +139,32 @@ def load_backbone(
         contents = read_checkpoint(weights)
     if contents is not None and (reference := contents.get(DECODER_OF)) is not None:
         name, arguments = model_of(weights, name, arguments, contents)
-        weights = reference["weights"]
+        weights, classifier = reference["weights"], False
         check_source(weights)
         contents = read_checkpoint(weights) if Path(weights).is_file() else None
     name, arguments = model_of(weights, name, arguments, contents)
-    if name is None and contents is None and weights != RANDOM:  # a model hub, which knows what it has
+    of_itself = contents is None and weights != RANDOM  # which timm, or a model hub, knows all about
+    if of_itself and (name is None or (classifier and name == weights)):
         check_source(weights)
-        return pretrained(weights, num_classes=0, **arguments)
+        return pretrained(weights, **({} if classifier else {"num_classes": 0}), **arguments)
     if name is None:
         raise InputError(f"{weights} does not say of which model it is: add --backbone, timm's name of it")
     if any_size:
         model = create_for_any_size(name, arguments)
     else:
         model = create_backbone(name, arguments, num_classes=0)
+    if classifier and (classes := _classes_of(model, weights, network, contents)):
+        model = create_backbone(name, arguments, num_classes=classes)
     load_weights(model, weights, network=network, contents=contents)
     return model
+
+
+def _classes_of(model: nn.Module, weights: str, network: Network, contents: dict[str, Any] | None) -> int:
+    """How many classes the classifier has that is in the weights of a timm model; 0 if there is none."""
+    if weights == RANDOM:
+        return 0
+    of_timm: Any = model
+    known = of_timm.pretrained_cfg.get("classifier")
+    rows = f"{known if isinstance(known, str) else next(iter(known or ()), '')}.weight"
+    state = state_for(model, weights, network=network, contents=contents)
+    return len(state[rows]) if rows in state else 0

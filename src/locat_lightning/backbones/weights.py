@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from locat_lightning.errors import InputError
@@ -51,9 +52,7 @@ def load_weights(
     if weights == RANDOM:
         rank_zero_warn(f"--weights {RANDOM}: the model has not been trained")
         return
-    state = _below_prefix(_read_state(weights, network, contents), model, network)
-    if isinstance(model, VisionTransformer):
-        state = checkpoint_filter_fn(state, model)
+    state = state_for(model, weights, network=network, contents=contents)
     own = model.state_dict()
     other_shape = sorted(k for k, v in state.items() if k in own and v.shape != own[k].shape)
     matched = {k: v for k, v in state.items() if k in own and k not in other_shape}
@@ -72,6 +71,43 @@ def load_weights(
         raise InputError(f"weights do not fit ({', '.join(wrong[:3])}): {summary}")
     model.load_state_dict(matched, strict=False)
     rank_zero_info(summary)
+
+
+def state_for(
+    model: nn.Module,
+    weights: str,
+    *,
+    network: Network = "teacher",
+    contents: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Tensors by the names that a timm model has for them, brought to its size as timm does it.
+
+    That is: position embeddings to its grid, the patch embedding to its patches and channels, and what else
+    timm does with weights of a model of this kind.
+
+    Args:
+        model: for which they are; it stays as it is.
+        weights: as for `load_weights`, but not `random`.
+        network: as for `load_weights`.
+        contents: as for `load_weights`.
+
+    Raises:
+        InputError: as for `load_weights`.
+    """
+    state = _below_prefix(_read_state(weights, network, contents), model, network)
+    for made_by in type(model).__mro__:
+        if (filter_ := getattr(sys.modules[made_by.__module__], "checkpoint_filter_fn", None)) is not None:
+            try:
+                state = filter_(state, model)
+            except (AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+                raise InputError(f"{weights} is not of a {type(model).__name__}: {error}") from error
+            break
+    first = getattr(model, "pretrained_cfg", {}).get("first_conv")
+    own = model.state_dict()
+    for name in (f"{each}.weight" for each in ([first] if isinstance(first, str) else first or ())):
+        if name in state and name in own and state[name].shape[1] == 3 != own[name].shape[1]:
+            state[name] = adapt_input_conv(own[name].shape[1], state[name])
+    return state
 
 
 def check_source(weights: str) -> None:
