@@ -78,7 +78,10 @@ def test_a_run_leaves_its_record(small, caplog):
     assert [image.step for image in events.Images("pictures/validation")] == [2, 5]
     session = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"backbone_args.embed_dim" in session
-    assert b"_class_path" not in session
+    assert not any(name in session for name in (b"_class_path", b"_instantiator"))
+    written = (RUN / "hparams.yaml").read_text()
+    assert "embed_dim: 24" in written
+    assert not any(line.startswith("_") for line in written.splitlines())
 
     main([*FIT, *small])
     assert (RUN.parent / "version_1" / "metrics.json").is_file()
@@ -120,6 +123,8 @@ def test_a_config_is_a_local_file_first(tmp_path):
             [*FIT, "--trainer.max_epoch", "1"],
             "--trainer.max_epoch: there is no such option; near it: --trainer.max_",
         ),
+        ([*FIT, "--dataa.root", "x"], "--dataa.root: there is no such option; near it: --data.root"),
+        ([*FIT, "--trainr.max_epochs", "1"], "no such option; near it: --trainer.max_epochs, "),
         ([*FIT, "--model.lr", "fast"], "model.lr: 'fast' is not of the type float or null"),
         ([*FIT, "--data.batch_size", "0"], "batch_size (0) must be at least 1"),
         ([*FIT, "--model", "Nope"], "model: there is no class 'Nope'"),

@@ -293,6 +293,8 @@ class LocatCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """What can be said without data or a model is said before they are made."""
         super().instantiate_classes()
+        for each in (self.model, self.datamodule):  # loggers write down what is the user's
+            vars(each).get("_hparams_initial", {}).pop("_instantiator", None)
         if self.resume_from is not None:
             config = self.config[self.subcommand]
             now = {"model": self.model.hparams, "data": self.datamodule.hparams}

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
@@ -79,7 +80,12 @@ def near_options(known: Iterable[str]) -> Iterator[None]:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", str(error))
         if unknown is None:
             raise
-        raise InputError(f"{unknown[1]}: there is no such option{near(unknown[1], known)}") from error
+        option, known = unknown[1], list(known)
+        group, _, rest = option.partition(".")
+        # Options of a class, as data's, are none of the parser's: what can be mistyped is the group.
+        classes = [each.removesuffix(".help") for each in known if re.fullmatch(r"--\w+\.help", each)]
+        likely = [f"{each}.{rest}" for each in get_close_matches(group, classes) if rest]
+        raise InputError(f"{option}: there is no such option{near(option, likely or known)}") from error
 
 
 def shipped_configs() -> str:
