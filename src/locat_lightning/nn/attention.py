@@ -51,7 +51,7 @@ def gaussian_attention(
         prefix = q.shape[-2] - s.shape[-1]
         s = F.pad(s, (prefix, 0, prefix, 0)).to(q.dtype)
         if bias is not None:
-            s = (s.expand(len(q), -1, -1, -1).unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
+            s = (s.expand(q.shape[0], -1, -1, -1).unflatten(0, (-1, len(bias))) + bias).flatten(0, 1)
         expression: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=s, dropout_p=dropout)
         return expression
     slope, alpha, grid, cap, _ = gaussians
