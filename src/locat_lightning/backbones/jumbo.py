@@ -85,7 +85,7 @@ class Jumbo(VisionTransformer):
     ) -> None:
         if jumbo_multiplier < 1:
             raise ValueError(f"jumbo_multiplier has to be at least 1, not {jumbo_multiplier}")
-        if global_pool != "token":
+        if global_pool not in (("token", "prr") if prr else ("token",)):  # timm notes the latter down
             raise ValueError(
                 f"Jumbo pools its [CLS] tokens: global_pool has to be 'token', not '{global_pool}'"
             )
