@@ -6,5 +6,7 @@ Importing this registers the paper's models with timm: `timm.create_model("locat
 from importlib.metadata import version
 
 from locat_lightning.backbones import registry as registry
+from locat_lightning.backbones.locate import add_locat
 
+__all__ = ["add_locat"]
 __version__ = version("locat-lightning")

@@ -69,7 +69,7 @@ def test_every_new_parameter_gets_a_gradient(family, start):
     maps = {name.split("gaug.")[-1] for name in new}
     expected = {f"log_{of}.{kind}" for of in ("var", "alpha") for kind in ("weight", "bias")}
     assert maps >= expected | ({"gate"} if start == "identity" else set())
-    # While the refinement is shut, [CLS] hears nothing of the patches of the last block, where S is of patches.
+    # While the refinement is shut, the last block's patches, where S is, do not reach [CLS].
     deaf = "blocks.1." if start == "identity" and model.global_pool in ("prr", "token") else "none"
     for name, parameter in new.items():
         if name.startswith(deaf):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from locat_lightning.nn import GaussianAugmentation, PatchGrid, gaussian_kernel
+from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchGrid, gaussian_kernel
 from locat_lightning.nn.gaussian import distances, factors
 
 # grid of the images, grid that the model was built for
@@ -189,3 +189,85 @@ def test_an_unknown_number_of_patches_is_an_error_that_names_it():
     grid = PatchGrid((4, 4))
     with pytest.raises(ValueError, match=r"no image with 13 patches .*grids seen: \[\(4, 4\)\]"):
         grid.of(13)
+
+
+# Variants
+
+
+def test_a_fixed_kernel_does_not_hear_the_query():
+    gaug = GaussianAugmentation(8, query_dependent=False)
+    with torch.no_grad():
+        for parameter in gaug.parameters():
+            parameter.normal_()
+    a, b = (gaussian_kernel(gaug(queries(1, 2, 16, 8, seed=seed), (4, 4), (4, 4))) for seed in (1, 2))
+    assert torch.equal(a, b)
+    assert {name for name, _ in gaug.named_parameters()} == {"log_var.bias", "log_alpha.bias"}
+    assert set(gaug.state_dict()) == set(GaussianAugmentation(8).state_dict())
+
+
+def test_an_isotropic_kernel_is_as_high_as_it_is_wide():
+    gaug = GaussianAugmentation(8, isotropic=True)
+    slope = gaug(queries(2, 3, 16, 8), (4, 4), (4, 4)).slope
+    assert slope.shape == (2, 2, 3, 16)
+    assert torch.equal(slope[0], slope[1])
+
+
+def test_a_strength_that_is_not_learned_is_1():
+    gaug = GaussianAugmentation(8, learned_alpha=False)
+    alpha = gaug(queries(2, 3, 16, 8), (4, 4), (4, 4)).alpha
+    assert_close(alpha, torch.ones(2, 3, 16))
+    assert {name for name, _ in gaug.named_parameters()} == {"log_var.weight", "log_var.bias"}
+
+
+@pytest.mark.parametrize(("grid", "built_for"), [((3, 4), (3, 4)), ((5, 4), (3, 3))])
+def test_a_rotated_kernel_is_the_gaussian_of_its_covariance(grid, built_for):
+    gaug = GaussianAugmentation(8, rotated=True)
+    with torch.no_grad():
+        for parameter in gaug.parameters():
+            parameter.normal_()
+    q = queries(1, 2, grid[0] * grid[1], 8)
+    var, alpha = gaug.variance_and_alpha(q, grid, built_for)
+    r = torch.tanh(gaug.correlation(q)).squeeze(-1)
+    reach = max(built_for) - 1
+    places = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
+    kernel = gaussian_kernel(gaug(q, grid, built_for))
+    for h in range(2):
+        for p, (i, j) in enumerate(places):
+            y, x = (var[axis, 0, h, p].item() + 0.1 for axis in (0, 1))
+            c = r[0, h, p].item() * math.sqrt(y * x)
+            inverse = torch.linalg.inv(torch.tensor([[y, c], [c, x]], dtype=torch.float64))
+            for t, (k, m) in enumerate(places):
+                d = torch.tensor([i - k, j - m], dtype=torch.float64).clamp(-reach, reach)
+                expected = alpha[0, h, p].item() * math.exp(-0.5 * (d @ inverse @ d).item())
+                assert kernel[0, h, p, t].item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_without_correlation_a_rotated_kernel_is_the_usual_one():
+    rotated, usual = GaussianAugmentation(8, rotated=True), augmentation(8)
+    rotated.load_state_dict(usual.state_dict(), strict=False)
+    with torch.no_grad():
+        rotated.correlation.weight.zero_()
+    q = queries(2, 3, 12, 8)
+    kernels = [gaussian_kernel(gaug(q, (3, 4), (4, 4))) for gaug in (rotated, usual)]
+    assert_close(kernels[0], kernels[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_begins_nearly_shut():
+    gaug = GaussianAugmentation(8, gated=True)
+    kernel = gaussian_kernel(gaug(queries(2, 3, 16, 8), (4, 4), (4, 4)))
+    assert 0 < kernel.max() < 2e-6
+
+
+def test_a_mixture_is_its_sum_of_gaussians():
+    mixture = GaussianMixture(3, (4, 4))
+    with torch.no_grad():
+        mixture.alpha.normal_()
+    s = mixture(torch.randn(2, 3, 12, 8), (3, 4), (4, 4))
+    assert s.shape == (1, 1, 12, 12)
+    var = mixture.log_var.exp() * 3 / 4
+    for p in range(12):
+        for t in range(12):
+            squared = (p // 4 - t // 4) ** 2 + (p % 4 - t % 4) ** 2
+            expected = (mixture.alpha * torch.exp(-0.5 * squared / var)).sum()
+            assert_close(s[0, 0, p, t], expected, rtol=1e-5, atol=1e-6)
+    assert_close(mixture.log_var.exp()[[0, 2]], torch.tensor([1.0, 16.0]))

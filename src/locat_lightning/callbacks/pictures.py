@@ -22,7 +22,7 @@ from locat_lightning.data.reading import Failure
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded
 from locat_lightning.evaluation.features import frozen
-from locat_lightning.nn import GaussianAttention, gaussian_kernel
+from locat_lightning.nn import GaussianSelfAttention, gaussian_kernel
 from locat_lightning.tasks import Dino, Segmentation
 
 __all__ = [
@@ -57,17 +57,21 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     """The kernels S of each block with GAug, mean of the heads.
 
     Args:
-        backbone: a timm Vision Transformer; any other model has none.
+        backbone: a timm Vision Transformer; any other model, and one of windows, has none.
         images: [B, 3, height, width], normalised; padded to whole patches.
 
     Returns:
         For each block [B, H·W, H, W] float32: what each patch, row by row, adds to its logit for each patch.
     """
-    gaugs = [layer.gaug for layer in _attention_layers(backbone) if isinstance(layer, GaussianAttention)]
+    gaugs = [layer.gaug for layer in backbone.modules() if isinstance(layer, GaussianSelfAttention)]
     if not gaugs:
         return []
-    factors = [call.output for call in observe(backbone, padded(backbone, images), gaugs)]
-    return [gaussian_kernel(each).mean(1).unflatten(-1, each.grid) for each in factors]
+    kernels = []
+    for call in observe(backbone, padded(backbone, images), gaugs):
+        _, grid, _ = call.inputs
+        s = call.output if isinstance(call.output, Tensor) else gaussian_kernel(call.output)
+        kernels.append(s.expand(len(images), -1, -1, -1).mean(1).unflatten(-1, grid))
+    return kernels
 
 
 def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
