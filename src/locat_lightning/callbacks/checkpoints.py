@@ -1,5 +1,7 @@
 """Checkpoints of a run: its best weights, and where to go on from."""
 
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,29 @@ class Checkpoints(ModelCheckpoint):
     Lightning's own writes `last.ckpt` only along with a new best one, and a run cut off over the best one. It
     also writes by way of the system's temporary folder: from another disk that is a copy, and a run that is
     killed meanwhile leaves half a checkpoint in place of a whole one.
+
+    On SIGTERM, Lightning's handler calls a collective wherever its process is, and waits for others that are
+    elsewhere. Here several processes agree after each batch on whether one of them was told to stop.
     """
+
+    _told_to_stop = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have a signal noted only, where there are several processes."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)  # Lightning restores what was there before the run
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write what is due; then stop all processes, as Lightning stops one, if any was told to."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
+            trainer._signal_connector.received_sigterm = True
+
+    def _note(self, *_: Any) -> None:
+        self._told_to_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the best, and the last in any case."""
