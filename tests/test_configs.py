@@ -20,6 +20,7 @@ DROP_PATH = {
     "dino_small": 0.1,
     "dino_digits": 0.0,
     "quickstart": 0.05,
+    "adapt_pretrained": 0.1,
 }
 SEGMENTS = {"ade20k": 150, "coco_stuff": 171, "digits": 11, "folder": 3, "pascal_context": 59}
 # One key at a time: the others, rightly or wrongly spelt, stay as the config has them.

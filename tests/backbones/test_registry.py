@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import locat_lightning.backbones.registry  # noqa: F401 (registers the models)
+from locat_lightning.backbones import registry
 from locat_lightning.nn import GaussianAttention, PatchRefinement
 
 NAMES = ["locatvit_tiny", "locatvit_small", "locatvit_base"]
@@ -27,6 +27,13 @@ def build(name="locatvit_tiny", **kwargs):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def small(name):
+    """Arguments that make a registered model small, of two blocks or stages."""
+    if "swin" in name:
+        return {"embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)}
+    return {"embed_dim": 48, "depth": 2, "num_heads": 4}
 
 
 def images(height=32, width=32, batch=2, channels=3):
@@ -108,21 +115,65 @@ def test_without_gaug_it_is_timms_prr_model():
 
 
 def test_the_models_are_listed_with_their_preprocessing():
-    assert set(timm.list_models("locatvit_*")) >= set(NAMES)
-    for name in NAMES:
+    sizes = ("tiny", "small", "base")
+    families = ("locatvit_{}", "locatvit_{}_rope_mixed", "locatswin_{}", "jumbo_{}", "locatjumbo_{}")
+    published = {family.format(size) for family in (*families, "nopos_vit_{}_patch16_224") for size in sizes}
+    assert set(registry.MODELS) == published | {"vit_tiny_patch16_rope_mixed_224"}
+    assert set(timm.list_models()) >= published
+    for name in registry.MODELS:
         config = timm.get_pretrained_cfg(name)
         assert config.input_size == (3, 224, 224)
-        assert (config.classifier, config.first_conv) == ("head", "patch_embed.proj")
+        assert config.first_conv == "patch_embed.proj"
+        assert config.classifier == ("head.fc" if "swin" in name else "head")
+
+
+@pytest.mark.parametrize(
+    ("name", "timms"),
+    [
+        ("locatvit_small_rope_mixed", "vit_small_patch16_rope_mixed_224"),
+        ("locatvit_base_rope_mixed", "vit_base_patch16_rope_mixed_224"),
+        ("locatswin_tiny", "swin_tiny_patch4_window7_224"),
+        ("locatswin_small", "swin_small_patch4_window7_224"),
+        ("locatswin_base", "swin_base_patch4_window7_224"),
+        ("nopos_vit_base_patch16_224", "vit_base_patch16_224"),
+    ],
+)
+def test_without_locat_a_model_is_its_counterpart_of_timm(name, timms):
+    ours = timm.create_model(name, gaug=False, prr=False, device="meta")
+    theirs = timm.create_model(timms, device="meta").state_dict()
+    theirs.pop("pos_embed" if "nopos" in name else "", None)
+    assert {key: t.shape for key, t in ours.state_dict().items()} == {k: t.shape for k, t in theirs.items()}
+    located = timm.create_model(name, gaug=True, device="meta")
+    added = located.state_dict().keys() - theirs.keys()
+    assert added
+    assert all(".gaug." in key for key in added)
+
+
+@pytest.mark.parametrize("name", registry.MODELS)
+def test_every_model_gives_a_pyramid_of_features(name):
+    model = timm.create_model(name, img_size=64, features_only=True, out_indices=(0, 1), **small(name))
+    model.eval()
+    maps = model(images(64, 64))
+    assert [each.shape[0] for each in maps] == [2, 2]
+    assert [each.shape[3 if "swin" in name else 1] for each in maps] == model.feature_info.channels()
+    assert all(each.isfinite().all() for each in maps)
 
 
 # Training
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", registry.MODELS)
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=32, depth=2, num_classes=10)
-    for key, gradient in gradients(model, model(images())).items():
+    model = timm.create_model(name, img_size=64, num_classes=10, **small(name))
+    if "jumbo" in name:  # whose head begins with weights of 0
+        torch.nn.init.normal_(model.head.weight)
+    # Without PRR, Jumbo's classifier reads no patches, which the last block changes by these.
+    unread = ("blocks.1.norm2", "blocks.1.mlp", "blocks.1.ls2") if name.startswith("jumbo") else ()
+    for key, gradient in gradients(model, model(images(64, 64))).items():
+        if key.startswith(unread):
+            assert not gradient.any(), key
+            continue
         assert gradient is not None, key
         assert gradient.isfinite().all(), key
         assert gradient.abs().max() > 0, key

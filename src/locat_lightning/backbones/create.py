@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+from locat_lightning.backbones.locate import add_locat
 from locat_lightning.backbones.weights import (
     DECODER_OF,
     RANDOM,
@@ -53,6 +54,11 @@ def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
 def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int | None) -> nn.Module:
     """A timm model by name, with random weights; without `num_classes` it has as many as timm's.
 
+    Args:
+        name: timm's.
+        arguments: of the model; beside them `locat`, arguments of `add_locat`.
+        num_classes: of its classifier; 0 for none.
+
     Raises:
         InputError: timm knows no such model, the model does not take these arguments, or they are to bring
             weights.
@@ -60,14 +66,22 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
     check_name(name)
     if given := [key for key in WEIGHTS_OF_TIMM if (arguments or {}).get(key)]:
         raise InputError(f"model.backbone_args.{given[0]}: use --weights, which says where weights come from")
-    classes = {} if num_classes is None else {"num_classes": num_classes}
+    own = dict(arguments or {})
+    locat = own.pop("locat", None)
+    if num_classes is not None:
+        own["num_classes"] = num_classes
     try:
-        model: nn.Module = timm.create_model(name, **classes, **(arguments or {}))
+        model: nn.Module = timm.create_model(name, **own)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(f"model.backbone_args do not fit {name}: {str(error) or arguments}") from error
     except (KeyError, ArithmeticError) as error:  # which alone say nothing
         raise InputError(f"model.backbone_args do not fit {name}: {error!r} of {arguments}") from error
-    return model
+    if locat is None:
+        return model
+    try:
+        return add_locat(model, **locat)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model.locat does not fit {name}: {error}") from error
 
 
 def create_for_any_size(name: str, arguments: dict[str, Any] | None) -> nn.Module:
@@ -100,7 +114,8 @@ def model_of(
         return (weights if timm.is_model(weights) else None), arguments
     own = contents.get("hyper_parameters", {})
     if isinstance(own.get("backbone"), str):
-        return own["backbone"], (own.get("backbone_args") or {}) | arguments
+        locat = {} if own.get("locat") is None else {"locat": own["locat"]}
+        return own["backbone"], (own.get("backbone_args") or {}) | locat | arguments
     architecture = contents.get("arch")  # as timm's training script has it
     if not isinstance(architecture, str):
         return None, arguments

@@ -103,7 +103,7 @@ _FAMILIES: list[tuple[str, Any, dict[str, dict[str, Any]], dict[str, Any], bool]
     ("jumbo_{}", (Jumbo, vit.checkpoint_filter_fn), _VIT, {}, False),
     ("locatjumbo_{}", (Jumbo, vit.checkpoint_filter_fn), _VIT, {"norm_patches": True}, True),
 ]
-_MODELS = {
+MODELS = {
     name.format(size): (*model, name.format(size), sizes | defaults, locat)
     for name, model, by_size, defaults, locat in _FAMILIES
     for size, sizes in by_size.items()
@@ -124,18 +124,18 @@ default_cfgs = generate_default_cfgs(
             "classifier": "head.fc" if "swin" in name else "head",
             "license": "apache-2.0",
         }
-        for name in _MODELS
+        for name in MODELS
     }
 )
 
 
 def _register(name: str) -> None:
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(*_MODELS[name], pretrained=pretrained, **kwargs)
+        return _create(*MODELS[name], pretrained=pretrained, **kwargs)
 
     entry_point.__name__ = entry_point.__qualname__ = name
     register_model(entry_point)
 
 
-for _name in _MODELS:
+for _name in MODELS:
     _register(_name)

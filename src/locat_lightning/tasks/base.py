@@ -32,6 +32,12 @@ class Task(LightningModule):
         return self.hparams
 
     @property
+    def backbone_arguments(self) -> dict[str, Any]:
+        """What `create_backbone` takes: `backbone_args`, and `locat` if there is any."""
+        locat = {} if self.hp.get("locat") is None else {"locat": self.hp.locat}
+        return (self.hp.backbone_args or {}) | locat
+
+    @property
     def metric_names(self) -> list[str]:
         """What training with this task logs, by name or by pattern (`train/*`), as far as is known yet."""
         return ["train/*"]
@@ -49,7 +55,7 @@ class Task(LightningModule):
                 weights, the warm-up is too long, or a metric to go by is none that is logged.
         """
         if self.hp.backbone is not None:
-            check_arguments(self.hp.backbone, self.hp.backbone_args)
+            check_arguments(self.hp.backbone, self.backbone_arguments)
         if self.weights is not None:
             check_source(self.weights)
         epochs, warmup = trainer.max_epochs or 0, self.hp.get("warmup_epochs", 0)

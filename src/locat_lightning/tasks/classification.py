@@ -37,6 +37,8 @@ class Classification(Task):
     Args:
         backbone: timm's name of the model: `locatvit_tiny`, `vit_tiny_patch16_224`, …
         backbone_args: further arguments of the model, as in `timm.create_model`.
+        locat: puts LocAt into a model that has none: arguments of `locat_lightning.add_locat`, as in
+            `{start: identity}`, with which a pretrained model begins as it is.
         num_classes: how many classes there are; null takes as many as the data have.
         weights: where the weights come from (see --weights); null starts from random ones.
         lr: peak learning rate; null takes base_lr · global batch / 512.
@@ -65,6 +67,7 @@ class Classification(Task):
         backbone: str = "locatvit_tiny",
         *,
         backbone_args: dict[str, Any] | None = None,
+        locat: dict[str, Any] | None = None,
         num_classes: int | None = None,
         weights: str | None = None,
         lr: float | None = None,
@@ -112,7 +115,7 @@ class Classification(Task):
         num_classes = self._agree_on_classes(contents)
         if not new:
             return
-        self.backbone = create_backbone(self.hp.backbone, self.hp.backbone_args, num_classes)
+        self.backbone = create_backbone(self.hp.backbone, self.backbone_arguments, num_classes)
         self._agree_on_size()
         announce_size(self.hp.backbone, self.backbone)
         if self.weights is not None:

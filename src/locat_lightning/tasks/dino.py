@@ -52,6 +52,8 @@ class Dino(Task):
     Args:
         backbone: timm's name of the model: `locatvit_small`, `vit_small_patch16_224`, …
         backbone_args: further arguments of the model, as in `timm.create_model`; drop path is the student's.
+        locat: puts LocAt into a model that has none: arguments of `locat_lightning.add_locat`, as in
+            `{start: identity}`, with which a pretrained model begins as it is.
         weights: where the weights of both backbones come from (see --weights); null starts from random ones.
         out_dim: prototypes, over which student and teacher give a distribution.
         hidden_dim: width of the two hidden layers of the head.
@@ -81,6 +83,7 @@ class Dino(Task):
         backbone: str = "locatvit_small",
         *,
         backbone_args: dict[str, Any] | None = None,
+        locat: dict[str, Any] | None = None,
         weights: str | None = None,
         out_dim: int = 65536,
         hidden_dim: int = 2048,
@@ -170,7 +173,7 @@ class Dino(Task):
 
     def _network(self) -> "Network":
         hp = self.hp
-        backbone: Any = create_for_any_size(hp.backbone, hp.backbone_args)
+        backbone: Any = create_for_any_size(hp.backbone, self.backbone_arguments)
         with warnings.catch_warnings():
             # The old weight norm keeps the parameters' names those of the original code.
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
