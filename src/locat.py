@@ -10,7 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-COMMANDS = ("fit", "validate", "test", "predict", "knn", "linear", "retrieve", "configs", "runs")
+COMMANDS = (
+    *("fit", "validate", "test", "predict", "knn", "linear", "retrieve"),
+    *("export", "info", "configs", "runs"),
+)
 HEADLINES = (
     *("val/top1", "val/miou", "knn/top1", *(f"knn/top1_k{k}" for k in (10, 20, 100, 200))),
     *("linear/top1", "retrieval/miou"),
@@ -28,6 +31,8 @@ commands:
   knn        k-NN accuracy of a frozen backbone          locat knn --weights W --data.root DIR
   linear     linear accuracy of a frozen backbone
   retrieve   mIoU of a frozen backbone's patch features, without training (Hummingbird)
+  export     a model in timm's hub layout, ONNX, …       locat export --weights W --to DIR
+  info       what a model costs                          locat info locatvit_base
   configs    list the configs that --config takes by name
   runs       list the runs beneath a directory, with their results: locat runs [DIR]
 
@@ -115,6 +120,14 @@ def main(arguments: list[str] | None = None) -> None:
             from locat_lightning.measure import main as measure
 
             measure(arguments)
+        case ["export", *_]:
+            from locat_lightning.export import main as export
+
+            export(arguments)
+        case ["info", *_]:
+            from locat_lightning.info import main as info
+
+            info(arguments)
         case [command, *_] if command in COMMANDS:
             from locat_lightning.cli import main as run
 

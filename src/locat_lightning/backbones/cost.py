@@ -1,0 +1,92 @@
+"""What a timm model costs: parameters, multiply-adds, memory for the backward pass, and time."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import chain
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from locat_lightning.evaluation.features import frozen, mixed_precision
+from locat_lightning.nn import GaussianAugmentation
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters of a model, and those of them that are GAug's."""
+    gaugs = (module for module in model.modules() if isinstance(module, GaussianAugmentation))
+    of_gaug = {id(p): p.numel() for gaug in gaugs for p in gaug.parameters()}
+    return sum(p.numel() for p in model.parameters()), sum(of_gaug.values())
+
+
+def multiply_adds(model: nn.Module, images: Tensor) -> int:
+    """Multiply-adds of a forward pass in matrix products, convolutions and attention.
+
+    Half of the FLOPs of torch's counter, in the convention of the papers' tables. As in torch's counter,
+    neither norms nor what is elementwise is in it, GAug's kernel and softmax among that.
+
+    Args:
+        model: is in the same mode afterwards.
+        images: [B, C, height, width].
+    """
+    in_place = {torch.ops.aten.baddbmm_: _baddbmm}
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with frozen(model), torch.no_grad(), counter:
+        model(images)
+    return counter.get_total_flops() // 2
+
+
+def _baddbmm(to: Any, a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """FLOPs of a batched product [B, n, m] [B, m, p] that is added to what there is, from its shapes."""
+    batch, n, m = a
+    return 2 * batch * n * m * b[-1]
+
+
+def activation_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps from a training forward pass for the backward pass, without the parameters.
+
+    Args:
+        model: stays as it is.
+        images: [B, C, height, width]; they count if they are kept.
+    """
+    model = deepcopy(model).train()
+    own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return t.detach()
+
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda t: t):
+        model(images)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def images_per_second(
+    model: nn.Module, images: Tensor, *, seconds: float = 2.0, autocast_dtype: torch.dtype | None = None
+) -> float:
+    """Images per second of the forward pass, from the median of repetitions.
+
+    Args:
+        model: on the device of the images; is in the same mode afterwards.
+        images: [B, C, height, width], of every repetition.
+        seconds: to spend at least, besides a warm-up; there are three repetitions or more.
+        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
+    """
+    wait: Callable[[], None] = torch.cuda.synchronize if images.is_cuda else lambda: None
+    times: list[float] = []
+    with frozen(model), torch.inference_mode(), mixed_precision(images.device, autocast_dtype):
+        model(images)
+        while len(times) < 3 or sum(times) < seconds:
+            wait()
+            begin = perf_counter()
+            model(images)
+            wait()
+            times.append(perf_counter() - begin)
+    return len(images) / median(times)

@@ -1,0 +1,195 @@
+"""A timm model as files that others read, each checked against the model that it was made from."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.models import get_model_input_config, save_for_hf
+from torch import Tensor, nn
+
+from locat_lightning.errors import InputError
+
+Format = Literal["timm", "onnx", "torchscript", "export"]
+FILES: dict[Format, str] = {
+    "timm": "model.safetensors",
+    "onnx": "model.onnx",
+    "torchscript": "model.pt",
+    "export": "model.pt2",
+}
+OPSET = 18  # of ONNX
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # to write a file, and to run what was written
+LARGEST = 2**31  # bytes of an ONNX file; weights that are more go beside it
+TOLERANCE = 1e-4  # of a format that computes in its own way, relative to the largest output
+
+
+def check_format(form: Format) -> None:
+    """See that a format can be written here.
+
+    Raises:
+        InputError: packages are not installed.
+    """
+    if form == "onnx" and (absent := [name for name in ONNX if find_spec(name) is None]):
+        raise InputError(
+            f"--format onnx needs {', '.join(absent)}: pip install 'locat-lightning[onnx]', or take another "
+            "format"
+        )
+
+
+def write_model(
+    model: nn.Module,
+    directory: Path,
+    form: Format = "timm",
+    *,
+    classes: list[str] | None = None,
+    images: dict[str, Any] | None = None,
+) -> float:
+    """Write a model, read it again and compare.
+
+    - `timm`: config.json and model.safetensors, for `timm.create_model("local-dir:DIR", pretrained=True)`.
+    - `onnx`: model.onnx, opset 18, from `images` [batch, C, height, width] to `output`.
+    - `torchscript`: model.pt, for `torch.jit.load`.
+    - `export`: model.pt2, for `torch.export.load(…).module()`.
+
+    Of the last three the batch is dynamic, and the size of the images is not.
+
+    Args:
+        model: as timm made it; it is in evaluation mode afterwards, and float32.
+        directory: takes the files; it is there.
+        form: one of these.
+        classes: names of the classes, for `config.json`.
+        images: what its images are like (`mean`, `std`, `crop_pct`, `interpolation`), for `config.json`.
+
+    Returns:
+        The largest difference of an output from the model's; 0 for timm's format.
+
+    Raises:
+        InputError: a package is not installed, the format cannot hold the model, or its outputs differ.
+    """
+    check_format(form)
+    model.eval().float()
+    file = directory / FILES[form]
+    with torch.no_grad(), _undisturbed():
+        try:
+            read_again: Callable[[Tensor], Tensor]
+            if form == "timm":
+                read_again = _timm(model, directory, classes, images)
+            else:
+                read_again = _PROGRAMS[form](model, file)
+        except InputError:
+            raise
+        except Exception as error:  # each exporter has its own ways to fail
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{type(model).__name__} cannot be written as {form}: {reason}") from error
+        difference = max(_difference(model, read_again, _images(model, batch)) for batch in (1, 3))
+    if difference > (0 if form == "timm" else TOLERANCE):
+        raise InputError(
+            f"what was written as {form} gives other outputs than the model (by {difference:.2g} of the "
+            "largest): nothing is kept of it"
+        )
+    return difference
+
+
+def _images(model: nn.Module, batch: int) -> Tensor:
+    """Noise [batch, C, height, width] of the size that a model is for."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, *get_model_input_config(model)["input_size"], generator=generator)
+
+
+def _difference(model: nn.Module, other: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    expected, found = model(images), other(images)
+    if expected.shape != found.shape:
+        return float("inf")
+    if torch.equal(expected, found):
+        return 0.0
+    return float(((expected - found).abs().max() / expected.abs().max()).nan_to_num(torch.inf))
+
+
+def _timm(
+    model: nn.Module, directory: Path, classes: list[str] | None, images: dict[str, Any] | None
+) -> nn.Module:
+    names = {"label_names": classes} if classes else None
+    copies = model.register_state_dict_post_hook(_unshare)
+    try:
+        save_for_hf(model, directory, model_config=names, data_config=images, safe_serialization=True)
+    finally:
+        copies.remove()
+    written: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+    return written
+
+
+def _unshare(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Give each name of shared weights (Jumbo's MLP) a tensor of its own, as safetensors wants it."""
+    seen: set[int] = set()
+    for name, value in state.items():
+        if value.data_ptr() in seen:
+            state[name] = value.clone()
+        seen.add(value.data_ptr())
+
+
+def _program(model: nn.Module) -> torch.export.ExportedProgram:
+    """A model as a graph, for any batch; without the places in the source, which are of this machine."""
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (_images(model, 2),), dynamic_shapes=({0: batch},))
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program
+
+
+def _export(model: nn.Module, file: Path) -> Callable[[Tensor], Tensor]:
+    torch.export.save(_program(model), file)
+    written: Callable[[Tensor], Tensor] = torch.export.load(file).module()
+    return written
+
+
+def _torchscript(model: nn.Module, file: Path) -> Callable[[Tensor], Tensor]:
+    torch.jit.save(torch.jit.trace(model, _images(model, 2), check_trace=False), str(file))
+    written: Callable[[Tensor], Tensor] = torch.jit.load(str(file))
+    return written
+
+
+def _onnx(model: nn.Module, file: Path) -> Callable[[Tensor], Tensor]:
+    from onnxruntime import InferenceSession
+
+    size = sum(p.nbytes for p in model.parameters())
+    program = torch.onnx.export(
+        _program(model),
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=["output"],
+    )
+    assert program is not None
+    program.save(file, external_data=size > LARGEST // 2)
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+_PROGRAMS: dict[Format, Callable[[nn.Module, Path], Callable[[Tensor], Tensor]]] = {
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "export": _export,
+}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What exporters tell of their inner life goes nowhere."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,133 @@
+"""A model in each format computes what it computed, for any batch, and tells nothing of the machine."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from locat_lightning.backbones import formats
+from locat_lightning.backbones.formats import FILES, write_model
+from locat_lightning.errors import InputError
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 5}
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "num_classes": 5}
+MODELS = {
+    "locatvit_tiny": VIT,
+    "locatvit_tiny_rope_mixed": VIT,
+    "locatjumbo_tiny": VIT | {"jumbo_multiplier": 2},
+    "locatswin_tiny": SWIN | {"depths": (2,), "num_heads": (1,)},
+}
+
+
+def trained(name="locatvit_tiny", **arguments):
+    """A model that weights say something of: untrained classifiers are 0."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **MODELS[name] | arguments)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def run(form, directory):
+    """The written model as a reader of its format has it."""
+    file = directory / FILES[form]
+    if form == "timm":
+        return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+    if form == "torchscript":
+        return torch.jit.load(file)
+    if form == "export":
+        return torch.export.load(file).module()
+    session = pytest.importorskip("onnxruntime").InferenceSession(file)
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
+@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_outputs_are_the_same_for_any_batch(tmp_path, name, form):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    model = trained(name)
+    difference = write_model(model, tmp_path, form)
+    written = run(form, tmp_path)
+    with torch.no_grad():
+        for batch in (1, 2, 5):
+            images = torch.randn(batch, 3, 32, 32)
+            expected, found = model(images), written(images)
+            if form == "timm":
+                assert torch.equal(expected, found)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert difference == 0 if form == "timm" else difference < 1e-5
+
+
+def test_the_config_says_what_a_model_is_and_what_its_images_are_like(tmp_path):
+    write_model(
+        trained(gaug=False, reg_tokens=2),
+        tmp_path,
+        classes=["a", "b", "c", "d", "e"],
+        images={"mean": (0.1, 0.2, 0.3), "crop_pct": 0.7},
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "locatvit_tiny"
+    assert config["num_classes"] == 5
+    assert config["label_names"] == ["a", "b", "c", "d", "e"]
+    assert config["model_args"]["gaug"] is False
+    assert config["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3]
+    assert config["pretrained_cfg"]["crop_pct"] == 0.7
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=48, in_chans=1)
+    assert larger(torch.zeros(1, 1, 48, 48)).shape == (1, 5)
+
+
+def test_one_without_classes(tmp_path):
+    model = trained("locatswin_tiny", num_classes=0)
+    write_model(model, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(run("timm", tmp_path)(images), model(images))
+
+
+@pytest.mark.parametrize("form", ["onnx", "export"])
+def test_no_path_of_this_machine_is_written(tmp_path, form):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    write_model(trained(), tmp_path, form)
+    content = (tmp_path / FILES[form]).read_bytes()
+    assert b"site-packages" not in content
+    assert b"locat_lightning/" not in content
+
+
+@pytest.mark.parametrize("form", ["timm", "export"])
+def test_other_outputs_are_an_error(tmp_path, form, monkeypatch):
+    original = formats._images
+    monkeypatch.setattr(formats, "_difference", lambda *_: 0.01)
+    with pytest.raises(
+        InputError, match=rf"written as {form} gives other outputs .* \(by 0.01 of the largest"
+    ):
+        write_model(trained(), tmp_path, form)
+    assert original(trained(), 2).shape == (2, 3, 32, 32)
+
+
+def test_differences_are_found():
+    model, images = trained(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        largest = model(images).abs().max()
+        assert formats._difference(model, model, images) == 0
+        other = formats._difference(model, lambda x: model(x) + 0.1 * largest, images)
+        assert other == pytest.approx(0.1)
+        assert formats._difference(model, lambda x: model(x)[:1], images) == float("inf")
+        assert formats._difference(model, lambda x: model(x) * float("nan"), images) == float("inf")
+
+
+def test_onnx_says_what_it_needs(monkeypatch, tmp_path):
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(InputError, match=r"needs onnxscript: pip install 'locat-lightning\[onnx\]'"):
+        write_model(trained(), tmp_path, "onnx")
+
+
+def test_a_model_that_cannot_be_written(tmp_path):
+    model = trained()
+    model.forward = lambda images: (_ for _ in ()).throw(RuntimeError("two\nlines"))
+    with pytest.raises(InputError, match="VisionTransformer cannot be written as export: ") as refused:
+        write_model(model, tmp_path, "export")
+    assert "\n" not in str(refused.value)
