@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from locat_lightning import add_locat
 from locat_lightning.backbones import formats
 from locat_lightning.backbones.formats import FILES, write_model
 from locat_lightning.errors import InputError
@@ -117,6 +118,19 @@ def test_differences_are_found():
         assert other == pytest.approx(0.1)
         assert formats._difference(model, lambda x: model(x)[:1], images) == float("inf")
         assert formats._difference(model, lambda x: model(x) * float("nan"), images) == float("inf")
+
+
+@pytest.mark.parametrize("start", ["paper", "identity"])
+def test_a_model_to_which_locat_was_added_is_a_program(tmp_path, start):
+    torch.manual_seed(0)
+    model = add_locat(timm.create_model("vit_tiny_patch16_224", **VIT), start=start).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    with pytest.raises(InputError, match=r"timm builds vit_tiny_patch16_224 otherwise .*take --format onnx"):
+        write_model(model, tmp_path)
+    write_model(model, tmp_path, "export")
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(run("export", tmp_path)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_onnx_says_what_it_needs(monkeypatch, tmp_path):

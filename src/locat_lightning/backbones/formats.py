@@ -119,7 +119,14 @@ def _timm(
         save_for_hf(model, directory, model_config=names, data_config=images, safe_serialization=True)
     finally:
         copies.remove()
-    written: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+    try:
+        written: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+    except RuntimeError as error:
+        of_timm: Any = model
+        raise InputError(
+            f"timm builds {of_timm.pretrained_cfg['architecture']} otherwise than this model, as where LocAt "
+            "was added to it (model.locat): take --format onnx, torchscript or export"
+        ) from error
     return written
 
 
