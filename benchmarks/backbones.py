@@ -7,11 +7,10 @@ machines are shared. Memory is measured in a process of its own for each model.
 import subprocess
 import sys
 from collections.abc import Callable
-from statistics import median
-from time import perf_counter
 
 import timm
 import torch
+from alternating import DEVICE, compare
 from timm.layers import AttentionPoolPrr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,25 +18,7 @@ from torch.nn import functional as F
 import locat_lightning  # noqa: F401 - registers the models
 from locat_lightning.nn import PatchRefinement
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS = {size: (f"vit_{size}_patch16_224", f"locatvit_{size}") for size in ("tiny", "small")}
-
-
-def seconds(run: Callable[[], object]) -> float:
-    start = perf_counter()
-    run()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter() - start
-
-
-def compare(
-    plain: Callable[[], object], ours: Callable[[], object], rounds: int
-) -> tuple[float, float, float]:
-    """Median seconds of each side, and the median ratio of neighbouring runs; the first rounds warm up."""
-    pairs = [(seconds(plain), seconds(ours)) for _ in range(rounds + 3)][3:]
-    a, b = zip(*pairs, strict=True)
-    return median(a), median(b), median(y / x for x, y in pairs)
 
 
 def row(what: str, plain: float, ours: float, ratio: float, unit: str = "ms", scale: float = 1e3) -> None:

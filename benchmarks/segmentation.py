@@ -7,16 +7,14 @@ read; in the main process runs of the two sides alternate on a small batch for t
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 
 import torch
+from alternating import DEVICE, compare
 from torch import Tensor
 from torch.nn import functional as F
 
 from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_cross_entropy
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMAGES, CLASSES, SIDE, GRID, WIDTH = 32, 150, 512, 32, 384
 
 
@@ -59,14 +57,6 @@ def peak(side: str) -> float:
     return float(done.stdout)
 
 
-def seconds(side: str, images: int) -> float:
-    start = perf_counter()
-    step(side, images)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter() - start
-
-
 def main() -> None:
     name = (
         torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -77,10 +67,9 @@ def main() -> None:
     mib = {side: peak(side) for side in LOSSES}
     what, less = f"peak memory of the head's step, {IMAGES} images of {SIDE} px", mib["ours"] / mib["plain"]
     print(f"| {what:52} | {mib['plain']:7.0f} MiB | {mib['ours']:7.0f} MiB | {less:4.2f}x |")
-    pairs = [(seconds("plain", 2), seconds("ours", 2)) for _ in range(9)][2:]
-    a, b = (1e3 * median(side) for side in zip(*pairs, strict=True))
-    ratio = median(y / x for x, y in pairs)
-    print(f"| {'time of the head’s step, 2 images':52} | {a:8.1f} ms | {b:8.1f} ms | {ratio:4.2f}x |")
+    a, b, ratio = compare(lambda: step("plain", 2), lambda: step("ours", 2), 7)
+    what = "time of the head’s step, 2 images"
+    print(f"| {what:52} | {1e3 * a:8.1f} ms | {1e3 * b:8.1f} ms | {ratio:4.2f}x |")
 
 
 if __name__ == "__main__":
