@@ -91,11 +91,15 @@ def test_photographs_are_as_a_model_takes_its_images():
     [
         ([], "the following arguments are required: model"),
         (["nothing.ckpt"], "no such file"),
+        (["locatvit_tiny", "--device", "tpu9"], "--device tpu9: "),
+        (["text.pth"], "text.pth cannot be read"),
         (["locatvit_tiny", "--jsn"], "--jsn: there is no such option; near it: --json"),
         (["locatvit_tiny", "--backbone_args", "{depht: 2}"], "model.backbone_args do not fit locatvit_tiny"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, expected, capsys):
+def test_a_mistake_is_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pth").write_text("junk")
     with pytest.raises(SystemExit) as stopped:
         main(["info", *arguments])
     assert stopped.value.code == 2

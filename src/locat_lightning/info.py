@@ -25,6 +25,7 @@ from locat_lightning.backbones.cost import (
 from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.backbones.weights import RANDOM, Network
 from locat_lightning.callbacks.kernels import kernel_widths
+from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.options import check_weights, errors_in_a_line, mixed_precision, near_options
 
@@ -45,6 +46,7 @@ def _info(arguments: list[str]) -> None:
     parser = _parser()
     with near_options(option for action in parser._actions for option in action.option_strings):
         config = parser.parse_args(arguments)
+    device = _device(config.device)
     of_name = timm.is_model(config.model) and not Path(config.model).is_file()
     if of_name:
         model = create_backbone(config.model, config.backbone_args, num_classes=None)
@@ -54,7 +56,6 @@ def _info(arguments: list[str]) -> None:
         model = load_backbone(
             config.model, config.backbone, config.backbone_args, network=network, classifier=True
         )
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trained = not of_name and config.model != RANDOM
     found = measure(model.to(device), device, batch_size=config.batch_size, trained=trained)
     print(json.dumps(found, indent=2)) if config.json else _show(config.model, found)
@@ -114,6 +115,15 @@ def measure(
         "precision": precision or "32-true",
         "kernels": [{"width": math.sqrt(variance), "alpha": alpha} for variance, alpha in widths],
     }
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _cpu(device: torch.device) -> str:

@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -258,6 +259,16 @@ def test_an_object_in_a_command_line_is_refused(tmp_path):
     torch.save({"state_dict": {}, "args": argparse.Namespace(data=Exploit())}, tmp_path / "a.pth.tar")
     with pytest.raises(InputError, match="could execute code"):
         read_checkpoint(tmp_path / "a.pth.tar")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_any_other_bytes_are_refused(tmp_path, suffix):
+    path, generator = tmp_path / f"a{suffix}", np.random.default_rng(0)
+    for content in (b"junk", b"just text", *(generator.bytes(size) for size in range(1, 300))):
+        path.write_bytes(content)
+        with pytest.raises(InputError) as refused:
+            read_checkpoint(path)
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", ["a.pth", "a.safetensors"])
