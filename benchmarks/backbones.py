@@ -19,6 +19,11 @@ import locat_lightning  # noqa: F401 - registers the models
 from locat_lightning.nn import PatchRefinement
 
 PAIRS = {size: (f"vit_{size}_patch16_224", f"locatvit_{size}") for size in ("tiny", "small")}
+OTHERS = {
+    "RoPE tiny": ("vit_tiny_patch16_rope_mixed_224", "locatvit_tiny_rope_mixed"),
+    "Swin tiny": ("swin_tiny_patch4_window7_224", "locatswin_tiny"),
+    "Jumbo tiny": ("jumbo_tiny", "locatjumbo_tiny"),
+}
 
 
 def row(what: str, plain: float, ours: float, ratio: float, unit: str = "ms", scale: float = 1e3) -> None:
@@ -70,9 +75,9 @@ def main() -> None:
     print(f"| {'':42} | {'plain ViT':>12} | {'LocAtViT':>12} | ratio  |")
     print("|".join(["", *("-" * width for width in (44, 14, 14, 8)), ""]))
     images, labels = torch.randn(8, 3, 224, 224, device=DEVICE), torch.randint(1000, (8,), device=DEVICE)
-    for size, names in PAIRS.items():
+    for size, names in (PAIRS | OTHERS).items():
         plain, ours = (training_step(timm.create_model(n).to(DEVICE), images, labels) for n in names)
-        rounds = 21 if size == "tiny" else 11
+        rounds = 21 if size == "tiny" else 7 if size in OTHERS else 11
         row(f"training step, {size}, 224 px, batch 8", *compare(plain, ours, rounds))
     large = torch.randn(2, 3, 512, 512, device=DEVICE)
     for size, names in PAIRS.items():
