@@ -104,7 +104,7 @@ def test_a_config_is_a_local_file_first(tmp_path):
     ("arguments", "expected"),
     [
         (["fitt"], "invalid choice: 'fitt'"),
-        (["fit"], "locat fit needs --config, a file or one of classify_base.yaml"),
+        (["fit"], "locat fit needs --config, a file or one of adapt_pretrained.yaml"),
         (["fit", "--config", "nowhere"], "no shipped config 'nowhere'"),
         (["validate", "--data.root", "x"], "locat validate needs --config"),
         (
