@@ -24,8 +24,8 @@ def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def augmentation(head_dim):
-    gaug = GaussianAugmentation(head_dim)
+def augmentation(head_dim, **variant):
+    gaug = GaussianAugmentation(head_dim, **variant)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in gaug.parameters():
@@ -175,6 +175,20 @@ def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
     chunked = value_and_gradients(ours, augmentation(8), shape, torch.float32)
     force(monkeypatch, "one expression")
     assert_same(chunked, value_and_gradients(ours, augmentation(8), shape, torch.float32))
+
+
+@pytest.mark.parametrize("gate", [-0.5, -1e-6, 1e-6, 2.0])
+def test_a_gate_of_either_sign_agrees_with_one_expression(monkeypatch, gate):
+    """Training moves it across 0; the gradient of alpha is by way of that of its logarithm."""
+    gaug = augmentation(8, gated=True)
+    torch.nn.init.constant_(gaug.gate, gate)
+
+    def ours(q, k, v, gaug):
+        return gaussian_attention(q, k, v, gaug(q, (4, 4), (4, 4)))
+
+    chunked = value_and_gradients(ours, gaug, (2, 3, 17, 8), torch.float32)
+    force(monkeypatch, "one expression")
+    assert_same(chunked, value_and_gradients(ours, gaug, (2, 3, 17, 8), torch.float32))
 
 
 def test_dropout_drops_attention_weights():

@@ -134,7 +134,8 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         d_y, d_x = squares.split(grid, dim=-1)
         grad_slope = torch.stack([(t_y * d_y).sum(-1), (t_x * d_x).sum(-1)])[..., prefix:]
         grad_log_alpha = t_y.sum(-1)[:, prefix:]
-        grad_alpha = grad_log_alpha / alpha.clamp_min(torch.finfo(alpha.dtype).tiny)
+        least = torch.finfo(alpha.dtype).tiny
+        grad_alpha = grad_log_alpha / alpha.abs().clamp_min(least).copysign(alpha)  # gates can be negative
         grads = (t.view(qkv[0].shape) for t in (grad_q, grad_k, grad_v))
         return *grads, grad_slope, grad_alpha, None, None
 
