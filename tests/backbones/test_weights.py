@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_patch_embed
 from timm.models import save_for_hf
+from torch.testing import assert_close
 
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
 from locat_lightning.backbones.create import load_backbone
+from locat_lightning.backbones.locate import add_locat
 from locat_lightning.backbones.weights import check_source, load_weights, read_checkpoint
 from locat_lightning.errors import InputError
 
@@ -113,23 +115,47 @@ def test_a_head_of_another_size_stays_as_it_is_at_a_warm_start(tmp_path, caplog)
     assert not torch.equal(fresh.cls_token, trained.cls_token)
 
     caplog.set_level("INFO")
-    load_weights(fresh, str(tmp_path / "a.pth"), new_head=True)
+    load_weights(fresh, str(tmp_path / "a.pth"), warm_start=True)
     assert torch.equal(fresh.head.weight, head)
     assert torch.equal(fresh.cls_token, trained.cls_token)
     total = len(fresh.state_dict())
     assert f"{total - 2} of the model's {total} tensors matched, 2 of another shape (head" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "gaug", [True, {"learned_alpha": False, "query_dependent": False}, {"mixture": 2}], ids=str
+)
+def test_locat_is_new_at_a_warm_start_from_a_model_without(tmp_path, gaug, caplog):
+    """As adapt_pretrained.yaml begins."""
+    trained = model(1, gaug=False, prr=False).eval()
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    located = add_locat(model(2, gaug=False, prr=False), gaug=gaug, start="identity").eval()
+    with pytest.raises(InputError, match=r"do not fit \(attn_pool.gate, .*gaug"):
+        load_weights(located, str(tmp_path / "a.pth"))
+
+    caplog.set_level("INFO")
+    load_weights(located, str(tmp_path / "a.pth"), warm_start=True)
+    assert "missing (attn_pool.gate, " in caplog.text
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(located(images), trained(images))
+
+    state = located.state_dict()  # of which a part is no model without LocAt
+    del state["attn_pool.gate"]
+    torch.save(state, tmp_path / "b.pth")
+    with pytest.raises(InputError, match=r"do not fit \(attn_pool.gate\)"):
+        load_weights(located, str(tmp_path / "b.pth"), warm_start=True)
+
+
 def test_missing_and_unexpected_tensors_are_named(tmp_path, caplog):
     caplog.set_level("INFO")
     state = model(1).state_dict()
     torch.save({k: v for k, v in state.items() if "head" not in k} | {"a": torch.ones(1)}, tmp_path / "a.pth")
-    load_weights(model(2), str(tmp_path / "a.pth"), new_head=True)
+    load_weights(model(2), str(tmp_path / "a.pth"), warm_start=True)
     assert "2 missing (head.bias, head.weight), 1 unexpected (a)" in caplog.text
     del state["norm.weight"]
     torch.save(state, tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"do not fit \(norm.weight\)"):
-        load_weights(model(2), str(tmp_path / "b.pth"), new_head=True)
+        load_weights(model(2), str(tmp_path / "b.pth"), warm_start=True)
 
 
 def test_positions_are_resampled_to_another_resolution(tmp_path):
@@ -210,10 +236,10 @@ def test_input_channels_and_patches_follow_as_timm_has_it(tmp_path, in_chans):
 def test_weights_of_another_model_are_refused(tmp_path):
     torch.save(timm.create_model("resnet10t", num_classes=5).state_dict(), tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"too poor a match: .*0 of the model's .* another model"):
-        load_weights(model(), str(tmp_path / "a.pth"), new_head=True)
+        load_weights(model(), str(tmp_path / "a.pth"), warm_start=True)
     torch.save(model(embed_dim=48).state_dict(), tmp_path / "b.pth")
     with pytest.raises(InputError, match="of another shape"):
-        load_weights(model(), str(tmp_path / "b.pth"), new_head=True)
+        load_weights(model(), str(tmp_path / "b.pth"), warm_start=True)
 
 
 def test_random_weights_are_warned_of():

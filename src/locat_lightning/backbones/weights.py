@@ -14,6 +14,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from locat_lightning.errors import InputError
+from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 
 RANDOM = "random"
 
@@ -29,7 +30,7 @@ def load_weights(
     model: nn.Module,
     weights: str,
     *,
-    new_head: bool = False,
+    warm_start: bool = False,
     network: Network = "teacher",
     contents: dict[str, Any] | None = None,
 ) -> None:
@@ -40,7 +41,8 @@ def load_weights(
         weights: `random` (leaves the model as it is), a file (a checkpoint of Lightning's, timm's or DINO's,
             a plain state dict, safetensors), or a name for timm (`vit_small_patch16_224.augreg_in21k`,
             `hf-hub:…`, `local-dir:…`).
-        new_head: Whether a classifier of another size is left as it is, as a warm start wants it.
+        warm_start: Whether what the weights cannot have is left as it is: a classifier of another size, and
+            LocAt's parameters where a model without LocAt was trained.
         network: Of a checkpoint with a teacher and a student, the one to take.
         contents: Of the file, where `read_checkpoint` has read it already.
 
@@ -63,10 +65,12 @@ def load_weights(
         + _listed("unexpected", unexpected)
         + _listed("of another shape", other_shape)
     )
-    head = _head_parameters(model)
+    new = _head_parameters(model) if warm_start else set()
+    if warm_start and state.keys().isdisjoint(of_locat := _locat_parameters(model)):
+        new |= of_locat
     if 2 * len(matched) < len(own):
         raise InputError(f"too poor a match: {summary}; is it a checkpoint of another model?")
-    if wrong := [k for k in (*missing, *other_shape) if not (new_head and k in head)]:
+    if wrong := [k for k in (*missing, *other_shape) if k not in new]:
         raise InputError(f"weights do not fit ({', '.join(wrong[:3])}): {summary}")
     model.load_state_dict(matched, strict=False)
     rank_zero_info(summary)
@@ -206,6 +210,16 @@ def _head_parameters(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         if module in modules
         for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _locat_parameters(model: nn.Module) -> set[str]:
+    """Names of what LocAt added to a model's parameters, and of the buffers that a variant has instead."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, GaussianAugmentation | GaussianMixture | PatchRefinement)
+        for name in module.state_dict()
     }
 
 

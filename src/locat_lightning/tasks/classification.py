@@ -119,7 +119,7 @@ class Classification(Task):
         self._agree_on_size()
         announce_size(self.hp.backbone, self.backbone)
         if self.weights is not None:
-            load_weights(self.backbone, self.weights, new_head=self._is_training(), contents=contents)
+            load_weights(self.backbone, self.weights, warm_start=self._is_training(), contents=contents)
         tops: dict[str, Metric | MetricCollection] = {
             f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro")
             for k in (1, 5)

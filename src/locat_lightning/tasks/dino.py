@@ -161,7 +161,7 @@ class Dino(Task):
                 module.drop_prob = 0.0
         announce_size(hp.backbone, self.student.backbone)
         if self.weights is not None:
-            load_weights(self.student.backbone, self.weights, new_head=True)
+            load_weights(self.student.backbone, self.weights, warm_start=True)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.loss = Loss(
