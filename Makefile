@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+IMAGES ?= ../shared/data/cifar10.tar.gz
+MASKS ?= ../shared/data/camvid.tar
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "locat-lightning needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -10,7 +12,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx,retrieval]'
 	@touch $@
 
-.PHONY: help install quickstart segment test check format bench
+.PHONY: help install quickstart segment study test check format bench
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -42,6 +44,10 @@ segment: $(INSTALLED) ## after quickstart: what the patch features of its two mo
 			--weights runs/quickstart_$$model/version_0/checkpoints/best.ckpt || exit; \
 	done
 	@echo; $(BIN)/locat runs
+
+study: $(INSTALLED) ## write docs/results.md: the paper's arms on CIFAR-10, hours on a CPU (PRESET=cpu, gpu; IMAGES, MASKS)
+	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md \
+		$(if $(PRESET),--preset $(PRESET)) --images $(IMAGES) --masks $(MASKS)
 
 bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO step, the segmentation head
 	$(BIN)/python benchmarks/backbones.py

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 COMMANDS = (
     *("fit", "validate", "test", "predict", "knn", "linear", "retrieve"),
-    *("export", "info", "configs", "runs"),
+    *("study", "export", "info", "configs", "runs"),
 )
 HEADLINES = (
     *("val/top1", "val/miou", "knn/top1", *(f"knn/top1_k{k}" for k in (10, 20, 100, 200))),
@@ -31,6 +31,7 @@ commands:
   knn        k-NN accuracy of a frozen backbone          locat knn --weights W --data.root DIR
   linear     linear accuracy of a frozen backbone
   retrieve   mIoU of a frozen backbone's patch features, without training (Hummingbird)
+  study      several models trained alike, probed and compared: locat study --config study_cifar.yaml
   export     a model in timm's hub layout, ONNX, …       locat export --weights W --to DIR
   info       what a model costs                          locat info locatvit_base
   configs    list the configs that --config takes by name
@@ -120,6 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
             from locat_lightning.measure import main as measure
 
             measure(arguments)
+        case ["study", *_]:
+            from locat_lightning.study.command import main as study
+
+            study(arguments)
         case ["export", *_]:
             from locat_lightning.export import main as export
 

@@ -37,7 +37,15 @@ from locat_lightning.evaluation.iou import IoU
 from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.tasks import Segmentation
 
-__all__ = ["MapWriter", "SegmentationPictures", "draw_confusion", "draw_iou", "draw_segmentation", "overlay"]
+__all__ = [
+    "MapWriter",
+    "SegmentationPictures",
+    "draw_confusion",
+    "draw_iou",
+    "draw_segmentation",
+    "legend",
+    "overlay",
+]
 
 OPACITY = 0.6  # of the colours of classes over an image
 ROWS_OF_BARS = 40  # of a column in the picture of IoU by class
@@ -103,10 +111,10 @@ def draw_segmentation(
     columns = [column._replace(tiles=[_on_paper(tile, size) for tile in column.tiles]) for column in columns]
     drawn = table(columns, side)
     shown = torch.cat([each.flatten().cpu().long() for each in (*masks, *predictions)]).unique().tolist()
-    legend = _legend([label for label in shown if label != IGNORED], class_names, colours, drawn.width, side)
-    whole = Image.new("RGB", (drawn.width, drawn.height + legend.height), PAPER)
+    key = legend([label for label in shown if label != IGNORED], class_names, colours, drawn.width, side)
+    whole = Image.new("RGB", (drawn.width, drawn.height + key.height), PAPER)
     whole.paste(drawn, (0, 0))
-    whole.paste(legend, (0, drawn.height))
+    whole.paste(key, (0, drawn.height))
     return pil_to_tensor(whole)  # type: ignore[no-any-return]
 
 
@@ -325,17 +333,26 @@ def _on_paper(tile: Image.Image, size: tuple[int, int]) -> Image.Image:
     return paper
 
 
-def _legend(
+def legend(
     labels: Sequence[int], class_names: Sequence[str], colours: np.ndarray, width: int, side: int
 ) -> Image.Image:
+    """The colours of classes with their names.
+
+    Args:
+        labels: that are in it.
+        class_names: by label.
+        colours: [C, 3] uint8, by label.
+        width: of the picture in pixels.
+        side: height and width of the tiles above, which letters follow.
+    """
     line, gap = max(16, side // 11), max(4, side // 20)
     font = ImageFont.load_default(size=0.7 * line)
     columns = max(1, width // (8 * line))
     rows = -(-len(labels) // columns)
-    legend = Image.new("RGB", (width, rows * line + 2 * gap), PAPER)
-    pen = ImageDraw.Draw(legend)
+    key = Image.new("RGB", (width, rows * line + 2 * gap), PAPER)
+    pen = ImageDraw.Draw(key)
     for number, label in enumerate(labels):
         left, top = gap + number % columns * 8 * line, gap + number // columns * line
         pen.rectangle((left, top + 2, left + line - 4, top + line - 3), tuple(colours[label].tolist()), FAINT)
         pen.text((left + line, top), fitted(class_names[label], 6.8 * line, font), INK, font)
-    return legend
+    return key

@@ -1,0 +1,271 @@
+"""The report of a study: a page of tables, words and pictures from the results that there are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+
+from locat_lightning.study.charts import Point, draw_lines, draw_points
+from locat_lightning.study.pictures import draw_features, draw_predictions
+from locat_lightning.study.plan import MEASURES, Study
+from locat_lightning.study.results import write_atomically
+from locat_lightning.study.statistics import Difference, mean_and_deviation, paired_difference
+
+NOTHING = "–"  # noqa: RUF001 - what a table has where there is nothing
+Results = Sequence[Mapping[str, Any]]
+
+
+def write_report(
+    page: Path,
+    study: Study,
+    results: Results,
+    directory: Path,
+    folders: Mapping[str, str],
+    command: str,
+) -> None:
+    """Write a page, its pictures and `.json` beside it, of the results that there are.
+
+    Args:
+        page: the Markdown file.
+        study: what was planned.
+        results: of the arms and seeds that are finished, as `result.json` has them.
+        directory: of the study's runs.
+        folders: where images and masks are.
+        command: that writes it.
+    """
+    write_atomically(page.with_suffix(".json"), {"command": command, "results": list(results)})
+    pictures = _pictures(page, study, results, directory, folders)
+    parts = [_head(study, results, command)]
+    if results:
+        parts += [_quality(study, results), _differences(study, results), _cost(study, results), *pictures]
+    part = page.with_suffix(".part")
+    part.write_text("\n\n".join(parts) + "\n")
+    part.replace(page)
+
+
+def differences_to(base: str, arm: str, measure: str, results: Results) -> Difference | None:
+    """Of one measure the mean of an arm's differences to another, seed by seed; None without a pair."""
+    of_base, of_arm = (_by_seed(name, measure, results) for name in (base, arm))
+    pairs = sorted(of_base.keys() & of_arm.keys())
+    return paired_difference([of_arm[seed] - of_base[seed] for seed in pairs]) if pairs else None
+
+
+def _head(study: Study, results: Results, command: str) -> str:
+    finished = {(result["arm"], result["seed"]) for result in results}
+    missing = [
+        f"{arm} (seed {seed})" for seed in study.seeds for arm in study.arms if (arm, seed) not in finished
+    ]
+    machines = dict.fromkeys(result["machine"] for result in results)
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {number}" for name, number in result["versions"].items()) for result in results
+    )
+    hours = sum(sum(result["seconds"].values()) for result in results) / 3600
+    lines = [
+        "# Results",
+        "",
+        f"Written by `{command}`; the numbers are what they are.",
+        "",
+        f"- **Preset** `{study.preset}`: {len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}."
+        " All arms have the same size, data, data order, augmentations, number of steps and seeds.",
+        f"- **Machine** {'; '.join(machines) or NOTHING}; {hours:.1f} hours in all.",
+        f"- **Versions** {'; '.join(versions) or NOTHING}.",
+        "- Every figure is of the last checkpoint, and none was chosen by the images that it is measured on,"
+        " but for the linear classifier's learning rate.",
+    ]
+    if study.images_per_class is not None:
+        lines.append(f"- {study.images_per_class:,} training images of each class, chosen once for all arms.")
+    if missing:
+        lines += ["", f"**Not finished.** Missing: {', '.join(missing)}. The same command goes on."]
+    return "\n".join(lines)
+
+
+def _quality(study: Study, results: Results) -> str:
+    shown = _shown(results)
+
+    def cell(arm: str, measure: str) -> str:
+        values = list(_by_seed(arm, measure, results).values())
+        if not values:
+            return NOTHING
+        average, deviation = mean_and_deviation(values)
+        return f"{100 * average:.2f}" + ("" if isnan(deviation) else f" ± {100 * deviation:.2f}")
+
+    rows = [[arm, _seeds(arm, results), *(cell(arm, name) for name in shown)] for arm in study.arms]
+    table = _table(["arm", "seeds", *(MEASURES[name].title for name in shown)], rows)
+    return (
+        "## Quality\n\nPer cent: mean ± standard deviation over the seeds. Top-1 is of the trained "
+        f"classifier, all else of the frozen backbone.\n\n{table}"
+    )
+
+
+def _differences(study: Study, results: Results) -> str:
+    shown = _shown(results)
+    rows, words = [], []
+    for arm in study.arms:
+        if (base := study.base_of(arm)) == arm:
+            continue
+        found = {name: differences_to(base, arm, name, results) for name in shown}
+        rows.append([f"{arm} − {base}", *(_interval(found[name]) for name in shown)])
+        if any(found.values()):
+            words.append(f"- **{arm}** beside {base}: {in_words(found)}.")
+    table = _table(["", *(MEASURES[name].title for name in shown)], rows)
+    return (
+        "## Difference by seed\n\nPercentage points: mean of the differences between runs of one seed, with "
+        "its 95 % interval (Student's t over the seeds). With so few seeds the intervals are wide, and of "
+        f"many differences a few lie outside by chance.\n\n{table}\n\n" + "\n".join(words)
+    )
+
+
+def in_words(found: Mapping[str, Difference | None]) -> str:
+    """Where an arm is better, where worse, and where nothing is shown.
+
+    Args:
+        found: differences to the arm that it is compared with, by measure.
+    """
+    verdicts: dict[str, list[str]] = {}
+    for name, difference in found.items():
+        if difference is not None:
+            verdicts.setdefault(_verdict(difference), []).append(MEASURES[name].title)
+    return "; ".join(f"{verdict} in {', '.join(titles)}" for verdict, titles in sorted(verdicts.items()))
+
+
+def _verdict(difference: Difference) -> str:
+    if difference.low > 0:
+        return "better"
+    if difference.high < 0:
+        return "worse"
+    if difference.pairs == 1:
+        return "no interval with one seed"
+    return "no difference shown (the interval includes 0)"
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
+        return NOTHING
+    average = f"{100 * difference.mean:+.2f}"
+    if difference.pairs == 1:
+        return average
+    return f"{average} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+
+
+def _cost(study: Study, results: Results) -> str:
+    def average(arm: str, key: str) -> float | None:
+        values = [r[key] for r in results if r["arm"] == arm and r[key] is not None]
+        return mean(values) if values else None
+
+    def cell(value: float | None, form: Callable[[float], str]) -> str:
+        return NOTHING if value is None else form(value)
+
+    on_gpu = any(result["peak_gpu_memory_bytes"] for result in results)
+    rows = []
+    for arm in study.arms:
+        step, of_base = (average(each, "seconds_per_step") for each in (arm, study.base_of(arm)))
+        row = [
+            arm,
+            cell(average(arm, "parameters"), lambda n: f"{n:,.0f}"),
+            cell(average(arm, "multiply_adds"), lambda n: f"{n / 1e6:,.1f} M"),
+            cell(average(arm, "activation_bytes"), lambda n: f"{n / 2**20:,.2f} MiB"),
+            cell(step, lambda s: f"{1000 * s:,.0f} ms"),
+            cell(step / of_base if step and of_base else None, lambda ratio: f"{ratio:.2f}×"),
+            cell(average(arm, "data_wait"), lambda share: f"{share:.0%}"),
+        ]
+        rows.append(
+            row + [cell(average(arm, "peak_gpu_memory_bytes"), lambda n: f"{n / 2**30:.2f} GiB")] * on_gpu
+        )
+    head = [
+        "arm",
+        "parameters",
+        "multiply-adds",
+        "memory",
+        "training step",
+        "of the first arm",
+        "waits for data",
+    ]
+    table = _table(head + ["peak GPU memory"] * on_gpu, rows)
+    return (
+        "## Cost\n\nOf the backbone without its head. Multiply-adds are those of one image forward, and "
+        "memory what autograd keeps of one image for the backward pass, in float32. The training step is the "
+        "median from one step to the next, waiting for data included; other work on the machine shows in it."
+        f"\n\n{table}"
+    )
+
+
+def _pictures(
+    page: Path, study: Study, results: Results, directory: Path, folders: Mapping[str, str]
+) -> list[str]:
+    """Draw what can be drawn beside the page, and give the sections that show it."""
+    drawn: list[str] = []
+
+    def add(name: str, title: str, alt: str, image: Image.Image | None) -> None:
+        if image is not None:
+            file = page.with_name(f"{page.stem}_{name}.png")
+            image.save(file, optimize=True)
+            drawn.append(f"## {title}\n\n![{alt}]({file.name})")
+
+    page.parent.mkdir(parents=True, exist_ok=True)
+    points = {
+        arm: found
+        for arm in study.arms
+        if (
+            found := [
+                Point(100 * r["measures"]["top1"], 100 * r["measures"]["masks"])
+                for r in results
+                if r["arm"] == arm and None not in (r["measures"].get("top1"), r["measures"].get("masks"))
+            ]
+        )
+    }
+    if points:
+        chart = draw_points(points, "top-1, per cent", "mIoU of the segmentation probe, per cent")
+        alt = "A point for each arm and seed, and each arm's mean: top-1 across, mIoU of the probe up"
+        add("quality", "Patch features beside class scores", alt, chart)
+    widths = {
+        arm: [mean(block) for block in zip(*found, strict=True)]
+        for arm in study.arms
+        if (found := [r["kernel_widths"] for r in results if r["arm"] == arm and r["kernel_widths"]])
+    }
+    if widths:
+        chart = draw_lines(widths, "block", "mean kernel width, in patches (grey: at the start)", level=1.0)
+        add(
+            "kernels",
+            "How far patches look",
+            "Mean width of the Gaussian kernels by block, for each arm",
+            chart,
+        )
+    seed = study.seeds[0]
+    arms = [arm for arm in study.arms if any(r["arm"] == arm and r["seed"] == seed for r in results)]
+    if arms and "masks" in study.probes:
+        at = {arm: directory / arm / f"seed_{seed}" for arm in arms}
+        alt = f"Images, and for each arm three principal components of its patch features; seed {seed}"
+        add("features", "Patch features", alt, draw_features(at, Path(folders["masks"])))
+        alt = f"Images to validate on, their annotation, and what each arm's probe predicts; seed {seed}"
+        add(
+            "predictions",
+            "Predictions of the segmentation probe",
+            alt,
+            draw_predictions(at, Path(folders["masks"])),
+        )
+    return drawn
+
+
+def _by_seed(arm: str, measure: str, results: Results) -> dict[int, float]:
+    return {
+        result["seed"]: result["measures"][measure]
+        for result in results
+        if result["arm"] == arm and result["measures"].get(measure) is not None
+    }
+
+
+def _shown(results: Results) -> list[str]:
+    """The measures that some arm has."""
+    return [name for name in MEASURES if any(r["measures"].get(name) is not None for r in results)]
+
+
+def _seeds(arm: str, results: Results) -> str:
+    return str(sum(result["arm"] == arm for result in results))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
