@@ -1,0 +1,124 @@
+"""What TensorBoard itself shows of a run of each task, asked over its HTTP interface."""
+
+import json
+import time
+import warnings
+from importlib import import_module
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+
+from locat_lightning.cli import main
+
+BACKBONE = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}"
+SHORT = {
+    "data.num_workers": 0,
+    "data.batch_size": 6,
+    "model.backbone_args": BACKBONE,
+    "pictures.images": 2,
+    "pictures.side": 64,
+    "pictures.every_n_epochs": 1,
+    "trainer.accelerator": "cpu",
+    "trainer.enable_progress_bar": "false",
+    "trainer.limit_train_batches": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.log_every_n_steps": 1,
+}
+TASKS = {
+    "quickstart": {"trainer.max_epochs": 1, "model.warmup_epochs": 0},
+    "dino_digits": {
+        "trainer.max_epochs": 1,
+        "model.warmup_epochs": 0,
+        "model.out_dim": 64,
+        "model.hidden_dim": 32,
+        "model.bottleneck_dim": 16,
+        "data.global_size": 32,
+        "data.local_size": 16,
+        "data.local_views": 2,
+        "knn.every_n_epochs": 1,
+        "linear.every_n_epochs": 1,
+    },
+    "segment_digits": {
+        "weights": "random",
+        "model.backbone": "locatvit_tiny",
+        "model.hidden_dim": 16,
+        "data.crop_size": 32,
+        "data.eval_batch_size": 4,
+        "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2,
+    },
+}
+COMMON = {
+    f"train/{name}" for name in ("loss", "lr", "weight_decay", "grad_norm", "images_per_s", "data_wait")
+}
+KERNELS = {f"gaug_{of}/block_{block:02}" for of in ("variance", "alpha") for block in (0, 1)}
+SCALARS = {
+    "quickstart": {"train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} | KERNELS,
+    "dino_digits": {"train/teacher_temp", "train/momentum", "train/teacher_entropy", "train/kl"}
+    | {"train/centre_norm", "train/feature_std", "train/effective_rank", "train/last_layer_frozen"}
+    | {"knn/top1", "linear/top1"},
+    "segment_digits": {"val/miou", "val/pixel_accuracy", "val/mean_accuracy", "iou/0", "iou/ground"}
+    | KERNELS,
+}
+PICTURES = {
+    "quickstart": {"pictures/validation"},
+    "dino_digits": {"pictures/validation", "pictures/crops"},
+    "segment_digits": {"pictures/validation", "pictures/iou", "pictures/confusion"},
+}
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """What TensorBoard answers to a path, once it has read a short run of each task."""
+    runs = tmp_path_factory.mktemp("tensorboard")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*random: the model has not been trained")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of what tensorboard brings along
+        patch.chdir(runs)
+        for task, options in TASKS.items():
+            main(["fit", "--config", task, *(f"--{key}={value}" for key, value in (SHORT | options).items())])
+        board = import_module("tensorboard.program").TensorBoard()
+        board.configure(argv=[None, "--logdir", str(runs), "--port", "0", "--load_fast", "false"])
+        url = board.launch() + "data/plugin/"
+
+    def ask(path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        with urlopen(Request(url + path, data, {"Content-Type": "application/json"})) as answer:
+            return json.load(answer)
+
+    deadline = time.monotonic() + 30
+    while len(ask("text/tags")) < len(TASKS) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return ask
+
+
+def of_task(answer, task):
+    [run] = [run for run in answer if task in Path(run).parts]
+    return set(answer[run])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_scalars(shown, task):
+    assert of_task(shown("scalars/tags"), task) >= COMMON | SCALARS[task]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_pictures(shown, task):
+    assert of_task(shown("images/tags"), task) == PICTURES[task]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_text(shown, task):
+    assert of_task(shown("text/tags"), task) == {"config/text_summary", "versions/text_summary"}
+
+
+def test_hyper_parameters_stand_beside_the_final_metrics(shown):
+    experiment = shown("hparams/experiment", {"experimentName": ""})
+    names = {each["name"] for each in experiment["hparamInfos"]}
+    assert {"backbone", "lr"} <= {name.split("/")[-1] for name in names}
+    assert not any(name.startswith("_") for name in names)
+    metrics = {each["name"]["tag"] for each in experiment["metricInfos"]}
+    headlines = {"quickstart": "val/top1", "dino_digits": "knn/top1", "segment_digits": "val/miou"}
+    # Of runs that differ in their metrics, TensorBoard takes the columns of one.
+    assert metrics & {f"final/{name}" for name in headlines.values()}
