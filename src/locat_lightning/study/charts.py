@@ -1,6 +1,7 @@
 """Two charts, drawn by Pillow: points with their means, and lines over depth."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from math import ceil, floor, log10
 from statistics import mean
 from typing import NamedTuple
@@ -10,9 +11,23 @@ from PIL import Image, ImageDraw, ImageFont
 from locat_lightning.callbacks.pictures import FAINT, INK, PAPER
 
 SIZE, MARGIN, KEY = (900, 560), 90, 190  # pixels: the whole, around the axes, and the key at their right
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+COLOURS = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#d62728",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#17becf",
+)  # matplotlib's
 GRID = "#d8dee4"
 TICKS = 5  # about so many on an axis
+
+
+def colours_of(arms: Iterable[str]) -> dict[str, str]:
+    """A colour for each arm, the same in all charts."""
+    return dict(zip(arms, cycle(COLOURS), strict=False))
 
 
 class Point(NamedTuple):
@@ -22,16 +37,22 @@ class Point(NamedTuple):
     y: float
 
 
-def draw_points(arms: Mapping[str, Sequence[Point]], x: str, y: str) -> Image.Image:
+def draw_points(
+    arms: Mapping[str, Sequence[Point]], x: str, y: str, *, colours: Mapping[str, str]
+) -> Image.Image:
     """A small dot for each point of an arm, and a large one for their mean.
 
     Args:
         arms: points by name, at least one each.
         x: title of the horizontal axis.
         y: title of the vertical axis.
+        colours: of the arms.
     """
-    chart = _Chart([point for points in arms.values() for point in points], x, y, list(arms))
-    for points, colour in zip(arms.values(), COLOURS, strict=False):
+    chart = _Chart(
+        [point for points in arms.values() for point in points], x, y, {arm: colours[arm] for arm in arms}
+    )
+    for arm, points in arms.items():
+        colour = colours[arm]
         for point in points:
             chart.dot(point, 4, colour, filled=False)
         chart.dot(Point(mean(p.x for p in points), mean(p.y for p in points)), 9, colour)
@@ -39,7 +60,7 @@ def draw_points(arms: Mapping[str, Sequence[Point]], x: str, y: str) -> Image.Im
 
 
 def draw_lines(
-    arms: Mapping[str, Sequence[float]], x: str, y: str, *, level: float | None = None
+    arms: Mapping[str, Sequence[float]], x: str, y: str, *, colours: Mapping[str, str], level: float
 ) -> Image.Image:
     """A line for each arm, over the places 0, 1, 2 and so on.
 
@@ -47,19 +68,18 @@ def draw_lines(
         arms: values by name, at least one each.
         x: title of the horizontal axis.
         y: title of the vertical axis.
-        level: a grey line at this height.
+        colours: of the arms.
+        level: height of a grey line.
     """
     lines = {name: [Point(i, value) for i, value in enumerate(values)] for name, values in arms.items()}
     points = [point for line in lines.values() for point in line]
-    if level is not None:
-        points.append(Point(0, level))
-    chart = _Chart(points, x, y, list(arms), whole_x=True)
-    if level is not None:
-        chart.line([Point(chart.x[0], level), Point(chart.x[1], level)], FAINT)
-    for line, colour in zip(lines.values(), COLOURS, strict=False):
-        chart.line(line, colour)
+    points.append(Point(0, level))
+    chart = _Chart(points, x, y, {arm: colours[arm] for arm in arms}, whole_x=True)
+    chart.line([Point(chart.x[0], level), Point(chart.x[1], level)], FAINT)
+    for arm, line in lines.items():
+        chart.line(line, colours[arm])
         for point in line:
-            chart.dot(point, 5, colour)
+            chart.dot(point, 5, colours[arm])
     return chart.image
 
 
@@ -67,7 +87,7 @@ class _Chart:
     """Axes around all points, and what is drawn between them."""
 
     def __init__(
-        self, points: Sequence[Point], x: str, y: str, names: Iterable[str], *, whole_x: bool = False
+        self, points: Sequence[Point], x: str, y: str, key: Mapping[str, str], *, whole_x: bool = False
     ) -> None:
         self.image = Image.new("RGB", SIZE, PAPER)
         self.pen = ImageDraw.Draw(self.image)
@@ -87,7 +107,7 @@ class _Chart:
         self.pen.rectangle(self.box, outline=FAINT)
         self.pen.text(((left + right) / 2, SIZE[1] - 20), x, INK, title, anchor="ms")
         self.pen.text((left, top - 10), y, INK, title, anchor="ls")
-        for row, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
+        for row, (name, colour) in enumerate(key.items()):
             down = top + 16 + 30 * row
             self.pen.ellipse((right + 20, down - 7, right + 34, down + 7), colour)
             self.pen.text((right + 44, down), name, INK, font, anchor="lm")

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from locat_lightning.study.charts import Point, draw_lines, draw_points
+from locat_lightning.study.charts import Point, colours_of, draw_lines, draw_points
 from locat_lightning.study.pictures import draw_features, draw_predictions
 from locat_lightning.study.plan import MEASURES, Study
 from locat_lightning.study.results import write_atomically
@@ -205,6 +205,7 @@ def _pictures(
             drawn.append(f"## {title}\n\n![{alt}]({file.name})")
 
     page.parent.mkdir(parents=True, exist_ok=True)
+    colours = colours_of(study.arms)
     points = {
         arm: found
         for arm in study.arms
@@ -217,7 +218,9 @@ def _pictures(
         )
     }
     if points:
-        chart = draw_points(points, "top-1, per cent", "mIoU of the segmentation probe, per cent")
+        chart = draw_points(
+            points, "top-1, per cent", "mIoU of the segmentation probe, per cent", colours=colours
+        )
         alt = "A point for each arm and seed, and each arm's mean: top-1 across, mIoU of the probe up"
         add("quality", "Patch features beside class scores", alt, chart)
     widths = {
@@ -226,7 +229,9 @@ def _pictures(
         if (found := [r["kernel_widths"] for r in results if r["arm"] == arm and r["kernel_widths"]])
     }
     if widths:
-        chart = draw_lines(widths, "block", "mean kernel width, in patches (grey: at the start)", level=1.0)
+        chart = draw_lines(
+            widths, "block", "mean kernel width, in patches (grey: at the start)", colours=colours, level=1.0
+        )
         add(
             "kernels",
             "How far patches look",
