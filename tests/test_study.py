@@ -350,3 +350,24 @@ def place_of(image, colour):
         (x, y) for x in range(image.width - 190) for y in range(image.height) if image.getpixel((x, y)) == rgb
     ]
     return tuple(sum(each) / len(at) for each in zip(*at, strict=True))
+
+
+@pytest.mark.slow
+def test_arms_of_dino_are_probed_without_a_top1(shipped, folder, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = {f"model.backbone_args.{name}": value for name, value in BACKBONE.items()}
+    heads = {"model.out_dim": 64, "model.hidden_dim": 32, "model.bottleneck_dim": 16}
+    short = {"trainer.max_epochs": 1, "model.warmup_epochs": 0, "data.batch_size": 6, "data.local_views": 1}
+    run = {"data.num_workers": 0, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1}
+    options = {"dino": tiny | heads | short | run, "knn": {"data.num_workers": 0, "accelerator": "cpu"}}
+    preset = {"arms": ["dino_vit", "dino_locat"], "seeds": [0], "options": options}
+    study = shipped | {"probes": {"knn": shipped["probes"]["knn"]}, "presets": {"small": preset}}
+    Path("study.yaml").write_text(yaml.safe_dump(study))
+    own = ["--config", "study.yaml", "--preset", "small", "--images", str(folder)]
+    locat.main(["study", *own])
+    page = Path("runs/study_small/results.md").read_text()
+    found = json.loads(Path("runs/study_small/results.json").read_text())["results"]
+    assert [each["measures"].keys() for each in found] == [{"top1", "knn"}] * 2
+    assert all(each["measures"]["top1"] is None for each in found)
+    assert "| arm | seeds | k-NN top-1 |" in page
+    assert "**dino_locat** beside dino_vit: no interval with one seed in k-NN top-1" in page
