@@ -3,13 +3,15 @@
 Prints the table of the README: `python benchmarks/rows.py`.
 """
 
+from typing import Any
+
 import timm
 import torch
 
 import locat_lightning  # noqa: F401 - registers the models
 from locat_lightning.backbones.cost import count_parameters, multiply_adds
 
-ROWS = [
+ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("ViT", "vit_{}_patch16_224", "locatvit_{}", {}),
     ("RegViT", "vit_{}_patch16_224", "locatvit_{}", {"reg_tokens": 4}),
     ("RoPE-ViT", "vit_{}_patch16_rope_mixed_224", "locatvit_{}_rope_mixed", {}),
@@ -22,13 +24,13 @@ ROWS = [
 SIZES = ("tiny", "small", "base")
 
 
-def cost(name: str, **kwargs: object) -> tuple[int, float]:
+def cost(name: str, **kwargs: Any) -> tuple[int, float]:
     """Parameters, and multiply-adds of an image of 224 px in billions."""
     model = timm.create_model(name, **kwargs)
     return count_parameters(model)[0], multiply_adds(model, torch.zeros(1, 3, 224, 224)) / 1e9
 
 
-def shown(name: str, kwargs: dict[str, object]) -> str:
+def shown(name: str, kwargs: dict[str, Any]) -> str:
     return f"`{name.format('{' + ','.join(SIZES) + '}')}`" + "".join(f" `{k}={v}`" for k, v in kwargs.items())
 
 
