@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locat_lightning.backbones.create import check_arguments, create_backbone
+from locat_lightning.backbones.create import check_arguments, create_backbone, load_backbone
 from locat_lightning.errors import InputError
 
 
@@ -46,6 +46,11 @@ def test_a_model_that_needs_memory_to_be_built_is_not_refused(error, monkeypatch
 
     monkeypatch.setattr("timm.create_model", create_model)
     check_arguments("locatvit_tiny", None)
+
+
+def test_random_weights_do_not_say_of_which_model_they_are():
+    with pytest.raises(InputError, match=r"add --backbone, .* \(of fit and its like: --model.backbone\)"):
+        load_backbone("random")
 
 
 def test_a_model_that_timm_does_not_know():

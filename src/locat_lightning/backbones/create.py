@@ -163,7 +163,10 @@ def load_backbone(
         check_source(weights)
         return pretrained(weights, **({} if classifier else {"num_classes": 0}), **arguments)
     if name is None:
-        raise InputError(f"{weights} does not say of which model it is: add --backbone, timm's name of it")
+        raise InputError(
+            f"{weights} does not say of which model it is: add --backbone, timm's name of it (of fit and its "
+            "like: --model.backbone)"
+        )
     if any_size:
         model = create_for_any_size(name, arguments)
     else:
