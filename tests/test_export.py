@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from locat import main
+from locat_lightning import add_locat
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
@@ -91,6 +92,17 @@ def test_a_classification(capsys):
     assert "max_steps" not in card
     assert "pipeline_tag: image-classification" in card
     assert [path.name for path in Path().iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_run_with_locat_in_another_model(capsys):
+    torch.manual_seed(0)
+    model = add_locat(timm.create_model("vit_tiny_patch16_224", num_classes=3, **SIZES), start="identity")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    own = {"backbone": "vit_tiny_patch16_224", "backbone_args": SIZES, "locat": {"start": "identity"}}
+    weights = of_run({"state_dict": beneath("backbone", model), "hyper_parameters": own})
+    assert torch.equal(export(weights)(IMAGES), model.eval()(IMAGES))
+    assert "vit_tiny_patch16_224 with LocAt" in Path("out/README.md").read_text()
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])

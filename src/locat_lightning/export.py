@@ -17,6 +17,7 @@ from torch import nn
 from locat_lightning.backbones.cost import count_parameters
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format, write_model
+from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import DECODER_OF, Network, read_checkpoint
 from locat_lightning.errors import InputError
 from locat_lightning.options import check_weights, errors_in_a_line, near_options, record_of_run
@@ -186,7 +187,7 @@ def _card(model: nn.Module, form: Format, what: str, weights: Path, run: dict[st
     images = resolve_model_data_config(model) | _images(run)
     size = list(get_model_input_config(model)["input_size"])
     details: dict[str, Any] = {
-        "Architecture": of_timm.pretrained_cfg["architecture"],
+        "Architecture": architecture_of(model),
         "Parameters": f"{count_parameters(model)[0]:,}",
         "What": f"{what}; from {weights.name if weights.is_file() else weights}",
         "Images": {

@@ -23,6 +23,7 @@ from locat_lightning.backbones.cost import (
     multiply_adds,
 )
 from locat_lightning.backbones.create import create_backbone, load_backbone
+from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import RANDOM, Network
 from locat_lightning.callbacks.kernels import kernel_widths
 from locat_lightning.errors import InputError
@@ -93,14 +94,13 @@ def measure(
         `device` and `precision`; `kernels`: mean `width` (standard deviation in patches) and `alpha` of each
         block, if there are any and they are trained.
     """
-    of_timm: Any = model
     size = tuple(get_model_input_config(model)["input_size"])
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
     precision = mixed_precision() if device.type == "cuda" else None
     parameters, of_gaug = count_parameters(model)
     widths = kernel_widths(model, _photographs(model, size).to(device)) if trained else []
     return {
-        "architecture": of_timm.pretrained_cfg["architecture"],
+        "architecture": architecture_of(model),
         "parameters": parameters,
         "gaug_parameters": of_gaug,
         "image_size": size,

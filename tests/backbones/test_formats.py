@@ -118,14 +118,41 @@ def test_differences_are_found():
         assert formats._difference(model, lambda x: model(x) * float("nan"), images) == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "locat"),
+    [
+        ("vit_tiny_patch16_224", VIT, {"start": "identity"}),
+        ("vit_tiny_patch16_224", VIT | {"global_pool": "avg"}, {}),
+        ("vit_base_patch16_siglip_224", VIT, {"gaug": {"mixture": 2}}),
+        ("vit_small_patch16_rope_mixed_224", VIT, {"gaug": False}),
+        ("swin_tiny_patch4_window7_224", SWIN | {"depths": (2,), "num_heads": (1,)}, {"prr": False}),
+    ],
+)
+def test_timm_builds_again_what_locat_was_added_to(tmp_path, name, arguments, locat):
+    torch.manual_seed(0)
+    model = add_locat(timm.create_model(name, **arguments), **locat)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    assert write_model(model, tmp_path) == 0
+    written, images = run("timm", tmp_path), torch.randn(2, 3, 32, 32)
+    assert torch.equal(written(images), model(images))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "located"
+    assert config["model_args"]["backbone"] == name
+    again = tmp_path / "again"  # of what was written, another size and other classes
+    again.mkdir()
+    larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=64, num_classes=3)
+    assert write_model(larger, again) == 0
+    features = timm.create_model(f"local-dir:{again}", features_only=True, out_indices=(0,))
+    assert features(torch.zeros(1, 3, 64, 64))[0].shape[0] == 1
+
+
 @pytest.mark.parametrize("start", ["paper", "identity"])
 def test_a_model_to_which_locat_was_added_is_a_program(tmp_path, start):
     torch.manual_seed(0)
     model = add_locat(timm.create_model("vit_tiny_patch16_224", **VIT), start=start).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    with pytest.raises(InputError, match=r"timm builds vit_tiny_patch16_224 otherwise .*take --format onnx"):
-        write_model(model, tmp_path)
     write_model(model, tmp_path, "export")
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(run("export", tmp_path)(images), model(images), rtol=1e-4, atol=1e-4)

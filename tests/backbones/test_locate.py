@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import locat_lightning.backbones.registry  # noqa: F401 (registers the models)
-from locat_lightning.backbones.locate import add_locat
+from locat_lightning.backbones.locate import add_locat, architecture_of
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
@@ -178,11 +178,58 @@ def test_a_head_of_two_tokens_takes_gaug_alone():
     assert add_locat(distilled, prr=False)(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
-def test_a_second_time_is_an_error():
-    model, _ = build("augreg")
+@pytest.mark.parametrize("family", ["augreg", "siglip", "rope registers", "swin"])
+def test_a_second_time_is_an_error(family):
+    model, _ = build(family)
     add_locat(model)
-    with pytest.raises(ValueError, match="which GaussianAttention is not"):
+    with pytest.raises(ValueError, match=r"which Gaussian\w*Attention is not"):
         add_locat(model)
+    with pytest.raises(ValueError, match="has it already: pass prr=False"):
+        add_locat(model, gaug=False)
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **SMALL).eval()
+    images = torch.randn(1, 3, 32, 32)
+    before, expected = repr(model), model(images)
+    for wrong in ({}, {"gaug": {"no_such": 1}, "prr": False}, {"gaug": {"mixture": 2, "rotated": True}}):
+        with pytest.raises((ValueError, TypeError)):
+            add_locat(model, **wrong)
+        assert repr(model) == before
+        assert not model.patch_embed._forward_hooks
+        assert torch.equal(model(images), expected)
+    add_locat(model, prr=False)  # as the first of these errors has it
+
+
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "pit_ti_224"])
+def test_a_model_whose_grid_is_elsewhere_is_an_error(name):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"gaug=True .* which \w+ is not: pass gaug"):
+        add_locat(timm.create_model(name))
+
+
+@pytest.mark.parametrize(
+    ("gaug", "message"),
+    [
+        ({"mixture": 0}, "mixture has to be how many Gaussians there are, 1 or more, not 0"),
+        ({"mixture": True}, "1 or more, not True"),
+        ({"mixture": 2, "isotropic": True}, "unexpected keyword argument 'isotropic'"),
+        (None, "gaug has to be true, false, or arguments of a kernel, not None"),
+        ("rotated", "not 'rotated'"),
+    ],
+    ids=str,
+)
+def test_wrong_kernels_are_errors(gaug, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        add_locat(build("augreg")[0], gaug=gaug)
+
+
+def test_a_model_knows_what_it_was():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert architecture_of(model) == "vit_tiny_patch16_224"
+    other = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert architecture_of(add_locat(model)) == "vit_tiny_patch16_224 with LocAt"
+    assert architecture_of(other) == "vit_tiny_patch16_224"
+    assert architecture_of(timm.create_model("locatvit_tiny", depth=1)) == "locatvit_tiny"
 
 
 def test_dropped_patches_and_an_unknown_start_are_errors():

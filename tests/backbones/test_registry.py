@@ -149,6 +149,18 @@ def test_without_locat_a_model_is_its_counterpart_of_timm(name, timms):
     assert all(".gaug." in key for key in added)
 
 
+def test_located_is_a_model_with_locat_and_its_preprocessing():
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    model = timm.create_model(
+        "located", backbone="vit_tiny_patch16_224", backbone_args=sizes, locat={"prr": False}, num_classes=3
+    )
+    assert model(images()).shape == (2, 3)
+    assert isinstance(model.blocks[0].attn, GaussianAttention)
+    assert model.pretrained_cfg["mean"] == timm.get_pretrained_cfg("vit_tiny_patch16_224").mean
+    with pytest.raises(TypeError, match="backbone"):
+        timm.create_model("located")
+
+
 @pytest.mark.parametrize("name", registry.MODELS)
 def test_every_model_gives_a_pyramid_of_features(name):
     model = timm.create_model(name, img_size=64, features_only=True, out_indices=(0, 1), **small(name))

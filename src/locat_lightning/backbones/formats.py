@@ -119,15 +119,8 @@ def _timm(
         save_for_hf(model, directory, model_config=names, data_config=images, safe_serialization=True)
     finally:
         copies.remove()
-    try:
-        written: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-    except RuntimeError as error:
-        of_timm: Any = model
-        raise InputError(
-            f"timm builds {of_timm.pretrained_cfg['architecture']} otherwise than this model, as where LocAt "
-            "was added to it (model.locat): take --format onnx, torchscript or export"
-        ) from error
-    return written
+    written: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    return written.eval()
 
 
 def _unshare(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

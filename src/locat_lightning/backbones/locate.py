@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from timm.layers import AttentionPoolPrr
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from locat_lightning.nn.layers import ATTENTIONS, add_gaussians
 from locat_lightning.nn.refinement import PatchRefinement
 
 Model = TypeVar("Model", bound=nn.Module)
+Kernel = GaussianAugmentation | GaussianMixture
+LOCATED = "located"  # timm's name of a model to which LocAt was added (see `registry`)
 
 
 def add_locat(
@@ -25,7 +28,8 @@ def add_locat(
     """Put LocAt into a timm model, which keeps its weights.
 
     Knows the attention of timm's ViT (so DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP, with registers or
-    without), RoPE-ViT, EVA, DINOv3 and Swin. The model is changed in place: to keep it, pass a copy.
+    without), RoPE-ViT, EVA, DINOv3 and Swin. The model is changed in place: to keep it, pass a copy. An error
+    leaves it as it was.
 
     Args:
         model: From `timm.create_model`.
@@ -42,55 +46,81 @@ def add_locat(
 
     Raises:
         ValueError: the model's attention or pooling is none that LocAt can be put into, or it drops patches.
-        TypeError: `GaussianAugmentation` has no such argument.
+        TypeError: `gaug` is of another type, or `GaussianAugmentation` has no such argument.
 
     Source: "Locality-Attending Vision Transformer" (ICLR 2026); `start="identity"` is ours.
     """
     if start not in ("paper", "identity"):
         raise ValueError(f"start has to be 'paper' or 'identity', not {start!r}")
+    if not isinstance(gaug, bool | Mapping):
+        raise TypeError(f"gaug has to be true, false, or arguments of a kernel, not {gaug!r}")
     gated = start == "identity"
-    if gaug is not False:
-        _add_gaug(model, {} if gaug is True else dict(gaug), gated)
+    options = {} if isinstance(gaug, bool) else dict(gaug)
+    kernels = {} if gaug is False else _kernels(model, options, gated)
     if prr:
         _add_prr(model, gated)
+    if kernels:
+        _add_gaug(model, kernels)
+    _note(model, {"gaug": gaug if isinstance(gaug, bool) else options, "prr": prr, "start": start})
     return model
 
 
-def _add_gaug(model: Any, options: dict[str, Any], gated: bool) -> None:
+def architecture_of(model: nn.Module) -> str:
+    """Timm's name of a built model, and of one to which LocAt was added that of the model which it was."""
+    of_timm: Any = model
+    name: str = of_timm.pretrained_cfg["architecture"]
+    return f"{of_timm._model_args['backbone']} with LocAt" if name == LOCATED else name
+
+
+def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kernel]:
+    """The kernels of a model by the layers that they are for; the model stays as it is."""
     layers = [layer for layer in model.modules() if type(layer) in ATTENTIONS]
     others = {
         type(layer).__name__
         for name, layer in model.named_modules()
         if name.endswith("attn") and type(layer) not in ATTENTIONS
     }
+    if not others and not isinstance(model, VisionTransformer | Eva | SwinTransformer):
+        others = {type(model).__name__}  # its tokens are none of these models', whatever its attention
     if others or not layers:
         blocks = {type(block).__name__ for block in getattr(model, "blocks", [])}
         raise ValueError(
             f"gaug=True needs attention that takes Gaussian kernels (timm's "
             f"{', '.join(each.__name__ for each in ATTENTIONS)}), which "
-            f"{', '.join(sorted(others or blocks)) or type(model).__name__} is not: pass gaug=False with it"
+            f"{', '.join(sorted(others or blocks))} is not: pass gaug=False with it"
         )
     if getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0:
         raise ValueError("patch_drop_rate has to be 0 with gaug=True: the Gaussian kernel needs every patch")
 
+    options = dict(options)
+    mixture = options.pop("mixture", None)
+    kernels: dict[Any, Kernel] = {}
+    for layer in layers:
+        common = options | {"gated": gated} | _place(layer)
+        if mixture is None:
+            kernels[layer] = GaussianAugmentation(layer.proj.in_features // layer.num_heads, **common)
+        else:
+            grid = getattr(layer, "window_size", None) or tuple(model.patch_embed.grid_size)
+            kernels[layer] = GaussianMixture(mixture, grid, **common)
+    return kernels
+
+
+def _add_gaug(model: Any, kernels: dict[Any, Kernel]) -> None:
     windowed = isinstance(model, SwinTransformer)
     if not windowed:
         grid = PatchGrid(tuple(model.patch_embed.grid_size))
         model.patch_embed.register_forward_hook(grid)
-    for layer in layers:
-        built_for = layer.window_size if windowed else grid.built_for
-        if mixture := options.get("mixture"):
-            add_gaussians(layer, GaussianMixture(mixture, built_for, gated=gated, **_place(layer)))
-        else:
-            head_dim = layer.proj.in_features // layer.num_heads
-            add_gaussians(layer, GaussianAugmentation(head_dim, gated=gated, **options, **_place(layer)))
+    for layer, kernel in kernels.items():
+        add_gaussians(layer, kernel)
         if windowed:
-            layer.built_for = built_for
+            layer.built_for = layer.window_size
         else:
             layer.grid, layer.num_prefix_tokens = grid, model.num_prefix_tokens
 
 
 def _add_prr(model: Any, gated: bool) -> None:
+    if any(isinstance(module, PatchRefinement) for module in model.modules()):
+        raise ValueError(f"prr=True: this {type(model).__name__} has it already: pass prr=False")
     pooling = getattr(model, "global_pool", None)
     if isinstance(model, SwinTransformer) and pooling:
         _refine_before(model.head.global_pool, model.num_features, model.layers[-1].blocks[-1].attn, gated)
@@ -128,6 +158,14 @@ def _refine_before(pool: nn.Module, dim: int, attention: Any, gated: bool) -> No
 
 def _refined(pool: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return pool.refinement(inputs[0]), *inputs[1:]
+
+
+def _note(model: Any, locat: dict[str, Any]) -> None:
+    """Tell of LocAt where timm notes down how a built model is built again."""
+    if hasattr(model, "pretrained_cfg"):
+        made_by = {"backbone": model.pretrained_cfg["architecture"], "backbone_args": model._model_args}
+        model._model_args = made_by | {"locat": locat}
+        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {"architecture": LOCATED}
 
 
 def _place(module: nn.Module) -> dict[str, Any]:

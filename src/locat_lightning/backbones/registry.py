@@ -2,21 +2,24 @@
 
 All take `gaug` and `prr`, which say what of LocAt is in them (see `add_locat`), beside the arguments of the
 timm model that they are made of. RegViT is `reg_tokens=4`; a ViT without position embedding is
-`pos_embed="none"`.
+`pos_embed="none"`. `located` is any other model with LocAt in it.
 """
 
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, eva, generate_default_cfgs, register_model
 from timm.models import swin_transformer as swin
 from timm.models import vision_transformer as vit
-from torch import nn
+from torch import Tensor, nn
 
 from locat_lightning.backbones.jumbo import Jumbo
-from locat_lightning.backbones.locate import add_locat
+from locat_lightning.backbones.locate import LOCATED, add_locat
 
 Gaug = bool | Mapping[str, Any]
 
@@ -139,3 +142,52 @@ def _register(name: str) -> None:
 
 for _name in MODELS:
     _register(_name)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What timm does with weights of a model of this kind before it loads them."""
+    for made_by in type(model).__mro__:
+        if (filter_ := getattr(sys.modules[made_by.__module__], "checkpoint_filter_fn", None)) is not None:
+            filtered: dict[str, Tensor] = filter_(state, model)
+            return filtered
+    return state
+
+
+@register_model
+def located(
+    pretrained: bool = False,
+    *,
+    backbone: str,
+    backbone_args: Mapping[str, Any] | None = None,
+    locat: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Another model of timm's with LocAt in it: how timm builds what `add_locat` made, from its config.json.
+
+    Args:
+        pretrained: as timm has it: whether to load the weights beside the config.
+        backbone: timm's name of the model.
+        backbone_args: of the model.
+        locat: arguments of `add_locat`.
+        **kwargs: of the model as well; these go before `backbone_args`.
+    """
+    if kwargs.get("global_pool") == "prr":  # which LocAt made of the backbone's own
+        del kwargs["global_pool"]
+
+    arguments: dict[str, Any] = {**(backbone_args or {}), **kwargs}
+    if arguments.get("pretrained_cfg") is None and (own := timm.get_pretrained_cfg(backbone)) is not None:
+        arguments["pretrained_cfg"] = replace(own, architecture=LOCATED)
+
+    def build(**arguments: Any) -> nn.Module:
+        model: nn.Module = timm.create_model(backbone, **arguments)
+        return add_locat(model, **(locat or {}))
+
+    built: nn.Module = build_model_with_cfg(
+        build,
+        LOCATED,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"feature_cls": "getter"},
+        **arguments,
+    )
+    return built

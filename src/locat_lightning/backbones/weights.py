@@ -2,7 +2,6 @@
 
 import argparse
 import pickle
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from locat_lightning.backbones.registry import checkpoint_filter_fn
 from locat_lightning.errors import InputError
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 
@@ -98,13 +98,10 @@ def state_for(
         InputError: as for `load_weights`.
     """
     state = _below_prefix(_read_state(weights, network, contents), model, network)
-    for made_by in type(model).__mro__:
-        if (filter_ := getattr(sys.modules[made_by.__module__], "checkpoint_filter_fn", None)) is not None:
-            try:
-                state = filter_(state, model)
-            except (AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
-                raise InputError(f"{weights} is not of a {type(model).__name__}: {error}") from error
-            break
+    try:
+        state = checkpoint_filter_fn(state, model)
+    except (AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise InputError(f"{weights} is not of a {type(model).__name__}: {error}") from error
     first = getattr(model, "pretrained_cfg", {}).get("first_conv")
     own = model.state_dict()
     for name in (f"{each}.weight" for each in ([first] if isinstance(first, str) else first or ())):

@@ -199,6 +199,9 @@ class GaussianMixture(nn.Module):
         gated: Whether all α_m begin at 1e-6 instead of 1 / m.
         device: Where the parameters are made.
         dtype: Type of the parameters.
+
+    Raises:
+        ValueError: there are no components.
     """
 
     def __init__(
@@ -211,6 +214,8 @@ class GaussianMixture(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if type(components) is not int or components < 1:
+            raise ValueError(f"mixture has to be how many Gaussians there are, 1 or more, not {components!r}")
         widest = 2 * math.log(max(built_for))
         self.log_var = nn.Parameter(torch.linspace(0, widest, components, device=device, dtype=dtype))
         alpha = 1e-6 if gated else 1 / components
