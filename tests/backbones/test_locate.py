@@ -87,8 +87,9 @@ def test_paper_changes_the_outputs_by_gaug_and_by_prr(family):
     add_locat(prr, gaug=False)
     assert (gaug(images) - plain).abs().max() > 1e-4 * plain.abs().max()
     assert (prr(images) - plain).abs().max() > 1e-4 * plain.abs().max()
-    assert_close(gaug.forward_features(images), gaug.forward_features(images))
-    assert_close(prr.forward_features(images), model.forward_features(images))
+    tokens = model.forward_features(images)
+    assert (gaug.forward_features(images) - tokens).abs().max() > 1e-4 * tokens.abs().max()
+    assert_close(prr.forward_features(images), tokens)
 
 
 def test_the_gate_opens_in_training():
@@ -122,7 +123,29 @@ def test_features_of_all_families(family):
     add_locat(model)
     maps = model.forward_intermediates(images, intermediates_only=True)
     assert all(each.shape[0] == 2 and each.isfinite().all() for each in maps)
-    add_locat(build(family)[0]).reset_classifier(0)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    model.reset_classifier(7)
+    assert model(images).shape == (2, 7)
+    model.reset_classifier(0)
+    assert_close(model(images), pooled)  # PRR stays
+
+
+@FAMILY
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_checkpointing_and_mixed_precision(family, start):
+    model, images = build(family, drop_path_rate=0.0)
+    add_locat(model, start=start).train()
+    if start == "identity":  # in the midst of training
+        for name, parameter in model.named_parameters():
+            torch.nn.init.constant_(parameter, -0.5) if name.endswith("gaug.gate") else None
+    expected = model(images)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()), allow_unused=True)
+    model.set_grad_checkpointing()
+    again = torch.autograd.grad(model(images).square().sum(), list(model.parameters()), allow_unused=True)
+    assert_close(again, gradients)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(images)
+    assert (half.float() - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_state_goes_back_into_the_plain_model():
