@@ -48,6 +48,15 @@ def test_a_model_that_needs_memory_to_be_built_is_not_refused(error, monkeypatch
     check_arguments("locatvit_tiny", None)
 
 
+def test_locat_is_added_once():
+    """Also by the name under which timm builds what an export of such a model says."""
+    small, locat = {"depth": 1, "embed_dim": 24}, {"locat": {"start": "identity"}}
+    named = create_backbone("vit_tiny_patch16_224", small | locat, 0)
+    located = create_backbone("located", {"backbone": "vit_tiny_patch16_224"} | small | locat, 0)
+    assert named.state_dict().keys() == located.state_dict().keys()
+    assert "blocks.0.attn.gaug.gate" in named.state_dict()
+
+
 def test_random_weights_do_not_say_of_which_model_they_are():
     with pytest.raises(InputError, match=r"add --backbone, .* \(of fit and its like: --model.backbone\)"):
         load_backbone("random")

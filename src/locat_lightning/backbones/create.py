@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from locat_lightning.backbones.locate import add_locat
+from locat_lightning.backbones.locate import LOCATED, add_locat
 from locat_lightning.backbones.weights import (
     DECODER_OF,
     RANDOM,
@@ -67,7 +67,7 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
     if given := [key for key in WEIGHTS_OF_TIMM if (arguments or {}).get(key)]:
         raise InputError(f"model.backbone_args.{given[0]}: use --weights, which says where weights come from")
     own = dict(arguments or {})
-    locat = own.pop("locat", None)
+    locat = None if name == LOCATED else own.pop("locat", None)
     if num_classes is not None:
         own["num_classes"] = num_classes
     try:
