@@ -111,6 +111,7 @@ def test_a_study_that_is_cut_off_goes_on_and_does_nothing_twice(study, tmp_path)
 
     told = study("locat/seed_0/2", signal.SIGTERM)
     assert told.returncode == 128 + signal.SIGTERM, told.stderr
+    assert told.stderr.endswith("cut off; the same command goes on\n")
     assert "Missing: locat (seed 0), vit (seed 1), locat (seed 1)." in page.read_text()
     first = runs / "vit/seed_0/result.json"
     finished = first.stat().st_mtime_ns
@@ -127,6 +128,7 @@ def test_a_study_that_is_cut_off_goes_on_and_does_nothing_twice(study, tmp_path)
 
     text = page.read_text()
     assert "Missing" not in text
+    assert "- **vit**: supervised, `gaug: false`, `prr: false`.\n- **locat**: supervised, as the" in text
     results = json.loads(page.with_suffix(".json").read_text())["results"]
     assert [(each["arm"], each["seed"]) for each in results] == [
         ("vit", 0),
@@ -252,10 +254,11 @@ def test_a_mistake_in_the_config_is_told(shipped, change, message):
 
 def test_results_of_another_study_are_not_mixed_in(config, folder, scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    places = ["--images", str(folder), "--masks", str(scenes("folder"))]
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "study.json").write_text(json.dumps({"preset": "cpu", "seeds": [7]}))
     with pytest.raises(SystemExit) as stopped:
-        locat.main(["study", "--config", str(config), "--preset", "cpu", "--to", "all"])
+        locat.main(["study", "--config", str(config), "--preset", "cpu", "--to", "all", *places])
     assert stopped.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("locat: error: all has the results of another study (seeds, ")

@@ -1,6 +1,7 @@
 """`locat study`: every arm and seed by the commands of `locat`, each once, and the report after each."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def _study(config: Namespace) -> None:
     preset = config.preset or ("gpu" if torch.cuda.is_available() else "cpu")
     study = Study.of(vars(config), preset)
     directory = Path(config.to or f"runs/study_{preset}")
-    _claim(directory, study)
     images = unpacked(Path(config.images), directory / "data", "--images")
     masks = unpacked(Path(config.masks), directory / "data", "--masks") if "masks" in study.probes else images
+    _claim(directory, study)
     if study.images_per_class is not None:
         chosen = directory / "data" / f"{study.images_per_class}_per_class"
         images = some_of_each_class(images, study.images_per_class, chosen)
@@ -77,7 +78,12 @@ def _study(config: Namespace) -> None:
     runs = [(arm, seed) for seed in study.seeds for arm in study.arms]
     for number, (arm, seed) in enumerate(runs, start=1):
         print(f"{arm}, seed {seed} ({number} of {len(runs)})", flush=True)
-        if measure_arm(study, arm, seed, directory / arm / f"seed_{seed}", folders):
+        try:
+            news = measure_arm(study, arm, seed, directory / arm / f"seed_{seed}", folders)
+        except (SystemExit, KeyboardInterrupt):
+            print("cut off; the same command goes on", file=sys.stderr)
+            raise
+        if news:
             write_report(report, study, read_results(study, directory), directory, folders, command)
     write_report(report, study, read_results(study, directory), directory, folders, command)
     print(f"report: {report}")

@@ -1,5 +1,6 @@
 """The report of a study: a page of tables, words and pictures from the results that there are."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
@@ -72,6 +73,7 @@ def _head(study: Study, results: Results, command: str) -> str:
         " All arms have the same size, data, data order, augmentations, number of steps and seeds.",
         f"- **Machine** {'; '.join(machines) or NOTHING}; {hours:.1f} hours in all.",
         f"- **Versions** {'; '.join(versions) or NOTHING}.",
+        *(f"- **{arm}**: {_options(study, arm)}." for arm in study.arms),
         "- Every figure is of the last checkpoint, and none was chosen by the images that it is measured on,"
         " but for the linear classifier's learning rate.",
     ]
@@ -80,6 +82,15 @@ def _head(study: Study, results: Results, command: str) -> str:
     if missing:
         lines += ["", f"**Not finished.** Missing: {', '.join(missing)}. The same command goes on."]
     return "\n".join(lines)
+
+
+def _options(study: Study, arm: str) -> str:
+    """The recipe of an arm, and what is its own."""
+    own = [
+        f"`{name.removeprefix('model.backbone_args.')}: {json.dumps(v)}`"
+        for name, v in study.arms[arm].items()
+    ]
+    return f"{study.recipe_of[arm]}, {', '.join(own) or 'as the backbone is'}"
 
 
 def _quality(study: Study, results: Results) -> str:
