@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 
 import numpy as np
@@ -168,6 +169,36 @@ def test_positions_are_resampled_to_another_resolution(tmp_path):
     grid = old[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     resampled = torch.nn.functional.interpolate(grid, (6, 6), mode="bicubic", antialias=True)
     torch.testing.assert_close(new[:, 1:], resampled.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("change", [{"img_size": 64}, {"patch_size": 4}], ids=str)
+def test_kernels_follow_the_grid(tmp_path, change):
+    """As wide beside the image as before, up to what saturates in the variance."""
+    trained, larger = model(1), model(2, **change)
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    load_weights(larger, str(tmp_path / "a.pth"))
+    q = torch.randn(1, 3, 1 + 64, 8)
+    of_weights, of_model = (each.blocks[0].attn.gaug for each in (trained, larger))
+    expected, strength = of_weights.variance_and_alpha(
+        q, (8, 8), (4, 4)
+    )  # the rule for images of another size
+    var, alpha = of_model.variance_and_alpha(q, (8, 8), (8, 8))
+    assert expected.mean().item() == pytest.approx(2, rel=0.1)
+    torch.testing.assert_close(var, expected, rtol=0.1, atol=0)
+    torch.testing.assert_close(alpha, strength)
+
+
+# Both in timm's resampling of the bias tables.
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")
+def test_windows_follow_their_size(tmp_path):
+    size = {"img_size": 32, "patch_size": 2, "embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2)}
+    trained = timm.create_model("locatswin_tiny", window_size=4, **size)
+    larger = timm.create_model("locatswin_tiny", window_size=8, **size)
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    load_weights(larger, str(tmp_path / "a.pth"))
+    name = "layers.0.blocks.0.attn.gaug.log_var.bias"
+    before, after = (each.get_parameter(name) for each in (trained, larger))
+    torch.testing.assert_close(after, before + math.log(2))
 
 
 def test_a_file_of_the_authors_script_says_what_it_is(tmp_path):

@@ -17,6 +17,7 @@ from locat_lightning.nn import (
     attention,
     gaussian_attention,
 )
+from locat_lightning.nn.gaussian import GATE_GAIN
 from locat_lightning.nn.layers import add_gaussians
 
 
@@ -181,7 +182,7 @@ def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
 def test_a_gate_of_either_sign_agrees_with_one_expression(monkeypatch, gate):
     """Training moves it across 0; the gradient of alpha is by way of that of its logarithm."""
     gaug = augmentation(8, gated=True)
-    torch.nn.init.constant_(gaug.gate, gate)
+    torch.nn.init.constant_(gaug.gate, gate / GATE_GAIN)
 
     def ours(q, k, v, gaug):
         return gaussian_attention(q, k, v, gaug(q, (4, 4), (4, 4)))

@@ -1,5 +1,6 @@
 """Put LocAt into a built timm model: GAug into its self-attention, PRR before its pooling."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -10,7 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid
-from locat_lightning.nn.layers import ATTENTIONS, add_gaussians
+from locat_lightning.nn.layers import (
+    ATTENTIONS,
+    GaussianSelfAttention,
+    GaussianWindowAttention,
+    add_gaussians,
+)
 from locat_lightning.nn.refinement import PatchRefinement
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,6 +76,39 @@ def architecture_of(model: nn.Module) -> str:
     of_timm: Any = model
     name: str = of_timm.pretrained_cfg["architecture"]
     return f"{of_timm._model_args['backbone']} with LocAt" if name == LOCATED else name
+
+
+def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]:
+    """How many times as large a model's kernels have to be beside those of weights of another grid.
+
+    The ratio of the grids' shorter sides, as `GaussianAugmentation` has it for images of another grid. Its
+    logarithm, added to the bias, does so as long as a variance is small beside the square of the grid.
+
+    Args:
+        state: The weights as they are. Position embeddings, or Swin's bias tables, tell their grid; without
+            them nothing does.
+        model: In which kernels are.
+
+    Returns:
+        The ratio by the name of the bias, of kernels that change.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, GaussianSelfAttention):
+            grid: tuple[int, int] = layer.grid.built_for
+            positions = state.get("pos_embed")
+            prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+            before = 0.0 if positions is None else math.sqrt(max(0, positions.shape[1] - prefix))
+        elif isinstance(layer, GaussianWindowAttention):
+            grid = layer.built_for
+            table = state.get(f"{name}.relative_position_bias_table")
+            before = 0.0 if table is None else (math.sqrt(len(table)) + 1) / 2
+        else:
+            continue
+        bias = f"{name}.gaug.log_var" + (".bias" if f"{name}.gaug.log_var.bias" in state else "")
+        if bias in state and before > 0 and before.is_integer() and before != min(grid):
+            found[bias] = min(grid) / before
+    return found
 
 
 def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kernel]:

@@ -5,6 +5,7 @@ timm model that they are made of. RegViT is `reg_tokens=4`; a ViT without positi
 `pos_embed="none"`. `located` is any other model with LocAt in it.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from locat_lightning.backbones.jumbo import Jumbo
-from locat_lightning.backbones.locate import LOCATED, add_locat
+from locat_lightning.backbones.locate import LOCATED, add_locat, kernel_widening
 
 Gaug = bool | Mapping[str, Any]
 
@@ -69,7 +70,6 @@ def _swin_transformer(*, gaug: Gaug, prr: bool, **kwargs: Any) -> swin.SwinTrans
 
 def _create(
     model: Callable[..., nn.Module],
-    filter_fn: Callable[..., Any],
     name: str,
     defaults: dict[str, Any],
     locat: bool,
@@ -89,25 +89,24 @@ def _create(
         partial(model, **of_locat),
         name,
         pretrained,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=features,
         **(defaults | kwargs),
     )
     return built
 
 
-_VISION_TRANSFORMER = _vision_transformer, vit.checkpoint_filter_fn
 _FAMILIES: list[tuple[str, Any, dict[str, dict[str, Any]], dict[str, Any], bool]] = [
-    ("locatvit_{}", _VISION_TRANSFORMER, _VIT, {}, True),
-    ("nopos_vit_{}_patch16_224", _VISION_TRANSFORMER, _VIT, {"pos_embed": "none"}, False),
-    ("locatvit_{}_rope_mixed", (_rope, eva.checkpoint_filter_fn), _VIT, {}, True),
-    ("vit_{}_patch16_rope_mixed_224", (_rope, eva.checkpoint_filter_fn), {"tiny": _VIT["tiny"]}, {}, False),
-    ("locatswin_{}", (_swin_transformer, swin.checkpoint_filter_fn), _SWIN, {}, True),
-    ("jumbo_{}", (Jumbo, vit.checkpoint_filter_fn), _VIT, {}, False),
-    ("locatjumbo_{}", (Jumbo, vit.checkpoint_filter_fn), _VIT, {"norm_patches": True}, True),
+    ("locatvit_{}", _vision_transformer, _VIT, {}, True),
+    ("nopos_vit_{}_patch16_224", _vision_transformer, _VIT, {"pos_embed": "none"}, False),
+    ("locatvit_{}_rope_mixed", _rope, _VIT, {}, True),
+    ("vit_{}_patch16_rope_mixed_224", _rope, {"tiny": _VIT["tiny"]}, {}, False),
+    ("locatswin_{}", _swin_transformer, _SWIN, {}, True),
+    ("jumbo_{}", Jumbo, _VIT, {}, False),
+    ("locatjumbo_{}", Jumbo, _VIT, {"norm_patches": True}, True),
 ]
 MODELS = {
-    name.format(size): (*model, name.format(size), sizes | defaults, locat)
+    name.format(size): (model, name.format(size), sizes | defaults, locat)
     for name, model, by_size, defaults, locat in _FAMILIES
     for size, sizes in by_size.items()
 }
@@ -145,12 +144,13 @@ for _name in MODELS:
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """What timm does with weights of a model of this kind before it loads them."""
+    """What timm does with weights of a model of this kind before it loads them; kernels follow the grid."""
+    widening = kernel_widening(state, model)
     for made_by in type(model).__mro__:
         if (filter_ := getattr(sys.modules[made_by.__module__], "checkpoint_filter_fn", None)) is not None:
-            filtered: dict[str, Tensor] = filter_(state, model)
-            return filtered
-    return state
+            state = filter_(state, model)
+            break
+    return state | {name: state[name] + math.log(ratio) for name, ratio in widening.items()}
 
 
 @register_model

@@ -86,7 +86,7 @@ def state_for(
     """Tensors by the names that a timm model has for them, brought to its size as timm does it.
 
     That is: position embeddings to its grid, the patch embedding to its patches and channels, and what else
-    timm does with weights of a model of this kind.
+    timm does with weights of a model of this kind; and GAug's kernels to its grid.
 
     Args:
         model: for which they are; it stays as it is.

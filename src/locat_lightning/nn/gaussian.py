@@ -16,6 +16,10 @@ from torch.nn import functional as F
 # denormal numbers, with which a CPU computes several times slower.
 _LEAST_EXPONENT = -23.0
 
+# Adam moves every parameter by about the learning rate. A gate, which goes from 0 towards 1, is this many
+# times a parameter that goes as far as weights of a standard deviation of 0.02 do.
+GATE_GAIN = 50
+
 
 class PatchGrid:
     """The patch grid (rows, columns) of the images under way, shared by all layers of one model.
@@ -91,7 +95,7 @@ class GaussianAugmentation(nn.Module):
         rotated: A full covariance: the two directions are correlated by tanh(q · Wr + br). The paper names
             the axis-parallel kernel as a limit. Such a kernel is no product of two factors: it takes H · W
             exponentials a row, and memory for all of S.
-        gated: α is multiplied by a learned scalar that begins at 1e-6, so that a model to which GAug is added
+        gated: α is multiplied by a learned gate that begins at 1e-6, so that a model to which GAug is added
             gives what it gave before, and learns from there.
         device: Where the parameters are made.
         dtype: Type of the parameters.
@@ -138,7 +142,7 @@ class GaussianAugmentation(nn.Module):
         if "bias" not in self.log_alpha._parameters:
             nn.init.constant_(self.log_alpha.bias, math.log(math.e - 1))  # of which softplus is 1
         if self.gate is not None:
-            nn.init.constant_(self.gate, 1e-6)
+            nn.init.constant_(self.gate, 1e-6 / GATE_GAIN)
 
     def variance_and_alpha(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]
@@ -164,7 +168,7 @@ class GaussianAugmentation(nn.Module):
             var = var * (min(grid) / min(built_for))
         alpha = F.softplus(a.squeeze(0))
         if self.gate is not None:
-            alpha = alpha * self.gate
+            alpha = alpha * (GATE_GAIN * self.gate)
         return var.expand(2, *alpha.shape), alpha
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:

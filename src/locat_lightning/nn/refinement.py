@@ -10,6 +10,8 @@ from timm.layers import AttentionPoolPrr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from locat_lightning.nn.gaussian import GATE_GAIN
+
 
 class PatchRefinement(AttentionPoolPrr):
     """PRR, then pooling: x⁺ = softmax(x xᵀ / √d) x by head, of which the pooling takes [CLS] or the mean.
@@ -23,7 +25,7 @@ class PatchRefinement(AttentionPoolPrr):
         pool_type: "token" for [CLS]; "avg" for the mean; "" for no pooling, where that is done elsewhere.
         prefix: Of "token", how many tokens [CLS] has (Jumbo's several are concatenated); of "avg", how many
             tokens before the patches the mean leaves out.
-        gated: x + g (x⁺ − x) instead of x⁺, where g is a learned scalar that begins at 0, so that a model to
+        gated: x + g (x⁺ − x) instead of x⁺, where g is a learned gate that begins at 0, so that a model to
             which PRR is added gives what it gave before.
         device: Where the parameters are made, if there are any.
         dtype: Type of the parameters.
@@ -59,7 +61,7 @@ class PatchRefinement(AttentionPoolPrr):
         refined: Tensor = rows.transpose(1, 2).flatten(2)
         if self.gate is not None:
             pooled = tokens[:, self.rows]
-            refined = pooled + self.gate * (refined - pooled)
+            refined = pooled + GATE_GAIN * self.gate * (refined - pooled)
         refined = self.post_norm(refined)
         if self.pool == "token":
             return refined.flatten(1)

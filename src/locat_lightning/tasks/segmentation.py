@@ -373,8 +373,13 @@ class Segmentation(Task):
         self._learning_rate = partial(one_cycle, steps=self.optimizer_steps(), peak=hp.lr, up=hp.warmup)
         groups: list[dict[str, Any]] = [{"params": list(self.decoder.parameters())}]
         if hp.train_backbone:
+            backbone: Any = self.backbone
+            without_decay = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
             groups += param_groups_layer_decay(
-                self.backbone, weight_decay=hp.weight_decay, layer_decay=hp.layer_decay
+                backbone,
+                weight_decay=hp.weight_decay,
+                no_weight_decay_list=without_decay,
+                layer_decay=hp.layer_decay,
             )
         return AdamW(groups, lr=hp.lr, weight_decay=hp.weight_decay)
 
