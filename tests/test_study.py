@@ -113,6 +113,7 @@ def test_a_study_that_is_cut_off_goes_on_and_does_nothing_twice(study, tmp_path)
     assert told.returncode == 128 + signal.SIGTERM, told.stderr
     assert told.stderr.endswith("cut off; the same command goes on\n")
     assert "Missing: locat (seed 0), vit (seed 1), locat (seed 1)." in page.read_text()
+    assert "## Difference" not in page.read_text()
     first = runs / "vit/seed_0/result.json"
     finished = first.stat().st_mtime_ns
 

@@ -13,7 +13,7 @@ from locat_lightning.options import ConfigByName, errors_in_a_line, near_options
 from locat_lightning.study.folders import some_of_each_class, unpacked
 from locat_lightning.study.plan import Options, Study
 from locat_lightning.study.report import write_report
-from locat_lightning.study.results import measure_arm, read_results, write_atomically
+from locat_lightning.study.results import measure_arm, read_results, said_in, write_atomically
 
 DESCRIPTION = (
     "Train every arm of a study with every seed, probe the frozen backbones, and write a report. What is "
@@ -83,9 +83,9 @@ def _study(config: Namespace) -> None:
         except (SystemExit, KeyboardInterrupt):
             print("cut off; the same command goes on", file=sys.stderr)
             raise
-        if news:
-            write_report(report, study, read_results(study, directory), directory, folders, command)
-    write_report(report, study, read_results(study, directory), directory, folders, command)
+        if news or number == len(runs):
+            with said_in(directory / "report.log"):
+                write_report(report, study, read_results(study, directory), directory, folders, command)
     print(f"report: {report}")
 
 

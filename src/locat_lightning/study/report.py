@@ -41,7 +41,7 @@ def write_report(
     pictures = _pictures(page, study, results, directory, folders)
     parts = [_head(study, results, command)]
     if results:
-        parts += [_quality(study, results), _differences(study, results), _cost(study, results), *pictures]
+        parts += [_quality(study, results), *_differences(study, results), _cost(study, results), *pictures]
     part = page.with_suffix(".part")
     part.write_text("\n\n".join(parts) + "\n")
     part.replace(page)
@@ -111,22 +111,23 @@ def _quality(study: Study, results: Results) -> str:
     )
 
 
-def _differences(study: Study, results: Results) -> str:
+def _differences(study: Study, results: Results) -> list[str]:
     shown = _shown(results)
     rows, words = [], []
     for arm in study.arms:
-        if (base := study.base_of(arm)) == arm:
-            continue
+        base = study.base_of(arm)
         found = {name: differences_to(base, arm, name, results) for name in shown}
-        rows.append([f"{arm} − {base}", *(_interval(found[name]) for name in shown)])
-        if any(found.values()):
+        if arm != base and any(found.values()):
+            rows.append([f"{arm} − {base}", *(_interval(found[name]) for name in shown)])
             words.append(f"- **{arm}** beside {base}: {in_words(found)}.")
+    if not rows:
+        return []
     table = _table(["", *(MEASURES[name].title for name in shown)], rows)
-    return (
+    return [
         "## Difference by seed\n\nPercentage points: mean of the differences between runs of one seed, with "
         "its 95 % interval (Student's t over the seeds). With so few seeds the intervals are wide, and of "
         f"many differences a few lie outside by chance.\n\n{table}\n\n" + "\n".join(words)
-    )
+    ]
 
 
 def in_words(found: Mapping[str, Difference | None]) -> str:

@@ -50,6 +50,8 @@ def measure_arm(study: Study, arm: str, seed: int, directory: Path, folders: Map
     for number, step in enumerate(steps, start=1):
         print(f"  {step.name} ({number} of {len(steps)})", flush=True)
         _take(step, directory, folders)
+    with said_in(directory / f"{TRAIN}.log"):
+        cost = _cost(directory)
     taken = {step.name: json.loads((directory / f"{step.name}.json").read_text()) for step in steps}
     result = {
         "arm": arm,
@@ -61,7 +63,7 @@ def measure_arm(study: Study, arm: str, seed: int, directory: Path, folders: Map
             for name, each in MEASURES.items()
             if each.step in taken
         },
-        **_cost(directory),
+        **cost,
         "peak_gpu_memory_bytes": taken[TRAIN]["peak_gpu_memory_bytes"],
         "kernel_widths": _kernel_widths(directory),
         "seconds": {name: step["seconds"] for name, step in taken.items()},
@@ -116,6 +118,17 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+@contextlib.contextmanager
+def said_in(log: Path) -> Iterator[None]:
+    """Have all that is said go to a file."""
+    with (
+        log.open("a", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
+
+
 def _take(step: Step, directory: Path, folders: Mapping[str, str]) -> None:
     """Run a step's command unless that has been done, and note its metrics."""
     if (note := directory / f"{step.name}.json").is_file():
@@ -126,7 +139,7 @@ def _take(step: Step, directory: Path, folders: Mapping[str, str]) -> None:
         torch.cuda.reset_peak_memory_stats()
     own = [f"--runs={directory}", f"--name={step.name}"]
     weights = [f"--weights={checkpoint_of(directory, step.of)}"] if step.of else []
-    with _into(directory / f"{step.name}.log"):
+    with said_in(directory / f"{step.name}.log"):
         resumed = step.command == "fit" and checkpoint_of(directory, step.name).is_file()
         # Its checkpoint says where a resumed probe's backbone is.
         if not (
@@ -163,17 +176,6 @@ def _run(arguments: list[str], log: Path) -> None:
             raise
         *_, last = log.read_text().strip().splitlines() or [""]
         raise InputError(f"locat {arguments[0]}: {last.removeprefix('locat: error: ')} (see {log})") from end
-
-
-@contextlib.contextmanager
-def _into(log: Path) -> Iterator[None]:
-    """Have all that is said go to a file."""
-    with (
-        log.open("a", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        yield
 
 
 def _metrics(directory: Path, step: Step) -> dict[str, Any]:
