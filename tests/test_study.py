@@ -129,6 +129,7 @@ def test_a_study_that_is_cut_off_goes_on_and_does_nothing_twice(study, tmp_path)
 
     text = page.read_text()
     assert "Missing" not in text
+    assert "--preset cpu --images animals.tar --masks folder`" in text
     assert "- **vit**: supervised, `gaug: false`, `prr: false`.\n- **locat**: supervised, as the" in text
     results = json.loads(page.with_suffix(".json").read_text())["results"]
     assert [(each["arm"], each["seed"]) for each in results] == [

@@ -74,6 +74,9 @@ def _study(config: Namespace) -> None:
     folders = {"images": str(images.absolute()), "masks": str(masks.absolute())}
     report = Path(config.report) if config.report else directory / "results.md"
     command = f"locat study --config {Path(str(config.config[-1])).name} --preset {preset}"
+    # Their names only: where they are is nobody else's concern.
+    command += f" --images {Path(config.images).name}"
+    command += f" --masks {Path(config.masks).name}" if "masks" in study.probes else ""
     # Seed by seed, so that a study that is cut off has compared all arms with as many seeds as it has.
     runs = [(arm, seed) for seed in study.seeds for arm in study.arms]
     for number, (arm, seed) in enumerate(runs, start=1):

@@ -39,7 +39,7 @@ def write_report(
     """
     write_atomically(page.with_suffix(".json"), {"command": command, "results": list(results)})
     pictures = _pictures(page, study, results, directory, folders)
-    parts = [_head(study, results, command)]
+    parts = [_head(study, results, command, page.with_suffix(".json").name)]
     if results:
         parts += [_quality(study, results), *_differences(study, results), _cost(study, results), *pictures]
     part = page.with_suffix(".part")
@@ -54,7 +54,7 @@ def differences_to(base: str, arm: str, measure: str, results: Results) -> Diffe
     return paired_difference([of_arm[seed] - of_base[seed] for seed in pairs]) if pairs else None
 
 
-def _head(study: Study, results: Results, command: str) -> str:
+def _head(study: Study, results: Results, command: str, raw: str) -> str:
     finished = {(result["arm"], result["seed"]) for result in results}
     missing = [
         f"{arm} (seed {seed})" for seed in study.seeds for arm in study.arms if (arm, seed) not in finished
@@ -67,7 +67,8 @@ def _head(study: Study, results: Results, command: str) -> str:
     lines = [
         "# Results",
         "",
-        f"Written by `{command}`; the numbers are what they are.",
+        f"Written by `{command}`; the numbers are what they are. All of them, and the commands of "
+        f"each run, are in [{raw}]({raw}).",
         "",
         f"- **Preset** `{study.preset}`: {len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}."
         " All arms have the same size, data, data order, augmentations, number of steps and seeds.",
