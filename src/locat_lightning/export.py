@@ -80,11 +80,12 @@ def _export(arguments: list[str]) -> None:
     to = Path(config.to)
     _check_target(to, config.overwrite)
     network: Network = "student" if config.student else "teacher"
+    read = read_checkpoint(config.weights) if Path(config.weights).is_file() else None
     model = load_backbone(
-        config.weights, config.backbone, config.backbone_args, network=network, classifier=True
+        config.weights, config.backbone, config.backbone_args, network=network, classifier=True, contents=read
     )
     of_timm: Any = model
-    contents = read_checkpoint(config.weights) if Path(config.weights).is_file() else {}
+    contents = read or {}
     weights = contents.get(DECODER_OF, {}).get("weights", config.weights)  # of a decoder, its frozen backbone
     what = _what(model, contents, network)
     if Path(weights).is_file():  # what timm notes of the weights that it has under this name

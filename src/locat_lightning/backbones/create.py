@@ -1,6 +1,7 @@
 """Backbones by timm's name, or by nothing but their weights."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ def create_for_any_size(name: str, arguments: dict[str, Any] | None) -> nn.Modul
         return create_backbone(name, arguments, num_classes=0)
 
 
+def noted_arguments(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create_backbone` takes, of a task's hyper-parameters: `backbone_args`, and `locat` if any."""
+    locat = hyper_parameters.get("locat")
+    return (hyper_parameters.get("backbone_args") or {}) | ({} if locat is None else {"locat": locat})
+
+
 def model_of(
     weights: str, name: str | None, arguments: dict[str, Any] | None, contents: dict[str, Any] | None
 ) -> tuple[str | None, dict[str, Any]]:
@@ -114,8 +121,7 @@ def model_of(
         return (weights if timm.is_model(weights) else None), arguments
     own = contents.get("hyper_parameters", {})
     if isinstance(own.get("backbone"), str):
-        locat = {} if own.get("locat") is None else {"locat": own["locat"]}
-        return own["backbone"], (own.get("backbone_args") or {}) | locat | arguments
+        return own["backbone"], noted_arguments(own) | arguments
     architecture = contents.get("arch")  # as timm's training script has it
     if not isinstance(architecture, str):
         return None, arguments

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from locat_lightning.backbones.create import check_arguments
+from locat_lightning.backbones.create import check_arguments, noted_arguments
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError
 
@@ -34,8 +34,7 @@ class Task(LightningModule):
     @property
     def backbone_arguments(self) -> dict[str, Any]:
         """What `create_backbone` takes: `backbone_args`, and `locat` if there is any."""
-        locat = {} if self.hp.get("locat") is None else {"locat": self.hp.locat}
-        return (self.hp.backbone_args or {}) | locat
+        return noted_arguments(self.hp)
 
     @property
     def metric_names(self) -> list[str]:
