@@ -9,7 +9,7 @@ import timm
 import torch
 
 import locat_lightning  # noqa: F401 - registers the models
-from locat_lightning.backbones.cost import count_parameters, multiply_adds
+from locat_lightning.evaluation.cost import count_parameters, multiply_adds
 
 ROWS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("ViT", "vit_{}_patch16_224", "locatvit_{}", {}),

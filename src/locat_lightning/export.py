@@ -14,12 +14,12 @@ from timm.models import get_model_input_config
 from timm.models._hub import generate_readme
 from torch import nn
 
-from locat_lightning.backbones.cost import count_parameters
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format, write_model
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import DECODER_OF, Network, read_checkpoint
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.cost import count_parameters
 from locat_lightning.options import check_weights, errors_in_a_line, near_options, record_of_run
 
 DESCRIPTION = (

@@ -16,17 +16,17 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from locat_lightning.backbones.cost import (
-    activation_bytes,
-    count_parameters,
-    images_per_second,
-    multiply_adds,
-)
 from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import RANDOM, Network
 from locat_lightning.callbacks.kernels import kernel_widths
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.cost import (
+    activation_bytes,
+    count_parameters,
+    images_per_second,
+    multiply_adds,
+)
 from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.options import check_weights, errors_in_a_line, mixed_precision, near_options
 

@@ -18,9 +18,9 @@ import torch
 import yaml
 
 import locat
-from locat_lightning.backbones.cost import activation_bytes, count_parameters, multiply_adds
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.cost import activation_bytes, count_parameters, multiply_adds
 from locat_lightning.study.plan import MEASURES, TRAIN, Step, Study
 
 RESULT = "result.json"

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from locat_lightning.backbones.cost import (
+from locat_lightning.evaluation.cost import (
     activation_bytes,
     count_parameters,
     images_per_second,
@@ -75,7 +75,7 @@ def test_activations_grow_with_the_batch_and_leave_the_model_alone():
 
 def test_a_forward_pass_is_timed(monkeypatch):
     seconds = iter(range(100))
-    monkeypatch.setattr("locat_lightning.backbones.cost.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("locat_lightning.evaluation.cost.perf_counter", lambda: next(seconds))
     model = vit().train()
     assert images_per_second(model, IMAGE.expand(4, -1, -1, -1), seconds=2) == 4  # a second each
     assert next(seconds) == 6
