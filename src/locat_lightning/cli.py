@@ -269,7 +269,7 @@ class LocatCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Like LightningCLI's, with the options that are like one that is unknown."""
         command = self._subcommand_parsers.get(next(iter(sys.argv[1:]), ""), parser)
-        with near_options(option for action in command._actions for option in action.option_strings):
+        with near_options(command):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:

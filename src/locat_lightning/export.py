@@ -20,7 +20,14 @@ from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import DECODER_OF, Network, read_checkpoint
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import count_parameters
-from locat_lightning.options import check_weights, errors_in_a_line, near_options, record_of_run
+from locat_lightning.options import (
+    add_backbone_options,
+    check_weights,
+    command_parser,
+    errors_in_a_line,
+    near_options,
+    record_of_run,
+)
 
 DESCRIPTION = (
     "Writes a model and its card into a folder: of a classification its backbone and classifier, of a DINO "
@@ -73,7 +80,7 @@ def main(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     parser = _parser()
-    with near_options(option for action in parser._actions for option in action.option_strings):
+    with near_options(parser):
         config = parser.parse_args(arguments)
     check_weights(config.weights)
     check_format(config.format)
@@ -118,9 +125,7 @@ def _export(arguments: list[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="locat export", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False
-    )
+    parser = command_parser("export", DESCRIPTION)
     add = parser.add_argument
     add(
         "--weights",
@@ -138,9 +143,7 @@ def _parser() -> ArgumentParser:
         "the images is fixed and the batch is not",
     )
     add("--overwrite", action="store_true", help="replace files of the same names in the folder")
-    add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
-    add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the backbone")
-    add("--student", action="store_true", help="of a DINO checkpoint the student, not the teacher")
+    add_backbone_options(parser)
     return parser
 
 

@@ -28,7 +28,14 @@ from locat_lightning.evaluation.cost import (
     multiply_adds,
 )
 from locat_lightning.evaluation.features import autocast_type
-from locat_lightning.options import check_weights, errors_in_a_line, mixed_precision, near_options
+from locat_lightning.options import (
+    add_backbone_options,
+    check_weights,
+    command_parser,
+    errors_in_a_line,
+    mixed_precision,
+    near_options,
+)
 
 DESCRIPTION = (
     "Parameters, multiply-adds, memory and throughput of a model, and, if it is trained, how wide its "
@@ -45,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 def _info(arguments: list[str]) -> None:
     parser = _parser()
-    with near_options(option for action in parser._actions for option in action.option_strings):
+    with near_options(parser):
         config = parser.parse_args(arguments)
     device = _device(config.device)
     of_name = timm.is_model(config.model) and not Path(config.model).is_file()
@@ -63,14 +70,10 @@ def _info(arguments: list[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="locat info", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False
-    )
+    parser = command_parser("info", DESCRIPTION)
     add = parser.add_argument
     add("model", type=str, help="timm's name of a model (without weights), or weights as of --weights")
-    add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
-    add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the model")
-    add("--student", action="store_true", help="of a DINO checkpoint the student, not the teacher")
+    add_backbone_options(parser)
     add("--batch_size", type=PositiveInt, default=16, help="images at once, for the throughput")
     add("--device", type=str | None, default=None, help="as torch calls it; by default a GPU if there is one")
     add("--json", action="store_true", help="numbers for machines")

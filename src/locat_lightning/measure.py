@@ -32,8 +32,10 @@ from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linea
 from locat_lightning.evaluation.retrieval import Search, segment_by_retrieval
 from locat_lightning.options import (
     ConfigByName,
+    add_backbone_options,
     check_processes,
     check_weights,
+    command_parser,
     errors_in_a_line,
     given_options,
     mixed_precision,
@@ -84,7 +86,7 @@ def _measure(command: str, arguments: list[str]) -> None:
         parser.set_defaults(_defaults(command, weights))
     elif not options.keys() & {"--config", "-c", "--help", "-h"}:
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
-    with near_options(option for action in parser._actions for option in action.option_strings):
+    with near_options(parser):
         config = parser.parse_args(arguments)
     autocast_type(config.precision)  # a mistake shows before anything is read
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
@@ -117,9 +119,7 @@ def _measure(command: str, arguments: list[str]) -> None:
 
 
 def _parser(command: str) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=f"locat {command}", description=DESCRIPTIONS[command], exit_on_error=False, allow_abbrev=False
-    )
+    parser = command_parser(command, DESCRIPTIONS[command])
     add = parser.add_argument
     add("-c", "--config", action=ConfigByName, help="a file with any of these options")
     add(
@@ -128,9 +128,7 @@ def _parser(command: str) -> ArgumentParser:
         required=True,
         help="a checkpoint of a run, a file (DINO's, timm's, a state dict), a timm name, or 'random'",
     )
-    add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
-    add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the backbone")
-    add("--student", action="store_true", help="of a DINO checkpoint the student, not the teacher")
+    add_backbone_options(parser)
     if command == "retrieve":
         parser.add_class_arguments(SegmentationData, "data")
         add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from inspect import signature
@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentError
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -64,12 +64,24 @@ def _is_it(path: Path) -> str:
     return f": give a file, as {path}" if path.is_file() else ", not a file"
 
 
-@contextmanager
-def near_options(known: Iterable[str]) -> Iterator[None]:
-    """Have an option that a parser does not know answered by those that it knows.
+def command_parser(command: str, description: str) -> ArgumentParser:
+    """The parser of a command that is none of LightningCLI's."""
+    return ArgumentParser(
+        prog=f"locat {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
 
-    Args:
-        known: as they are typed.
+
+def add_backbone_options(parser: ArgumentParser) -> None:
+    """What says of which model weights are, where they do not, and which of DINO's two to take."""
+    add = parser.add_argument
+    add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
+    add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the backbone")
+    add("--student", action="store_true", help="of a DINO checkpoint the student, not the teacher")
+
+
+@contextmanager
+def near_options(parser: ArgumentParser) -> Iterator[None]:
+    """Have an option that a parser does not know answered by those that it knows.
 
     Raises:
         InputError: there is such an option.
@@ -80,7 +92,7 @@ def near_options(known: Iterable[str]) -> Iterator[None]:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", str(error))
         if unknown is None:
             raise
-        option, known = unknown[1], list(known)
+        option, known = unknown[1], [name for action in parser._actions for name in action.option_strings]
         group, _, rest = option.partition(".")
         # Options of a class, as data's, are none of the parser's: what can be mistyped is the group.
         classes = [each.removesuffix(".help") for each in known if re.fullmatch(r"--\w+\.help", each)]

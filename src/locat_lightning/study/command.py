@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from locat_lightning.errors import InputError
-from locat_lightning.options import ConfigByName, errors_in_a_line, near_options
+from locat_lightning.options import ConfigByName, command_parser, errors_in_a_line, near_options
 from locat_lightning.study.folders import some_of_each_class, unpacked
 from locat_lightning.study.plan import Options, Study
 from locat_lightning.study.report import write_report
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     with errors_in_a_line("--debug" in arguments):
         _, *options = (argument for argument in arguments if argument != "--debug")
         parser = _parser()
-        with near_options(option for action in parser._actions for option in action.option_strings):
+        with near_options(parser):
             config = parser.parse_args(options)
         if config.config is None:
             raise InputError("locat study needs --config, as study_cifar.yaml")
@@ -35,9 +35,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="locat study", description=DESCRIPTION, exit_on_error=False, allow_abbrev=False
-    )
+    parser = command_parser("study", DESCRIPTION)
     add = parser.add_argument
     add("-c", "--config", action=ConfigByName, help="a file with any of these options, or a shipped config")
     add(
