@@ -6,7 +6,10 @@ import subprocess
 import sys
 import time
 import warnings
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
+from multiprocessing.connection import Client
+from multiprocessing.reduction import recv_handle
+from multiprocessing.resource_sharer import DupFd
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from locat_lightning.data.reading import (
     Images,
     TrainOrder,
     UnreadableImages,
-    _leave_sigterm_to_the_run,
+    _leave_the_end_to_the_run,
     read_image,
     to_rgb,
 )
@@ -309,7 +312,7 @@ def test_reading_warns_of_nothing():
 
 
 def work(ready):
-    _leave_sigterm_to_the_run(0)
+    _leave_the_end_to_the_run(0)
     ready.set()
     time.sleep(60)
 
@@ -328,6 +331,34 @@ def test_a_worker_heeds_the_sigterm_of_its_run_and_no_other():
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(10)
     assert worker.exitcode == 0
+
+
+def hand_over(ready):
+    _leave_the_end_to_the_run(0)
+    ready.put([DupFd(1)._id, DupFd(1)._id])
+    ready.get()
+    sys.excepthook(ValueError, ValueError("another matter"), None)
+
+
+def test_a_worker_is_silent_about_a_run_that_left_while_taking_a_batch(capfd):
+    context = get_context("fork")
+    ready = context.SimpleQueue()
+    worker = context.Process(target=hand_over, args=(ready,))
+    worker.start()
+    before_asking, before_taking = ready.get()
+    Client(before_asking[0], authkey=current_process().authkey).close()
+    connection = Client(before_taking[0], authkey=current_process().authkey)
+    connection.send((before_taking[1], os.getpid()))
+    connection.close()
+    with Client(
+        before_asking[0], authkey=current_process().authkey
+    ) as connection:  # an answer: both were dealt with
+        connection.send((before_asking[1], os.getpid()))
+        os.close(recv_handle(connection))
+    ready.put(None)
+    worker.join(10)
+    assert worker.exitcode == 0
+    assert capfd.readouterr().err == "ValueError: another matter\n"
 
 
 def mistaken(items):

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from itertools import cycle, islice
 from multiprocessing import parent_process
 from os import PathLike
 from threading import Thread
+from types import TracebackType
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -289,7 +291,7 @@ class ImageLoader(DataLoader):
         super().__init__(
             dataset,
             collate_fn=partial(_collate, refill=training, collate=self.collate),
-            worker_init_fn=_leave_sigterm_to_the_run,
+            worker_init_fn=_leave_the_end_to_the_run,
             **options,
         )
         self.training = training
@@ -356,16 +358,27 @@ class ResumableLoader(ImageLoader):
         """Nothing: see `state_dict`."""
 
 
-def _leave_sigterm_to_the_run(worker: int) -> None:
+def _leave_the_end_to_the_run(worker: int) -> None:
     """A scheduler sends SIGTERM to all processes of a job: a worker heeds only the one that trains.
 
     A worker that heeded nobody would keep alive a process that ends while it holds an unfinished iterator. On
     macOS and Windows, where the sender cannot be told, a worker heeds all.
+
+    A run that is interrupted while it takes a batch says so itself: its worker, which hands batches over from
+    a thread, does not complain as well.
     """
+    sys.excepthook = _unless_the_receiver_left
     parent = parent_process()
     if parent is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
+
+
+def _unless_the_receiver_left(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_when_told(by: int | None) -> None:
