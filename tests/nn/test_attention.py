@@ -43,8 +43,9 @@ def force(monkeypatch, path):
         monkeypatch.setattr(attention, "gaussian_kernel", None)
         if path != "chunks":
             monkeypatch.setattr(
-                attention, "_chunk_size", lambda q, **_: (min(path[0], len(q)), min(path[1], q.shape[1]))
+                attention, "_chunk_size", lambda q: (min(path[0], len(q)), min(path[1], q.shape[-2]))
             )
+            monkeypatch.setattr(attention, "_flash_chunk_size", lambda *_: (path[0], 2, path[1]))
 
 
 def attention_by_loops(q, k, v, gaug, grid, built_for):
@@ -145,20 +146,19 @@ def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, g
     assert_same(ours, expected)
 
 
-@pytest.mark.parametrize("on_cpu", [2**18, 2**19])
 @pytest.mark.parametrize(
     ("heads", "tokens"), [(1, 5), (24, 17), (15, 197), (14, 257), (18, 160), (5, 700), (3, 1100)]
 )
-def test_the_chunks_are_every_row_of_every_head_once(heads, tokens, on_cpu):
+def test_the_chunks_are_every_row_of_every_head_once(heads, tokens):
     seen = torch.zeros(heads, tokens, 1, dtype=torch.int)
     first_rows = torch.zeros(heads, dtype=torch.int)
-    size = attention._chunk_size(torch.empty(heads, tokens, 1), on_cpu)
+    size = attention._chunk_size(torch.empty(heads, tokens, 1))
     for first, rows, whole in attention._chunks((seen,), (first_rows,), size):
         rows += 1
         whole += first
         assert rows.shape[0] <= size[0]
         assert rows.shape[1] <= size[1]
-        assert rows.numel() * tokens <= 4 * on_cpu
+        assert rows.numel() * tokens <= 4 * 2**18
     assert (seen == 1).all()
     assert (first_rows == 1).all()
 
@@ -176,6 +176,23 @@ def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
     chunked = value_and_gradients(ours, augmentation(8), shape, torch.float32)
     force(monkeypatch, "one expression")
     assert_same(chunked, value_and_gradients(ours, augmentation(8), shape, torch.float32))
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(785, 784), (1601, 800), (4101, 820)])
+def test_flash_attention_takes_its_rows_alike_and_by_blocks_of_256(tokens, rows):
+    assert attention._flash_chunk_size(torch.empty(2, 3, tokens, 8), prefix=1) == (2, 1, rows)
+    assert attention._flash_chunk_size(torch.empty(1, 3, tokens, 8), prefix=1) == (1, 2, rows)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_flash_attention_of_the_real_size_agrees_with_one_expression(monkeypatch, prefix):
+    """1,600 patches of 2 images and 3 heads: the rows are taken in two parts."""
+    shape, grid = (2, 3, prefix + 1600, 4), (32, 50)
+    q, k, v = (normal(*shape, seed=seed) for seed in (1, 2, 3))
+    gaussians = augmentation(4)(q, grid, grid)
+    chunked = gaussian_attention(q, k, v, gaussians)
+    force(monkeypatch, "one expression")
+    torch.testing.assert_close(chunked, gaussian_attention(q, k, v, gaussians), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gate", [-0.5, -1e-6, 1e-6, 2.0])

@@ -143,22 +143,28 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """`gaussian_attention` [B, h, N, d] with the kernel's factors [B·h, N, H] and [B·h, N, W].
 
-    Every row of the mask takes whole blocks of 16 numbers. On a CPU, the patches' columns begin with one.
+    Queries of prefix tokens need no mask. That of a patch's query takes whole blocks of 16 numbers, and on a
+    CPU the patches' columns begin with one.
     """
     B, h, N, d = q.shape
-    y, x = (t.unflatten(0, (B, h)) for t in (y, x))
+    grid = y.shape[-1], x.shape[-1]
+    prefix = N - math.prod(grid)
     out = v.new_empty(B, N, h, d).transpose(1, 2)
-    heads, rows = _chunk_size(q, on_cpu=2**19)
-    images = min(B, heads)
-    heads //= images
-    lead = -(N - y.shape[-1] * x.shape[-1]) % 16 if q.device.type == "cpu" else 0
+    of_prefix, of_patches = out.split([prefix, N - prefix], dim=2)
+    if prefix:
+        of_prefix.copy_(F.scaled_dot_product_attention(q[:, :, :prefix], k, v))
+    images, heads, rows = _flash_chunk_size(q, prefix)
+    lead = -prefix % 16 if q.device.type == "cpu" else 0
     room = y.new_empty(images, heads, rows, lead + N + -(lead + N) % 16)[..., lead : lead + N]
-    for of_images in zip(*(t.split(images) for t in (k, v, q, y, x, out)), strict=True):
+    room[..., :prefix] = 0
+    y, x = y.view(B, h, N, -1, 1), x.view(B, h, N, 1, -1)
+    by_row = *(t[:, :, prefix:] for t in (q, y, x)), of_patches
+    for of_images in zip(*(t.split(images) for t in (k, v, *by_row)), strict=True):
         for k_, v_, *of_heads in zip(*(t.split(heads, dim=1) for t in of_images), strict=True):
             for q_, y_, x_, out_ in zip(*(t.split(rows, dim=2) for t in of_heads), strict=True):
-                mask = room[: q_.shape[0], : q_.shape[1], : q_.shape[2]]
-                s = _kernel_of_tokens(y_, x_, mask).to(q.dtype)
-                out_.copy_(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=s))
+                s = room[: q_.shape[0], : q_.shape[1], : q_.shape[2]]
+                torch.mul(y_, x_, out=s[..., prefix:].unflatten(-1, grid))
+                out_.copy_(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=s.to(q.dtype)))
     return out
 
 
@@ -181,13 +187,25 @@ def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) ->
     return out.view(shape), total.log_().add_(largest)
 
 
-def _chunk_size(q: Tensor, on_cpu: int = 2**18) -> tuple[int, int]:
+def _chunk_size(q: Tensor) -> tuple[int, int]:
     """Of how many heads, and of how many rows of a head, the logits stay in a CPU's cache, or fill a GPU."""
     heads, N = q.shape[:-2].numel(), q.shape[-2]
-    size = on_cpu if q.device.type == "cpu" else 2**26
+    size = 2**18 if q.device.type == "cpu" else 2**26
     if 2 * size >= N**2:
         return min(heads, max(1, size // N**2)), N
     return min(heads, 2), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
+
+
+def _flash_chunk_size(q: Tensor, prefix: int) -> tuple[int, int, int]:
+    """Of how many images, heads and patches flash attention takes a mask."""
+    if q.device.type == "cpu":
+        patches = q.shape[2] - prefix
+        # Of 768 rows or more, flash attention takes 256 at a time, else 64: that is slower.
+        heads, rows = 2, math.ceil(patches / max(1, patches // 768))
+    else:
+        heads, rows = _chunk_size(q)
+    images = min(q.shape[0], heads)
+    return images, heads // images, rows
 
 
 def _flat(t: Tensor) -> Tensor:
