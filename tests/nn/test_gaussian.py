@@ -92,26 +92,23 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
     assert_close(kernel, expected.float(), rtol=2e-5, atol=1e-6)
 
 
-def test_the_kernel_is_the_product_of_its_two_factors():
+@pytest.mark.parametrize("key_by_key", [False, True])
+def test_the_kernel_is_the_product_of_its_two_factors(key_by_key):
     q = queries(2, 3, 1 + 15, 8)
     gaussians = augmentation(8)(q, (5, 3), (5, 3))
-    y, x = factors(gaussians, distances((5, 3), 1, gaussians.cap, q.device))
-    assert y.shape == (2, 3, 1 + 15, 5)
-    assert x.shape == (2, 3, 1 + 15, 3)
+    y, x = factors(gaussians, distances((5, 3), gaussians.cap, q.device), key_by_key=key_by_key)
+    assert y.shape == (2, 3, 15, 5)
+    assert x.shape == (2, 3, 15, 3)
     assert y.dtype == x.dtype == torch.float32
-    assert (y[:, :, 0] == 0).all()  # the prefix token has no kernel
-    product = torch.einsum("bhpi,bhpj->bhpij", y[:, :, 1:], x[:, :, 1:]).flatten(-2)
+    assert all((t.mT if key_by_key else t).is_contiguous() for t in (y, x))
+    product = torch.einsum("bhpi,bhpj->bhpij", y, x).flatten(-2)
     assert_close(gaussian_kernel(gaussians), product, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_distances_are_those_of_the_grid_squared_and_capped(prefix):
-    table = distances((2, 3), prefix, 3, torch.device("cpu"))
-    assert len(table) == prefix + 6
-    for p in range(6):
-        i, j = divmod(p, 3)
-        squares = [(i - row) ** 2 for row in range(2)] + [(j - column) ** 2 for column in range(3)]
-        assert table[prefix + p].tolist() == [min(each, 3) for each in squares]
+def test_distances_are_those_of_the_grid_squared_and_capped():
+    rows, columns = distances((2, 3), 3, torch.device("cpu"))
+    assert rows.tolist() == [[0, 1], [1, 0]]
+    assert columns.tolist() == [[0, 1, 3], [1, 0, 1], [3, 1, 0]]
 
 
 def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():

@@ -84,27 +84,26 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grid: tuple[int, int],
         cap: int,
     ) -> Tensor:
-        prefix = q.shape[2] - alpha.shape[1]
-        squares = distances(grid, prefix, cap, q.device)
+        squares = distances(grid, cap, q.device)
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
         flash = q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]
-        if not flash:
-            squares = _key_by_key(squares)
-            q, k, v = (t.contiguous() for t in (q, k, v))
-        y, x = factors(Gaussians(slope, alpha, grid, cap), squares)
+        y, x = factors(Gaussians(slope, alpha, grid, cap), squares, key_by_key=not flash)
         if flash:
             out, lse = _flash_attention(q, k, v, y, x), None
         else:
+            q, k, v = (t.contiguous() for t in (q, k, v))
+            y, x = (_of_tokens(t, q.shape[2]) for t in (y, x))
             out, lse = _attention_and_lse(q, k, v, y, x)
-        ctx.save_for_backward(q, k, v, alpha, y, x, squares, lse)
+        ctx.save_for_backward(q, k, v, alpha, y, x, *squares, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *qkv, alpha, y, x, squares, lse = ctx.saved_tensors
+        *qkv, alpha, y, x, rows, columns, lse = ctx.saved_tensors
         q, k, v, grad = (_flat(t) for t in (*qkv, grad))
-        y, x = _key_by_key(y), _key_by_key(x)
+        if lse is None:
+            y, x = (_of_tokens(t, q.shape[1]) for t in (y, x))
         grid = y.shape[2], x.shape[2]
         prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
@@ -131,9 +130,10 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             t = s.mul_(g)[..., prefix:].unflatten(-1, grid)
             torch.sum(t, -1, out=t_y_)
             torch.sum(t, -2, out=t_x_)
-        d_y, d_x = squares.split(grid, dim=-1)
-        grad_slope = torch.stack([(t_y * d_y).sum(-1), (t_x * d_x).sum(-1)])[..., prefix:]
-        grad_log_alpha = t_y.sum(-1)[:, prefix:]
+        t_y, t_x = (t.mT[..., prefix:].unflatten(-1, grid) for t in (t_y, t_x))  # [B·h, keys, H, W]
+        of_y, of_x = (t_y * rows.unsqueeze(-1)).sum(1), (t_x * columns.unsqueeze(1)).sum(1)
+        grad_slope = torch.stack([of_y, of_x]).flatten(2)
+        grad_log_alpha = t_y.sum(1).flatten(1)
         least = torch.finfo(alpha.dtype).tiny
         grad_alpha = grad_log_alpha / alpha.abs().clamp_min(least).copysign(alpha)  # gates can be negative
         grads = (t.view(qkv[0].shape) for t in (grad_q, grad_k, grad_v))
@@ -141,7 +141,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """`gaussian_attention` [B, h, N, d] with the kernel's factors [B·h, N, H] and [B·h, N, W].
+    """`gaussian_attention` [B, h, N, d] with the kernel's factors [B·h, H·W, H] and [B·h, H·W, W].
 
     Queries of prefix tokens need no mask. That of a patch's query takes whole blocks of 16 numbers, and on a
     CPU the patches' columns begin with one.
@@ -157,8 +157,8 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
     lead = -prefix % 16 if q.device.type == "cpu" else 0
     room = y.new_empty(images, heads, rows, lead + N + -(lead + N) % 16)[..., lead : lead + N]
     room[..., :prefix] = 0
-    y, x = y.view(B, h, N, -1, 1), x.view(B, h, N, 1, -1)
-    by_row = *(t[:, :, prefix:] for t in (q, y, x)), of_patches
+    y, x = y.view(B, h, -1, grid[0], 1), x.view(B, h, -1, 1, grid[1])
+    by_row = q[:, :, prefix:], y, x, of_patches
     for of_images in zip(*(t.split(images) for t in (k, v, *by_row)), strict=True):
         for k_, v_, *of_heads in zip(*(t.split(heads, dim=1) for t in of_images), strict=True):
             for q_, y_, x_, out_ in zip(*(t.split(rows, dim=2) for t in of_heads), strict=True):
@@ -169,7 +169,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
 
 
 def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`gaussian_attention` [B, h, N, d] and L [B·h, N, 1], with factors that lie key by key."""
+    """`gaussian_attention` [B, h, N, d] and L [B·h, N, 1], with factors of all tokens that lie key by key."""
     shape = v.shape
     q, k, v = (_flat(t) for t in (q, k, v))
     out = torch.empty_like(v)
@@ -241,9 +241,9 @@ def _matrices(room: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return room[: heads * rows * k.shape[1]].view(heads, -1, rows).mT
 
 
-def _key_by_key(t: Tensor) -> Tensor:
-    """The same numbers [.., N, keys], in memory key by key."""
-    return t.mT.contiguous().mT
+def _of_tokens(t: Tensor, tokens: int) -> Tensor:
+    """A factor [.., H·W, keys] for all tokens, key by key: 0 for prefix tokens, which have no kernel."""
+    return F.pad(t.mT, (tokens - t.shape[-2], 0)).contiguous().mT
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Source: "Locality-Attending Vision Transformer" (ICLR 2026), the section on Gaus
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -227,75 +226,66 @@ class GaussianMixture(nn.Module):
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Tensor:
         """S [1, 1, H·W, H·W], float32; of the queries only the device matters."""
-        squares = distances(grid, 0, max(grid) ** 2, q.device)
         var = self.log_var.float().exp() * (min(grid) / min(built_for))
         y, x = (
             (-0.5 * d / var.view(-1, 1, 1)).clamp_min(_LEAST_EXPONENT).exp()
-            for d in squares.split(grid, dim=-1)
+            for d in distances(grid, max(grid) ** 2, q.device)
         )
-        s: Tensor = torch.einsum("m,mpi,mpj->pij", self.alpha.float(), y, x)
-        return s.flatten(1)[None, None]
+        s: Tensor = torch.einsum("m,mik,mjl->ijkl", self.alpha.float(), y, x)
+        return s.flatten(2).flatten(0, 1)[None, None]
 
 
-def distances(grid: tuple[int, int], prefix: int, cap: int, device: torch.device) -> Tensor:
-    """From each token's place to the rows, (i − i')², and to the columns, (j − j')², of its grid.
-
-    Args:
-        grid: (H, W).
-        prefix: Prefix tokens before the patches. They have no place: their rows are 0.
-        cap: The largest value.
-        device: Where the tensor is made.
-
-    Returns:
-        [N, H + W], float32.
-    """
-    H, W = grid
-    i, j = _places(grid, device)
-    rows = (i.unsqueeze(-1) - i).square_().clamp_max_(cap).unsqueeze(1)
-    columns = (j.unsqueeze(-1) - j).square_().clamp_max_(cap)
-    of_patches = torch.cat([rows.expand(H, W, H), columns.expand(H, W, W)], dim=-1).flatten(0, 1)
-    return F.pad(of_patches, (0, 0, prefix, 0)) if prefix else of_patches
+def distances(grid: tuple[int, int], cap: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(i − i')² [H, H] of a grid's rows and (j − j')² [W, W] of its columns, float32 and at most `cap`."""
+    rows, columns = (
+        (at.unsqueeze(-1) - at).square_().clamp_max_(cap)
+        for at in (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
+    )
+    return rows, columns
 
 
-def factors(gaussians: Gaussians, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y, which is 0 of prefix tokens.
+def factors(
+    gaussians: Gaussians, squares: tuple[Tensor, Tensor], *, key_by_key: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y.
 
     The exponential of a sum is a product: this takes H + W exponentials a row instead of H · W, and nothing
     of size [B, h, N, N, 2].
 
     Args:
-        gaussians: Of the last H·W tokens.
-        squares: (i − i')² and (j − j')² [N, H + W], capped.
+        gaussians: Of the H·W patches.
+        squares: `distances` of the grid.
+        key_by_key: Whether they lie in memory key by key instead of row by row.
 
     Returns:
-        y [B, h, N, H] and x [B, h, N, W].
+        y [B, h, H·W, H] and x [B, h, H·W, W].
     """
-    prefix = len(squares) - gaussians.alpha.shape[-1]
-    slope, alpha = (F.pad(each, (prefix, 0)).unsqueeze(-1) for each in gaussians[:2])
+    keys = -3 if key_by_key else -1
+    slope, alpha = (t.unflatten(-1, gaussians.grid).unsqueeze(keys) for t in gaussians[:2])
+    places = squares[0].unsqueeze(1), squares[1].unsqueeze(0)  # [H, 1, H'] and [1, W, W']
     y, x = (
-        (a * d).clamp_min_(_LEAST_EXPONENT).exp_()
-        for a, d in zip(slope, squares.split(gaussians.grid, dim=-1), strict=True)
+        (a * d.movedim(-1, keys)).clamp_min_(_LEAST_EXPONENT).exp_()
+        for a, d in zip(slope, places, strict=True)
     )
-    return y * alpha, x
+    y = y * alpha
+    if key_by_key:
+        return y.flatten(-2).mT, x.flatten(-2).mT
+    return y.flatten(-3, -2), x.flatten(-3, -2)
 
 
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
     """S [B, h, H·W, H·W] of the patches among themselves, float32."""
     slope, alpha, grid, cap, cross = gaussians
     if cross is None:
-        y, x = factors(gaussians, distances(grid, 0, cap, alpha.device))
+        y, x = factors(gaussians, distances(grid, cap, alpha.device))
         return (y.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
-    dy, dx = ((at.unsqueeze(-1) - at).clamp(-(cap**0.5), cap**0.5) for at in _places(grid, alpha.device))
+    places = (torch.arange(n, dtype=torch.float32, device=alpha.device) for n in grid)
+    dy, dx = ((at.unsqueeze(-1) - at).clamp(-(cap**0.5), cap**0.5) for at in places)
     dy, dx = dy[:, None, :, None], dx[None, :, None, :]
     of_y, of_x, of_yx, alpha = (t.unflatten(-1, grid)[..., None, None] for t in (*slope, cross, alpha))
     exponent = of_y * dy.square() + of_x * dx.square() + of_yx * dy * dx
     s: Tensor = alpha * exponent.clamp_min(_LEAST_EXPONENT).exp()
     return s.flatten(-4, -3).flatten(-2)
-
-
-def _places(grid: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
-    """Rows 0 … H − 1 and columns 0 … W − 1."""
-    return (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
 
 
 def _epsilon(built_for: tuple[int, int]) -> float:
