@@ -151,21 +151,18 @@ class GaussianAugmentation(nn.Module):
         Returns:
             σ² [2, B, h, H·W] (vertical, horizontal; in squared patches) and α [B, h, H·W], float32.
         """
-        za = torch.addmm(
-            torch.cat([self.log_var.bias, self.log_alpha.bias]).unsqueeze(-1),
+        za = F.linear(
+            q,
             torch.cat([self.log_var.weight, self.log_alpha.weight]),
-            q.flatten(0, -2).mT,
+            torch.cat([self.log_var.bias, self.log_alpha.bias]),
         )
-        z, a = (
-            za.unflatten(-1, q.shape[:-1])[..., -math.prod(grid) :]
-            .float()
-            .split([len(self.log_var.weight), 1])
-        )
+        *zs, a = za[..., -math.prod(grid) :, :].float().unbind(-1)
+        z = torch.stack(zs)
         largest = max(built_for) ** 2
         var = largest * torch.sigmoid(z - math.log(largest - 1) if largest > 2 else z)
         if grid != built_for:
             var = var * (min(grid) / min(built_for))
-        alpha = F.softplus(a.squeeze(0))
+        alpha = F.softplus(a)
         if self.gate is not None:
             alpha = alpha * (GATE_GAIN * self.gate)
         return var.expand(2, *alpha.shape), alpha
