@@ -149,18 +149,18 @@ def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, g
 @pytest.mark.parametrize(
     ("heads", "tokens"), [(1, 5), (24, 17), (15, 197), (14, 257), (18, 160), (5, 700), (3, 1100)]
 )
-def test_the_chunks_are_every_row_of_every_head_once(heads, tokens):
-    seen = torch.zeros(heads, tokens, 1, dtype=torch.int)
-    first_rows = torch.zeros(heads, dtype=torch.int)
+def test_the_chunks_are_every_query_of_every_head_once(heads, tokens):
+    seen = torch.zeros(heads, 1, tokens, dtype=torch.int)
+    begun = torch.zeros(heads, dtype=torch.int)
     size = attention._chunk_size(torch.empty(heads, tokens, 1))
-    for first, rows, whole in attention._chunks((seen,), (first_rows,), size):
-        rows += 1
+    for first, queries, whole in attention._chunks((seen,), (begun,), size):
+        queries += 1
         whole += first
-        assert rows.shape[0] <= size[0]
-        assert rows.shape[1] <= size[1]
-        assert rows.numel() * tokens <= 4 * 2**18
+        assert queries.shape[0] <= size[0]
+        assert queries.shape[2] <= size[1]
+        assert queries.numel() * tokens <= 4 * 2**18
     assert (seen == 1).all()
-    assert (first_rows == 1).all()
+    assert (begun == 1).all()
 
 
 def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
@@ -171,7 +171,7 @@ def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
         return gaussian_attention(q, k, v, gaug(q, grid, grid))
 
     q = torch.empty(10, 197, 8)
-    sizes = [len(rows) for _, rows in attention._chunks((q,), (), attention._chunk_size(q))]
+    sizes = [len(queries) for _, queries in attention._chunks((q.mT,), (), attention._chunk_size(q))]
     assert sizes == [6, 4]
     chunked = value_and_gradients(ours, augmentation(8), shape, torch.float32)
     force(monkeypatch, "one expression")

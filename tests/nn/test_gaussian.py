@@ -92,15 +92,18 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
     assert_close(kernel, expected.float(), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("key_by_key", [False, True])
-def test_the_kernel_is_the_product_of_its_two_factors(key_by_key):
+@pytest.mark.parametrize("keys_first", [False, True])
+def test_the_kernel_is_the_product_of_its_two_factors(keys_first):
     q = queries(2, 3, 1 + 15, 8)
     gaussians = augmentation(8)(q, (5, 3), (5, 3))
-    y, x = factors(gaussians, distances((5, 3), gaussians.cap, q.device), key_by_key=key_by_key)
+    y, x = factors(gaussians, distances((5, 3), gaussians.cap, q.device), keys_first=keys_first)
+    assert y.is_contiguous()
+    assert x.is_contiguous()
+    assert y.dtype == x.dtype == torch.float32
+    if keys_first:
+        y, x = y.mT, x.mT
     assert y.shape == (2, 3, 15, 5)
     assert x.shape == (2, 3, 15, 3)
-    assert y.dtype == x.dtype == torch.float32
-    assert all((t.mT if key_by_key else t).is_contiguous() for t in (y, x))
     product = torch.einsum("bhpi,bhpj->bhpij", y, x).flatten(-2)
     assert_close(gaussian_kernel(gaussians), product, rtol=0, atol=0)
 

@@ -62,15 +62,15 @@ def gaussian_attention(
 
 
 class _ChunkedGaussianAttention(torch.autograd.Function):
-    """`gaussian_attention` of all images' heads, a chunk of heads or rows at a time.
+    """`gaussian_attention` of all images' heads, a chunk of heads or queries at a time.
 
-    With A = q kᵀ / √d + S, L = ln Σ exp(A) by row, P = exp(A − L) and T = ∂A ∘ S, the gradients of the
+    With A = q kᵀ / √d + S, L = ln Σ exp(A) by query, P = exp(A − L) and T = ∂A ∘ S, the gradients of the
     logarithms of S's factors are T summed by row, T_y[p, i] = Σ_j T[p, (i, j)], and by column,
     T_x[p, j] = Σ_i T[p, (i, j)]. Then ∂(slope_y)[p] = Σ_i T_y[p, i] D_y[p, i], likewise x, and ∂(ln α)[p] is
     T_y's sum.
 
-    Matrices [heads, rows, N] lie in memory key by key, as the factors do: a pass over S then runs along the
-    many queries, not along the few patches of a grid's row. Only flash attention wants its mask row by row.
+    These matrices are all transposed, [heads, keys, queries]: a pass over S then runs along the many queries,
+    not along the few patches of a grid's row. Only flash attention wants its mask query by query.
     """
 
     @staticmethod
@@ -87,7 +87,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         squares = distances(grid, cap, q.device)
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
         flash = q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]
-        y, x = factors(Gaussians(slope, alpha, grid, cap), squares, key_by_key=not flash)
+        y, x = factors(Gaussians(slope, alpha, grid, cap), squares, keys_first=not flash)
         if flash:
             out, lse = _flash_attention(q, k, v, y, x), None
         else:
@@ -103,34 +103,35 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         *qkv, alpha, y, x, rows, columns, lse = ctx.saved_tensors
         q, k, v, grad = (_flat(t) for t in (*qkv, grad))
         if lse is None:
-            y, x = (_of_tokens(t, q.shape[1]) for t in (y, x))
-        grid = y.shape[2], x.shape[2]
+            y, x = (_of_tokens(t.mT, q.shape[1]) for t in (y, x))
+        grid = y.shape[1], x.shape[1]
         prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
         rooms = [_room(size, k, y.dtype) for _ in range(3)]
+        by_query = q.mT, y, x, q.mT if lse is None else lse, grad.mT, grad_q.mT, t_y, t_x
         for first, q_, y_, x_, lse_, d_out, d_q, t_y_, t_x_, k_, v_, d_k, d_v in _chunks(
-            (q, y, x, q if lse is None else lse, grad, grad_q, t_y, t_x), (k, v, grad_k, grad_v), size
+            by_query, (k, v, grad_k, grad_v), size
         ):
-            s, p, g = (_matrices(room, q_, k_) for room in rooms)
+            s, p, g = (_matrices(room, k_, q_) for room in rooms)
             _kernel_of_tokens(y_, x_, s)
             if lse is not None:
-                _add_product(q_, k_.mT, torch.sub(s, lse_, out=p), scale).exp_()
+                _add_product(torch.sub(s, lse_, out=p), k_, q_, scale).exp_()
             else:
-                torch.add(s, _product(q_, k_.mT, p), alpha=scale, out=p)
-                torch.softmax(p.mT, 1, out=p.mT)
-            d_v.baddbmm_(p.to(q.dtype).mT, d_out, beta=1 - first)
-            _product(d_out, v_.mT, g)
-            torch._softmax_backward_data(g.mT, p.mT, 1, p.dtype, grad_input=g.mT)
+                torch.add(s, _product(k_, q_, p), alpha=scale, out=p)
+                torch.softmax(p, 1, out=p)
+            d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
+            _product(v_, d_out, g)
+            torch._softmax_backward_data(g, p, 1, p.dtype, grad_input=g)
             d_a = g.to(q.dtype)
-            d_q.baddbmm_(d_a, k_, beta=0, alpha=scale)
-            d_k.baddbmm_(d_a.mT, q_, beta=1 - first, alpha=scale)
-            t = s.mul_(g)[..., prefix:].unflatten(-1, grid)
-            torch.sum(t, -1, out=t_y_)
-            torch.sum(t, -2, out=t_x_)
-        t_y, t_x = (t.mT[..., prefix:].unflatten(-1, grid) for t in (t_y, t_x))  # [B·h, keys, H, W]
+            d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
+            d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
+            t = s.mul_(g)[:, prefix:].unflatten(1, grid)
+            torch.sum(t, 2, out=t_y_)
+            torch.sum(t, 1, out=t_x_)
+        t_y, t_x = (t[..., prefix:].unflatten(-1, grid) for t in (t_y, t_x))  # [B·h, keys, H, W]
         of_y, of_x = (t_y * rows.unsqueeze(-1)).sum(1), (t_x * columns.unsqueeze(1)).sum(1)
         grad_slope = torch.stack([of_y, of_x]).flatten(2)
         grad_log_alpha = t_y.sum(1).flatten(1)
@@ -169,21 +170,21 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
 
 
 def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`gaussian_attention` [B, h, N, d] and L [B·h, N, 1], with factors of all tokens that lie key by key."""
+    """`gaussian_attention` [B, h, N, d] and L [B·h, 1, N], with the factors [B·h, H, N] and [B·h, W, N]."""
     shape = v.shape
     q, k, v = (_flat(t) for t in (q, k, v))
     out = torch.empty_like(v)
-    largest, total = y.new_empty(2, *q.shape[:2], 1)  # max A and Σ exp(A − max A)
+    largest, total = y.new_empty(2, len(q), 1, q.shape[1])  # max A and Σ exp(A − max A)
     size = _chunk_size(q)
     room = _room(size, k, y.dtype)
-    by_row = q, y, x, out, largest, total
-    for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_row, (k, v), size):
-        s = _kernel_of_tokens(y_, x_, _matrices(room, q_, k_))
-        a = _add_product(q_, k_.mT, s, q.shape[-1] ** -0.5)
-        torch.amax(a, -1, keepdim=True, out=largest_)
-        torch.sum(a.sub_(largest_).exp_(), -1, keepdim=True, out=total_)
-        torch.bmm(a, v_, out=out_)
-    out.div_(total)
+    by_query = q.mT, y, x, out.mT, largest, total
+    for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_query, (k, v), size):
+        s = _kernel_of_tokens(y_, x_, _matrices(room, k_, q_))
+        a = _add_product(s, k_, q_, q.shape[-1] ** -0.5)
+        torch.amax(a, 1, keepdim=True, out=largest_)
+        torch.sum(a.sub_(largest_).exp_(), 1, keepdim=True, out=total_)
+        torch.bmm(a.mT, v_, out=out_.mT)
+    out.div_(total.mT)
     return out.view(shape), total.log_().add_(largest)
 
 
@@ -214,20 +215,20 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _chunks(
-    by_row: tuple[Tensor, ...], by_head: tuple[Tensor, ...], size: tuple[int, int]
+    by_query: tuple[Tensor, ...], by_head: tuple[Tensor, ...], size: tuple[int, int]
 ) -> Iterator[tuple[Any, ...]]:
-    """Of tensors of rows [B·h, N, ..] and of whole heads [B·h, ..], the chunks that belong together.
+    """Of tensors of queries [B·h, .., N] and of whole heads [B·h, ..], the chunks that belong together.
 
-    Before them comes whether these are the first rows of their heads.
+    Before them comes whether these are the first queries of their heads.
     """
-    heads, rows = size
-    for of_heads in zip(*(t.split(heads) for t in by_row + by_head), strict=True):
-        if rows == by_row[0].shape[1]:
+    heads, queries = size
+    for of_heads in zip(*(t.split(heads) for t in by_query + by_head), strict=True):
+        if queries == by_query[0].shape[-1]:
             yield True, *of_heads
             continue
-        of_rows = zip(*(t.split(rows, dim=1) for t in of_heads[: len(by_row)]), strict=True)
-        for row, parts in enumerate(of_rows):
-            yield row == 0, *parts, *of_heads[len(by_row) :]
+        of_queries = zip(*(t.split(queries, dim=-1) for t in of_heads[: len(by_query)]), strict=True)
+        for number, parts in enumerate(of_queries):
+            yield number == 0, *parts, *of_heads[len(by_query) :]
 
 
 def _room(size: tuple[int, int], k: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,37 +236,33 @@ def _room(size: tuple[int, int], k: Tensor, dtype: torch.dtype) -> Tensor:
     return k.new_empty(math.prod(size) * k.shape[1], dtype=dtype)
 
 
-def _matrices(room: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Matrices [heads, rows, N] of a chunk, key by key, in as much of the room as they take."""
-    heads, rows = q.shape[:2]
-    return room[: heads * rows * k.shape[1]].view(heads, -1, rows).mT
+def _matrices(room: Tensor, k: Tensor, q: Tensor) -> Tensor:
+    """Matrices [heads, keys, queries] of a chunk, in as much of the room as they take; q lies transposed."""
+    heads, keys, queries = len(k), k.shape[1], q.shape[2]
+    return room[: heads * keys * queries].view(heads, keys, queries)
 
 
 def _of_tokens(t: Tensor, tokens: int) -> Tensor:
-    """A factor [.., H·W, keys] for all tokens, key by key: 0 for prefix tokens, which have no kernel."""
-    return F.pad(t.mT, (tokens - t.shape[-2], 0)).contiguous().mT
+    """A factor [.., keys, H·W] for all tokens: 0 for prefix tokens, which have no kernel."""
+    return F.pad(t, (tokens - t.shape[-1], 0)).contiguous()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """A batched product in the type of its factors, kept in that of `out`, which lies key by key."""
-    if a.dtype != out.dtype:
-        return out.copy_(torch.bmm(a, b))
-    torch.bmm(b.mT, a.mT, out=out.mT)
-    return out
+    """A batched product in the type of its factors, kept in that of `out`."""
+    return torch.bmm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.bmm(a, b))
 
 
-def _add_product(a: Tensor, b: Tensor, to: Tensor, scale: float) -> Tensor:
-    """Adds scale · a b to `to`, which lies key by key; the product in the type of its factors."""
-    if a.dtype != to.dtype:
-        return to.add_(torch.bmm(a, b), alpha=scale)
-    to.mT.baddbmm_(b.mT, a.mT, alpha=scale)
-    return to
+def _add_product(to: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Adds scale · a b to `to`; the product in the type of its factors."""
+    if a.dtype == to.dtype:
+        return to.baddbmm_(a, b, alpha=scale)
+    return to.add_(torch.bmm(a, b), alpha=scale)
 
 
 def _kernel_of_tokens(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """S [.., rows, N] from its factors in these rows."""
-    prefix = out.shape[-1] - y.shape[-1] * x.shape[-1]
-    out[..., :prefix] = 0
-    patches = out[..., prefix:].unflatten(-1, (y.shape[-1], x.shape[-1]))
-    torch.mul(y.unsqueeze(-1), x.unsqueeze(-2), out=patches)
+    """S, transposed [heads, N, queries], from its factors of these queries."""
+    rows, columns = y.shape[1], x.shape[1]
+    prefix = out.shape[1] - rows * columns
+    out[:, :prefix] = 0
+    torch.mul(y.unsqueeze(2), x.unsqueeze(1), out=out[:, prefix:].unflatten(1, (rows, columns)))
     return out

@@ -242,22 +242,22 @@ def distances(grid: tuple[int, int], cap: int, device: torch.device) -> tuple[Te
 
 
 def factors(
-    gaussians: Gaussians, squares: tuple[Tensor, Tensor], *, key_by_key: bool = False
+    gaussians: Gaussians, squares: tuple[Tensor, Tensor], *, keys_first: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y.
 
-    The exponential of a sum is a product: this takes H + W exponentials a row instead of H · W, and nothing
-    of size [B, h, N, N, 2].
+    The exponential of a sum is a product: this takes H + W exponentials a query instead of H · W, and
+    nothing of size [B, h, N, N, 2].
 
     Args:
         gaussians: Of the H·W patches.
         squares: `distances` of the grid.
-        key_by_key: Whether they lie in memory key by key instead of row by row.
+        keys_first: Whether the factors come transposed.
 
     Returns:
-        y [B, h, H·W, H] and x [B, h, H·W, W].
+        y [B, h, H·W, H] and x [B, h, H·W, W], or y [B, h, H, H·W] and x [B, h, W, H·W].
     """
-    keys = -3 if key_by_key else -1
+    keys = -3 if keys_first else -1
     slope, alpha = (t.unflatten(-1, gaussians.grid).unsqueeze(keys) for t in gaussians[:2])
     places = squares[0].unsqueeze(1), squares[1].unsqueeze(0)  # [H, 1, H'] and [1, W, W']
     y, x = (
@@ -265,9 +265,8 @@ def factors(
         for a, d in zip(slope, places, strict=True)
     )
     y = y * alpha
-    if key_by_key:
-        return y.flatten(-2).mT, x.flatten(-2).mT
-    return y.flatten(-3, -2), x.flatten(-3, -2)
+    patches = -2 if keys_first else -3
+    return y.flatten(patches, patches + 1), x.flatten(patches, patches + 1)
 
 
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
