@@ -118,7 +118,21 @@ def test_hyper_parameters_stand_beside_the_final_metrics(shown):
     names = {each["name"] for each in experiment["hparamInfos"]}
     assert {"backbone", "lr"} <= {name.split("/")[-1] for name in names}
     assert not any(name.startswith("_") for name in names)
-    metrics = {each["name"]["tag"] for each in experiment["metricInfos"]}
+    columns = [each["name"] for each in experiment["metricInfos"]]
+    request = {
+        "experimentName": "",
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        "colParams": [{"metric": name} for name in columns],
+        "startIndex": 0,
+        "sliceSize": 10,
+    }
+    groups = shown("hparams/session_groups", request)["sessionGroups"]
     headlines = {"quickstart": "val/top1", "dino_digits": "knn/top1", "segment_digits": "val/miou"}
-    # Of runs that differ in their metrics, TensorBoard takes the columns of one.
-    assert metrics & {f"final/{name}" for name in headlines.values()}
+    assert len(groups) == len(headlines)
+    for task, headline in headlines.items():
+        [group] = [group for group in groups if task in Path(group["sessions"][0]["name"]).parts]
+        values = {each["name"]["tag"]: each["value"] for each in group["metricValues"]}
+        [(run, _)] = [item for item in shown("scalars/tags").items() if task in Path(item[0]).parts]
+        logged = shown(f"scalars/scalars?tag={headline}&run={run}")
+        assert values[headline] == logged[-1][2]
+        assert headline in {column["tag"] for column in columns}

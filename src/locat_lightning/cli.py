@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.tensorboard.summary import hparams
 
 import locat_lightning
 from locat_lightning import resume
@@ -78,6 +79,8 @@ NO_NEWS = (
     "💡 Tip",
 )
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
+# What HParams shows, the last value of each. Its columns are those of one run: all runs name the same.
+COMPARED = ("val/top1", "val/miou", "knn/top1", "linear/top1", "retrieval/miou", "val/loss")
 MEASURED = ("val/", "knn/", "linear/", "retrieval/")  # metrics that say what came of a run
 HELP = {"--model.help", "--data.help"}  # of a class
 HELP_TO_OPTIONS = (
@@ -171,9 +174,9 @@ class RunRecord(SaveConfigCallback):
             if isinstance(checkpoint, Checkpoints) and checkpoint.best_model_score is not None:
                 metrics[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and metrics:
-                final = {f"final/{k}": v for k, v in metrics.items()}
-                logger.log_hyperparams(_flat(pl_module.hparams), final, trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                for summary in hparams(_flat(pl_module.hparams), dict.fromkeys(COMPARED, 0.0)):
+                    logger.experiment._get_file_writer().add_summary(summary)
         record: dict[str, Any] = {"epochs": trainer.current_epoch, **metrics}
         summary = "   ".join(f"{k} {v:.4g}" for k, v in record.items())
         if isinstance(pl_module, Segmentation):
