@@ -62,7 +62,7 @@ def draw_points(
 def draw_lines(
     arms: Mapping[str, Sequence[float]], x: str, y: str, *, colours: Mapping[str, str], level: float
 ) -> Image.Image:
-    """A line for each arm, over the places 0, 1, 2 and so on.
+    """A line for each arm, over the places 0, 1, 2 and so on, and over 0.
 
     Args:
         arms: values by name, at least one each.
@@ -73,7 +73,7 @@ def draw_lines(
     """
     lines = {name: [Point(i, value) for i, value in enumerate(values)] for name, values in arms.items()}
     points = [point for line in lines.values() for point in line]
-    points.append(Point(0, level))
+    points += [Point(0, level), Point(0, 0)]
     chart = _Chart(points, x, y, {arm: colours[arm] for arm in arms}, whole_x=True)
     chart.line([Point(chart.x[0], level), Point(chart.x[1], level)], FAINT)
     for arm, line in lines.items():

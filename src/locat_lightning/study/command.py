@@ -65,7 +65,8 @@ def _study(config: Namespace) -> None:
     directory = Path(config.to or f"runs/study_{preset}")
     images = unpacked(Path(config.images), directory / "data", "--images")
     masks = unpacked(Path(config.masks), directory / "data", "--masks") if "masks" in study.probes else images
-    _claim(directory, study)
+    names = {"images": Path(config.images).name, "masks": Path(config.masks).name}
+    _claim(directory, study, names)
     if study.images_per_class is not None:
         chosen = directory / "data" / f"{study.images_per_class}_per_class"
         images = some_of_each_class(images, study.images_per_class, chosen)
@@ -73,8 +74,8 @@ def _study(config: Namespace) -> None:
     report = Path(config.report) if config.report else directory / "results.md"
     command = f"locat study --config {Path(str(config.config[-1])).name} --preset {preset}"
     # Their names only: where they are is nobody else's concern.
-    command += f" --images {Path(config.images).name}"
-    command += f" --masks {Path(config.masks).name}" if "masks" in study.probes else ""
+    command += f" --images {names['images']}"
+    command += f" --masks {names['masks']}" if "masks" in study.probes else ""
     # Seed by seed, so that a study that is cut off has compared all arms with as many seeds as it has.
     runs = [(arm, seed) for seed in study.seeds for arm in study.arms]
     for number, (arm, seed) in enumerate(runs, start=1):
@@ -90,9 +91,9 @@ def _study(config: Namespace) -> None:
     print(f"report: {report}")
 
 
-def _claim(directory: Path, study: Study) -> None:
-    """Note what the directory's results are of, or see that it is this study."""
-    own: Options = json.loads(json.dumps(vars(study)))
+def _claim(directory: Path, study: Study, names: dict[str, str]) -> None:
+    """Note what the directory's results are of, or see that it is this study of data of these names."""
+    own: Options = json.loads(json.dumps(vars(study) | names))
     if (note := directory / NOTE).is_file():
         there = json.loads(note.read_text())
         if there != own:

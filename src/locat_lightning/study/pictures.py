@@ -27,7 +27,7 @@ from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.study.plan import TRAIN
 from locat_lightning.study.results import checkpoint_of, newest_run
 
-IMAGES, SIDE = 4, 180  # rows, and the shorter side of a tile in pixels
+IMAGES, SIDE = 4, 120  # rows, and the shorter side of a tile in pixels
 
 
 def draw_features(arms: Mapping[str, Path], masks: Path) -> Image.Image:

@@ -1,6 +1,7 @@
 """What a study consists of: the commands of each arm and seed, from its config."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,6 +77,11 @@ class Step(NamedTuple):
                 value = folder if value == f"{{{name}}}" else value
             given.append(f"--{option}={value if isinstance(value, str) else json.dumps(value)}")
         return given
+
+    def typed(self) -> str:
+        """The command for people: beside the folders' names, that of a step stands for its checkpoint."""
+        weights = [f"--weights={{{self.of}}}"] if self.of else []
+        return shlex.join(["locat", *self.arguments(), *weights, f"--name={self.name}"])
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,19 @@ def write_report(
         folders: where images and masks are.
         command: that writes it.
     """
-    write_atomically(page.with_suffix(".json"), {"command": command, "results": list(results)})
+    with_commands = [
+        {
+            **result,
+            "commands": {step.name: step.typed() for step in study.steps(result["arm"], result["seed"])},
+        }
+        for result in results
+    ]
+    write_atomically(page.with_suffix(".json"), {"command": command, "results": with_commands})
     pictures = _pictures(page, study, results, directory, folders)
     parts = [_head(study, results, command, page.with_suffix(".json").name)]
     if results:
         parts += [_quality(study, results), *_differences(study, results), _cost(study, results), *pictures]
+        parts.append(_commands(study, results, directory))
     part = page.with_suffix(".part")
     part.write_text("\n\n".join(parts) + "\n")
     part.replace(page)
@@ -68,11 +76,11 @@ def _head(study: Study, results: Results, command: str, raw: str) -> str:
         "# Results",
         "",
         f"Written by `{command}`; the numbers are what they are. All of them, and the commands of "
-        f"each run, are in [{raw}]({raw}).",
+        f"each run, are in [{raw}]({raw}); how each was measured is [below](#commands).",
         "",
         f"- **Preset** `{study.preset}`: {len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}."
-        " All arms have the same size, data, data order, augmentations, number of steps and seeds.",
-        f"- **Machine** {'; '.join(machines) or NOTHING}; {hours:.1f} hours in all.",
+        " Arms of one recipe have the same size, data, data order, augmentations, number of steps and seeds.",
+        f"- **Machine** {'; '.join(machines) or NOTHING}; {hours:.1f} hours of finished steps.",
         f"- **Versions** {'; '.join(versions) or NOTHING}.",
         *(f"- **{arm}**: {_options(study, arm)}." for arm in study.arms),
         "- Every figure is of the last checkpoint, and none was chosen by the images that it is measured on,"
@@ -91,7 +99,7 @@ def _options(study: Study, arm: str) -> str:
         f"`{name.removeprefix('model.backbone_args.')}: {json.dumps(v)}`"
         for name, v in study.arms[arm].items()
     ]
-    return f"{study.recipe_of[arm]}, {', '.join(own) or 'as the backbone is'}"
+    return f"{study.recipe_of[arm]}, {', '.join(own) or 'the recipe unchanged'}"
 
 
 def _quality(study: Study, results: Results) -> str:
@@ -126,8 +134,9 @@ def _differences(study: Study, results: Results) -> list[str]:
     table = _table(["", *(MEASURES[name].title for name in shown)], rows)
     return [
         "## Difference by seed\n\nPercentage points: mean of the differences between runs of one seed, with "
-        "its 95 % interval (Student's t over the seeds). With so few seeds the intervals are wide, and of "
-        f"many differences a few lie outside by chance.\n\n{table}\n\n" + "\n".join(words)
+        "its 95 % interval (Student's t over the seeds, which are all measured on the same images). With so "
+        "few seeds the intervals are wide. Nothing is corrected for how many there are: one in twenty "
+        f"excludes 0 by chance.\n\n{table}\n\n" + "\n".join(words)
     ]
 
 
@@ -193,7 +202,7 @@ def _cost(study: Study, results: Results) -> str:
         "multiply-adds",
         "memory",
         "training step",
-        "of the first arm",
+        "of its recipe's first arm",
         "waits for data",
     ]
     table = _table(head + ["peak GPU memory"] * on_gpu, rows)
@@ -211,60 +220,84 @@ def _pictures(
     """Draw what can be drawn beside the page, and give the sections that show it."""
     drawn: list[str] = []
 
-    def add(name: str, title: str, alt: str, image: Image.Image | None) -> None:
+    def add(name: str, title: str, caption: str, image: Image.Image | None) -> None:
         if image is not None:
             file = page.with_name(f"{page.stem}_{name}.png")
             image.save(file, optimize=True)
-            drawn.append(f"## {title}\n\n![{alt}]({file.name})")
+            drawn.append(f"## {title}\n\n![{title}]({file.name})\n\n*{caption}*")
 
     page.parent.mkdir(parents=True, exist_ok=True)
     colours = colours_of(study.arms)
+    # Arms without a classifier of their own, as DINO's, share the axis of the linear one.
+    score = "linear" if any(r["measures"].get("top1") is None for r in results) else "top1"
     points = {
         arm: found
         for arm in study.arms
         if (
             found := [
-                Point(100 * r["measures"]["top1"], 100 * r["measures"]["masks"])
+                Point(100 * r["measures"][score], 100 * r["measures"]["masks"])
                 for r in results
-                if r["arm"] == arm and None not in (r["measures"].get("top1"), r["measures"].get("masks"))
+                if r["arm"] == arm and None not in (r["measures"].get(score), r["measures"].get("masks"))
             ]
         )
     }
     if points:
-        chart = draw_points(
-            points, "top-1, per cent", "mIoU of the segmentation probe, per cent", colours=colours
+        titles = [f"{MEASURES[name].title}, per cent" for name in (score, "masks")]
+        caption = "A small circle for each seed, and a dot for each arm's mean."
+        add(
+            "quality",
+            "Patch features beside class scores",
+            caption,
+            draw_points(points, *titles, colours=colours),
         )
-        alt = "A point for each arm and seed, and each arm's mean: top-1 across, mIoU of the probe up"
-        add("quality", "Patch features beside class scores", alt, chart)
     widths = {
         arm: [mean(block) for block in zip(*found, strict=True)]
         for arm in study.arms
         if (found := [r["kernel_widths"] for r in results if r["arm"] == arm and r["kernel_widths"]])
     }
     if widths:
-        chart = draw_lines(
-            widths, "block", "mean kernel width, in patches (grey: at the start)", colours=colours, level=1.0
+        chart = draw_lines(widths, "block", "kernel width, in patches", colours=colours, level=1.0)
+        caption = (
+            "Root mean square standard deviation of the Gaussian kernels of some validation images, by "
+            "block; mean over the seeds. Grey: one patch, where all began."
         )
-        add(
-            "kernels",
-            "How far patches look",
-            "Mean width of the Gaussian kernels by block, for each arm",
-            chart,
-        )
+        add("kernels", "How far patches look", caption, chart)
     seed = study.seeds[0]
     arms = [arm for arm in study.arms if any(r["arm"] == arm and r["seed"] == seed for r in results)]
     if arms and "masks" in study.probes:
         at = {arm: directory / arm / f"seed_{seed}" for arm in arms}
-        alt = f"Images, and for each arm three principal components of its patch features; seed {seed}"
-        add("features", "Patch features", alt, draw_features(at, Path(folders["masks"])))
-        alt = f"Images to validate on, their annotation, and what each arm's probe predicts; seed {seed}"
-        add(
-            "predictions",
-            "Predictions of the segmentation probe",
-            alt,
-            draw_predictions(at, Path(folders["masks"])),
+        caption = (
+            f"Validation images of the probe, and the first three principal components of each arm's patch "
+            f"features as red, green and blue; seed {seed}. Colours of different arms do not correspond."
         )
+        add("features", "Patch features", caption, draw_features(at, Path(folders["masks"])))
+        caption = f"The same images, their annotation, and what each arm's probe predicts; seed {seed}."
+        title = "Predictions of the segmentation probe"
+        add("predictions", title, caption, draw_predictions(at, Path(folders["masks"])))
     return drawn
+
+
+def _commands(study: Study, results: Results, directory: Path) -> str:
+    """The steps of the first arm of each recipe, and in words what each measured."""
+    lines = [
+        "## Commands",
+        "",
+        "Of each recipe's first arm and seed; the others differ in what is said of them above. `{images}` "
+        "and `{masks}` are the two folders; as `--weights`, `{train}` and `{masks}` are that step's last "
+        "checkpoint.",
+    ]
+    for arm in dict.fromkeys(study.base_of(arm) for arm in study.arms):
+        seed = next((r["seed"] for r in results if r["arm"] == arm), None)
+        if seed is None:
+            continue
+        lines += ["", f"**{arm}**", ""]
+        for step in study.steps(arm, seed):
+            metrics = json.loads((directory / arm / f"seed_{seed}" / f"{step.name}.json").read_text())[
+                "metrics"
+            ]
+            said = metrics.get("protocol") or metrics.get("measured")
+            lines.append(f"- {step.name}: `{step.typed()}`" + (f" ({said})" if said else ""))
+    return "\n".join(lines)
 
 
 def _by_seed(arm: str, measure: str, results: Results) -> dict[int, float]:

@@ -69,7 +69,6 @@ def measure_arm(study: Study, arm: str, seed: int, directory: Path, folders: Map
         "seconds": {name: step["seconds"] for name, step in taken.items()},
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "commands": {step.name: " ".join(["locat", *step.arguments()]) for step in steps},
     }
     write_atomically(directory / RESULT, result)
     return True
