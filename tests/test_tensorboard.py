@@ -57,7 +57,8 @@ SCALARS = {
     "quickstart": {"train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} | KERNELS,
     "dino_digits": {"train/teacher_temp", "train/momentum", "train/teacher_entropy", "train/kl"}
     | {"train/centre_norm", "train/feature_std", "train/effective_rank", "train/last_layer_frozen"}
-    | {"knn/top1", "linear/top1"},
+    | {"knn/top1", "linear/top1"}
+    | KERNELS,
     "segment_digits": {"val/miou", "val/pixel_accuracy", "val/mean_accuracy", "iou/0", "iou/ground"}
     | KERNELS,
 }
