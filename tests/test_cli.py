@@ -138,6 +138,12 @@ def test_a_config_is_a_local_file_first(tmp_path):
         ([*FIT, "--model.optimizer", "adamz"], "model.optimizer: timm knows no 'adamz'; it knows adam, "),
         ([*FIT, "--trainer.max_epochs", "20"], "model.warmup_epochs (20) has to be less than trainer.max"),
         ([*FIT, "--weights", "nowhere.pth"], "nowhere.pth; timm knows no such model either"),
+        ([*FIT, "--weights", "locatvit_tinny"], "no such model either; near it: locatvit_tiny, "),
+        (["fit", "--config", "adapt_pretrained"], "as its weights have it: pass --weights (or 'random')"),
+        (
+            ["fit", "--config", "quickstart", "--model.backbone", "vit_tiny_patch16_224.nope"],
+            "Invalid pretrained tag (nope)",
+        ),
         ([*FIT, "--data.batch_size", "many"], "data.batch_size: 'many' is not of the type int"),
         (["validate", *FIT[1:]], "locat validate needs --weights"),
         (["predict", *FIT[1:]], "locat predict needs --weights"),

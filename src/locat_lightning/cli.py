@@ -286,6 +286,12 @@ class LocatCLI(LightningCLI):
                 f"locat {self.subcommand} needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained model)"
             )
+        locat = (config.get("model.init_args.locat") if "model" in config else None) or {}
+        if locat.get("start") == "identity" and config.weights is None and config.ckpt_path is None:
+            raise InputError(
+                "model.locat: with start: identity a model begins as its weights have it: pass --weights "
+                f"(or '{RANDOM}')"
+            )
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self.resume_from = self._checkpoint_to_resume(config) if self.subcommand == "fit" else None
         if self.resume_from is not None:

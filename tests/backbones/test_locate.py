@@ -184,13 +184,18 @@ def test_variants_of_the_kernel_train(family, gaug):
         assert all(p.grad.abs().max() > 0 for p in layer.parameters())
 
 
+def test_what_is_no_model_is_an_error():
+    with pytest.raises(TypeError, match=r"has to be a built one, .* not 'vit_tiny_patch16_224'"):
+        add_locat("vit_tiny_patch16_224")
+
+
 def test_models_without_such_attention_are_an_error():
-    with pytest.raises(ValueError, match=r"gaug=True .* which ResNet is not"):
+    with pytest.raises(ValueError, match=r"gaug=True .* which timm\.models\.resnet\.ResNet is not"):
         add_locat(timm.create_model("resnet18"))
     with pytest.raises(ValueError, match=r"prr=True: ResNet .* prr=False"):
         add_locat(timm.create_model("resnet18"), gaug=False)
     beit = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=3)
-    with pytest.raises(ValueError, match="which Attention is not: pass gaug=False"):
+    with pytest.raises(ValueError, match=r"which timm\.models\.beit\.Attention is not: pass gaug=False"):
         add_locat(beit)
 
 
@@ -199,13 +204,15 @@ def test_a_head_of_two_tokens_takes_gaug_alone():
     with pytest.raises(ValueError, match=r"VisionTransformerDistilled .* prr=False"):
         add_locat(distilled, gaug=False)
     assert add_locat(distilled, prr=False)(torch.randn(1, 3, 32, 32)).isfinite().all()
+    with pytest.raises(ValueError, match=r"Jumbo .* prr=False"):
+        add_locat(timm.create_model("jumbo_tiny", img_size=32), gaug=False)
 
 
 @pytest.mark.parametrize("family", ["augreg", "siglip", "rope registers", "swin"])
 def test_a_second_time_is_an_error(family):
     model, _ = build(family)
     add_locat(model)
-    with pytest.raises(ValueError, match=r"which Gaussian\w*Attention is not"):
+    with pytest.raises(ValueError, match="has it already: pass gaug=False"):
         add_locat(model)
     with pytest.raises(ValueError, match="has it already: pass prr=False"):
         add_locat(model, gaug=False)
@@ -226,7 +233,10 @@ def test_an_error_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "pit_ti_224"])
 def test_a_model_whose_grid_is_elsewhere_is_an_error(name):
-    with torch.device("meta"), pytest.raises(ValueError, match=r"gaug=True .* which \w+ is not: pass gaug"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"gaug=True .* which [\w.]+ is not: pass gaug"),
+    ):
         add_locat(timm.create_model(name))
 
 
@@ -235,7 +245,7 @@ def test_a_model_whose_grid_is_elsewhere_is_an_error(name):
     [
         ({"mixture": 0}, "mixture has to be how many Gaussians there are, 1 or more, not 0"),
         ({"mixture": True}, "1 or more, not True"),
-        ({"mixture": 2, "isotropic": True}, "unexpected keyword argument 'isotropic'"),
+        ({"mixture": 2, "isotropic": True}, "mixture alone, not mixture, isotropic"),
         (None, "gaug has to be true, false, or arguments of a kernel, not None"),
         ("rotated", "not 'rotated'"),
     ],

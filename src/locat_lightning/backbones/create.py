@@ -73,7 +73,7 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
         own["num_classes"] = num_classes
     try:
         model: nn.Module = timm.create_model(name, **own)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"model.backbone_args do not fit {name}: {str(error) or arguments}") from error
     except (KeyError, ArithmeticError) as error:  # which alone say nothing
         raise InputError(f"model.backbone_args do not fit {name}: {error!r} of {arguments}") from error

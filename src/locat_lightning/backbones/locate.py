@@ -21,6 +21,7 @@ from locat_lightning.nn.refinement import PatchRefinement
 
 Model = TypeVar("Model", bound=nn.Module)
 Kernel = GaussianAugmentation | GaussianMixture
+VARIANTS = {"query_dependent", "isotropic", "learned_alpha", "rotated", "mixture"}  # arguments of a kernel
 LOCATED = "located"  # timm's name of a model to which LocAt was added (see `registry`)
 
 
@@ -52,12 +53,14 @@ def add_locat(
 
     Raises:
         ValueError: the model's attention or pooling is none that LocAt can be put into, or it drops patches.
-        TypeError: `gaug` is of another type, or `GaussianAugmentation` has no such argument.
+        TypeError: the model is none, `gaug` is of another type, or there is no such variant of a kernel.
 
     Source: "Locality-Attending Vision Transformer" (ICLR 2026); `start="identity"` is ours.
     """
     if start not in ("paper", "identity"):
         raise ValueError(f"start has to be 'paper' or 'identity', not {start!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model has to be a built one, as timm.create_model gives it, not {model!r}")
     if not isinstance(gaug, bool | Mapping):
         raise TypeError(f"gaug has to be true, false, or arguments of a kernel, not {gaug!r}")
     gated = start == "identity"
@@ -113,16 +116,23 @@ def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]
 
 def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kernel]:
     """The kernels of a model by the layers that they are for; the model stays as it is."""
+    if any(isinstance(layer, GaussianSelfAttention | GaussianWindowAttention) for layer in model.modules()):
+        raise ValueError(f"gaug=True: this {type(model).__name__} has it already: pass gaug=False")
+    if not VARIANTS.issuperset(options) or ("mixture" in options and len(options) > 1):
+        raise TypeError(
+            f"gaug takes {', '.join(sorted(VARIANTS - {'mixture'}))}, or mixture alone, not "
+            f"{', '.join(options)}"
+        )
     layers = [layer for layer in model.modules() if type(layer) in ATTENTIONS]
     others = {
-        type(layer).__name__
+        _full_name(type(layer))
         for name, layer in model.named_modules()
         if name.endswith("attn") and type(layer) not in ATTENTIONS
     }
     if not others and not isinstance(model, VisionTransformer | Eva | SwinTransformer):
-        others = {type(model).__name__}  # its tokens are none of these models', whatever its attention
+        others = {_full_name(type(model))}  # its tokens are none of these models', whatever its attention
     if others or not layers:
-        blocks = {type(block).__name__ for block in getattr(model, "blocks", [])}
+        blocks = {_full_name(type(block)) for block in getattr(model, "blocks", [])}
         raise ValueError(
             f"gaug=True needs attention that takes Gaussian kernels (timm's "
             f"{', '.join(each.__name__ for each in ATTENTIONS)}), which "
@@ -142,6 +152,11 @@ def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kern
             grid = getattr(layer, "window_size", None) or tuple(model.patch_embed.grid_size)
             kernels[layer] = GaussianMixture(mixture, grid, **common)
     return kernels
+
+
+def _full_name(of: type) -> str:
+    """With its module: timm has several classes of one name."""
+    return f"{of.__module__}.{of.__name__}"
 
 
 def _add_gaug(model: Any, kernels: dict[Any, Kernel]) -> None:
@@ -171,8 +186,11 @@ def _add_prr(model: Any, gated: bool) -> None:
         ).train(model.training)
         return
     attention: Any = getattr(next(reversed(getattr(model, "blocks", [])), None), "attn", None)
-    distilled = hasattr(model, "dist_token")  # whose head takes two tokens, and no pooling
-    if attention is None or pooling not in ("token", "avg", "map") or distilled:
+    # The heads of distilled DeiT and of Jumbo take more than one token, and no pooling.
+    several = hasattr(model, "dist_token") or getattr(model, "num_features", 0) != getattr(
+        model, "embed_dim", 0
+    )
+    if attention is None or pooling not in ("token", "avg", "map") or several:
         raise ValueError(
             f"prr=True: {type(model).__name__} with global_pool={pooling!r} pools no tokens that could be "
             "refined before: pass prr=False"

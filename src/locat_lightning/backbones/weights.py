@@ -13,7 +13,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from locat_lightning.backbones.registry import checkpoint_filter_fn
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, near
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 
 RANDOM = "random"
@@ -120,6 +120,7 @@ def check_source(weights: str) -> None:
     if not (weights == RANDOM or remote or Path(weights).is_file() or timm.is_model(weights)):
         raise InputError(
             f"--weights: no such file: {Path(weights).absolute()}; timm knows no such model either"
+            f"{near(weights, timm.list_models())}"
         )
 
 
