@@ -150,14 +150,14 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
     B, h, N, d = q.shape
     grid = y.shape[-1], x.shape[-1]
     prefix = N - math.prod(grid)
-    out = v.new_empty(B, N, h, d).transpose(1, 2)
-    of_prefix, of_patches = out.split([prefix, N - prefix], dim=2)
-    if prefix:
-        of_prefix.copy_(F.scaled_dot_product_attention(q[:, :, :prefix], k, v))
     images, heads, rows = _flash_chunk_size(q, prefix)
     lead = -prefix % 16 if q.device.type == "cpu" else 0
     room = y.new_empty(images, heads, rows, lead + N + -(lead + N) % 16)[..., lead : lead + N]
     room[..., :prefix] = 0
+    out = v.new_empty(B, N, h, d).transpose(1, 2)
+    of_prefix, of_patches = out.split([prefix, N - prefix], dim=2)
+    if prefix:
+        of_prefix.copy_(F.scaled_dot_product_attention(q[:, :, :prefix], k, v))
     y, x = y.view(B, h, -1, grid[0], 1), x.view(B, h, -1, 1, grid[1])
     by_row = q[:, :, prefix:], y, x, of_patches
     for of_images in zip(*(t.split(images) for t in (k, v, *by_row)), strict=True):

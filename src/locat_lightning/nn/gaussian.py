@@ -156,13 +156,13 @@ class GaussianAugmentation(nn.Module):
             torch.cat([self.log_var.weight, self.log_alpha.weight]),
             torch.cat([self.log_var.bias, self.log_alpha.bias]),
         )
-        *zs, a = za[..., -math.prod(grid) :, :].float().unbind(-1)
-        z = torch.stack(zs)
+        za = za[..., -math.prod(grid) :, :].movedim(-1, 0).contiguous()  # softplus of strided numbers is slow
+        z, a = za.float().split([len(self.log_var.weight), 1])
         largest = max(built_for) ** 2
         var = largest * torch.sigmoid(z - math.log(largest - 1) if largest > 2 else z)
         if grid != built_for:
             var = var * (min(grid) / min(built_for))
-        alpha = F.softplus(a)
+        alpha = F.softplus(a.squeeze(0))
         if self.gate is not None:
             alpha = alpha * (GATE_GAIN * self.gate)
         return var.expand(2, *alpha.shape), alpha
