@@ -92,15 +92,15 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
     assert_close(kernel, expected.float(), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("keys_first", [False, True])
-def test_the_kernel_is_the_product_of_its_two_factors(keys_first):
+@pytest.mark.parametrize("keys", [-1, -2])
+def test_the_kernel_is_the_product_of_its_two_factors(keys):
     q = queries(2, 3, 1 + 15, 8)
     gaussians = augmentation(8)(q, (5, 3), (5, 3))
-    y, x = factors(gaussians, distances((5, 3), gaussians.cap, q.device), keys_first=keys_first)
+    y, x = factors(gaussians, distances((5, 3), gaussians.cap, q.device, keys=keys), keys=keys)
     assert y.is_contiguous()
     assert x.is_contiguous()
     assert y.dtype == x.dtype == torch.float32
-    if keys_first:
+    if keys == -2:
         y, x = y.mT, x.mT
     assert y.shape == (2, 3, 15, 5)
     assert x.shape == (2, 3, 15, 3)
@@ -108,10 +108,15 @@ def test_the_kernel_is_the_product_of_its_two_factors(keys_first):
     assert_close(gaussian_kernel(gaussians), product, rtol=0, atol=0)
 
 
-def test_distances_are_those_of_the_grid_squared_and_capped():
-    rows, columns = distances((2, 3), 3, torch.device("cpu"))
-    assert rows.tolist() == [[0, 1], [1, 0]]
-    assert columns.tolist() == [[0, 1, 3], [1, 0, 1], [3, 1, 0]]
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
+def test_distances_are_those_of_the_grid_squared_and_capped(grid):
+    patches = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
+    for of_patches, side, n in zip(distances(grid, 3, torch.device("cpu")), (0, 1), grid, strict=True):
+        assert of_patches.tolist() == [[min((p[side] - at) ** 2, 3) for at in range(n)] for p in patches]
+    for kept, of_keys in zip(
+        distances(grid, 3, torch.device("cpu")), distances(grid, 3, torch.device("cpu"), keys=-2), strict=True
+    ):
+        assert_close(of_keys, kept.mT, rtol=0, atol=0)
 
 
 def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():

@@ -1,7 +1,8 @@
 """Attention with a Gaussian kernel added to its logits: softmax(q kᵀ / √d + S) v."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,39 +85,56 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grid: tuple[int, int],
         cap: int,
     ) -> Tensor:
-        squares = distances(grid, cap, q.device)
+        gaussians = Gaussians(slope, alpha, grid, cap)
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
-        flash = q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]
-        y, x = factors(Gaussians(slope, alpha, grid, cap), squares, keys_first=not flash)
-        if flash:
-            out, lse = _flash_attention(q, k, v, y, x), None
+        if q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]:
+            out = _flash_attention(q, k, v, *factors(gaussians, distances(grid, cap, q.device)))
+            of_queries: tuple[Tensor, ...] = ()
         else:
-            q, k, v = (t.contiguous() for t in (q, k, v))
-            y, x = (_of_tokens(t, q.shape[2]) for t in (y, x))
+            heads = q.shape[1]
+            q, k, v = _queries(q), _flat(k), _flat(v)
+            *squares, y, x = _of_queries(gaussians, k.shape[1])
             out, lse = _attention_and_lse(q, k, v, y, x)
-        ctx.save_for_backward(q, k, v, alpha, y, x, *squares, lse)
+            out = out[:, : k.shape[1]].unflatten(0, (-1, heads))
+            of_queries = *squares, y, x, lse
+        ctx.grid, ctx.cap = grid, cap
+        ctx.save_for_backward(q, k, v, slope, alpha, *of_queries)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *qkv, alpha, y, x, rows, columns, lse = ctx.saved_tensors
-        q, k, v, grad = (_flat(t) for t in (*qkv, grad))
-        if lse is None:
-            y, x = (_of_tokens(t.mT, q.shape[1]) for t in (y, x))
-        grid = y.shape[1], x.shape[1]
-        prefix = q.shape[1] - alpha.shape[1]
+        q, k, v, slope, alpha, *of_queries = ctx.saved_tensors
+        shape = grad.shape
+        if of_queries:
+            *squares, y, x, lse = of_queries
+        else:
+            q, k, v, lse = _queries(q), _flat(k), _flat(v), None
+            *squares, y, x = _of_queries(Gaussians(slope, alpha, ctx.grid, ctx.cap), k.shape[1])
+        grad = _queries(grad)
+        tokens, patches = k.shape[1], alpha.shape[1]
+        prefix = tokens - patches
         scale = q.shape[-1] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
-        rooms = [_room(size, k, y.dtype) for _ in range(3)]
-        by_query = q.mT, y, x, q.mT if lse is None else lse, grad.mT, grad_q.mT, t_y, t_x
+        matrices = _matrices(3, size, ctx.grid, y, k)
+        by_query = (
+            q.mT,
+            y.unsqueeze(2),
+            x.unsqueeze(1),
+            q.mT if lse is None else lse,
+            grad.mT,
+            grad_q.mT,
+            t_y,
+            t_x,
+        )
         for first, q_, y_, x_, lse_, d_out, d_q, t_y_, t_x_, k_, v_, d_k, d_v in _chunks(
             by_query, (k, v, grad_k, grad_v), size
         ):
-            s, p, g = (_matrices(room, k_, q_) for room in rooms)
-            _kernel_of_tokens(y_, x_, s)
+            (s, of_patches), (p, _), (g, _) = matrices(len(k_), q_.shape[2])
+            torch.mul(y_, x_, out=of_patches)
+            s[:, :prefix] = 0
             if lse is not None:
                 _add_product(torch.sub(s, lse_, out=p), k_, q_, scale).exp_()
             else:
@@ -128,16 +146,15 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             d_a = g.to(q.dtype)
             d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
             d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
-            t = s.mul_(g)[:, prefix:].unflatten(1, grid)
-            torch.sum(t, 2, out=t_y_)
-            torch.sum(t, 1, out=t_x_)
-        t_y, t_x = (t[..., prefix:].unflatten(-1, grid) for t in (t_y, t_x))  # [B·h, keys, H, W]
-        of_y, of_x = (t_y * rows.unsqueeze(-1)).sum(1), (t_x * columns.unsqueeze(1)).sum(1)
-        grad_slope = torch.stack([of_y, of_x]).flatten(2)
-        grad_log_alpha = t_y.sum(1).flatten(1)
+            s.mul_(g)  # T
+            torch.sum(of_patches, 2, out=t_y_)
+            torch.sum(of_patches, 1, out=t_x_)
+        of_slope = [(t * d).sum(1) for t, d in zip((t_y, t_x), squares, strict=True)]
+        grad_slope = torch.stack(of_slope)[..., prefix:tokens]
+        grad_log_alpha = t_y.sum(1)[:, prefix:tokens]
         least = torch.finfo(alpha.dtype).tiny
         grad_alpha = grad_log_alpha / alpha.abs().clamp_min(least).copysign(alpha)  # gates can be negative
-        grads = (t.view(qkv[0].shape) for t in (grad_q, grad_k, grad_v))
+        grads = (t[:, :tokens].unflatten(0, shape[:2]) for t in (grad_q, grad_k, grad_v))
         return *grads, grad_slope, grad_alpha, None, None
 
 
@@ -170,22 +187,22 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
 
 
 def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`gaussian_attention` [B, h, N, d] and L [B·h, 1, N], with the factors [B·h, H, N] and [B·h, W, N]."""
-    shape = v.shape
-    q, k, v = (_flat(t) for t in (q, k, v))
-    out = torch.empty_like(v)
+    """Attention [B·h, queries, d] and L [B·h, 1, queries], with factors [B·h, H or W, queries]."""
+    out = torch.empty_like(q)
     largest, total = y.new_empty(2, len(q), 1, q.shape[1])  # max A and Σ exp(A − max A)
     size = _chunk_size(q)
-    room = _room(size, k, y.dtype)
-    by_query = q.mT, y, x, out.mT, largest, total
+    prefix = k.shape[1] - y.shape[1] * x.shape[1]
+    matrices = _matrices(1, size, (y.shape[1], x.shape[1]), y, k)
+    by_query = q.mT, y.unsqueeze(2), x.unsqueeze(1), out.mT, largest, total
     for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_query, (k, v), size):
-        s = _kernel_of_tokens(y_, x_, _matrices(room, k_, q_))
-        a = _add_product(s, k_, q_, q.shape[-1] ** -0.5)
+        ((a, of_patches),) = matrices(len(k_), q_.shape[2])
+        torch.mul(y_, x_, out=of_patches)
+        a[:, :prefix] = 0
+        _add_product(a, k_, q_, q.shape[-1] ** -0.5)
         torch.amax(a, 1, keepdim=True, out=largest_)
         torch.sum(a.sub_(largest_).exp_(), 1, keepdim=True, out=total_)
         torch.bmm(a.mT, v_, out=out_.mT)
-    out.div_(total.mT)
-    return out.view(shape), total.log_().add_(largest)
+    return out.div_(total.mT), total.log_().add_(largest)
 
 
 def _chunk_size(q: Tensor) -> tuple[int, int]:
@@ -214,6 +231,14 @@ def _flat(t: Tensor) -> Tensor:
     return t.flatten(0, 1).contiguous()
 
 
+def _queries(t: Tensor) -> Tensor:
+    """[B, h, N, d] as [B·h, queries, d]: N and as many rows of zeros as fill blocks of 16.
+
+    Queries lie side by side in the matrices, and whole vector registers of them are faster.
+    """
+    return F.pad(t, (0, 0, 0, -t.shape[2] % 16)).flatten(0, 1).contiguous()
+
+
 def _chunks(
     by_query: tuple[Tensor, ...], by_head: tuple[Tensor, ...], size: tuple[int, int]
 ) -> Iterator[tuple[Any, ...]]:
@@ -231,20 +256,34 @@ def _chunks(
             yield number == 0, *parts, *of_heads[len(by_query) :]
 
 
-def _room(size: tuple[int, int], k: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the logits of any chunk; k is [B·h, N, d]."""
-    return k.new_empty(math.prod(size) * k.shape[1], dtype=dtype)
+def _matrices(
+    number: int, size: tuple[int, int], grid: tuple[int, int], y: Tensor, k: Tensor
+) -> Callable[[int, int], list[tuple[Tensor, Tensor]]]:
+    """Room for the logits of any chunk, that many times, in the type of y.
+
+    Returns:
+        What gives for so many heads and queries the matrices [heads, N, queries], each beside its view of
+        the patches' keys, [heads, H, W, queries].
+    """
+    rooms = [y.new_empty(math.prod(size) * k.shape[1]) for _ in range(number)]
+    prefix = k.shape[1] - math.prod(grid)
+
+    @cache
+    def of(heads: int, queries: int) -> list[tuple[Tensor, Tensor]]:
+        shape = heads, k.shape[1], queries
+        matrices = [room[: math.prod(shape)].view(shape) for room in rooms]
+        return [(matrix, matrix[:, prefix:].unflatten(1, grid)) for matrix in matrices]
+
+    return of
 
 
-def _matrices(room: Tensor, k: Tensor, q: Tensor) -> Tensor:
-    """Matrices [heads, keys, queries] of a chunk, in as much of the room as they take; q lies transposed."""
-    heads, keys, queries = len(k), k.shape[1], q.shape[2]
-    return room[: heads * keys * queries].view(heads, keys, queries)
-
-
-def _of_tokens(t: Tensor, tokens: int) -> Tensor:
-    """A factor [.., keys, H·W] for all tokens: 0 for prefix tokens, which have no kernel."""
-    return F.pad(t, (tokens - t.shape[-1], 0)).contiguous()
+def _of_queries(gaussians: Gaussians, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both distances and both factors, [.., keys, queries]; what is no patch has an α of 0: no kernel."""
+    slope, alpha, grid, cap, _ = gaussians
+    padding = tokens - alpha.shape[-1], -tokens % 16
+    rows, columns = (F.pad(d, padding) for d in distances(grid, cap, alpha.device, keys=-2))
+    padded = Gaussians(F.pad(slope, padding), F.pad(alpha, padding), grid, cap)
+    return rows, columns, *factors(padded, (rows, columns), keys=-2)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -257,12 +296,3 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if a.dtype == to.dtype:
         return to.baddbmm_(a, b, alpha=scale)
     return to.add_(torch.bmm(a, b), alpha=scale)
-
-
-def _kernel_of_tokens(y: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """S, transposed [heads, N, queries], from its factors of these queries."""
-    rows, columns = y.shape[1], x.shape[1]
-    prefix = out.shape[1] - rows * columns
-    out[:, :prefix] = 0
-    torch.mul(y.unsqueeze(2), x.unsqueeze(1), out=out[:, prefix:].unflatten(1, (rows, columns)))
-    return out

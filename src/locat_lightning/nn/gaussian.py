@@ -4,6 +4,7 @@ Source: "Locality-Attending Vision Transformer" (ICLR 2026), the section on Gaus
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -151,12 +152,11 @@ class GaussianAugmentation(nn.Module):
         Returns:
             σ² [2, B, h, H·W] (vertical, horizontal; in squared patches) and α [B, h, H·W], float32.
         """
-        za = F.linear(
-            q,
-            torch.cat([self.log_var.weight, self.log_alpha.weight]),
-            torch.cat([self.log_var.bias, self.log_alpha.bias]),
-        )
-        za = za[..., -math.prod(grid) :, :].movedim(-1, 0).contiguous()  # softplus of strided numbers is slow
+        weight = torch.cat([self.log_var.weight, self.log_alpha.weight])
+        bias = torch.cat([self.log_var.bias, self.log_alpha.bias])
+        # F.linear would put a query's three numbers side by side: what follows would take strides of three.
+        za = torch.addmm(bias.unsqueeze(-1), weight, q.flatten(0, -2).mT).unflatten(-1, q.shape[:-1])
+        za = za[..., -math.prod(grid) :]
         z, a = za.float().split([len(self.log_var.weight), 1])
         largest = max(built_for) ** 2
         var = largest * torch.sigmoid(z - math.log(largest - 1) if largest > 2 else z)
@@ -175,7 +175,9 @@ class GaussianAugmentation(nn.Module):
             grid: (H, W) of these images.
             built_for: (H0, W0).
         """
-        with torch.autocast(q.device.type, enabled=False):
+        kind = q.device.type
+        # Even where it is off, to turn it off takes as long as three of these operations.
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             q = q.to(self.log_var.weight.dtype)
             var, alpha = self.variance_and_alpha(q, grid, built_for)
             var = var + _epsilon(built_for)
@@ -224,26 +226,35 @@ class GaussianMixture(nn.Module):
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Tensor:
         """S [1, 1, H·W, H·W], float32; of the queries only the device matters."""
         var = self.log_var.float().exp() * (min(grid) / min(built_for))
-        y, x = (
-            (-0.5 * d / var.view(-1, 1, 1)).clamp_min(_LEAST_EXPONENT).exp()
-            for d in distances(grid, max(grid) ** 2, q.device)
-        )
-        s: Tensor = torch.einsum("m,mik,mjl->ijkl", self.alpha.float(), y, x)
-        return s.flatten(2).flatten(0, 1)[None, None]
+        slope, alpha = (-0.5 / var).expand(2, 1, -1).mT, self.alpha.float().unsqueeze(-1)
+        cap = max(grid) ** 2
+        y, x = factors(Gaussians(slope, alpha, grid, cap), distances(grid, cap, q.device))
+        s: Tensor = torch.einsum("mpi,mpj->pij", y, x)
+        return s.flatten(1)[None, None]
 
 
-def distances(grid: tuple[int, int], cap: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(i − i')² [H, H] of a grid's rows and (j − j')² [W, W] of its columns, float32 and at most `cap`."""
-    rows, columns = (
-        (at.unsqueeze(-1) - at).square_().clamp_max_(cap)
-        for at in (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
-    )
-    return rows, columns
-
-
-def factors(
-    gaussians: Gaussians, squares: tuple[Tensor, Tensor], *, keys_first: bool = False
+def distances(
+    grid: tuple[int, int], cap: int, device: torch.device, *, keys: int = -1
 ) -> tuple[Tensor, Tensor]:
+    """(i − i')² of all patches and all rows of a grid, (j − j')² of all patches and all columns.
+
+    Args:
+        grid: (H, W).
+        cap: What they are at most.
+        device: Where they are made.
+        keys: The dimension of the rows and columns: -1, or -2 for the transposed.
+
+    Returns:
+        [H·W, H] and [H·W, W], or [H, H·W] and [W, H·W]; float32.
+    """
+    at = torch.arange(max(grid), dtype=torch.float32, device=device)
+    squares = (at.unsqueeze(-1) - at).square_().clamp_max_(cap)
+    of_rows, of_columns = (squares[:n, :n] for n in grid)
+    patches = -3 - keys  # the other dimension
+    return of_rows.repeat_interleave(grid[1], patches), torch.cat([of_columns] * grid[0], patches)
+
+
+def factors(gaussians: Gaussians, squares: tuple[Tensor, Tensor], *, keys: int = -1) -> tuple[Tensor, Tensor]:
     """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y.
 
     The exponential of a sum is a product: this takes H + W exponentials a query instead of H · W, and
@@ -252,21 +263,16 @@ def factors(
     Args:
         gaussians: Of the H·W patches.
         squares: `distances` of the grid.
-        keys_first: Whether the factors come transposed.
+        keys: The dimension of the keys' rows and columns, as in `distances`.
 
     Returns:
         y [B, h, H·W, H] and x [B, h, H·W, W], or y [B, h, H, H·W] and x [B, h, W, H·W].
     """
-    keys = -3 if keys_first else -1
-    slope, alpha = (t.unflatten(-1, gaussians.grid).unsqueeze(keys) for t in gaussians[:2])
-    places = squares[0].unsqueeze(1), squares[1].unsqueeze(0)  # [H, 1, H'] and [1, W, W']
     y, x = (
-        (a * d.movedim(-1, keys)).clamp_min_(_LEAST_EXPONENT).exp_()
-        for a, d in zip(slope, places, strict=True)
+        (slope.unsqueeze(keys) * d).clamp_min_(_LEAST_EXPONENT).exp_()
+        for slope, d in zip(gaussians.slope, squares, strict=True)
     )
-    y = y * alpha
-    patches = -2 if keys_first else -3
-    return y.flatten(patches, patches + 1), x.flatten(patches, patches + 1)
+    return y * gaussians.alpha.unsqueeze(keys), x
 
 
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
