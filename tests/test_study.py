@@ -1,5 +1,6 @@
 """`locat study`: the whole of it on generated images, cut off twice and taken up again; its statistics."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -56,6 +57,7 @@ def config(shipped, tmp_path):
         | {"trainer.callbacks+": "test_study.Halt"},
         "knn": probe,
         "linear": probe | {"epochs": 2},
+        "digits_retrieve": probe | {"image_size": 32, "memory_size": 50},
         "digits": cpu | steps | {"trainer.limit_val_batches": 1, "data.eval_batch_size": 4},
         "masks": cpu | steps | {"data.classes": CLASSES, "data.scale": [48, 40], "data.crop_size": 32},
         "retrieve": probe | {"data.classes": CLASSES, "image_size": 32, "memory_size": 50},
@@ -281,6 +283,44 @@ def test_results_of_other_images_are_not_mixed_in(shipped, tmp_path):
     _claim(tmp_path, study, {"images": "cifar10.tar.gz", "masks": "camvid.tar"})
     with pytest.raises(InputError, match=r"of another study \(images differ\)"):
         _claim(tmp_path, study, {"images": "animals", "masks": "camvid.tar"})
+
+
+def test_seeds_arms_and_probes_can_be_added(shipped, tmp_path):
+    data = {"images": "cifar10.tar.gz", "masks": "camvid.tar"}
+    full = Study.of(shipped, "cpu")
+    less = {group: dict(list(getattr(full, group).items())[:2]) for group in ("arms", "recipe_of", "probes")}
+    fewer = dataclasses.replace(full, seeds=full.seeds[:1], **less)
+    for study in (fewer, full):
+        _claim(tmp_path, study, data)
+    with pytest.raises(InputError, match=r"another study \(seeds, arms, recipe_of, probes differ\)"):
+        _claim(tmp_path, fewer, data)
+    other = dataclasses.replace(full, probes=full.probes | {"knn": {"k": 5}})
+    with pytest.raises(InputError, match=r"another study \(probes differ\)"):
+        _claim(tmp_path, other, data)
+
+
+def test_of_a_finished_arm_only_an_added_probe_is_done(shipped, tmp_path, monkeypatch):
+    study = Study.of(shipped, "cpu")
+    taken = []
+
+    def take(step, directory, folders):
+        if not (note := directory / f"{step.name}.json").is_file():
+            taken.append(step.name)
+            metrics = {each.metric: 0.5 for each in MEASURES.values()}
+            results.write_atomically(note, {"metrics": metrics, "seconds": 1, "peak_gpu_memory_bytes": None})
+
+    monkeypatch.setattr(results, "_take", take)
+    monkeypatch.setattr(results, "_cost", lambda directory: {})
+    monkeypatch.setattr(results, "_kernel_widths", lambda directory: [])
+    fewer = dataclasses.replace(study, probes={"knn": study.probes["knn"]})
+    arm = tmp_path / "vit" / "seed_1"
+    assert results.measure_arm(fewer, "vit", 1, arm, {})
+    assert not results.measure_arm(fewer, "vit", 1, arm, {})
+    assert taken == [TRAIN, "knn"]
+    assert results.measure_arm(study, "vit", 1, arm, {})
+    assert taken == [TRAIN, "knn", *(name for name in study.probes if name != "knn")]
+    assert json.loads((arm / "result.json").read_text())["measures"].keys() == MEASURES.keys()
+    assert not results.measure_arm(study, "vit", 1, arm, {})
 
 
 def test_links_to_some_images_of_each_class_are_made_once(folder, tmp_path):

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from locat_lightning.errors import InputError
 from locat_lightning.options import ConfigByName, command_parser, errors_in_a_line, near_options
 from locat_lightning.study.folders import some_of_each_class, unpacked
-from locat_lightning.study.plan import Options, Study
+from locat_lightning.study.plan import PROBES, Options, Study
 from locat_lightning.study.report import write_report
 from locat_lightning.study.results import measure_arm, read_results, said_in, write_atomically
 
@@ -51,7 +51,7 @@ def _parser() -> ArgumentParser:
     for name, help_ in (
         ("recipes", "of training: options of locat fit, by name of the recipe"),
         ("arms", "recipe, and options that differ, by name of the arm"),
-        ("probes", "options of the probes: knn, linear, digits, masks, retrieve"),
+        ("probes", f"options of the probes: {', '.join(PROBES)}"),
         ("presets", "by name: arms, seeds, images_per_class, and options of recipes and probes"),
     ):
         add(f"--{name}", type=dict[str, dict[str, Any]], default={}, help=help_)
@@ -92,14 +92,24 @@ def _study(config: Namespace) -> None:
 
 
 def _claim(directory: Path, study: Study, names: dict[str, str]) -> None:
-    """Note what the directory's results are of, or see that it is this study of data of these names."""
+    """Note what the directory's results are of, or see that it is this study of data of these names.
+
+    Seeds, arms and probes may have been added since: all else stays as it was measured.
+    """
     own: Options = json.loads(json.dumps(vars(study) | names))
     if (note := directory / NOTE).is_file():
         there = json.loads(note.read_text())
-        if there != own:
-            differing = ", ".join(key for key in own if own[key] != there.get(key))
+        if differing := ", ".join(key for key in own if not _holds(there.get(key), own[key])):
             raise InputError(
                 f"{directory} has the results of another study ({differing} differ): give another --to"
             )
-    else:
-        write_atomically(note, own)
+    write_atomically(note, own)
+
+
+def _holds(planned: Any, now: Any) -> bool:
+    """Whether something is as it was planned, or more."""
+    if isinstance(planned, dict) and isinstance(now, dict):
+        return planned.items() <= now.items()
+    if isinstance(planned, list) and isinstance(now, list):
+        return all(each in now for each in planned)
+    return bool(planned == now)

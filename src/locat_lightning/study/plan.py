@@ -14,6 +14,7 @@ PROBES = {  # of a frozen backbone, by the command that each is
     "knn": "knn",
     "linear": "linear",
     "digits": "fit",
+    "digits_retrieve": "retrieve",
     "masks": "fit",
     "retrieve": "retrieve",
 }
@@ -44,7 +45,8 @@ MEASURES = {
     "top1": Measure("top-1", TRAIN, "val/top1"),
     "knn": Measure("k-NN top-1", "knn", "knn/top1_k20"),
     "linear": Measure("linear top-1", "linear", "linear/top1"),
-    "digits": Measure("mIoU, digit scenes", "digits", "val/miou"),
+    "digits": Measure("mIoU, digit scenes, probe", "digits", "val/miou"),
+    "digits_retrieve": Measure("mIoU, digit scenes, retrieval", "digits_retrieve", "retrieval/miou"),
     "masks": Measure("mIoU, probe", "masks", "val/miou"),
     "retrieve": Measure("mIoU, retrieval", "retrieve", "retrieval/miou"),
 }

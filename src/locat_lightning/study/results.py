@@ -29,13 +29,13 @@ MISTAKE = 2  # exit code of a command that was given something wrong
 
 
 def measure_arm(study: Study, arm: str, seed: int, directory: Path, folders: Mapping[str, str]) -> bool:
-    """Take the steps of an arm and a seed that have not been taken, and note what came of them.
+    """Take the steps of an arm and a seed that have not been taken, and note what came of all.
 
     Args:
         study: whose arm it is.
         arm: its name.
         seed: of its runs.
-        directory: of its runs; finished, it has a `result.json`.
+        directory: of its runs; finished, it has a `result.json` of all steps.
         folders: that stand for `{images}` and `{masks}`.
 
     Returns:
@@ -44,15 +44,17 @@ def measure_arm(study: Study, arm: str, seed: int, directory: Path, folders: Map
     Raises:
         InputError: a command refused what it was given.
     """
-    if (directory / RESULT).is_file():
-        return False
     steps = study.steps(arm, seed)
+    if (file := directory / RESULT).is_file() and {step.name for step in steps} <= _read(file)[
+        "seconds"
+    ].keys():
+        return False
     for number, step in enumerate(steps, start=1):
         print(f"  {step.name} ({number} of {len(steps)})", flush=True)
         _take(step, directory, folders)
     with said_in(directory / f"{TRAIN}.log"):
         cost = _cost(directory)
-    taken = {step.name: json.loads((directory / f"{step.name}.json").read_text()) for step in steps}
+    taken = {step.name: _read(directory / f"{step.name}.json") for step in steps}
     result = {
         "arm": arm,
         "seed": seed,
@@ -70,7 +72,7 @@ def measure_arm(study: Study, arm: str, seed: int, directory: Path, folders: Map
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
-    write_atomically(directory / RESULT, result)
+    write_atomically(file, result)
     return True
 
 
@@ -82,7 +84,7 @@ def read_results(study: Study, directory: Path) -> list[dict[str, Any]]:
         directory: of all its arms.
     """
     files = [directory / arm / f"seed_{seed}" / RESULT for seed in study.seeds for arm in study.arms]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [_read(file) for file in files if file.is_file()]
 
 
 def newest_run(directory: Path, name: str) -> Path:
@@ -102,6 +104,10 @@ def write_atomically(file: Path, value: Any) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1) + "\n")
     part.replace(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text()))
 
 
 def machine() -> str:
@@ -179,7 +185,7 @@ def _run(arguments: list[str], log: Path) -> None:
 
 def _metrics(directory: Path, step: Step) -> dict[str, Any]:
     file = newest_run(directory, step.name) / "metrics.json"
-    return json.loads(file.read_text()) if file.is_file() else {}  # predictions have none
+    return _read(file) if file.is_file() else {}  # predictions have none
 
 
 def _cost(directory: Path) -> dict[str, Any]:
