@@ -177,9 +177,10 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
         of_prefix.copy_(F.scaled_dot_product_attention(q[:, :, :prefix], k, v))
     y, x = y.view(B, h, -1, grid[0], 1), x.view(B, h, -1, 1, grid[1])
     by_row = q[:, :, prefix:], y, x, of_patches
-    for of_images in zip(*(t.split(images) for t in (k, v, *by_row)), strict=True):
-        for k_, v_, *of_heads in zip(*(t.split(heads, dim=1) for t in of_images), strict=True):
-            for q_, y_, x_, out_ in zip(*(t.split(rows, dim=2) for t in of_heads), strict=True):
+    for keys, values, *of_images in zip(*(t.split(images) for t in (k, v, *by_row)), strict=True):
+        for of_rows in zip(*(t.split(rows, dim=2) for t in of_images), strict=True):
+            of_heads = zip(*(t.split(heads, dim=1) for t in (keys, values, *of_rows)), strict=True)
+            for k_, v_, q_, y_, x_, out_ in of_heads:
                 s = room[: q_.shape[0], : q_.shape[1], : q_.shape[2]]
                 torch.mul(y_, x_, out=s[..., prefix:].unflatten(-1, grid))
                 out_.copy_(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=s.to(q.dtype)))
