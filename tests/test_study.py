@@ -385,7 +385,7 @@ def test_words_say_where_nothing_is_shown():
         "linear": None,
     }
     assert in_words(found) == (
-        "better in mIoU, probe; no difference shown (the interval includes 0) in top-1; worse in k-NN top-1"
+        "better in probe mIoU; no difference shown (the interval includes 0) in top-1; worse in k-NN top-1"
     )
     assert in_words({"top1": paired_difference([0.1])}) == "no interval with one seed in top-1"
 

@@ -41,7 +41,9 @@ def force(monkeypatch, path):
         monkeypatch.setattr(attention, "_ChunkedGaussianAttention", None)
     else:
         monkeypatch.setattr(attention, "gaussian_kernel", None)
-        if path != "chunks":
+        if path == "padded chunks":
+            monkeypatch.setattr(attention, "_padding", lambda tokens: -tokens % 16)
+        elif path != "chunks":
             monkeypatch.setattr(
                 attention, "_chunk_size", lambda q: (min(path[0], len(q)), min(path[1], q.shape[-2]))
             )
@@ -131,7 +133,10 @@ def by_loops():
     return reference
 
 
-@pytest.mark.parametrize("path", ["chunks", (4, 999), (1, 5), (2, 5), "one expression"], ids=str)
+PATHS = ["chunks", "padded chunks", (4, 999), (1, 5), (2, 5), "one expression"]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize(("grid", "built_for", "prefix"), CASES)
 def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, grid, built_for, prefix):
     shape = (3, 3, prefix + math.prod(grid), 4)
@@ -312,6 +317,13 @@ def largest_tensor(images, heads, side):
         gaussian_attention(q, k, v, gaug(q, (side, side), (side, side))).sum().backward()
     assert q.grad is not None
     return largest.numel
+
+
+def test_queries_are_padded_where_it_is_little():
+    assert [tokens + attention._padding(tokens) for tokens in (50, 65, 145, 192, 197, 257, 1025)] == [
+        *(50, 65, 145, 192),
+        *(208, 272, 1040),
+    ]
 
 
 def test_memory_is_a_chunk_and_the_factors():

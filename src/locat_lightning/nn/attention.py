@@ -233,11 +233,17 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _queries(t: Tensor) -> Tensor:
-    """[B, h, N, d] as [B·h, queries, d]: N and as many rows of zeros as fill blocks of 16.
+    """[B, h, N, d] as [B·h, queries, d], with rows of zeros as padding."""
+    return F.pad(t, (0, 0, 0, _padding(t.shape[2]))).flatten(0, 1).contiguous()
 
-    Queries lie side by side in the matrices, and whole vector registers of them are faster.
+
+def _padding(tokens: int) -> int:
+    """What is added to so many queries.
+
+    They lie side by side in the matrices, and whole blocks of 16 are faster, unless they are many more.
     """
-    return F.pad(t, (0, 0, 0, -t.shape[2] % 16)).flatten(0, 1).contiguous()
+    padding = -tokens % 16
+    return padding if 16 * padding <= tokens else 0
 
 
 def _chunks(
@@ -281,7 +287,7 @@ def _matrices(
 def _of_queries(gaussians: Gaussians, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both distances and both factors, [.., keys, queries]; what is no patch has an α of 0: no kernel."""
     slope, alpha, grid, cap, _ = gaussians
-    padding = tokens - alpha.shape[-1], -tokens % 16
+    padding = tokens - alpha.shape[-1], _padding(tokens)
     rows, columns = (F.pad(d, padding) for d in distances(grid, cap, alpha.device, keys=-2))
     padded = Gaussians(F.pad(slope, padding), F.pad(alpha, padding), grid, cap)
     return rows, columns, *factors(padded, (rows, columns), keys=-2)

@@ -45,10 +45,10 @@ MEASURES = {
     "top1": Measure("top-1", TRAIN, "val/top1"),
     "knn": Measure("k-NN top-1", "knn", "knn/top1_k20"),
     "linear": Measure("linear top-1", "linear", "linear/top1"),
-    "digits": Measure("mIoU, digit scenes, probe", "digits", "val/miou"),
-    "digits_retrieve": Measure("mIoU, digit scenes, retrieval", "digits_retrieve", "retrieval/miou"),
-    "masks": Measure("mIoU, probe", "masks", "val/miou"),
-    "retrieve": Measure("mIoU, retrieval", "retrieve", "retrieval/miou"),
+    "digits": Measure("probe mIoU (digit scenes)", "digits", "val/miou"),
+    "digits_retrieve": Measure("retrieval mIoU (digit scenes)", "digits_retrieve", "retrieval/miou"),
+    "masks": Measure("probe mIoU", "masks", "val/miou"),
+    "retrieve": Measure("retrieval mIoU", "retrieve", "retrieval/miou"),
 }
 
 

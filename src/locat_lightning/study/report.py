@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from PIL import Image
@@ -173,9 +173,9 @@ def _interval(difference: Difference | None) -> str:
 
 
 def _cost(study: Study, results: Results) -> str:
-    def average(arm: str, key: str) -> float | None:
+    def typical(arm: str, key: str) -> float | None:
         values = [r[key] for r in results if r["arm"] == arm and r[key] is not None]
-        return mean(values) if values else None
+        return median(values) if values else None
 
     def cell(value: float | None, form: Callable[[float], str]) -> str:
         return NOTHING if value is None else form(value)
@@ -183,18 +183,18 @@ def _cost(study: Study, results: Results) -> str:
     on_gpu = any(result["peak_gpu_memory_bytes"] for result in results)
     rows = []
     for arm in study.arms:
-        step, of_base = (average(each, "seconds_per_step") for each in (arm, study.base_of(arm)))
+        step, of_base = (typical(each, "seconds_per_step") for each in (arm, study.base_of(arm)))
         row = [
             arm,
-            cell(average(arm, "parameters"), lambda n: f"{n:,.0f}"),
-            cell(average(arm, "multiply_adds"), lambda n: f"{n / 1e6:,.1f} M"),
-            cell(average(arm, "activation_bytes"), lambda n: f"{n / 2**20:,.2f} MiB"),
+            cell(typical(arm, "parameters"), lambda n: f"{n:,.0f}"),
+            cell(typical(arm, "multiply_adds"), lambda n: f"{n / 1e6:,.1f} M"),
+            cell(typical(arm, "activation_bytes"), lambda n: f"{n / 2**20:,.2f} MiB"),
             cell(step, lambda s: f"{1000 * s:,.0f} ms"),
             cell(step / of_base if step and of_base else None, lambda ratio: f"{ratio:.2f}×"),
-            cell(average(arm, "data_wait"), lambda share: f"{share:.0%}"),
+            cell(typical(arm, "data_wait"), lambda share: f"{share:.0%}"),
         ]
         rows.append(
-            row + [cell(average(arm, "peak_gpu_memory_bytes"), lambda n: f"{n / 2**30:.2f} GiB")] * on_gpu
+            row + [cell(typical(arm, "peak_gpu_memory_bytes"), lambda n: f"{n / 2**30:.2f} GiB")] * on_gpu
         )
     head = [
         "arm",
@@ -209,8 +209,8 @@ def _cost(study: Study, results: Results) -> str:
     return (
         "## Cost\n\nOf the backbone without its head. Multiply-adds are those of one image forward, and "
         "memory what autograd keeps of one image for the backward pass, in float32. The training step is the "
-        "median from one step to the next, waiting for data included; other work on the machine shows in it."
-        f"\n\n{table}"
+        "median from one step to the next, waiting for data included, and of the seeds again the median; "
+        f"other work on the machine shows in it.\n\n{table}"
     )
 
 
