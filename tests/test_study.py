@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import statistics
@@ -14,12 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageColor
 from scipy.stats import t as student
 
 import locat
 from locat_lightning.errors import InputError
-from locat_lightning.study import results
+from locat_lightning.study import command, results
 from locat_lightning.study.charts import Point, colours_of, draw_lines, draw_points
 from locat_lightning.study.command import _claim
 from locat_lightning.study.folders import some_of_each_class, unpacked
@@ -275,6 +277,24 @@ def test_results_of_another_study_are_not_mixed_in(config, folder, scenes, tmp_p
     assert stopped.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("locat: error: all has the results of another study (seeds, ")
+
+
+def test_messages_of_a_step_that_is_taken_up_go_to_its_log(config, tmp_path, monkeypatch, capsys):
+    def measure(study, arm, seed, directory, folders):
+        with results.said_in(tmp_path / "step.log"):
+            rank_zero_info("78 of the model's 78 tensors matched")
+        return False
+
+    for name in ("lightning.pytorch", "lightning.fabric"):  # as outside of tests
+        monkeypatch.setattr(logging.getLogger(name), "propagate", False)
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    monkeypatch.setattr(command, "measure_arm", measure)
+    monkeypatch.setattr(command, "write_report", lambda *_: None)
+    monkeypatch.setattr(command, "some_of_each_class", lambda root, count, to: root)
+    places = [f"--{name}={tmp_path}" for name in ("images", "masks", "to")]
+    locat.main(["study", "--config", str(config), "--preset", "cpu", *places])
+    assert "matched" not in "".join(capsys.readouterr())
+    assert "78 of the model's 78 tensors matched" in (tmp_path / "step.log").read_text()
 
 
 def test_results_of_other_images_are_not_mixed_in(shipped, tmp_path):

@@ -540,16 +540,21 @@ class Messages(logging.StreamHandler):
         super().emit(record)
 
 
-def main(arguments: list[str]) -> None:
-    """Run `locat` with these arguments."""
-    for expected in EXPECTED:
-        warnings.filterwarnings("ignore", expected)
+def direct_messages(*, debug: bool) -> None:
+    """Have Lightning's messages written by `Messages`; without `debug` those that are news."""
     messages = Messages()
-    if "--debug" not in arguments:
+    if not debug:
         messages.addFilter(_is_news)
     for name in ("lightning.pytorch", "lightning.fabric"):
         if not (logger := logging.getLogger(name)).propagate:  # else whoever imports this decides
             logger.handlers = [messages]
+
+
+def main(arguments: list[str]) -> None:
+    """Run `locat` with these arguments."""
+    for expected in EXPECTED:
+        warnings.filterwarnings("ignore", expected)
+    direct_messages(debug="--debug" in arguments)
     given = sys.argv
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
     sys.argv = [given[0], *(argument for argument in arguments if argument != "--debug")]

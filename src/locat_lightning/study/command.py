@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from locat_lightning.cli import direct_messages
 from locat_lightning.errors import InputError
 from locat_lightning.options import ConfigByName, command_parser, errors_in_a_line, near_options
 from locat_lightning.study.folders import some_of_each_class, unpacked
@@ -24,6 +25,7 @@ NOTE = "study.json"  # what a directory's results are of
 
 def main(arguments: list[str]) -> None:
     """Run `locat study …`."""
+    direct_messages(debug="--debug" in arguments)  # to the logs of the steps
     with errors_in_a_line("--debug" in arguments):
         _, *options = (argument for argument in arguments if argument != "--debug")
         parser = _parser()
