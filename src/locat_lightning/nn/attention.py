@@ -91,11 +91,10 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             out = _flash_attention(q, k, v, *factors(gaussians, distances(grid, cap, q.device)))
             of_queries: tuple[Tensor, ...] = ()
         else:
-            heads = q.shape[1]
-            q, k, v = _queries(q), _flat(k), _flat(v)
-            *squares, y, x = _of_queries(gaussians, k.shape[1])
-            out, lse = _attention_and_lse(q, k, v, y, x)
-            out = out[:, : k.shape[1]].unflatten(0, (-1, heads))
+            q, k, v = (t.contiguous() for t in (q, k, v))
+            *squares, y, x = _of_queries(gaussians, q.shape[2])
+            out, lse = _attention_and_lse(_queries(q), _flat(k), _flat(v), y, x)
+            out = out[:, : q.shape[2]].unflatten(0, q.shape[:2])
             of_queries = *squares, y, x, lse
         ctx.grid, ctx.cap = grid, cap
         ctx.save_for_backward(q, k, v, slope, alpha, *of_queries)
@@ -105,15 +104,14 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, slope, alpha, *of_queries = ctx.saved_tensors
-        shape = grad.shape
+        *shape, tokens, _ = q.shape
+        prefix = tokens - alpha.shape[1]
         if of_queries:
             *squares, y, x, lse = of_queries
         else:
-            q, k, v, lse = _queries(q), _flat(k), _flat(v), None
-            *squares, y, x = _of_queries(Gaussians(slope, alpha, ctx.grid, ctx.cap), k.shape[1])
-        grad = _queries(grad)
-        tokens, patches = k.shape[1], alpha.shape[1]
-        prefix = tokens - patches
+            *squares, y, x = _of_queries(Gaussians(slope, alpha, ctx.grid, ctx.cap), tokens)
+            lse = None
+        q, k, v, grad = _queries(q), _flat(k), _flat(v), _queries(grad)
         scale = q.shape[-1] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
@@ -154,7 +152,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grad_log_alpha = t_y.sum(1)[:, prefix:tokens]
         least = torch.finfo(alpha.dtype).tiny
         grad_alpha = grad_log_alpha / alpha.abs().clamp_min(least).copysign(alpha)  # gates can be negative
-        grads = (t[:, :tokens].unflatten(0, shape[:2]) for t in (grad_q, grad_k, grad_v))
+        grads = (t[:, :tokens].unflatten(0, shape) for t in (grad_q, grad_k, grad_v))
         return *grads, grad_slope, grad_alpha, None, None
 
 
@@ -234,7 +232,8 @@ def _flat(t: Tensor) -> Tensor:
 
 def _queries(t: Tensor) -> Tensor:
     """[B, h, N, d] as [B·h, queries, d], with rows of zeros as padding."""
-    return F.pad(t, (0, 0, 0, _padding(t.shape[2]))).flatten(0, 1).contiguous()
+    padding = _padding(t.shape[2])
+    return _flat(F.pad(t, (0, 0, 0, padding)) if padding else t)
 
 
 def _padding(tokens: int) -> int:

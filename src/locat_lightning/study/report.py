@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from PIL import Image
@@ -173,9 +173,8 @@ def _interval(difference: Difference | None) -> str:
 
 
 def _cost(study: Study, results: Results) -> str:
-    def typical(arm: str, key: str) -> float | None:
-        values = [r[key] for r in results if r["arm"] == arm and r[key] is not None]
-        return median(values) if values else None
+    def least(arm: str, key: str) -> float | None:
+        return min((r[key] for r in results if r["arm"] == arm and r[key] is not None), default=None)
 
     def cell(value: float | None, form: Callable[[float], str]) -> str:
         return NOTHING if value is None else form(value)
@@ -183,18 +182,18 @@ def _cost(study: Study, results: Results) -> str:
     on_gpu = any(result["peak_gpu_memory_bytes"] for result in results)
     rows = []
     for arm in study.arms:
-        step, of_base = (typical(each, "seconds_per_step") for each in (arm, study.base_of(arm)))
+        step, of_base = (least(each, "seconds_per_step") for each in (arm, study.base_of(arm)))
         row = [
             arm,
-            cell(typical(arm, "parameters"), lambda n: f"{n:,.0f}"),
-            cell(typical(arm, "multiply_adds"), lambda n: f"{n / 1e6:,.1f} M"),
-            cell(typical(arm, "activation_bytes"), lambda n: f"{n / 2**20:,.2f} MiB"),
+            cell(least(arm, "parameters"), lambda n: f"{n:,.0f}"),
+            cell(least(arm, "multiply_adds"), lambda n: f"{n / 1e6:,.1f} M"),
+            cell(least(arm, "activation_bytes"), lambda n: f"{n / 2**20:,.2f} MiB"),
             cell(step, lambda s: f"{1000 * s:,.0f} ms"),
             cell(step / of_base if step and of_base else None, lambda ratio: f"{ratio:.2f}×"),
-            cell(typical(arm, "data_wait"), lambda share: f"{share:.0%}"),
+            cell(least(arm, "data_wait"), lambda share: f"{share:.0%}"),
         ]
         rows.append(
-            row + [cell(typical(arm, "peak_gpu_memory_bytes"), lambda n: f"{n / 2**30:.2f} GiB")] * on_gpu
+            row + [cell(least(arm, "peak_gpu_memory_bytes"), lambda n: f"{n / 2**30:.2f} GiB")] * on_gpu
         )
     head = [
         "arm",
@@ -208,9 +207,9 @@ def _cost(study: Study, results: Results) -> str:
     table = _table(head + ["peak GPU memory"] * on_gpu, rows)
     return (
         "## Cost\n\nOf the backbone without its head. Multiply-adds are those of one image forward, and "
-        "memory what autograd keeps of one image for the backward pass, in float32. The training step is the "
-        "median from one step to the next, waiting for data included, and of the seeds again the median; "
-        f"other work on the machine shows in it.\n\n{table}"
+        "memory what autograd keeps of one image for the backward pass, in float32. The training step, "
+        "waiting for data included, is the fastest that was logged, and all is the least of the seeds: other "
+        f"work on the machine only adds to it.\n\n{table}"
     )
 
 

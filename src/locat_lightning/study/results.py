@@ -198,7 +198,7 @@ def _cost(directory: Path) -> dict[str, Any]:
     backbone: Any = load_backbone(str(checkpoint_of(directory, TRAIN)))
     image = torch.zeros(1, 3, *backbone.patch_embed.img_size)
     return {
-        "seconds_per_step": batch / median(speeds) if speeds else None,
+        "seconds_per_step": batch / max(speeds) if speeds else None,
         "data_wait": median(waits) if waits else None,
         "parameters": count_parameters(backbone)[0],
         "multiply_adds": multiply_adds(backbone, image),
