@@ -1,6 +1,8 @@
 """The pages name every config, and nothing that is not there."""
 
+import json
 import re
+import statistics
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -8,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+import yaml
 
 import locat
 import locat_lightning
+from locat_lightning.study.plan import MEASURES, Study
+from locat_lightning.study.report import NOTHING
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("method.md", "recipes.md", "scaling.md")
+PAGES = ("method.md", "recipes.md", "scaling.md", "results.md")
 TEXT = {page: (ROOT / "docs" / page).read_text() for page in PAGES}
 CONFIGS = {path.name for path in locat.config_directory().rglob("*.yaml")}
 # `file.py`: `name`, `name`
@@ -31,7 +36,7 @@ def test_every_config_has_a_row_and_every_row_a_config():
     assert set(rows) == CONFIGS
 
 
-@pytest.mark.parametrize("page", PAGES[1:])
+@pytest.mark.parametrize("page", ["recipes.md", "scaling.md"])
 def test_commands_name_configs_that_there_are(page):
     named = re.findall(r"--config ([\w.]+)", TEXT[page])
     assert named
@@ -52,6 +57,39 @@ def test_every_function_of_the_method_is_there(file, names):
         found = attrgetter(name)(module)
         # It is written in this file, not merely imported there.
         assert getattr(found, "__module__", module.__name__) == module.__name__, name
+
+
+def test_the_results_are_those_of_three_finished_seeds_of_every_arm():
+    config = yaml.safe_load((locat.config_directory() / "study_cifar.yaml").read_text())
+    raw = json.loads((ROOT / "docs" / "results.json").read_text())
+    preset = raw["results"][0]["preset"]
+    study = Study.of(config, preset)
+    assert f"--preset {preset}" in raw["command"]
+    assert len(study.seeds) >= 3
+    runs = [(result["arm"], result["seed"]) for result in raw["results"]]
+    assert sorted(runs) == sorted((arm, seed) for arm in study.arms for seed in study.seeds)
+    text = TEXT["results.md"]
+    assert raw["command"] in text
+    for result in raw["results"]:
+        assert set(result["measures"]) == set(MEASURES)
+    for arm in study.arms:
+        (row,) = re.findall(rf"^\| {arm} \| {len(study.seeds)} \| (.*) \|$", text, flags=re.MULTILINE)
+        for name, cell in zip(MEASURES, row.split(" | "), strict=True):
+            of_arm = (r["measures"][name] for r in raw["results"] if r["arm"] == arm)
+            found = [100 * value for value in of_arm if value is not None]
+            assert cell == (
+                f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}" if found else NOTHING
+            )
+    pictures = re.findall(r"\]\((results_\w+\.png)\)", text)
+    assert len(pictures) == 4
+    assert all((ROOT / "docs" / picture).is_file() for picture in pictures)
+
+
+def test_the_readme_s_words_on_the_results_are_of_that_page():
+    (words,) = re.findall(r"\*\*Does it do here.*?\n\n", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    figures = re.findall(r"\d+\.\d\d", words)
+    assert len(figures) == 5
+    assert [figure for figure in figures if f"| {figure} ±" not in TEXT["results.md"]] == []
 
 
 def test_the_callbacks_of_scaling_do_what_they_say():
