@@ -41,9 +41,7 @@ def force(monkeypatch, path):
         monkeypatch.setattr(attention, "_ChunkedGaussianAttention", None)
     else:
         monkeypatch.setattr(attention, "gaussian_kernel", None)
-        if path == "padded chunks":
-            monkeypatch.setattr(attention, "_padding", lambda tokens: -tokens % 16)
-        elif path != "chunks":
+        if path != "chunks":
             monkeypatch.setattr(
                 attention, "_chunk_size", lambda q: (min(path[0], len(q)), min(path[1], q.shape[-2]))
             )
@@ -133,10 +131,7 @@ def by_loops():
     return reference
 
 
-PATHS = ["chunks", "padded chunks", (4, 999), (1, 5), (2, 5), "one expression"]
-
-
-@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("path", ["chunks", (4, 999), (1, 5), (2, 5), "one expression"], ids=str)
 @pytest.mark.parametrize(("grid", "built_for", "prefix"), CASES)
 def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, grid, built_for, prefix):
     shape = (3, 3, prefix + math.prod(grid), 4)
@@ -319,17 +314,9 @@ def largest_tensor(images, heads, side):
     return largest.numel
 
 
-def test_queries_are_padded_where_it_is_little():
-    assert [tokens + attention._padding(tokens) for tokens in (50, 65, 145, 192, 197, 257, 1025)] == [
-        *(50, 65, 145, 192),
-        *(208, 272, 1040),
-    ]
-
-
 def test_memory_is_a_chunk_and_the_factors():
     """The matrices of three heads at a time (2**18 numbers): nothing that grows as B·h·N²."""
-    queries = 272  # 257 in whole blocks of 16
-    one_chunk, factors = 3 * 257 * queries, 8 * 3 * queries * (16 + 16)
+    one_chunk, factors = 3 * 257**2, 8 * 3 * 257 * (16 + 16)
     assert one_chunk <= largest_tensor(images=8, heads=3, side=16) <= max(one_chunk, factors)
 
 

@@ -89,29 +89,28 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
         if q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]:
             out = _flash_attention(q, k, v, *factors(gaussians, distances(grid, cap, q.device)))
-            of_queries: tuple[Tensor, ...] = ()
+            of_tokens: tuple[Tensor, ...] = ()
         else:
             q, k, v = (t.contiguous() for t in (q, k, v))
-            *squares, y, x = _of_queries(gaussians, q.shape[2])
-            out, lse = _attention_and_lse(_queries(q), _flat(k), _flat(v), y, x)
-            out = out[:, : q.shape[2]].unflatten(0, q.shape[:2])
-            of_queries = *squares, y, x, lse
+            *squares, y, x = _of_tokens(gaussians, q.shape[2])
+            out, lse = _attention_and_lse(q, k, v, y, x)
+            of_tokens = *squares, y, x, lse
         ctx.grid, ctx.cap = grid, cap
-        ctx.save_for_backward(q, k, v, slope, alpha, *of_queries)
+        ctx.save_for_backward(q, k, v, slope, alpha, *of_tokens)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, slope, alpha, *of_queries = ctx.saved_tensors
-        *shape, tokens, _ = q.shape
-        prefix = tokens - alpha.shape[1]
-        if of_queries:
-            *squares, y, x, lse = of_queries
+        q, k, v, slope, alpha, *of_tokens = ctx.saved_tensors
+        shape = q.shape
+        if of_tokens:
+            *squares, y, x, lse = of_tokens
         else:
-            *squares, y, x = _of_queries(Gaussians(slope, alpha, ctx.grid, ctx.cap), tokens)
+            *squares, y, x = _of_tokens(Gaussians(slope, alpha, ctx.grid, ctx.cap), shape[2])
             lse = None
-        q, k, v, grad = _queries(q), _flat(k), _flat(v), _queries(grad)
+        q, k, v, grad = (_flat(t) for t in (q, k, v, grad))
+        prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
@@ -148,11 +147,11 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             torch.sum(of_patches, 2, out=t_y_)
             torch.sum(of_patches, 1, out=t_x_)
         of_slope = [(t * d).sum(1) for t, d in zip((t_y, t_x), squares, strict=True)]
-        grad_slope = torch.stack(of_slope)[..., prefix:tokens]
-        grad_log_alpha = t_y.sum(1)[:, prefix:tokens]
+        grad_slope = torch.stack(of_slope)[..., prefix:]
+        grad_log_alpha = t_y.sum(1)[:, prefix:]
         least = torch.finfo(alpha.dtype).tiny
         grad_alpha = grad_log_alpha / alpha.abs().clamp_min(least).copysign(alpha)  # gates can be negative
-        grads = (t[:, :tokens].unflatten(0, shape) for t in (grad_q, grad_k, grad_v))
+        grads = (t.view(shape) for t in (grad_q, grad_k, grad_v))
         return *grads, grad_slope, grad_alpha, None, None
 
 
@@ -186,8 +185,10 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
 
 
 def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention [B·h, queries, d] and L [B·h, 1, queries], with factors [B·h, H or W, queries]."""
-    out = torch.empty_like(q)
+    """`gaussian_attention` [B, h, N, d] and L [B·h, 1, N], with the factors [B·h, H, N] and [B·h, W, N]."""
+    shape = v.shape
+    q, k, v = (_flat(t) for t in (q, k, v))
+    out = torch.empty_like(v)
     largest, total = y.new_empty(2, len(q), 1, q.shape[1])  # max A and Σ exp(A − max A)
     size = _chunk_size(q)
     prefix = k.shape[1] - y.shape[1] * x.shape[1]
@@ -201,7 +202,7 @@ def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) ->
         torch.amax(a, 1, keepdim=True, out=largest_)
         torch.sum(a.sub_(largest_).exp_(), 1, keepdim=True, out=total_)
         torch.bmm(a.mT, v_, out=out_.mT)
-    return out.div_(total.mT), total.log_().add_(largest)
+    return out.div_(total.mT).view(shape), total.log_().add_(largest)
 
 
 def _chunk_size(q: Tensor) -> tuple[int, int]:
@@ -228,21 +229,6 @@ def _flash_chunk_size(q: Tensor, prefix: int) -> tuple[int, int, int]:
 def _flat(t: Tensor) -> Tensor:
     """[B, h, N, d] as [B·h, N, d]."""
     return t.flatten(0, 1).contiguous()
-
-
-def _queries(t: Tensor) -> Tensor:
-    """[B, h, N, d] as [B·h, queries, d], with rows of zeros as padding."""
-    padding = _padding(t.shape[2])
-    return _flat(F.pad(t, (0, 0, 0, padding)) if padding else t)
-
-
-def _padding(tokens: int) -> int:
-    """What is added to so many queries.
-
-    They lie side by side in the matrices, and whole blocks of 16 are faster, unless they are many more.
-    """
-    padding = -tokens % 16
-    return padding if 16 * padding <= tokens else 0
 
 
 def _chunks(
@@ -283,10 +269,10 @@ def _matrices(
     return of
 
 
-def _of_queries(gaussians: Gaussians, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both distances and both factors, [.., keys, queries]; what is no patch has an α of 0: no kernel."""
+def _of_tokens(gaussians: Gaussians, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both distances and both factors, [.., keys, N]: a prefix token has an α of 0, no kernel."""
     slope, alpha, grid, cap, _ = gaussians
-    padding = tokens - alpha.shape[-1], _padding(tokens)
+    padding = tokens - alpha.shape[-1], 0
     rows, columns = (F.pad(d, padding) for d in distances(grid, cap, alpha.device, keys=-2))
     padded = Gaussians(F.pad(slope, padding), F.pad(alpha, padding), grid, cap)
     return rows, columns, *factors(padded, (rows, columns), keys=-2)
