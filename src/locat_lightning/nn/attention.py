@@ -115,7 +115,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
-        matrices = _matrices(3, size, ctx.grid, y, k)
+        matrices = _matrices(3, size, y, x, k)
         by_query = (
             q.mT,
             y.unsqueeze(2),
@@ -129,9 +129,9 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         for first, q_, y_, x_, lse_, d_out, d_q, t_y_, t_x_, k_, v_, d_k, d_v in _chunks(
             by_query, (k, v, grad_k, grad_v), size
         ):
-            (s, of_patches), (p, _), (g, _) = matrices(len(k_), q_.shape[2])
+            s, p, g, of_prefix, of_patches = matrices(len(k_), q_.shape[2])
             torch.mul(y_, x_, out=of_patches)
-            s[:, :prefix] = 0
+            of_prefix.zero_()
             if lse is not None:
                 _add_product(torch.sub(s, lse_, out=p), k_, q_, scale).exp_()
             else:
@@ -191,13 +191,12 @@ def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) ->
     out = torch.empty_like(v)
     largest, total = y.new_empty(2, len(q), 1, q.shape[1])  # max A and Σ exp(A − max A)
     size = _chunk_size(q)
-    prefix = k.shape[1] - y.shape[1] * x.shape[1]
-    matrices = _matrices(1, size, (y.shape[1], x.shape[1]), y, k)
+    matrices = _matrices(1, size, y, x, k)
     by_query = q.mT, y.unsqueeze(2), x.unsqueeze(1), out.mT, largest, total
     for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_query, (k, v), size):
-        ((a, of_patches),) = matrices(len(k_), q_.shape[2])
+        a, of_prefix, of_patches = matrices(len(k_), q_.shape[2])
         torch.mul(y_, x_, out=of_patches)
-        a[:, :prefix] = 0
+        of_prefix.zero_()
         _add_product(a, k_, q_, q.shape[-1] ** -0.5)
         torch.amax(a, 1, keepdim=True, out=largest_)
         torch.sum(a.sub_(largest_).exp_(), 1, keepdim=True, out=total_)
@@ -249,22 +248,23 @@ def _chunks(
 
 
 def _matrices(
-    number: int, size: tuple[int, int], grid: tuple[int, int], y: Tensor, k: Tensor
-) -> Callable[[int, int], list[tuple[Tensor, Tensor]]]:
-    """Room for the logits of any chunk, that many times, in the type of y.
+    number: int, size: tuple[int, int], y: Tensor, x: Tensor, k: Tensor
+) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Room for the logits of any chunk, that many times, in the type of the factors y and x.
 
     Returns:
-        What gives for so many heads and queries the matrices [heads, N, queries], each beside its view of
-        the patches' keys, [heads, H, W, queries].
+        What gives for so many heads and queries the matrices [heads, N, queries], and two views of the first:
+        of the prefix tokens' keys, and of the patches', [heads, H, W, queries].
     """
-    rooms = [y.new_empty(math.prod(size) * k.shape[1]) for _ in range(number)]
-    prefix = k.shape[1] - math.prod(grid)
+    tokens, grid = k.shape[1], (y.shape[1], x.shape[1])
+    prefix = tokens - math.prod(grid)
+    rooms = [y.new_empty(math.prod(size) * tokens) for _ in range(number)]
 
     @cache
-    def of(heads: int, queries: int) -> list[tuple[Tensor, Tensor]]:
-        shape = heads, k.shape[1], queries
+    def of(heads: int, queries: int) -> tuple[Tensor, ...]:
+        shape = heads, tokens, queries
         matrices = [room[: math.prod(shape)].view(shape) for room in rooms]
-        return [(matrix, matrix[:, prefix:].unflatten(1, grid)) for matrix in matrices]
+        return *matrices, matrices[0][:, :prefix], matrices[0][:, prefix:].unflatten(1, grid)
 
     return of
 

@@ -44,10 +44,9 @@ def measure_arm(study: Study, arm: str, seed: int, directory: Path, folders: Map
     Raises:
         InputError: a command refused what it was given.
     """
-    steps = study.steps(arm, seed)
-    if (file := directory / RESULT).is_file() and {step.name for step in steps} <= _read(file)[
-        "seconds"
-    ].keys():
+    file, steps = directory / RESULT, study.steps(arm, seed)
+    done = _read(file)["seconds"] if file.is_file() else {}
+    if all(step.name in done for step in steps):
         return False
     for number, step in enumerate(steps, start=1):
         print(f"  {step.name} ({number} of {len(steps)})", flush=True)
