@@ -109,10 +109,10 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         else:
             *squares, y, x = _of_tokens(Gaussians(slope, alpha, ctx.grid, ctx.cap), shape[2])
             lse = None
-        q, k, v, grad = (_flat(t) for t in (q, k, v, grad))
+        grads = tuple(t.new_empty(shape) for t in (q, k, v))
+        q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
         prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         t_y, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
         matrices = _matrices(3, size, y, x, k)
@@ -151,7 +151,6 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grad_log_alpha = t_y.sum(1)[:, prefix:]
         least = torch.finfo(alpha.dtype).tiny
         grad_alpha = grad_log_alpha / alpha.abs().clamp_min(least).copysign(alpha)  # gates can be negative
-        grads = (t.view(shape) for t in (grad_q, grad_k, grad_v))
         return *grads, grad_slope, grad_alpha, None, None
 
 
@@ -201,7 +200,10 @@ def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) ->
         torch.amax(a, 1, keepdim=True, out=largest_)
         torch.sum(a.sub_(largest_).exp_(), 1, keepdim=True, out=total_)
         torch.bmm(a.mT, v_, out=out_.mT)
-    return out.div_(total.mT).view(shape), total.log_().add_(largest)
+    B, h, N, d = shape
+    attended = v.new_empty(B, N, h, d).transpose(1, 2)  # the heads side by side, as the projection takes them
+    torch.div(out.view(shape), total.mT.view(B, h, N, 1), out=attended)
+    return attended, total.log_().add_(largest)
 
 
 def _chunk_size(q: Tensor) -> tuple[int, int]:
