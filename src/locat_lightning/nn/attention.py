@@ -237,14 +237,15 @@ def _chunks(
 ) -> Iterator[tuple[Any, ...]]:
     """Of tensors of queries [B·h, .., N] and of whole heads [B·h, ..], the chunks that belong together.
 
-    Before them comes whether these are the first queries of their heads.
+    They are alike in size, and none is larger than `size`. Before them comes whether these are the first
+    queries of their heads.
     """
-    heads, queries = size
-    for of_heads in zip(*(t.split(heads) for t in by_query + by_head), strict=True):
-        if queries == by_query[0].shape[-1]:
+    heads, queries = (math.ceil(by_query[0].shape[dim] / n) for dim, n in zip((0, -1), size, strict=True))
+    for of_heads in zip(*(t.tensor_split(heads) for t in by_query + by_head), strict=True):
+        if queries == 1:
             yield True, *of_heads
             continue
-        of_queries = zip(*(t.split(queries, dim=-1) for t in of_heads[: len(by_query)]), strict=True)
+        of_queries = zip(*(t.tensor_split(queries, dim=-1) for t in of_heads[: len(by_query)]), strict=True)
         for number, parts in enumerate(of_queries):
             yield number == 0, *parts, *of_heads[len(by_query) :]
 
