@@ -1,12 +1,14 @@
 """What LocAt costs: training steps, PRR, and large images, against timm's own models on the same machine.
 
 Runs of the two sides alternate in one process, and medians and ratios of neighbouring runs are shown: the
-machines are shared. Memory is measured in a process of its own for each model.
+machines are shared. Each row, and each model whose memory is measured, has a process of its own: with the
+heap that other rows leave behind, the ratio of large images is some hundredths higher.
 """
 
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import timm
 import torch
@@ -24,13 +26,6 @@ OTHERS = {
     "Swin tiny": ("swin_tiny_patch4_window7_224", "locatswin_tiny"),
     "Jumbo tiny": ("jumbo_tiny", "locatjumbo_tiny"),
 }
-
-
-def row(what: str, plain: float, ours: float, ratio: float, unit: str = "ms", scale: float = 1e3) -> None:
-    print(
-        f"| {what:42} | {scale * plain:9.1f} {unit} | {scale * ours:9.1f} {unit} | {ratio:5.2f}x |",
-        flush=True,
-    )
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -53,18 +48,42 @@ def forward(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return run
 
 
+def compare_steps(names: tuple[str, str], rounds: int) -> tuple[float, float, float]:
+    images, labels = torch.randn(8, 3, 224, 224, device=DEVICE), torch.randint(1000, (8,), device=DEVICE)
+    plain, ours = (training_step(timm.create_model(n).to(DEVICE), images, labels) for n in names)
+    return compare(plain, ours, rounds)
+
+
+def compare_forward(names: tuple[str, str], rounds: int) -> tuple[float, float, float]:
+    images = torch.randn(2, 3, 512, 512, device=DEVICE)
+    plain, ours = (forward(timm.create_model(n, img_size=512).eval().to(DEVICE), images) for n in names)
+    return compare(plain, ours, rounds)
+
+
+def compare_refinement(rounds: int) -> tuple[float, float, float]:
+    tokens = torch.randn(8, 197, 384, device=DEVICE)
+    every, only_cls = (pool(384, num_heads=6).to(DEVICE) for pool in (AttentionPoolPrr, PatchRefinement))
+    return compare(lambda: every(tokens), lambda: only_cls(tokens), rounds)
+
+
 def peak_memory(name: str, size: int, batch: int) -> float:
-    """MiB that building the model and one forward pass add to a fresh process (CPU, Linux)."""
-    script = (
-        "import timm, torch, locat_lightning\n"
-        "def kib(key): return int(open('/proc/self/status').read().split(key + ':')[1].split()[0])\n"
-        "before = kib('VmRSS')\n"
-        f"model = timm.create_model({name!r}, img_size={size}).eval()\n"
-        f"with torch.inference_mode(): model(torch.zeros({batch}, 3, {size}, {size}))\n"
-        "print((kib('VmHWM') - before) / 1024)\n"
+    """MiB that building the model and one forward pass add to this process (CPU, Linux)."""
+
+    def mib(key: str) -> float:
+        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+    before = mib("VmRSS")
+    model = timm.create_model(name, img_size=size).eval()
+    with torch.inference_mode():
+        model(torch.zeros(batch, 3, size, size))
+    return mib("VmHWM") - before
+
+
+def row(what: str, plain: float, ours: float, ratio: float, unit: str = "ms", scale: float = 1e3) -> None:
+    print(
+        f"| {what:42} | {scale * plain:9.1f} {unit} | {scale * ours:9.1f} {unit} | {ratio:5.2f}x |",
+        flush=True,
     )
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    return float(done.stdout)
 
 
 def main() -> None:
@@ -74,25 +93,18 @@ def main() -> None:
     print(f"torch {torch.__version__}, timm {timm.__version__}, {device}\n")
     print(f"| {'':42} | {'plain ViT':>12} | {'LocAtViT':>12} | ratio  |")
     print("|".join(["", *("-" * width for width in (44, 14, 14, 8)), ""]))
-    images, labels = torch.randn(8, 3, 224, 224, device=DEVICE), torch.randint(1000, (8,), device=DEVICE)
-    for size, names in (PAIRS | OTHERS).items():
-        plain, ours = (training_step(timm.create_model(n).to(DEVICE), images, labels) for n in names)
-        rounds = 21 if size == "tiny" else 7 if size in OTHERS else 11
-        row(f"training step, {size}, 224 px, batch 8", *compare(plain, ours, rounds))
-    large = torch.randn(2, 3, 512, 512, device=DEVICE)
-    for size, names in PAIRS.items():
-        models = [timm.create_model(n, img_size=512).eval().to(DEVICE) for n in names]
-        row(
-            f"forward, {size}, 512 px, batch 2",
-            *compare(forward(models[0], large), forward(models[1], large), 15),
-        )
-    for batch in (2, 8):
-        mib, our_mib = (peak_memory(name, 512, batch) for name in PAIRS["small"])
-        row(f"peak memory, small, 512 px, batch {batch}", mib, our_mib, our_mib / mib, "MiB", 1)
-
-    tokens = torch.randn(8, 197, 384, device=DEVICE)
-    every, only_cls = AttentionPoolPrr(384, num_heads=6), PatchRefinement(384, num_heads=6)
-    rows, one, ratio = compare(lambda: every(tokens), lambda: only_cls(tokens), 101)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+        for size, names in (PAIRS | OTHERS).items():
+            rounds = 21 if size == "tiny" else 7 if size in OTHERS else 11
+            times = processes.submit(compare_steps, names, rounds).result()
+            row(f"training step, {size}, 224 px, batch 8", *times)
+        for size, names in PAIRS.items():
+            times = processes.submit(compare_forward, names, 15).result()
+            row(f"forward, {size}, 512 px, batch 2", *times)
+        for batch in (2, 8):
+            mib, our_mib = (processes.submit(peak_memory, n, 512, batch).result() for n in PAIRS["small"])
+            row(f"peak memory, small, 512 px, batch {batch}", mib, our_mib, our_mib / mib, "MiB", 1)
+        rows, one, ratio = processes.submit(compare_refinement, 101).result()
     print(
         f"\nPRR of [CLS] alone {1e3 * one:.2f} ms, of every row {1e3 * rows:.2f} ms: {1 / ratio:.1f}x cheaper"
     )
