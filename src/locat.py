@@ -8,7 +8,10 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
+
+if sys.platform != "win32":
+    import fcntl
 
 COMMANDS = (
     *("fit", "validate", "test", "predict", "knn", "linear", "retrieve"),
@@ -19,6 +22,7 @@ HEADLINES = (
     *("linear/top1", "retrieval/miou"),
 )
 SHOWN = ("epochs", *(name for metric in HEADLINES for name in (metric, f"best {metric}")))
+LOCK = ".lock"  # in the directory of a run, while a process trains there
 HELP = """usage: locat [--debug] COMMAND [options]
 
 Vision Transformers whose patch features are good (LocAtViT), trained in PyTorch Lightning.
@@ -70,6 +74,35 @@ def list_configs() -> str:
     return "\n".join(lines)
 
 
+def hold(run: Path) -> IO[str] | None:
+    """Have other processes know that this one trains in the directory of a run, until it ends.
+
+    Returns:
+        What has to be kept open until then; None where files cannot be locked.
+    """
+    if sys.platform == "win32":
+        return None
+    file = (run / LOCK).open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def is_held(run: Path) -> bool:
+    """Whether another process trains in the directory of a run."""
+    if sys.platform == "win32" or not (run / LOCK).is_file():
+        return False
+    with (run / LOCK).open() as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False
+
+
 def list_runs(directory: Path) -> str:
     """A line for each run beneath a directory: its path, and its headline metrics or how to go on with it."""
     runs = {path.parent: _headline(json.loads(path.read_text())) for path in directory.rglob("metrics.json")}
@@ -79,7 +112,9 @@ def list_runs(directory: Path) -> str:
             way_on = (
                 f"; to go on: locat fit --ckpt_path {last}" if last.is_file() else ", without a checkpoint"
             )
-            runs[config.parent] = {"": f"not finished{way_on}"}
+            runs[config.parent] = {
+                "": "still training" if is_held(config.parent) else f"not finished{way_on}"
+            }
     names = [name for name in SHOWN if any(name in cells for cells in runs.values())]
     widths = {name: max(len(cells.get(name, "")) for cells in runs.values()) for name in names}
     width = max((len(run.as_posix()) for run in runs), default=0)

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from locat import LOCK, list_runs
 from locat_lightning.cli import LocatCLI, main
 from locat_lightning.data.images import ImageData
 from locat_lightning.errors import InputError
@@ -26,6 +27,15 @@ from locat_lightning.tasks import Classification
 
 FIT = ["fit", "--config", "classify_tiny.yaml"]
 STEADY = ["--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4", "--model.lr", "1e-2"]
+# No epoch of it writes a checkpoint.
+ENDLESS = [
+    "--trainer.max_epochs",
+    "100000",
+    "--checkpoint.every_n_epochs",
+    "100000",
+    "--data.num_workers",
+    "1",
+]
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 RUN = Path("runs/classify_tiny/version_0")
 BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
@@ -352,6 +362,80 @@ def test_nothing_is_lost_where_nothing_can_go_on(small, capsys, caplog):
     assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))
 
 
+def test_a_folder_of_images_none_of_which_can_be_read_is_named(small, folder, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    for path in (folder / "val").rglob("*.png"):
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    for command in ([*FIT, *small, "--name", "other"], ["validate", "--weights", str(LAST), *QUIET]):
+        assert str(folder / "val") in refusal(capsys, command)
+    assert list(Path("runs").iterdir()) == [RUN.parent]
+
+
+def test_there_are_no_predictions_of_images_none_of_which_can_be_read(small, tmp_path, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    images = ["--data.root", str(tmp_path / "broken"), "--data.max_unreadable", "9"]
+    said = refusal(capsys, ["predict", "--weights", str(LAST), *images, *QUIET])
+    assert said == "nothing is predicted: none of the images can be read"
+
+
+def test_images_of_a_side_that_is_no_multiple_of_the_patch(small):
+    """timm leaves out what remains at right and bottom."""
+    main([*FIT, *small, "--data.img_size", "37", "--model.backbone_args.img_size", "37"])
+    assert scalars(RUN, "gaug_alpha/block_00")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: 0 is less than 1"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch: 0 is less than 1"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: -1 is less than 0"),
+        (["--seed_everything", "-1"], "seed_everything: -1 is less than 0"),
+        (["--model.class_names", "[a, b]"], "model.class_names: 2 names for 3 classes"),
+    ],
+    ids=str,
+)
+def test_a_number_that_cannot_be_is_refused(options, said, small, capsys):
+    assert refusal(capsys, [*FIT, *small, *options]) == said
+    assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
+
+
+def test_a_run_that_is_still_training_cannot_be_gone_on_with(small, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    assert not (RUN / LOCK).exists()
+    (RUN / "metrics.json").unlink()
+    record = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    script = f"import locat, pathlib; kept = locat.hold(pathlib.Path({str(RUN)!r})); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as other:
+        other.stdout.readline()
+        assert list_runs(Path("runs")).endswith("version_0   still training")
+        assert refusal(capsys, [*FIT, *small, "--ckpt_path", "last"]) == (
+            f"--ckpt_path: another process is training in {RUN}: wait for its end, or stop it"
+        )
+        other.communicate(b"\n")
+    assert {path: path.read_bytes() for path in record} == record
+    assert "not finished; to go on: " in list_runs(Path("runs"))
+    main([*FIT, *small, "--ckpt_path", "last", "--trainer.max_epochs", "2", "--allow_changes", "true"])
+    assert not (RUN / LOCK).exists()
+
+
+def test_while_a_run_trains_its_directory_is_held(small, monkeypatch):
+    step, held = Classification.training_step, []
+    script = f"import locat, pathlib; print(locat.is_held(pathlib.Path({str(RUN)!r})))"
+
+    def ask(self, batch, batch_idx):
+        if not held:
+            held.append(subprocess.check_output([sys.executable, "-c", script], text=True).strip())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "training_step", ask)
+    main([*FIT, *small])
+    assert held == ["True"]
+
+
 def test_the_last_run_of_a_name_goes_on_without_its_config(small, capsys):
     assert refusal(capsys, ["fit", "--ckpt_path", "last"]) == (
         "--ckpt_path last needs --name, the name of the run, or its --config"
@@ -497,10 +581,9 @@ def locat(*arguments):
 @pytest.mark.parametrize("to", ["the process", "all processes"])
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small):
     """A shell sends it to the process, a scheduler to the workers that read images, too."""
-    endless = [*small, "--trainer.max_epochs", "100000", "--trainer.check_val_every_n_epoch", "3"]
-    process = locat(*FIT, *endless, "--data.num_workers", "1")
+    process = locat(*FIT, *small, *ENDLESS, "--trainer.check_val_every_n_epoch", "3")
     deadline = time.monotonic() + 120
-    while not LAST.is_file() and process.poll() is None and time.monotonic() < deadline:
+    while not (RUN / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     (process.send_signal if to == "the process" else partial(os.killpg, process.pid))(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
@@ -518,16 +601,17 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small):
 def test_an_interrupt_of_the_process_alone_ends_its_workers_too(small):
     # A shell's background jobs ignore interrupts, and so would what they start.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = locat(*FIT, *small, "--trainer.max_epochs", "100000", "--data.num_workers", "1")
+    process = locat(*FIT, *small, *ENDLESS)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
-    while not LAST.is_file() and process.poll() is None and time.monotonic() < deadline:
+    while not (RUN / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT, said
     assert "Traceback" not in said
     assert f"to go on: locat fit --ckpt_path {LAST}" in said
+    assert torch.load(LAST, weights_only=True)["global_step"] > 0
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import timm
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.tensorboard.summary import hparams
 
 import locat_lightning
+from locat import LOCK, hold, is_held
 from locat_lightning import resume
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import Checkpoints, came_to_nothing
@@ -83,6 +84,13 @@ GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
 COMPARED = ("val/top1", "val/miou", "knn/top1", "linear/top1", "retrieval/miou", "val/loss")
 MEASURED = ("val/", "knn/", "linear/", "retrieval/")  # metrics that say what came of a run
 HELP = {"--model.help", "--data.help"}  # of a class
+# What Lightning and torch take, and fail with later.
+LEAST = {
+    "seed_everything": 0,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.check_val_every_n_epoch": 1,
+    "trainer.gradient_clip_val": 0,
+}
 HELP_TO_OPTIONS = (
     "The options of model and data are those of their class: locat fit --model.help Classification (or Dino, "
     "Segmentation), locat fit --data.help ImageData (or MultiCropData, SegmentationData)."
@@ -98,12 +106,16 @@ COMMANDS = {
 class RunRecord(SaveConfigCallback):
     """Writes down what a run is (config and versions) and, at its end, what came of it."""
 
+    _lock: IO[str] | None = None
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Nothing yet: a run that fails before its work begins leaves nothing, and no record is lost."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Config and versions, once."""
+        """Config and versions, once; from now on no other process trains here."""
         super().setup(trainer, pl_module, str(trainer.state.fn))
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+            self._lock = hold(Path(trainer.default_root_dir))
         if self.config.trainer.log_every_n_steps is None:  # often enough for a small data set
             steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
             trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, steps))  # type: ignore[attr-defined]
@@ -153,11 +165,13 @@ class RunRecord(SaveConfigCallback):
         for logger in trainer.loggers:
             logger.finalize("failed")
         files = list(directory.iterdir())
-        logs = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml")
+        logs = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOCK)
         if all(file.name.startswith(logs) for file in files):
             for file in files:
                 file.unlink()
             directory.rmdir()
+            if not any(directory.parent.iterdir()):
+                directory.parent.rmdir()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Final metrics: `metrics.json` of the run, HParams of TensorBoard, and a line for the reader."""
@@ -186,8 +200,12 @@ class RunRecord(SaveConfigCallback):
         rank_zero_info(f"{summary}\n{_where(directory)}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Say where the log of a measurement is, below its table."""
+        """Leave the directory to others, and say where the log of a measurement is, below its table."""
         directory = trainer.log_dir  # in every process: they agree on it
+        if self._lock is not None:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
         if directory is not None and trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
             rank_zero_info(_where(directory))
 
@@ -270,10 +288,18 @@ class LocatCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Like LightningCLI's, with the options that are like one that is unknown."""
+        """Like LightningCLI's, with the options that are like one that is unknown.
+
+        Raises:
+            InputError: a number is less than it can be.
+        """
         command = self._subcommand_parsers.get(next(iter(sys.argv[1:]), ""), parser)
         with near_options(command):
             super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        for option, least in LEAST.items():
+            if (value := options.get(option)) is not None and value < least:
+                raise InputError(f"{option}: {value} is less than {least}")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a resumed run has the options that it is given, not those of its checkpoint."""
@@ -340,7 +366,8 @@ class LocatCLI(LightningCLI):
         """The trainer with a directory for the run: a fresh one, or that of the checkpoint to go on from.
 
         Raises:
-            InputError: Lightning cannot make a trainer of these options, or a CPU has too few cores for it.
+            InputError: Lightning cannot make a trainer of these options, a CPU has too few cores for it, or
+                another process trains in the directory.
         """
         config = self.config[self.subcommand]
         board, step = self._board(config)
@@ -352,6 +379,11 @@ class LocatCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if isinstance(trainer.accelerator, CPUAccelerator):
             check_processes(trainer.num_devices)
+        # Before loggers are made: they cut off what came after the checkpoint.
+        if self.resume_from is not None and trainer.is_global_zero and is_held(Path(board.log_dir)):
+            raise InputError(
+                f"--ckpt_path: another process is training in {board.log_dir}: wait for its end, or stop it"
+            )
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -91,7 +91,8 @@ def test_the_bar_is_a_line_and_the_closing_lines_stay_below_it(width, shown, tmp
     [bar] = [place for place, line in enumerate(fit) if line.startswith("Epoch 2/2 ")]
     assert "3/3" in fit[bar]
     assert "loss: " in fit[bar]
-    assert "val/top1: " in fit[bar]
+    assert "lr: " in fit[bar]
+    assert "images/s: " in fit[bar]
     assert not re.search("Seed set|[GT]PU available|estimate number", text)
     assert fit[bar + 1].startswith("k-NN top-1 (knn/top1) ")
     assert "epochs 2   val/loss" in text

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch import distributed as dist
 
+from locat_lightning.errors import InputError
 from locat_lightning.tasks import Segmentation
 
 
@@ -39,6 +40,8 @@ class PredictionTable(BasePredictionWriter):
         directory = trainer.log_dir  # in every process: they agree on it
         if not trainer.is_global_zero:
             return
+        if not parts:
+            raise InputError("nothing is predicted: none of the images can be read")
         indices = torch.cat([indices for indices, _ in parts])
         probabilities = torch.cat([probabilities for _, probabilities in parts])
         names: list[str] = pl_module.class_names or [str(i) for i in range(probabilities.shape[1])]  # type: ignore[assignment]

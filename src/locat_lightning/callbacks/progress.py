@@ -4,10 +4,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn, RichProgressBarTheme
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.trainer.states import TrainerFn
+from rich.progress import TimeRemainingColumn
 
-WIDE = 120  # columns of a terminal that has room for a bar of full length and batches per second
+WIDE = 150  # columns of a terminal that has room for a bar of full length, time taken and batches per second
+SHORT = 6  # columns of the bar of any other terminal
 NAMES = {"train/images_per_s": "images/s"}
 
 
@@ -21,10 +23,11 @@ class ProgressBar(RichProgressBar):
         super().__init__(theme=RichProgressBarTheme(metrics_format=".4g", progress_bar="cyan"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the bar shows: `loss`, what the run goes by, `images/s`, `lr`, …, as far as they fit."""
+        """What the bar shows: `loss`, `lr`, `images/s`, what the run goes by, …, as far as they fit."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        first = ("train/loss", getattr(trainer.checkpoint_callback, "monitor", None), "train/images_per_s")
+        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+        first = ("train/loss", "train/lr", "train/images_per_s", monitor)
         order = sorted(metrics, key=lambda name: first.index(name) if name in first else len(first))
         shown: dict[str, Any] = {}
         room = self._room(trainer)
@@ -37,13 +40,12 @@ class ProgressBar(RichProgressBar):
         return shown
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Lightning's, but for a short bar and no batches per second where the terminal is narrow."""
+        """Lightning's, but for a short bar and the time left alone where the terminal is narrow."""
         columns: list[Any] = super().configure_columns(trainer)
         if self._is_narrow():
-            columns.pop()
-            for column in columns:
-                if isinstance(column, CustomBarColumn):
-                    column.bar_width = 10
+            description, bar, batches, *_ = columns
+            bar.bar_width = SHORT
+            return [description, bar, batches, TimeRemainingColumn(elapsed_when_finished=True)]
         return columns
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,9 +74,11 @@ class ProgressBar(RichProgressBar):
             return 0
         description = len(self._get_train_description(trainer.current_epoch))
         batches = 2 * len(str(self.total_train_batches)) + 1
-        bar_and_speed = 10 + 1 if self._is_narrow() else 40 + 1 + len("1234.56it/s") + 1
-        times = len("0:00:00 • 0:00:00")
-        return int(self._console.width) - description - batches - bar_and_speed - times - 3
+        if self._is_narrow():
+            bar_and_times = SHORT + 1 + len("0:00:00")
+        else:
+            bar_and_times = 40 + 1 + len("0:00:00 • 0:00:00 1234.56it/s") + 1
+        return int(self._console.width) - description - batches - bar_and_times - 3
 
     def _stop_progress(self) -> None:
         """Lightning's, once."""

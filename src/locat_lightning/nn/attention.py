@@ -211,7 +211,7 @@ def _chunk_size(q: Tensor) -> tuple[int, int]:
     heads, N = q.shape[:-2].numel(), q.shape[-2]
     size = 2**18 if q.device.type == "cpu" else 2**26
     if 2 * size >= N**2:
-        return min(heads, max(1, size // N**2)), N
+        return max(1, min(heads, size // N**2)), N
     return min(heads, 2), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
 
 

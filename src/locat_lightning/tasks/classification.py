@@ -155,6 +155,8 @@ class Classification(Task):
         elif self._is_scoring() and len(learnt := self.data_classes or self.class_names) == len(names):
             _see_that_classes_agree(learnt, names)  # another number is for load_weights to find
         self.class_names = self.class_names or list(names)
+        if self._is_training() and len(self.class_names) != number:
+            raise InputError(f"model.class_names: {len(self.class_names)} names for {number} classes")
         if number < 2:
             raise InputError(f"with {number} class ({', '.join(names)}) there is nothing to classify")
         self.hp.num_classes, self.hp.class_names = number, self.class_names
