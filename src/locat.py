@@ -5,10 +5,11 @@ which takes seconds.
 """
 
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 if sys.platform != "win32":
     import fcntl
@@ -74,21 +75,21 @@ def list_configs() -> str:
     return "\n".join(lines)
 
 
-def hold(run: Path) -> IO[str] | None:
+def hold(run: Path) -> int | None:
     """Have other processes know that this one trains in the directory of a run, until it ends.
 
     Returns:
-        What has to be kept open until then; None where files cannot be locked.
+        A file descriptor that has to be kept open until then; None where files cannot be locked.
     """
     if sys.platform == "win32":
         return None
-    file = (run / LOCK).open("a")
+    lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.close()
+        os.close(lock)
         return None
-    return file
+    return lock
 
 
 def is_held(run: Path) -> bool:

@@ -3,12 +3,13 @@
 import csv
 import json
 import logging
+import os
 import platform
 import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import timm
@@ -21,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from rich import get_console
 from torch.utils.tensorboard.summary import hparams
 
 import locat_lightning
@@ -34,7 +36,7 @@ from locat_lightning.callbacks.maps import MapWriter, SegmentationPictures
 from locat_lightning.callbacks.pictures import AttentionPictures
 from locat_lightning.callbacks.predictions import PredictionTable
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
-from locat_lightning.callbacks.progress import ProgressBar
+from locat_lightning.callbacks.progress import EpochLines, ProgressBar
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.errors import InputError
@@ -106,7 +108,7 @@ COMMANDS = {
 class RunRecord(SaveConfigCallback):
     """Writes down what a run is (config and versions) and, at its end, what came of it."""
 
-    _lock: IO[str] | None = None
+    _lock: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Nothing yet: a run that fails before its work begins leaves nothing, and no record is lost."""
@@ -203,8 +205,8 @@ class RunRecord(SaveConfigCallback):
         """Leave the directory to others, and say where the log of a measurement is, below its table."""
         directory = trainer.log_dir  # in every process: they agree on it
         if self._lock is not None:
-            Path(self._lock.name).unlink(missing_ok=True)
-            self._lock.close()
+            (Path(trainer.default_root_dir) / LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
             self._lock = None
         if directory is not None and trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
             rank_zero_info(_where(directory))
@@ -395,7 +397,10 @@ class LocatCLI(LightningCLI):
             if isinstance(each, AttentionPictures)
         ]
         if config["enable_progress_bar"] is not False:
-            callbacks.insert(0, ProgressBar())  # it stands still before any other says what came of the run
+            on_terminal = get_console().is_terminal
+            # It stands still before any other says what came of the run.
+            callbacks.insert(0, ProgressBar() if on_terminal else EpochLines())
+            config["enable_progress_bar"] = on_terminal
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -502,11 +507,13 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     if record is None:
         if "--weights" in options:
             check_weights(options["--weights"])
+            if checkpoint.is_file():
+                read_checkpoint(checkpoint)  # what is none is that, and does not lack a config
         if options.keys() & {"--model", "--model.class_path"}:
             return {}
         raise InputError(
             f"locat {command} needs --config, a file or one of {shipped_configs()}"
-            + (f"; --weights {RANDOM}, a checkpoint of a run, …" if command != "fit" else "")
+            + (f", and --weights: {RANDOM}, a checkpoint of a run, …" if command != "fit" else "")
         )
     config = yaml.safe_load(record.read_text())
     keys = {"model", "data", "name", "runs"}

@@ -11,6 +11,8 @@ import termios
 
 import pytest
 
+from locat_lightning.cli import main
+
 CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|(\r)|(\n)")
 
 
@@ -80,6 +82,16 @@ def shown(small):
     """Options of a run in seconds, with the bar."""
     at = small.index("--trainer.enable_progress_bar")
     return small[:at] + small[at + 2 :]
+
+
+def test_in_a_file_an_epoch_is_a_line(shown, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "classify_tiny.yaml", *shown])
+    lines = [line for line in caplog.messages if line.startswith("epoch ")]
+    assert [line.split("   ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    for line in lines:
+        assert re.search(r"   loss [\d.]+   lr \S+   images/s [\d.]+   val/top1 [\d.]+", line)
+    assert "Epoch" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

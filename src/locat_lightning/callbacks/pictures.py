@@ -307,9 +307,9 @@ class AttentionPictures(Callback):
             raise InputError(f"AttentionPictures draws images of ImageData, not of {type(data).__name__}")
         if trainer.is_global_zero:
             items = spaced_items(data.val_dataloader(), self.images)
-            # Where none can be read, the loader says so, or goes on without them.
-            self.inputs = torch.stack([item[0] for item in items]) if items else None
             self.labels = [item[1] for item in items]
+            if items:  # else the loader says that none can be read, or goes on without them
+                self.inputs = torch.stack([item[0] for item in items])
 
     def on_validation_batch_end(
         self,
@@ -325,23 +325,22 @@ class AttentionPictures(Callback):
             return
         if isinstance(pl_module, Segmentation) or not is_due(trainer, self.every_n_epochs):
             return
-        loggers = tensorboards(trainer)
-        if loggers and self.inputs is not None:
-            picture = self._picture(self.inputs, trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+        if (loggers := tensorboards(trainer)) and self.labels:
+            picture = self._picture(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
             step = max(0, trainer.global_step - 1)  # the step just taken, as for the scalars of a validation
             for logger in loggers:
                 logger.experiment.add_image("pictures/validation", picture, global_step=step)
 
-    def _picture(self, images: Tensor, data: ImageData, module: LightningModule) -> Tensor:
+    def _picture(self, data: ImageData, module: LightningModule) -> Tensor:
         backbone: Any = module.backbone
-        inputs = images.to(module.device, next(backbone.parameters()).dtype)
+        inputs = self.inputs.to(module.device, next(backbone.parameters()).dtype)
         probabilities = None
         if getattr(backbone, "num_classes", 0) > 0:
             [call] = observe(backbone, inputs, [backbone])
             probabilities = call.output.float().softmax(-1)
         mean, std = (torch.tensor(data.normalisation[name]).view(3, 1, 1) for name in ("mean", "std"))
         return draw(
-            images * std + mean,
+            self.inputs * std + mean,
             self.labels,
             module.class_names,  # type: ignore[arg-type]
             kernels=gaussian_kernels(backbone, inputs),

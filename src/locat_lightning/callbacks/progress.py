@@ -1,16 +1,40 @@
-"""The progress bar of every command."""
+"""How far a command is: a bar on a terminal, a line for each epoch in a file."""
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import TimeRemainingColumn
 
 WIDE = 150  # columns of a terminal that has room for a bar of full length, time taken and batches per second
 SHORT = 6  # columns of the bar of any other terminal
 NAMES = {"train/images_per_s": "images/s"}
+
+
+def metrics_in_order(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
+    """`loss`, `lr`, `images/s`, what the run goes by, and the others, by the names that are shown."""
+    monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+    first = ("train/loss", "train/lr", "train/images_per_s", monitor)
+    order = sorted(metrics, key=lambda name: first.index(name) if name in first else len(first))
+    return {NAMES.get(name, name.removeprefix("train/")): metrics[name] for name in order}
+
+
+def of_all_epochs(trainer: Trainer, epoch: int) -> str:
+    """The epoch, counted from 1; a run that ends with a step has no last one."""
+    return f"{epoch + 1}/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else str(epoch + 1)
+
+
+class EpochLines(Callback):
+    """A line after each epoch of a training, for where a bar cannot be drawn."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The epoch and its metrics."""
+        metrics = metrics_in_order(trainer, trainer.progress_bar_metrics)
+        shown = "".join(f"   {name} {value:.4g}" for name, value in metrics.items())
+        rank_zero_info(f"epoch {of_all_epochs(trainer, trainer.current_epoch)}{shown}")
 
 
 class ProgressBar(RichProgressBar):
@@ -26,17 +50,13 @@ class ProgressBar(RichProgressBar):
         """What the bar shows: `loss`, `lr`, `images/s`, what the run goes by, …, as far as they fit."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
-        first = ("train/loss", "train/lr", "train/images_per_s", monitor)
-        order = sorted(metrics, key=lambda name: first.index(name) if name in first else len(first))
         shown: dict[str, Any] = {}
         room = self._room(trainer)
-        for name in order:
-            short = NAMES.get(name, name.removeprefix("train/"))
-            room -= len(f"{short}: {metrics[name]:.4g} ")
+        for name, value in metrics_in_order(trainer, metrics).items():
+            room -= len(f"{name}: {value:.4g} ")
             if room < 0:
                 break
-            shown[short] = metrics[name]
+            shown[name] = value
         return shown
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
@@ -86,6 +106,5 @@ class ProgressBar(RichProgressBar):
             super()._stop_progress()
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """The epoch, counted from 1; a run that ends with a step has no last one."""
-        last = f"/{self.trainer.max_epochs}" if (self.trainer.max_epochs or -1) > 0 else ""
-        return f"Epoch {current_epoch + 1}{last}".ljust(len(self.validation_description))
+        """The epoch, as wide as what stands there in a validation."""
+        return f"Epoch {of_all_epochs(self.trainer, current_epoch)}".ljust(len(self.validation_description))

@@ -67,8 +67,8 @@ def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
         size: (height, width) of the images, in pixels.
 
     Returns:
-        (height, width), each the next multiple of the patch; for a hierarchical model, of its last stage's. A
-        model that takes images of one size alone gets them as they are.
+        (height, width), each the next multiple of the patch; for a hierarchical model, of its last stage's.
+        The one size that a model takes stays as it is.
 
     Raises:
         InputError: `backbone` has no patch features.
@@ -78,7 +78,8 @@ def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
         raise InputError(
             f"{type(backbone).__name__} has no patch features: choose a timm model with forward_intermediates"
         )
-    if getattr(getattr(timm, "patch_embed", None), "strict_img_size", False):
+    patches = getattr(timm, "patch_embed", None)
+    if getattr(patches, "strict_img_size", False) and patches.img_size == size:
         return size
     patch = timm.feature_info[-1]["reduction"]
     height, width = (math.ceil(side / patch) * patch for side in size)
