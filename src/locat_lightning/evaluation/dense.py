@@ -78,7 +78,7 @@ def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
         raise InputError(
             f"{type(backbone).__name__} has no patch features: choose a timm model with forward_intermediates"
         )
-    patches = getattr(timm, "patch_embed", None)
+    patches: Any = getattr(timm, "patch_embed", None)
     if getattr(patches, "strict_img_size", False) and patches.img_size == size:
         return size
     patch = timm.feature_info[-1]["reduction"]
