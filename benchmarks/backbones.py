@@ -101,9 +101,9 @@ def main() -> None:
         for size, names in PAIRS.items():
             times = processes.submit(compare_forward, names, 15).result()
             row(f"forward, {size}, 512 px, batch 2", *times)
-        for batch in (2, 8):
-            mib, our_mib = (processes.submit(peak_memory, n, 512, batch).result() for n in PAIRS["small"])
-            row(f"peak memory, small, 512 px, batch {batch}", mib, our_mib, our_mib / mib, "MiB", 1)
+        for size, batch in (("tiny", 2), ("small", 2), ("small", 8)):
+            mib, our_mib = (processes.submit(peak_memory, n, 512, batch).result() for n in PAIRS[size])
+            row(f"peak memory, {size}, 512 px, batch {batch}", mib, our_mib, our_mib / mib, "MiB", 1)
         rows, one, ratio = processes.submit(compare_refinement, 101).result()
     print(
         f"\nPRR of [CLS] alone {1e3 * one:.2f} ms, of every row {1e3 * rows:.2f} ms: {1 / ratio:.1f}x cheaper"
