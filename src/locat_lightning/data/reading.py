@@ -78,7 +78,7 @@ def _is_plain(image: Image.Image) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turns an image of any mode into the RGB that a viewer shows; may turn `image` itself upright.
 
-    A plain RGB image is returned as it is, not copied.
+    A plain RGB image is returned as it is, not copied. Colour profiles (ICC) are not applied.
     """
     try:
         ImageOps.exif_transpose(image, in_place=True)
