@@ -79,11 +79,12 @@ def hold(run: Path) -> int | None:
     """Have other processes know that this one trains in the directory of a run, until it ends.
 
     Returns:
-        A file descriptor that has to be kept open until then; None where files cannot be locked.
+        A file descriptor that has to be kept open until then; None where files cannot be locked, or there is
+        no such directory.
     """
-    if sys.platform == "win32":
+    if sys.platform == "win32" or not run.is_dir():
         return None
-    lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT)
+    lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

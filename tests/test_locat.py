@@ -51,6 +51,13 @@ def test_runs_are_listed_with_their_metrics(tmp_path):
     ]
 
 
+def test_a_run_elsewhere_is_not_held(tmp_path):
+    """Its logger has another directory than the one that the run was to have."""
+    assert locat.hold(tmp_path / "nowhere") is None
+    assert not locat.is_held(tmp_path / "nowhere")
+    assert not locat.is_held(tmp_path)
+
+
 @pytest.mark.parametrize("command", ["configs", "runs"])
 @pytest.mark.parametrize("help_", ["--help", "-h"])
 def test_each_of_them_has_a_help(command, help_, capsys):
