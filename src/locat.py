@@ -111,12 +111,13 @@ def list_runs(directory: Path) -> str:
     for config in directory.rglob("config.yaml"):
         if config.parent not in runs and "\nckpt_path:" in config.read_text():  # which training alone has
             last = config.parent / "checkpoints" / "last.ckpt"
-            way_on = (
-                f"; to go on: locat fit --ckpt_path {last}" if last.is_file() else ", without a checkpoint"
-            )
-            runs[config.parent] = {
-                "": "still training" if is_held(config.parent) else f"not finished{way_on}"
-            }
+            if is_held(config.parent):
+                state = "still training"
+            elif last.is_file():
+                state = f"not finished; to go on: locat fit --ckpt_path {last}"
+            else:
+                state = "not finished, without a checkpoint"
+            runs[config.parent] = {"": state}
     names = [name for name in SHOWN if any(name in cells for cells in runs.values())]
     widths = {name: max(len(cells.get(name, "")) for cells in runs.values()) for name in names}
     width = max((len(run.as_posix()) for run in runs), default=0)

@@ -163,6 +163,13 @@ def test_the_chunks_are_every_query_of_every_head_once(heads, tokens):
     assert (begun == 1).all()
 
 
+def test_no_images_are_no_mistake():
+    q, k, v = (torch.empty(0, 3, 17, 8, requires_grad=True) for _ in range(3))
+    out = gaussian_attention(q, k, v, augmentation(8)(q, (4, 4), (4, 4)))
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 3, 17, 8)
+
+
 def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
     """197 tokens and 10 heads in all: two chunks of five."""
     shape, grid = (2, 5, 197, 8), (14, 14)

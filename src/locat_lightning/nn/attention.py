@@ -109,7 +109,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         else:
             *squares, y, x = _of_tokens(Gaussians(slope, alpha, ctx.grid, ctx.cap), shape[2])
             lse = None
-        grads = tuple(t.new_empty(shape) for t in (q, k, v))
+        grads = tuple(t.new_empty(shape) for t in (q, k, v))  # filled by way of their views
         q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
         prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
@@ -240,7 +240,8 @@ def _chunks(
     They are alike in size, and none is larger than `size`. Before them comes whether these are the first
     queries of their heads.
     """
-    heads, queries = (math.ceil(by_query[0].shape[dim] / n) for dim, n in zip((0, -1), size, strict=True))
+    numbers = by_query[0].shape[0], by_query[0].shape[-1]
+    heads, queries = (max(1, math.ceil(n / most)) for n, most in zip(numbers, size, strict=True))
     for of_heads in zip(*(t.tensor_split(heads) for t in by_query + by_head), strict=True):
         if queries == 1:
             yield True, *of_heads
