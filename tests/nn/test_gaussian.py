@@ -96,7 +96,8 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
 def test_the_kernel_is_the_product_of_its_two_factors(keys):
     q = queries(2, 3, 1 + 15, 8)
     gaussians = augmentation(8)(q, (5, 3), (5, 3))
-    y, x = factors(gaussians, distances((5, 3), gaussians.cap, q.device, keys=keys), keys=keys)
+    slope, alpha = gaussians.slope[..., 1:], gaussians.alpha[..., 1:]
+    y, x = factors(slope, distances((5, 3), gaussians.cap, q.device, keys=keys), keys=keys)
     assert y.is_contiguous()
     assert x.is_contiguous()
     assert y.dtype == x.dtype == torch.float32
@@ -104,19 +105,28 @@ def test_the_kernel_is_the_product_of_its_two_factors(keys):
         y, x = y.mT, x.mT
     assert y.shape == (2, 3, 15, 5)
     assert x.shape == (2, 3, 15, 3)
-    product = torch.einsum("bhpi,bhpj->bhpij", y, x).flatten(-2)
-    assert_close(gaussian_kernel(gaussians), product, rtol=0, atol=0)
+    product = torch.einsum("bhp,bhpi,bhpj->bhpij", alpha, y, x).flatten(-2)
+    assert_close(gaussian_kernel(gaussians), product, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (7, 11)])
 def test_distances_are_those_of_the_grid_squared_and_capped(grid):
+    cpu = torch.device("cpu")
     patches = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
-    for of_patches, side, n in zip(distances(grid, 3, torch.device("cpu")), (0, 1), grid, strict=True):
+    for of_patches, side, n in zip(distances(grid, 3, cpu), (0, 1), grid, strict=True):
+        assert of_patches.dtype == torch.float32
         assert of_patches.tolist() == [[min((p[side] - at) ** 2, 3) for at in range(n)] for p in patches]
-    for kept, of_keys in zip(
-        distances(grid, 3, torch.device("cpu")), distances(grid, 3, torch.device("cpu"), keys=-2), strict=True
+    for kept, of_keys, of_tokens in zip(
+        distances(grid, 3, cpu),
+        distances(grid, 3, cpu, keys=-2),
+        distances(grid, 3, cpu, prefix=5, keys=-2),
+        strict=True,
     ):
         assert_close(of_keys, kept.mT, rtol=0, atol=0)
+        assert of_keys.is_contiguous()
+        assert of_tokens.shape[-1] == 5 + len(patches)
+        assert of_tokens.isfinite().all()
+        assert_close(of_tokens[..., 5:], kept.mT, rtol=0, atol=0)
 
 
 def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():
@@ -126,11 +136,11 @@ def test_zero_maps_give_a_variance_of_one_patch_scaled_with_the_grid():
     q = queries(1, 2, 1 + 16, 8)
 
     var, alpha = gaug.variance_and_alpha(q, (4, 4), (4, 4))
-    assert_close(var, torch.ones(2, 1, 2, 16))
-    assert_close(alpha, torch.full((1, 2, 16), math.log(2)))
+    assert_close(var, torch.ones(2, 1, 2, 1 + 16))
+    assert_close(alpha, torch.full((1, 2, 1 + 16), math.log(2)))
 
     var, _ = gaug.variance_and_alpha(queries(1, 2, 1 + 48, 8), (6, 8), (4, 4))
-    assert_close(var, torch.full((2, 1, 2, 48), 1.5))
+    assert_close(var, torch.full((2, 1, 2, 1 + 48), 1.5))
 
 
 @pytest.mark.parametrize("bias", [-1e4, 1e4])

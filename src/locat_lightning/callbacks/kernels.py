@@ -1,5 +1,6 @@
 """How wide and how strong the Gaussian kernels of each block are, while a model trains."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -63,11 +64,12 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
     if not gaugs:
         return []
     with torch.no_grad():
-        kernels = [
-            gaug.variance_and_alpha(*call.inputs)
-            for gaug, call in zip(gaugs, observe(backbone, padded(backbone, images), gaugs), strict=True)
-        ]
-        return [(variance.mean().item(), alpha.mean().item()) for variance, alpha in kernels]
+        calls = observe(backbone, padded(backbone, images), gaugs)
+        of_patches = (
+            [of_tokens[..., -math.prod(grid) :] for of_tokens in gaug.variance_and_alpha(q, grid, built_for)]
+            for gaug, (q, grid, built_for) in zip(gaugs, (call.inputs for call in calls), strict=True)
+        )
+        return [(variance.mean().item(), alpha.mean().item()) for variance, alpha in of_patches]
 
 
 class KernelWidths(Callback):

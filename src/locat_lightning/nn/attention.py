@@ -37,7 +37,7 @@ def gaussian_attention(
         q: Queries [B, h, N, d].
         k: Keys [B, h, N, d].
         v: Values [B, h, N, d].
-        gaussians: Kernels of the last H·W tokens, or S itself, which broadcasts to [B, h, H·W, H·W].
+        gaussians: Kernels of the queries, or S itself, of the patches: it broadcasts to [B, h, H·W, H·W].
         bias: Something more to add to the logits, [windows, h, N, N], where B is of whole images' windows.
         dropout: Probability of dropping an attention weight.
 
@@ -65,10 +65,16 @@ def gaussian_attention(
 class _ChunkedGaussianAttention(torch.autograd.Function):
     """`gaussian_attention` of all images' heads, a chunk of heads or queries at a time.
 
-    With A = q kᵀ / √d + S, L = ln Σ exp(A) by query, P = exp(A − L) and T = ∂A ∘ S, the gradients of the
-    logarithms of S's factors are T summed by row, T_y[p, i] = Σ_j T[p, (i, j)], and by column,
-    T_x[p, j] = Σ_i T[p, (i, j)]. Then ∂(slope_y)[p] = Σ_i T_y[p, i] D_y[p, i], likewise x, and ∂(ln α)[p] is
-    T_y's sum.
+    With A = q kᵀ / √d + S, L = ln Σ exp(A) by query and P = exp(A − L), the gradient of S is that of A, where
+    S[p, (i, j)] = α[p] y[p, i] x[p, j]. By way of
+
+        T_y[p, i] = y[p, i] Σ_j ∂A[p, (i, j)] x[p, j]    and    T_x[p, j] = Σ_i (∂A ∘ S)[p, (i, j)]
+
+    it becomes
+
+        ∂α[p] = Σ_i T_y[p, i]
+        ∂(slope_y)[p] = α[p] Σ_i T_y[p, i] D_y[p, i]
+        ∂(slope_x)[p] = Σ_j T_x[p, j] D_x[p, j]
 
     These matrices are all transposed, [heads, keys, queries]: a pass over S then runs along the many queries,
     not along the few patches of a grid's row. Only flash attention wants its mask query by query.
@@ -85,15 +91,16 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grid: tuple[int, int],
         cap: int,
     ) -> Tensor:
-        gaussians = Gaussians(slope, alpha, grid, cap)
         # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
         if q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]:
-            out = _flash_attention(q, k, v, *factors(gaussians, distances(grid, cap, q.device)))
+            patches = -math.prod(grid)
+            y, x = factors(slope[..., patches:], distances(grid, cap, q.device))
+            out = _flash_attention(q, k, v, y * alpha[..., patches:].unsqueeze(-1), x)
             of_tokens: tuple[Tensor, ...] = ()
         else:
             q, k, v = (t.contiguous() for t in (q, k, v))
-            *squares, y, x = _of_tokens(gaussians, q.shape[2])
-            out, lse = _attention_and_lse(q, k, v, y, x)
+            *squares, y, x = _of_tokens(slope, grid, cap)
+            out, lse = _attention_and_lse(q, k, v, y * alpha.unsqueeze(-2), x)
             of_tokens = *squares, y, x, lse
         ctx.grid, ctx.cap = grid, cap
         ctx.save_for_backward(q, k, v, slope, alpha, *of_tokens)
@@ -107,51 +114,49 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         if of_tokens:
             *squares, y, x, lse = of_tokens
         else:
-            *squares, y, x = _of_tokens(Gaussians(slope, alpha, ctx.grid, ctx.cap), shape[2])
+            *squares, y, x = _of_tokens(slope, ctx.grid, ctx.cap)
             lse = None
         grads = tuple(t.new_empty(shape) for t in (q, k, v))  # filled by way of their views
         q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
-        prefix = q.shape[1] - alpha.shape[1]
         scale = q.shape[-1] ** -0.5
-        t_y, t_x = torch.empty_like(y), torch.empty_like(x)
+        alpha_y = y * alpha.unsqueeze(-2)
+        of_y, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
-        matrices = _matrices(3, size, y, x, k)
+        matrices = _matrices(2, size, y, x, k)
         by_query = (
             q.mT,
-            y.unsqueeze(2),
+            alpha_y.unsqueeze(2),
             x.unsqueeze(1),
-            q.mT if lse is None else lse,
+            q.mT if lse is None else lse.neg().unsqueeze(2),
             grad.mT,
             grad_q.mT,
-            t_y,
+            of_y,
             t_x,
         )
-        for first, q_, y_, x_, lse_, d_out, d_q, t_y_, t_x_, k_, v_, d_k, d_v in _chunks(
+        for first, q_, y_, x_, less, d_out, d_q, of_y_, t_x_, k_, v_, d_k, d_v in _chunks(
             by_query, (k, v, grad_k, grad_v), size
         ):
-            s, p, g, of_prefix, of_patches = matrices(len(k_), q_.shape[2])
-            torch.mul(y_, x_, out=of_patches)
-            of_prefix.zero_()
+            p, g, p_of_prefix, p_of_patches, g_of_patches = matrices(len(k_), q_.shape[2])
             if lse is not None:
-                _add_product(torch.sub(s, lse_, out=p), k_, q_, scale).exp_()
+                torch.addcmul(less, y_, x_, out=p_of_patches)
+                p_of_prefix.copy_(less[:, 0])
+                _add_product(p, k_, q_, scale).exp_()
             else:
-                torch.add(s, _product(k_, q_, p), alpha=scale, out=p)
-                torch.softmax(p, 1, out=p)
+                torch.mul(y_, x_, out=p_of_patches)
+                p_of_prefix.zero_()
+                torch.softmax(_add_product(p, k_, q_, scale), 1, out=p)
             d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
             _product(v_, d_out, g)
             torch._softmax_backward_data(g, p, 1, p.dtype, grad_input=g)
             d_a = g.to(q.dtype)
             d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
             d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
-            s.mul_(g)  # T
-            torch.sum(of_patches, 2, out=t_y_)
-            torch.sum(of_patches, 1, out=t_x_)
-        of_slope = [(t * d).sum(1) for t, d in zip((t_y, t_x), squares, strict=True)]
-        grad_slope = torch.stack(of_slope)[..., prefix:]
-        grad_log_alpha = t_y.sum(1)[:, prefix:]
-        least = torch.finfo(alpha.dtype).tiny
-        grad_alpha = grad_log_alpha / alpha.abs().clamp_min(least).copysign(alpha)  # gates can be negative
-        return *grads, grad_slope, grad_alpha, None, None
+            torch.sum(g_of_patches.mul_(x_), 2, out=of_y_)
+            torch.sum(g_of_patches.mul_(y_), 1, out=t_x_)
+        t_y = of_y.mul_(y)
+        rows, columns = squares
+        grad_slope = torch.stack([(t_y * rows).sum(1).mul_(alpha), (t_x * columns).sum(1)])
+        return *grads, grad_slope, t_y.sum(1), None, None
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -257,8 +262,8 @@ def _matrices(
     """Room for the logits of any chunk, that many times, in the type of the factors y and x.
 
     Returns:
-        What gives for so many heads and queries the matrices [heads, N, queries], and two views of the first:
-        of the prefix tokens' keys, and of the patches', [heads, H, W, queries].
+        What gives for so many heads and queries the matrices [heads, N, queries], and views of them: the
+        prefix tokens' keys of the first, and the patches' keys of each, [heads, H, W, queries].
     """
     tokens, grid = k.shape[1], (y.shape[1], x.shape[1])
     prefix = tokens - math.prod(grid)
@@ -268,18 +273,19 @@ def _matrices(
     def of(heads: int, queries: int) -> tuple[Tensor, ...]:
         shape = heads, tokens, queries
         matrices = [room[: math.prod(shape)].view(shape) for room in rooms]
-        return *matrices, matrices[0][:, :prefix], matrices[0][:, prefix:].unflatten(1, grid)
+        of_patches = (matrix[:, prefix:].unflatten(1, grid) for matrix in matrices)
+        return *matrices, matrices[0][:, :prefix], *of_patches
 
     return of
 
 
-def _of_tokens(gaussians: Gaussians, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both distances and both factors, [.., keys, N]: a prefix token has an α of 0, no kernel."""
-    slope, alpha, grid, cap, _ = gaussians
-    padding = tokens - alpha.shape[-1], 0
-    rows, columns = (F.pad(d, padding) for d in distances(grid, cap, alpha.device, keys=-2))
-    padded = Gaussians(F.pad(slope, padding), F.pad(alpha, padding), grid, cap)
-    return rows, columns, *factors(padded, (rows, columns), keys=-2)
+def _of_tokens(slope: Tensor, grid: tuple[int, int], cap: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both distances and both factors, [.., keys, N]: a prefix token has no kernel, its y is 0."""
+    prefix = slope.shape[-1] - math.prod(grid)
+    squares = distances(grid, cap, slope.device, prefix=prefix, keys=-2)
+    y, x = factors(slope, squares, keys=-2)
+    y[..., :prefix] = 0
+    return *squares, y, x
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -58,11 +58,12 @@ class PatchGrid:
 
 
 class Gaussians(NamedTuple):
-    """The kernels of a layer's patches, each centred on its own patch.
+    """The kernels of a layer's queries, each centred on its own patch.
 
-    `slope` [2, B, h, H·W] is −½ / (σ² + ε), vertical and horizontal; `alpha` is α [B, h, H·W]; both float32.
-    `grid` is (H, W), and `cap` bounds the squared distances. `cross` [B, h, H·W], of rotated kernels alone,
-    is the factor of (i − i') (j − j') in the exponent.
+    `slope` [2, B, h, N] is −½ / (σ² + ε), vertical and horizontal; `alpha` is α [B, h, N]; both float32.
+    `grid` is (H, W): the last H·W tokens are the patches. Those before them, prefix tokens, have no kernel:
+    what is here of them means nothing. `cap` bounds the squared distances. `cross` [B, h, N], of rotated
+    kernels alone, is the factor of (i − i') (j − j') in the exponent.
     """
 
     slope: Tensor
@@ -147,16 +148,15 @@ class GaussianAugmentation(nn.Module):
     def variance_and_alpha(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Kernels of the patches' queries, the last H·W of [B, h, N, d].
+        """What queries [B, h, N, d] ask for, in float32.
 
         Returns:
-            σ² [2, B, h, H·W] (vertical, horizontal; in squared patches) and α [B, h, H·W], float32.
+            σ² [2, B, h, N] (vertical, horizontal; in squared patches) and α [B, h, N].
         """
         weight = torch.cat([self.log_var.weight, self.log_alpha.weight])
         bias = torch.cat([self.log_var.bias, self.log_alpha.bias])
         # F.linear would put a query's three numbers side by side: what follows would take strides of three.
         za = torch.addmm(bias.unsqueeze(-1), weight, q.flatten(0, -2).mT).unflatten(-1, q.shape[:-1])
-        za = za[..., -math.prod(grid) :]
         z, a = za.float().split([len(self.log_var.weight), 1])
         largest = max(built_for) ** 2
         var = largest * torch.sigmoid(z - math.log(largest - 1) if largest > 2 else z)
@@ -168,7 +168,7 @@ class GaussianAugmentation(nn.Module):
         return var.expand(2, *alpha.shape), alpha
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
-        """Kernels of the patches' queries.
+        """Kernels of the queries.
 
         Args:
             q: Queries [B, h, N, d] after q-norm, before rotary embedding; the patches' are the last H·W.
@@ -184,7 +184,7 @@ class GaussianAugmentation(nn.Module):
             cap = min((max(built_for) - 1) ** 2, 13100)
             if self.correlation is None:
                 return Gaussians(-0.5 / var, alpha, grid, cap)
-            r = torch.tanh(self.correlation(q[..., -math.prod(grid) :, :]).squeeze(-1).float())
+            r = torch.tanh(self.correlation(q).squeeze(-1).float())
             left = 1 - r.square() + torch.finfo(r.dtype).eps
             return Gaussians(-0.5 / (var * left), alpha, grid, cap, r / (var.prod(0).sqrt() * left))
 
@@ -228,13 +228,13 @@ class GaussianMixture(nn.Module):
         var = self.log_var.float().exp() * (min(grid) / min(built_for))
         slope, alpha = (-0.5 / var).expand(2, 1, -1).mT, self.alpha.float().unsqueeze(-1)
         cap = max(grid) ** 2
-        y, x = factors(Gaussians(slope, alpha, grid, cap), distances(grid, cap, q.device))
-        s: Tensor = torch.einsum("mpi,mpj->pij", y, x)
+        y, x = factors(slope, distances(grid, cap, q.device))
+        s: Tensor = torch.einsum("mp,mpi,mpj->pij", alpha, y, x)
         return s.flatten(1)[None, None]
 
 
 def distances(
-    grid: tuple[int, int], cap: int, device: torch.device, *, keys: int = -1
+    grid: tuple[int, int], cap: int, device: torch.device, *, prefix: int = 0, keys: int = -1
 ) -> tuple[Tensor, Tensor]:
     """(i − i')² of all patches and all rows of a grid, (j − j')² of all patches and all columns.
 
@@ -242,49 +242,58 @@ def distances(
         grid: (H, W).
         cap: What they are at most.
         device: Where they are made.
+        prefix: How many tokens without a meaningful distance come before the patches.
         keys: The dimension of the rows and columns: -1, or -2 for the transposed.
 
     Returns:
-        [H·W, H] and [H·W, W], or [H, H·W] and [W, H·W]; float32.
+        [N, H] and [N, W], or [H, N] and [W, N], of prefix + H·W tokens; float32.
     """
-    at = torch.arange(max(grid), dtype=torch.float32, device=device)
-    squares = (at.unsqueeze(-1) - at).square_().clamp_max_(cap)
-    of_rows, of_columns = (squares[:n, :n] for n in grid)
-    patches = -3 - keys  # the other dimension
-    return of_rows.repeat_interleave(grid[1], patches), torch.cat([of_columns] * grid[0], patches)
+    height, width = grid
+    token = torch.arange(-prefix, height * width, dtype=torch.float32, device=device)
+    places = token.div(width, rounding_mode="floor"), token.remainder(width)
+    rows, columns = (
+        (place.unsqueeze(keys) - torch.arange(n, dtype=torch.float32, device=device).unsqueeze(-3 - keys))
+        .square_()
+        .clamp_max_(cap)
+        for place, n in zip(places, grid, strict=True)
+    )
+    return rows, columns
 
 
-def factors(gaussians: Gaussians, squares: tuple[Tensor, Tensor], *, keys: int = -1) -> tuple[Tensor, Tensor]:
-    """The kernel's two factors: S[p, (i, j)] = y[p, i] · x[p, j], with α in y.
+def factors(slope: Tensor, squares: tuple[Tensor, Tensor], *, keys: int = -1) -> tuple[Tensor, Tensor]:
+    """The kernel's two exponentials: S[p, (i, j)] = α[p] · y[p, i] · x[p, j].
 
     The exponential of a sum is a product: this takes H + W exponentials a query instead of H · W, and
     nothing of size [B, h, N, N, 2].
 
     Args:
-        gaussians: Of the H·W patches.
+        slope: [2, .., N].
         squares: `distances` of the grid.
         keys: The dimension of the keys' rows and columns, as in `distances`.
 
     Returns:
-        y [B, h, H·W, H] and x [B, h, H·W, W], or y [B, h, H, H·W] and x [B, h, W, H·W].
+        y [.., N, H] and x [.., N, W], or y [.., H, N] and x [.., W, N].
     """
     y, x = (
-        (slope.unsqueeze(keys) * d).clamp_min_(_LEAST_EXPONENT).exp_()
-        for slope, d in zip(gaussians.slope, squares, strict=True)
+        (each.unsqueeze(keys) * d).clamp_min_(_LEAST_EXPONENT).exp_()
+        for each, d in zip(slope, squares, strict=True)
     )
-    return y * gaussians.alpha.unsqueeze(keys), x
+    return y, x
 
 
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
     """S [B, h, H·W, H·W] of the patches among themselves, float32."""
     slope, alpha, grid, cap, cross = gaussians
+    patches = math.prod(grid)
+    slope, alpha = slope[..., -patches:], alpha[..., -patches:]
     if cross is None:
-        y, x = factors(gaussians, distances(grid, cap, alpha.device))
-        return (y.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+        y, x = factors(slope, distances(grid, cap, alpha.device))
+        return ((alpha.unsqueeze(-1) * y).unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
     places = (torch.arange(n, dtype=torch.float32, device=alpha.device) for n in grid)
     dy, dx = ((at.unsqueeze(-1) - at).clamp(-(cap**0.5), cap**0.5) for at in places)
     dy, dx = dy[:, None, :, None], dx[None, :, None, :]
-    of_y, of_x, of_yx, alpha = (t.unflatten(-1, grid)[..., None, None] for t in (*slope, cross, alpha))
+    each = *slope, cross[..., -patches:], alpha
+    of_y, of_x, of_yx, alpha = (t.unflatten(-1, grid)[..., None, None] for t in each)
     exponent = of_y * dy.square() + of_x * dx.square() + of_yx * dy * dx
     s: Tensor = alpha * exponent.clamp_min(_LEAST_EXPONENT).exp()
     return s.flatten(-4, -3).flatten(-2)
