@@ -394,12 +394,39 @@ def test_images_of_a_side_that_is_no_multiple_of_the_patch(small):
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: -1 is less than 0"),
         (["--seed_everything", "-1"], "seed_everything: -1 is less than 0"),
         (["--model.class_names", "[a, b]"], "model.class_names: 2 names for 3 classes"),
+        (
+            ["--trainer.limit_train_batches", "0"],
+            "trainer.limit_train_batches: 0 leaves nothing to train (see locat validate)",
+        ),
+        (
+            ["--model.backbone_args.drop_path_rate", "2"],
+            "model.backbone_args.drop_path_rate: 2 is not between 0 and 1",
+        ),
     ],
     ids=str,
 )
 def test_a_number_that_cannot_be_is_refused(options, said, small, capsys):
     assert refusal(capsys, [*FIT, *small, *options]) == said
     assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
+
+
+def test_validation_that_would_never_come_is_refused(small, capsys):
+    said = refusal(capsys, [*FIT, *small, "--trainer.val_check_interval", "1000"])
+    assert said.startswith("trainer: `val_check_interval` (1000) must be less than or equal to the number")
+    assert not list(Path("runs").iterdir())
+
+
+def test_runs_where_nothing_can_be_written_are_refused(small, capsys, tmp_path):
+    Path("file").touch()
+    said = refusal(capsys, [*FIT, *small, "--runs", "file/runs"])
+    assert said == f"--runs: nothing can be written to file/runs: {tmp_path / 'file'}: Not a directory"
+
+
+def test_a_config_that_is_no_text_is_refused(capsys, tmp_path):
+    config = tmp_path / "latin1.yaml"
+    config.write_bytes("seed_everything: 1 # für alle\n".encode("latin-1"))
+    said = refusal(capsys, ["fit", "--config", str(config)])
+    assert said == f"--config: {config} is no text in UTF-8 (byte 22)"
 
 
 def test_a_run_that_is_still_training_cannot_be_gone_on_with(small, capsys):

@@ -44,6 +44,7 @@ from locat_lightning.options import (
     ConfigByName,
     check_processes,
     check_weights,
+    check_writable,
     errors_in_a_line,
     given_options,
     mixed_precision,
@@ -302,6 +303,8 @@ class LocatCLI(LightningCLI):
         for option, least in LEAST.items():
             if (value := options.get(option)) is not None and value < least:
                 raise InputError(f"{option}: {value} is less than {least}")
+        if self.config.subcommand == "fit" and options.trainer.limit_train_batches == 0:
+            raise InputError("trainer.limit_train_batches: 0 leaves nothing to train (see locat validate)")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: a resumed run has the options that it is given, not those of its checkpoint."""
@@ -320,6 +323,7 @@ class LocatCLI(LightningCLI):
                 "model.locat: with start: identity a model begins as its weights have it: pass --weights "
                 f"(or '{RANDOM}')"
             )
+        check_writable(Path(config.runs))
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self.resume_from = self._checkpoint_to_resume(config) if self.subcommand == "fit" else None
         if self.resume_from is not None:

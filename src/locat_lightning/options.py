@@ -11,6 +11,7 @@ from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from locat import config_directory, list_configs
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError, near
+
+# How Lightning begins a ValueError about an option of the trainer that the data have to be known for.
+OF_TRAINER = "`val_check_interval`"
 
 
 class ConfigByName(ActionConfigFile):
@@ -35,10 +39,14 @@ def find_config(name: str) -> str:
     """The path of a config: a local file first, then a shipped one.
 
     Raises:
-        InputError: there is neither.
+        InputError: there is neither, or it is no text.
     """
     for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
         if path.is_file():
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"--config: {path} is no text in UTF-8 (byte {error.start})") from error
             return str(path)
     if Path(name).is_dir():
         raise InputError(f"--config: {name} is a directory{_is_it(Path(name) / 'config.yaml')}")
@@ -114,6 +122,22 @@ def given_options(arguments: list[str]) -> dict[str, str]:
     return values
 
 
+def check_writable(directory: Path) -> None:
+    """See that files can be made in a directory, or in the one that it will be made in.
+
+    Raises:
+        InputError: they cannot.
+    """
+    there = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--runs: nothing can be written to {directory}: {there}: {error.strerror}"
+        ) from error
+
+
 def record_of_run(checkpoint: Path) -> Path | None:
     """Where the run of a checkpoint wrote down its config; None if the file is no checkpoint in a run."""
     record = checkpoint.parent.parent / "config.yaml"
@@ -174,6 +198,8 @@ def _mistake(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, InputError | MisconfigurationException):
             return " ".join(str(error).split())
+        if isinstance(error, ValueError) and str(error).lstrip().startswith(OF_TRAINER):
+            return f"trainer: {' '.join(str(error).split())}"
         if isinstance(error, ArgumentError) and not isinstance(error.__cause__, InputError):
             return _in_a_line(str(error))
         error = error.__cause__ or error.__context__

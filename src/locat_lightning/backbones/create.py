@@ -68,6 +68,9 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
     if given := [key for key in WEIGHTS_OF_TIMM if (arguments or {}).get(key)]:
         raise InputError(f"model.backbone_args.{given[0]}: use --weights, which says where weights come from")
     own = dict(arguments or {})
+    # Unlike dropout, timm's drop path finds out when it first draws.
+    if isinstance(rate := own.get("drop_path_rate"), int | float) and not 0 <= rate <= 1:
+        raise InputError(f"model.backbone_args.drop_path_rate: {rate} is not between 0 and 1")
     locat = None if name == LOCATED else own.pop("locat", None)
     if num_classes is not None:
         own["num_classes"] = num_classes
