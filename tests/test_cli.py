@@ -413,13 +413,21 @@ def test_a_number_that_cannot_be_is_refused(options, said, small, capsys):
 def test_validation_that_would_never_come_is_refused(small, capsys):
     said = refusal(capsys, [*FIT, *small, "--trainer.val_check_interval", "1000"])
     assert said.startswith("trainer: `val_check_interval` (1000) must be less than or equal to the number")
-    assert not list(Path("runs").iterdir())
+    assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
 
 
 def test_runs_where_nothing_can_be_written_are_refused(small, capsys, tmp_path):
     Path("file").touch()
-    said = refusal(capsys, [*FIT, *small, "--runs", "file/runs"])
-    assert said == f"--runs: nothing can be written to file/runs: {tmp_path / 'file'}: Not a directory"
+    Path("broken").symlink_to("nowhere")
+    named = [*FIT, *small, "--name", "mine", "--runs"]
+    said = refusal(capsys, [*named, "file"])
+    assert said == f"--runs: nothing can be written to file/mine: {tmp_path / 'file'}: Not a directory"
+    said = refusal(capsys, [*named, "broken"])
+    assert said.startswith("--runs: nothing can be written to broken/mine: ")
+    Path("runs").mkdir()
+    Path("runs/mine").touch()
+    said = refusal(capsys, [*named, "runs"])
+    assert said == "--runs: nothing can be written to runs/mine: runs/mine: Not a directory"
 
 
 def test_a_config_that_is_no_text_is_refused(capsys, tmp_path):

@@ -208,6 +208,7 @@ def test_commands_repeat_themselves(named):
         (["--weights", "net.pth", "NAMED", "--data.img_size", "33"], "does not take images of 33 pixels"),
         (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),
+        (["--weights", "net.pth", "NAMED", "--runs", "net.pth"], "--runs: nothing can be written to net.pth"),
     ],
 )
 def test_mistakes_are_one_line(options, message, images, named, capsys):

@@ -323,13 +323,17 @@ class LocatCLI(LightningCLI):
                 "model.locat: with start: identity a model begins as its weights have it: pass --weights "
                 f"(or '{RANDOM}')"
             )
-        check_writable(Path(config.runs))
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self.resume_from = self._checkpoint_to_resume(config) if self.subcommand == "fit" else None
         if self.resume_from is not None:
             if "--weights" in given_options(sys.argv[1:]):
                 raise InputError("--weights starts a run and --ckpt_path goes on with one: give one of them")
             config.ckpt_path = None
+        record = None if self.resume_from is None else record_of_run(self.resume_from)
+        if record is not None:
+            check_writable("--ckpt_path", record.parent)
+        else:
+            check_writable("--runs", Path(config.runs) / self._name(config))
 
     def instantiate_classes(self) -> None:
         """What can be said without data or a model is said before they are made."""
@@ -427,8 +431,12 @@ class LocatCLI(LightningCLI):
                 directory = record.parent
                 options: dict[str, Any] = {"name": "", "version": directory.name, "purge_step": step}
                 return TensorBoardLogger(directory.parent, default_hp_metric=False, **options), step
-        name = config.name if self.subcommand == "fit" else f"{config.name}_{self.subcommand}"
-        return TensorBoardLogger(config.runs, name=name, default_hp_metric=False), 0
+        return TensorBoardLogger(config.runs, name=self._name(config), default_hp_metric=False), 0
+
+    def _name(self, config: Namespace) -> str:
+        """Of the directory of the runs that are like this one."""
+        name: str = config.name
+        return name if self.subcommand == "fit" else f"{name}_{self.subcommand}"
 
 
 class MetricsTable(CSVLogger):

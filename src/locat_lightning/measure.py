@@ -35,6 +35,7 @@ from locat_lightning.options import (
     add_backbone_options,
     check_processes,
     check_weights,
+    check_writable,
     command_parser,
     errors_in_a_line,
     given_options,
@@ -89,6 +90,8 @@ def _measure(command: str, arguments: list[str]) -> None:
     with near_options(parser):
         config = parser.parse_args(arguments)
     autocast_type(config.precision)  # a mistake shows before anything is read
+    name = config.name or f"{_name_of(config.weights)}_{command}"
+    check_writable("--runs", Path(config.runs) / name)
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
         check_processes(fabric.world_size)
@@ -114,7 +117,6 @@ def _measure(command: str, arguments: list[str]) -> None:
         measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
     if fabric.is_global_zero:
         _show(measurement)
-        name = config.name or f"{_name_of(config.weights)}_{command}"
         _record(measurement, TensorBoardLogger(config.runs, name, default_hp_metric=False), config)
 
 

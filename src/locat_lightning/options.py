@@ -23,8 +23,8 @@ from locat import config_directory, list_configs
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError, near
 
-# How Lightning begins a ValueError about an option of the trainer that the data have to be known for.
-OF_TRAINER = "`val_check_interval`"
+# How Lightning begins a ValueError about an option for which the data have to be known.
+SAID_BY_LIGHTNING = "`val_check_interval`"
 
 
 class ConfigByName(ActionConfigFile):
@@ -39,7 +39,7 @@ def find_config(name: str) -> str:
     """The path of a config: a local file first, then a shipped one.
 
     Raises:
-        InputError: there is neither, or it is no text.
+        InputError: there is neither, or it cannot be read as text.
     """
     for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
         if path.is_file():
@@ -47,6 +47,8 @@ def find_config(name: str) -> str:
                 path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"--config: {path} is no text in UTF-8 (byte {error.start})") from error
+            except OSError as error:
+                raise InputError(f"--config: {path}: {error.strerror}") from error
             return str(path)
     if Path(name).is_dir():
         raise InputError(f"--config: {name} is a directory{_is_it(Path(name) / 'config.yaml')}")
@@ -122,19 +124,23 @@ def given_options(arguments: list[str]) -> dict[str, str]:
     return values
 
 
-def check_writable(directory: Path) -> None:
-    """See that files can be made in a directory, or in the one that it will be made in.
+def check_writable(option: str, directory: Path) -> None:
+    """See that files can be made in a directory, or in the nearest one above it that there is.
+
+    Args:
+        option: which says where the directory is.
+        directory: does not have to be there.
 
     Raises:
         InputError: they cannot.
     """
-    there = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+    there = next(each for each in (directory, *directory.absolute().parents) if os.path.lexists(each))
     try:
         with TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise InputError(
-            f"--runs: nothing can be written to {directory}: {there}: {error.strerror}"
+            f"{option}: nothing can be written to {directory}: {there}: {error.strerror}"
         ) from error
 
 
@@ -198,7 +204,7 @@ def _mistake(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, InputError | MisconfigurationException):
             return " ".join(str(error).split())
-        if isinstance(error, ValueError) and str(error).lstrip().startswith(OF_TRAINER):
+        if isinstance(error, ValueError) and str(error).lstrip().startswith(SAID_BY_LIGHTNING):
             return f"trainer: {' '.join(str(error).split())}"
         if isinstance(error, ArgumentError) and not isinstance(error.__cause__, InputError):
             return _in_a_line(str(error))

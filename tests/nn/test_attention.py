@@ -163,11 +163,14 @@ def test_the_chunks_are_every_query_of_every_head_once(heads, tokens):
     assert (begun == 1).all()
 
 
-def test_no_images_are_no_mistake():
-    q, k, v = (torch.empty(0, 3, 17, 8, requires_grad=True) for _ in range(3))
-    out = gaussian_attention(q, k, v, augmentation(8)(q, (4, 4), (4, 4)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [4, 40])
+def test_no_images_are_no_mistake(side, dtype):
+    shape = 0, 3, 1 + side * side, 8
+    q, k, v = (torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    out = gaussian_attention(q, k, v, augmentation(8)(q, (side, side), (side, side)))
     out.sum().backward()
-    assert out.shape == q.grad.shape == (0, 3, 17, 8)
+    assert out.shape == q.grad.shape == shape
 
 
 def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):

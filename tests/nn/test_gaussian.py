@@ -234,15 +234,17 @@ def test_a_strength_that_is_not_learned_is_1():
     assert {name for name, _ in gaug.named_parameters()} == {"log_var.weight", "log_var.bias"}
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize(("grid", "built_for"), [((3, 4), (3, 4)), ((5, 4), (3, 3))])
-def test_a_rotated_kernel_is_the_gaussian_of_its_covariance(grid, built_for):
+def test_a_rotated_kernel_is_the_gaussian_of_its_covariance(grid, built_for, prefix):
     gaug = GaussianAugmentation(8, rotated=True)
     with torch.no_grad():
         for parameter in gaug.parameters():
             parameter.normal_()
-    q = queries(1, 2, grid[0] * grid[1], 8)
-    var, alpha = gaug.variance_and_alpha(q, grid, built_for)
-    r = torch.tanh(gaug.correlation(q)).squeeze(-1)
+    q = queries(1, 2, prefix + grid[0] * grid[1], 8)
+    of_patches = q[:, :, prefix:]
+    var, alpha = gaug.variance_and_alpha(of_patches, grid, built_for)
+    r = torch.tanh(gaug.correlation(of_patches)).squeeze(-1)
     reach = max(built_for) - 1
     places = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
     kernel = gaussian_kernel(gaug(q, grid, built_for))

@@ -47,7 +47,7 @@ def gaussian_attention(
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
     separable = isinstance(gaussians, Gaussians) and gaussians.cross is None
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if traced or dropout > 0 or bias is not None or not separable:
+    if traced or dropout > 0 or bias is not None or not separable or not len(q):
         s = gaussian_kernel(gaussians) if isinstance(gaussians, Gaussians) else gaussians
         prefix = q.shape[-2] - s.shape[-1]
         s = F.pad(s, (prefix, 0, prefix, 0)).to(q.dtype)
@@ -120,7 +120,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
         scale = q.shape[-1] ** -0.5
         alpha_y = y * alpha.unsqueeze(-2)
-        of_y, t_x = torch.empty_like(y), torch.empty_like(x)
+        sum_x, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
         matrices = _matrices(2, size, y, x, k)
         by_query = (
@@ -130,19 +130,19 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             q.mT if lse is None else lse.neg().unsqueeze(2),
             grad.mT,
             grad_q.mT,
-            of_y,
+            sum_x,
             t_x,
         )
-        for first, q_, y_, x_, less, d_out, d_q, of_y_, t_x_, k_, v_, d_k, d_v in _chunks(
+        for first, q_, alpha_y_, x_, less, d_out, d_q, sum_x_, t_x_, k_, v_, d_k, d_v in _chunks(
             by_query, (k, v, grad_k, grad_v), size
         ):
             p, g, p_of_prefix, p_of_patches, g_of_patches = matrices(len(k_), q_.shape[2])
             if lse is not None:
-                torch.addcmul(less, y_, x_, out=p_of_patches)
+                torch.addcmul(less, alpha_y_, x_, out=p_of_patches)
                 p_of_prefix.copy_(less[:, 0])
                 _add_product(p, k_, q_, scale).exp_()
             else:
-                torch.mul(y_, x_, out=p_of_patches)
+                torch.mul(alpha_y_, x_, out=p_of_patches)
                 p_of_prefix.zero_()
                 torch.softmax(_add_product(p, k_, q_, scale), 1, out=p)
             d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
@@ -151,16 +151,16 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             d_a = g.to(q.dtype)
             d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
             d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
-            torch.sum(g_of_patches.mul_(x_), 2, out=of_y_)
-            torch.sum(g_of_patches.mul_(y_), 1, out=t_x_)
-        t_y = of_y.mul_(y)
+            torch.sum(g_of_patches.mul_(x_), 2, out=sum_x_)
+            torch.sum(g_of_patches.mul_(alpha_y_), 1, out=t_x_)
+        t_y = sum_x.mul_(y)
         rows, columns = squares
         grad_slope = torch.stack([(t_y * rows).sum(1).mul_(alpha), (t_x * columns).sum(1)])
         return *grads, grad_slope, t_y.sum(1), None, None
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """`gaussian_attention` [B, h, N, d] with the kernel's factors [B·h, H·W, H] and [B·h, H·W, W].
+    """`gaussian_attention` [B, h, N, d] with the factors α · y [B·h, H·W, H] and x [B·h, H·W, W].
 
     Queries of prefix tokens need no mask. That of a patch's query takes whole blocks of 16 numbers, and on a
     CPU the patches' columns begin with one.
@@ -189,7 +189,10 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
 
 
 def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`gaussian_attention` [B, h, N, d] and L [B·h, 1, N], with the factors [B·h, H, N] and [B·h, W, N]."""
+    """`gaussian_attention` [B, h, N, d] and L [B·h, 1, N].
+
+    With the factors α · y [B·h, H, N] and x [B·h, W, N].
+    """
     shape = v.shape
     q, k, v = (_flat(t) for t in (q, k, v))
     out = torch.empty_like(v)
@@ -246,7 +249,7 @@ def _chunks(
     queries of their heads.
     """
     numbers = by_query[0].shape[0], by_query[0].shape[-1]
-    heads, queries = (max(1, math.ceil(n / most)) for n, most in zip(numbers, size, strict=True))
+    heads, queries = (math.ceil(n / most) for n, most in zip(numbers, size, strict=True))
     for of_heads in zip(*(t.tensor_split(heads) for t in by_query + by_head), strict=True):
         if queries == 1:
             yield True, *of_heads
@@ -280,7 +283,7 @@ def _matrices(
 
 
 def _of_tokens(slope: Tensor, grid: tuple[int, int], cap: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both distances and both factors, [.., keys, N]: a prefix token has no kernel, its y is 0."""
+    """Distances [H, N], [W, N] and factors y [.., H, N], x [.., W, N]; y is 0 of prefix tokens."""
     prefix = slope.shape[-1] - math.prod(grid)
     squares = distances(grid, cap, slope.device, prefix=prefix, keys=-2)
     y, x = factors(slope, squares, keys=-2)

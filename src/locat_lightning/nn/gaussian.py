@@ -62,8 +62,8 @@ class Gaussians(NamedTuple):
 
     `slope` [2, B, h, N] is −½ / (σ² + ε), vertical and horizontal; `alpha` is α [B, h, N]; both float32.
     `grid` is (H, W): the last H·W tokens are the patches. Those before them, prefix tokens, have no kernel:
-    what is here of them means nothing. `cap` bounds the squared distances. `cross` [B, h, N], of rotated
-    kernels alone, is the factor of (i − i') (j − j') in the exponent.
+    what is here of them is finite and means nothing. `cap` bounds the squared distances. `cross` [B, h, N],
+    of rotated kernels alone, is the factor of (i − i') (j − j') in the exponent.
     """
 
     slope: Tensor
@@ -226,23 +226,23 @@ class GaussianMixture(nn.Module):
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Tensor:
         """S [1, 1, H·W, H·W], float32; of the queries only the device matters."""
         var = self.log_var.float().exp() * (min(grid) / min(built_for))
-        slope, alpha = (-0.5 / var).expand(2, 1, -1).mT, self.alpha.float().unsqueeze(-1)
+        slope = (-0.5 / var).expand(2, 1, -1).mT
         cap = max(grid) ** 2
         y, x = factors(slope, distances(grid, cap, q.device))
-        s: Tensor = torch.einsum("mp,mpi,mpj->pij", alpha, y, x)
+        s: Tensor = torch.einsum("m,mpi,mpj->pij", self.alpha.float(), y, x)
         return s.flatten(1)[None, None]
 
 
 def distances(
     grid: tuple[int, int], cap: int, device: torch.device, *, prefix: int = 0, keys: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """(i − i')² of all patches and all rows of a grid, (j − j')² of all patches and all columns.
+    """(i − i')² of all tokens and all rows of a grid, (j − j')² of all tokens and all columns.
 
     Args:
         grid: (H, W).
         cap: What they are at most.
         device: Where they are made.
-        prefix: How many tokens without a meaningful distance come before the patches.
+        prefix: How many tokens come before the patches; their distances mean nothing.
         keys: The dimension of the rows and columns: -1, or -2 for the transposed.
 
     Returns:
