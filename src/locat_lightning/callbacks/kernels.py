@@ -64,12 +64,11 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
     if not gaugs:
         return []
     with torch.no_grad():
-        calls = observe(backbone, padded(backbone, images), gaugs)
-        of_patches = (
-            [of_tokens[..., -math.prod(grid) :] for of_tokens in gaug.variance_and_alpha(q, grid, built_for)]
-            for gaug, (q, grid, built_for) in zip(gaugs, (call.inputs for call in calls), strict=True)
-        )
-        return [(variance.mean().item(), alpha.mean().item()) for variance, alpha in of_patches]
+        kernels = []
+        for gaug, call in zip(gaugs, observe(backbone, padded(backbone, images), gaugs), strict=True):
+            q, grid, built_for = call.inputs
+            kernels.append(gaug.variance_and_alpha(q[..., -math.prod(grid) :, :], grid, built_for))
+        return [(variance.mean().item(), alpha.mean().item()) for variance, alpha in kernels]
 
 
 class KernelWidths(Callback):

@@ -120,6 +120,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
         scale = q.shape[-1] ** -0.5
         alpha_y = y * alpha.unsqueeze(-2)
+        minus_lse = torch.zeros_like(alpha).unsqueeze(1) if lse is None else lse.neg()
         sum_x, t_x = torch.empty_like(y), torch.empty_like(x)
         size = _chunk_size(q)
         matrices = _matrices(2, size, y, x, k)
@@ -127,24 +128,23 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             q.mT,
             alpha_y.unsqueeze(2),
             x.unsqueeze(1),
-            q.mT if lse is None else lse.neg().unsqueeze(2),
+            minus_lse,
             grad.mT,
             grad_q.mT,
             sum_x,
             t_x,
         )
-        for first, q_, alpha_y_, x_, less, d_out, d_q, sum_x_, t_x_, k_, v_, d_k, d_v in _chunks(
+        for first, q_, alpha_y_, x_, minus_lse_, d_out, d_q, sum_x_, t_x_, k_, v_, d_k, d_v in _chunks(
             by_query, (k, v, grad_k, grad_v), size
         ):
             p, g, p_of_prefix, p_of_patches, g_of_patches = matrices(len(k_), q_.shape[2])
-            if lse is not None:
-                torch.addcmul(less, alpha_y_, x_, out=p_of_patches)
-                p_of_prefix.copy_(less[:, 0])
-                _add_product(p, k_, q_, scale).exp_()
+            torch.addcmul(minus_lse_.unsqueeze(1), alpha_y_, x_, out=p_of_patches)
+            p_of_prefix.copy_(minus_lse_)
+            _add_product(p, k_, q_, scale)
+            if lse is None:
+                torch.softmax(p, 1, out=p)
             else:
-                torch.mul(alpha_y_, x_, out=p_of_patches)
-                p_of_prefix.zero_()
-                torch.softmax(_add_product(p, k_, q_, scale), 1, out=p)
+                p.exp_()
             d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
             _product(v_, d_out, g)
             torch._softmax_backward_data(g, p, 1, p.dtype, grad_input=g)
@@ -248,8 +248,7 @@ def _chunks(
     They are alike in size, and none is larger than `size`. Before them comes whether these are the first
     queries of their heads.
     """
-    numbers = by_query[0].shape[0], by_query[0].shape[-1]
-    heads, queries = (math.ceil(n / most) for n, most in zip(numbers, size, strict=True))
+    heads, queries = (math.ceil(by_query[0].shape[dim] / n) for dim, n in zip((0, -1), size, strict=True))
     for of_heads in zip(*(t.tensor_split(heads) for t in by_query + by_head), strict=True):
         if queries == 1:
             yield True, *of_heads
