@@ -35,17 +35,24 @@ def augmentation(head_dim, **variant):
 
 
 def force(monkeypatch, path):
-    """Take one of the two paths, and fail where the other one would be taken."""
+    """Take one path, and fail where another one would be taken.
+
+    "one expression", "chunks" as they would be, or ("short" or "flash", heads, queries) of a chunk.
+    """
     if path == "one expression":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         monkeypatch.setattr(attention, "_ChunkedGaussianAttention", None)
     else:
         monkeypatch.setattr(attention, "gaussian_kernel", None)
         if path != "chunks":
+            kind, heads, queries = path
+            other = {"short": "_flash_attention", "flash": "_attention"}[kind]
+            monkeypatch.setattr(attention, other, None)
+            monkeypatch.setattr(attention, "_is_short", lambda *_: kind == "short")
             monkeypatch.setattr(
-                attention, "_chunk_size", lambda q: (min(path[0], len(q)), min(path[1], q.shape[-2]))
+                attention, "_chunk_size", lambda q: (min(heads, len(q)), min(queries, q.shape[-2]))
             )
-            monkeypatch.setattr(attention, "_flash_chunk_size", lambda *_: (path[0], 2, path[1]))
+            monkeypatch.setattr(attention, "_flash_chunk_size", lambda *_: (heads, 2, queries))
 
 
 def attention_by_loops(q, k, v, gaug, grid, built_for):
@@ -131,25 +138,41 @@ def by_loops():
     return reference
 
 
-@pytest.mark.parametrize("path", ["chunks", (4, 999), (1, 5), (2, 5), "one expression"], ids=str)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "chunks",
+        ("short", 4, 999),
+        ("short", 1, 5),
+        ("flash", 1, 5),
+        ("flash", 2, 5),
+        ("flash", 4, 999),
+        "one expression",
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("grid", "built_for", "prefix"), CASES)
 def test_values_and_gradients_are_the_definitions(monkeypatch, by_loops, path, grid, built_for, prefix):
     shape = (3, 3, prefix + math.prod(grid), 4)
     expected = by_loops(grid, built_for, prefix, shape)
     force(monkeypatch, path)
-    ours = value_and_gradients(
-        lambda q, k, v, gaug: gaussian_attention(q, k, v, gaug(q, grid, built_for)),
-        augmentation(4),
-        shape,
-        torch.float32,
-    )
-    assert_same(ours, expected)
+
+    def ours(q, k, v, gaug):
+        out = gaussian_attention(q, k, v, gaug(q, grid, built_for))
+        with torch.inference_mode():  # where nothing is kept for a backward pass
+            alone = gaussian_attention(q.detach(), k.detach(), v.detach(), gaug(q, grid, built_for))
+        assert_close(alone, out)
+        return out
+
+    assert_same(value_and_gradients(ours, augmentation(4), shape, torch.float32), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize(
     ("heads", "tokens"), [(1, 5), (24, 17), (15, 197), (14, 257), (18, 160), (5, 700), (3, 1100)]
 )
-def test_the_chunks_are_every_query_of_every_head_once(heads, tokens):
+def test_the_chunks_are_every_query_of_every_head_once(monkeypatch, threads, heads, tokens):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen = torch.zeros(heads, 1, tokens, dtype=torch.int)
     begun = torch.zeros(heads, dtype=torch.int)
     size = attention._chunk_size(torch.empty(heads, tokens, 1))
@@ -158,7 +181,7 @@ def test_the_chunks_are_every_query_of_every_head_once(heads, tokens):
         whole += first
         assert queries.shape[0] <= size[0]
         assert queries.shape[2] <= size[1]
-        assert queries.numel() * tokens <= 4 * 2**18
+        assert queries.numel() * tokens <= threads * 2 * 2**18
     assert (seen == 1).all()
     assert (begun == 1).all()
 
@@ -173,19 +196,20 @@ def test_no_images_are_no_mistake(side, dtype):
     assert out.shape == q.grad.shape == shape
 
 
-def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch):
-    """197 tokens and 10 heads in all: two chunks of five."""
-    shape, grid = (2, 5, 197, 8), (14, 14)
+@pytest.mark.parametrize("d", [8, 64])
+def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch, d):
+    """197 tokens and 10 heads in all: two chunks of five. Of 64 numbers a head, the weights are kept."""
+    shape, grid = (2, 5, 197, d), (14, 14)
 
     def ours(q, k, v, gaug):
         return gaussian_attention(q, k, v, gaug(q, grid, grid))
 
-    q = torch.empty(10, 197, 8)
+    q = torch.empty(10, 197, d)
     sizes = [len(queries) for _, queries in attention._chunks((q.mT,), (), attention._chunk_size(q))]
     assert sizes == [5, 5]
-    chunked = value_and_gradients(ours, augmentation(8), shape, torch.float32)
+    chunked = value_and_gradients(ours, augmentation(d), shape, torch.float32)
     force(monkeypatch, "one expression")
-    assert_same(chunked, value_and_gradients(ours, augmentation(8), shape, torch.float32))
+    assert_same(chunked, value_and_gradients(ours, augmentation(d), shape, torch.float32))
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(785, 784), (1601, 800), (4101, 820)])
@@ -334,3 +358,27 @@ def test_memory_is_a_chunk_and_the_factors():
 def test_one_expression_has_the_kernel_and_nothing_larger(monkeypatch):
     force(monkeypatch, "one expression")
     assert largest_tensor(images=8, heads=3, side=16) == 8 * 3 * 257**2
+
+
+def kept_for_backward(side, dim, heads=3):
+    """Numbers of the largest tensor that the backward pass of 2 images' heads takes."""
+    q, k, v = (normal(2, heads, side * side, dim, seed=seed).requires_grad_() for seed in (1, 2, 3))
+    gaussians = augmentation(dim)(q, (side, side), (side, side))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        gaussian_attention(q, k, v, gaussians).sum().backward()
+    return max(sizes)
+
+
+def test_the_weights_are_kept_where_they_are_no_more_than_queries_keys_values_and_output():
+    of_heads = 2 * 3
+    assert kept_for_backward(side=6, dim=9) == of_heads * 36**2
+    assert kept_for_backward(side=6, dim=8) == of_heads * 36 * 8
+
+
+def test_a_short_forward_pass_without_gradients_has_one_chunk_of_the_logits():
+    q = normal(8, 3, 257, 64, seed=1)
+    gaussians = augmentation(64)(q, (16, 16), (16, 16))
+    with torch.inference_mode(), LargestTensor() as largest:
+        gaussian_attention(q, q, q, gaussians)
+    assert largest.numel == q.numel() < 24 * 257**2

@@ -1,8 +1,7 @@
 """Attention with a Gaussian kernel added to its logits: softmax(q kᵀ / √d + S) v."""
 
 import math
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,8 +29,10 @@ def gaussian_attention(
     """softmax(q kᵀ / √d + S) v, with S = 0 in every row and column of a prefix token.
 
     S exists for a few heads at a time, in the forward and in the backward pass: the memory is that
-    of flash attention. Under `torch.compile`, `torch.export`, `torch.jit.trace`, with dropout, with a bias
-    and of kernels that are no product of two factors it is one expression instead.
+    of flash attention. Training on a CPU keeps the attention weights too where there are no more than 4 d
+    patches: they are then no more than q, k, v and the output. Under `torch.compile`, `torch.export`,
+    `torch.jit.trace`, with dropout, with a bias and of kernels that are no product of two factors it is one
+    expression instead.
 
     Args:
         q: Queries [B, h, N, d].
@@ -65,7 +66,7 @@ def gaussian_attention(
 class _ChunkedGaussianAttention(torch.autograd.Function):
     """`gaussian_attention` of all images' heads, a chunk of heads or queries at a time.
 
-    With A = q kᵀ / √d + S, L = ln Σ exp(A) by query and P = exp(A − L), the gradient of S is that of A, where
+    With A = q kᵀ / √d + S and P = softmax(A), the gradient of S is that of A, where
     S[p, (i, j)] = α[p] y[p, i] x[p, j]. By way of
 
         T_y[p, i] = y[p, i] Σ_j ∂A[p, (i, j)] x[p, j]    and    T_x[p, j] = Σ_i (∂A ∘ S)[p, (i, j)]
@@ -91,17 +92,18 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
         grid: tuple[int, int],
         cap: int,
     ) -> Tensor:
-        # Flash attention takes its mask in a pass of its own. That pays where rows are long, or on a GPU.
-        if q.device.type != "cpu" or q.dtype != alpha.dtype or _chunk_size(q)[1] < q.shape[2]:
+        if _is_short(q, alpha, grid):
+            q, k, v = (t.contiguous() for t in (q, k, v))
+            *squares, y, x = _of_tokens(slope, grid, cap)
+            tokens = q.shape[2]
+            kept = [y.new_empty(len(y), tokens, tokens)] if any(ctx.needs_input_grad) else []
+            out = _attention(q, k, v, y * alpha.unsqueeze(-2), x, kept)
+            of_tokens = [*squares, y, x, *kept]
+        else:
             patches = -math.prod(grid)
             y, x = factors(slope[..., patches:], distances(grid, cap, q.device))
             out = _flash_attention(q, k, v, y * alpha[..., patches:].unsqueeze(-1), x)
-            of_tokens: tuple[Tensor, ...] = ()
-        else:
-            q, k, v = (t.contiguous() for t in (q, k, v))
-            *squares, y, x = _of_tokens(slope, grid, cap)
-            out, lse = _attention_and_lse(q, k, v, y * alpha.unsqueeze(-2), x)
-            of_tokens = *squares, y, x, lse
+            of_tokens = []
         ctx.grid, ctx.cap = grid, cap
         ctx.save_for_backward(q, k, v, slope, alpha, *of_tokens)
         return out
@@ -111,50 +113,39 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, slope, alpha, *of_tokens = ctx.saved_tensors
         shape = q.shape
-        if of_tokens:
-            *squares, y, x, lse = of_tokens
-        else:
-            *squares, y, x = _of_tokens(slope, ctx.grid, ctx.cap)
-            lse = None
+        rows, columns, y, x, *kept = of_tokens or _of_tokens(slope, ctx.grid, ctx.cap)
         grads = tuple(t.new_empty(shape) for t in (q, k, v))  # filled by way of their views
         q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
         scale = q.shape[-1] ** -0.5
         alpha_y = y * alpha.unsqueeze(-2)
-        minus_lse = torch.zeros_like(alpha).unsqueeze(1) if lse is None else lse.neg()
         sum_x, t_x = torch.empty_like(y), torch.empty_like(x)
-        size = _chunk_size(q)
-        matrices = _matrices(2, size, y, x, k)
         by_query = (
             q.mT,
             alpha_y.unsqueeze(2),
             x.unsqueeze(1),
-            minus_lse,
             grad.mT,
             grad_q.mT,
             sum_x,
             t_x,
+            *kept,
         )
-        for first, q_, alpha_y_, x_, minus_lse_, d_out, d_q, sum_x_, t_x_, k_, v_, d_k, d_v in _chunks(
+        size = _chunk_size(q)
+        rooms = [y.new_empty(math.prod(size) * q.shape[1]) for _ in range(2)]
+        for first, q_, alpha_y_, x_, d_out, d_q, sum_x_, t_x_, *p_, k_, v_, d_k, d_v in _chunks(
             by_query, (k, v, grad_k, grad_v), size
         ):
-            p, g, p_of_prefix, p_of_patches, g_of_patches = matrices(len(k_), q_.shape[2])
-            torch.addcmul(minus_lse_.unsqueeze(1), alpha_y_, x_, out=p_of_patches)
-            p_of_prefix.copy_(minus_lse_)
-            _add_product(p, k_, q_, scale)
-            if lse is None:
-                torch.softmax(p, 1, out=p)
-            else:
-                p.exp_()
+            g, p = (_matrix(room, k_, q_) for room in rooms)
+            p = p_[0] if p_ else _weights(q_, k_, alpha_y_, x_, out=p)
             d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
             _product(v_, d_out, g)
             torch._softmax_backward_data(g, p, 1, p.dtype, grad_input=g)
             d_a = g.to(q.dtype)
             d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
             d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
+            _, g_of_patches = _by_keys(g, alpha_y_, x_)
             torch.sum(g_of_patches.mul_(x_), 2, out=sum_x_)
             torch.sum(g_of_patches.mul_(alpha_y_), 1, out=t_x_)
         t_y = sum_x.mul_(y)
-        rows, columns = squares
         grad_slope = torch.stack([(t_y * rows).sum(1).mul_(alpha), (t_x * columns).sum(1)])
         return *grads, grad_slope, t_y.sum(1), None, None
 
@@ -188,39 +179,50 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
     return out
 
 
-def _attention_and_lse(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`gaussian_attention` [B, h, N, d] and L [B·h, 1, N].
+def _attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor, kept: Iterable[Tensor]) -> Tensor:
+    """`gaussian_attention` [B, h, N, d] with the factors α · y [B·h, H, N] and x [B·h, W, N].
 
-    With the factors α · y [B·h, H, N] and x [B·h, W, N].
+    `kept` is nothing, or room for P [B·h, N, N], keys before queries.
     """
     shape = v.shape
     q, k, v = (_flat(t) for t in (q, k, v))
     out = torch.empty_like(v)
-    largest, total = y.new_empty(2, len(q), 1, q.shape[1])  # max A and Σ exp(A − max A)
     size = _chunk_size(q)
-    matrices = _matrices(1, size, y, x, k)
-    by_query = q.mT, y.unsqueeze(2), x.unsqueeze(1), out.mT, largest, total
-    for _, q_, y_, x_, out_, largest_, total_, k_, v_ in _chunks(by_query, (k, v), size):
-        a, of_prefix, of_patches = matrices(len(k_), q_.shape[2])
-        torch.mul(y_, x_, out=of_patches)
-        of_prefix.zero_()
-        _add_product(a, k_, q_, q.shape[-1] ** -0.5)
-        torch.amax(a, 1, keepdim=True, out=largest_)
-        torch.sum(a.sub_(largest_).exp_(), 1, keepdim=True, out=total_)
-        torch.bmm(a.mT, v_, out=out_.mT)
-    B, h, N, d = shape
-    attended = v.new_empty(B, N, h, d).transpose(1, 2)  # the heads side by side, as the projection takes them
-    torch.div(out.view(shape), total.mT.view(B, h, N, 1), out=attended)
-    return attended, total.log_().add_(largest)
+    room = y.new_empty(math.prod(size) * q.shape[1])
+    by_query = q.mT, y.unsqueeze(2), x.unsqueeze(1), out.mT, *kept
+    for _, q_, y_, x_, out_, *p_, k_, v_ in _chunks(by_query, (k, v), size):
+        p = _weights(q_, k_, y_, x_, out=p_[0] if p_ else _matrix(room, k_, q_))
+        torch.bmm(p.mT, v_, out=out_.mT)
+    return out.view(shape)
+
+
+def _weights(q: Tensor, k: Tensor, y: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """P of a chunk, in `out` [heads, keys, queries]."""
+    of_prefix, of_patches = _by_keys(out, y, x)
+    of_prefix.zero_()
+    torch.mul(y, x, out=of_patches)
+    _add_product(out, k, q, k.shape[-1] ** -0.5)
+    return torch.softmax(out, 1, out=out)
+
+
+def _is_short(q: Tensor, alpha: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether P is kept for the backward pass: on a CPU, where it is no more than q, k, v and the output are.
+
+    There flash attention, which takes its mask in a pass of its own, is slower too.
+    """
+    return q.device.type == "cpu" and q.dtype == alpha.dtype and math.prod(grid) <= 4 * q.shape[-1]
 
 
 def _chunk_size(q: Tensor) -> tuple[int, int]:
-    """Of how many heads, and of how many rows of a head, the logits stay in a CPU's cache, or fill a GPU."""
+    """Of how many heads, and of how many rows of a head, the logits stay in a CPU's caches, or fill a GPU.
+
+    Every thread of a CPU has as many heads as another, and whole ones as long as it can.
+    """
     heads, N = q.shape[:-2].numel(), q.shape[-2]
-    size = 2**18 if q.device.type == "cpu" else 2**26
+    threads, size = (torch.get_num_threads(), 2**18) if q.device.type == "cpu" else (1, 2**26)
     if 2 * size >= N**2:
-        return max(1, min(heads, size // N**2)), N
-    return min(heads, 2), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
+        return max(1, min(heads, threads * max(1, size // N**2))), N
+    return min(heads, threads), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
 
 
 def _flash_chunk_size(q: Tensor, prefix: int) -> tuple[int, int, int]:
@@ -258,27 +260,18 @@ def _chunks(
             yield number == 0, *parts, *of_heads[len(by_query) :]
 
 
-def _matrices(
-    number: int, size: tuple[int, int], y: Tensor, x: Tensor, k: Tensor
-) -> Callable[[int, int], tuple[Tensor, ...]]:
-    """Room for the logits of any chunk, that many times, in the type of the factors y and x.
+def _matrix(room: Tensor, k: Tensor, q: Tensor) -> Tensor:
+    """The beginning of `room` as the matrix [heads, keys, queries] of a chunk."""
+    shape = *k.shape[:2], q.shape[2]
+    return room[: math.prod(shape)].view(shape)
 
-    Returns:
-        What gives for so many heads and queries the matrices [heads, N, queries], and views of them: the
-        prefix tokens' keys of the first, and the patches' keys of each, [heads, H, W, queries].
-    """
-    tokens, grid = k.shape[1], (y.shape[1], x.shape[1])
-    prefix = tokens - math.prod(grid)
-    rooms = [y.new_empty(math.prod(size) * tokens) for _ in range(number)]
 
-    @cache
-    def of(heads: int, queries: int) -> tuple[Tensor, ...]:
-        shape = heads, tokens, queries
-        matrices = [room[: math.prod(shape)].view(shape) for room in rooms]
-        of_patches = (matrix[:, prefix:].unflatten(1, grid) for matrix in matrices)
-        return *matrices, matrices[0][:, :prefix], *of_patches
-
-    return of
+def _by_keys(matrix: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [heads, keys, queries] by prefix tokens' keys and by patches', [heads, H, W, queries]."""
+    grid = y.shape[1], x.shape[2]
+    patches = math.prod(grid)
+    of_prefix, of_patches = matrix.split([matrix.shape[1] - patches, patches], dim=1)
+    return of_prefix, of_patches.unflatten(1, grid)
 
 
 def _of_tokens(slope: Tensor, grid: tuple[int, int], cap: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
