@@ -1,0 +1,53 @@
+"""What is installed from a wheel, in a directory that is no checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import locat
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A directory with the files of the wheel."""
+    directory = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = directory.glob("*.whl")
+    files = directory / "files"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(files)
+    return files
+
+
+def test_it_is_all_of_the_source_and_all_configs(installed):
+    def below(directory, kind):
+        return {path.relative_to(directory) for path in directory.rglob(kind)}
+
+    for kind in ("*.py", "py.typed"):
+        assert below(installed, kind) == below(ROOT / "src", kind)
+    assert below(installed / "locat_lightning" / "configs", "*") == below(ROOT / "configs", "*")
+
+
+def test_configs_are_found_by_name_from_anywhere(installed, tmp_path):
+    script = (
+        "import locat; locat.main(['configs'])\n"
+        "from locat_lightning.options import find_config; print(find_config('dino_small.yaml'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = installed / "locat_lightning" / "configs" / "dino_small.yaml"
+    assert done.stdout == f"{locat.list_configs()}\n{found}\n"
