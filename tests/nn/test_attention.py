@@ -46,7 +46,7 @@ def force(monkeypatch, path):
         monkeypatch.setattr(attention, "gaussian_kernel", None)
         if path != "chunks":
             kind, heads, queries = path
-            other = {"short": "_flash_attention", "flash": "_attention"}[kind]
+            other = {"short": "_flash_attention", "flash": "_short_attention"}[kind]
             monkeypatch.setattr(attention, other, None)
             monkeypatch.setattr(attention, "_is_short", lambda *_: kind == "short")
             monkeypatch.setattr(
@@ -181,9 +181,28 @@ def test_the_chunks_are_every_query_of_every_head_once(monkeypatch, threads, hea
         whole += first
         assert queries.shape[0] <= size[0]
         assert queries.shape[2] <= size[1]
-        assert queries.numel() * tokens <= threads * 2 * 2**18
+        assert queries.numel() * tokens <= max(2, threads) * 2 * 2**18
     assert (seen == 1).all()
     assert (begun == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("threads", "tokens", "size"),
+    [
+        (1, 197, (6, 197)),
+        (2, 197, (12, 197)),
+        (8, 197, (24, 197)),  # all there are
+        (1, 577, (1, 577)),
+        (2, 577, (2, 577)),
+        (8, 577, (8, 577)),
+        (1, 1025, (2, 342)),
+        (2, 1025, (2, 342)),
+        (8, 1025, (8, 342)),
+    ],
+)
+def test_each_thread_has_heads_of_its_own(monkeypatch, threads, tokens, size):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert attention._chunk_size(torch.empty(24, tokens, 1)) == size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -360,25 +379,83 @@ def test_one_expression_has_the_kernel_and_nothing_larger(monkeypatch):
     assert largest_tensor(images=8, heads=3, side=16) == 8 * 3 * 257**2
 
 
-def kept_for_backward(side, dim, heads=3):
-    """Numbers of the largest tensor that the backward pass of 2 images' heads takes."""
-    q, k, v = (normal(2, heads, side * side, dim, seed=seed).requires_grad_() for seed in (1, 2, 3))
-    gaussians = augmentation(dim)(q, (side, side), (side, side))
+def kept_for_backward(side, dim, *, prefix=0, of="qkv"):
+    """Numbers of the largest tensor that the backward pass of 2 images' 3 heads takes."""
+    shape = 2, 3, prefix + side * side, dim
+    qkv = {name: normal(*shape, seed=1).requires_grad_(name in of) for name in "qkv"}
+    gaug = augmentation(dim).requires_grad_("g" in of)
+    gaussians = gaug(qkv["q"], (side, side), (side, side))
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        gaussian_attention(q, k, v, gaussians).sum().backward()
+        gaussian_attention(**qkv, gaussians=gaussians).sum().backward()
     return max(sizes)
 
 
-def test_the_weights_are_kept_where_they_are_no_more_than_queries_keys_values_and_output():
-    of_heads = 2 * 3
-    assert kept_for_backward(side=6, dim=9) == of_heads * 36**2
-    assert kept_for_backward(side=6, dim=8) == of_heads * 36 * 8
+@pytest.mark.parametrize("of", ["qkv", "q", "k", "v", "g"])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_the_weights_of_at_most_4_d_patches_are_kept(prefix, of):
+    heads, tokens = 2 * 3, prefix + 36
+    assert kept_for_backward(side=6, dim=9, prefix=prefix, of=of) == heads * tokens**2
+    assert kept_for_backward(side=6, dim=8, prefix=prefix, of=of) == heads * tokens * 8
+
+
+def test_kept_weights_are_not_computed_again(monkeypatch):
+    q, k, v = (normal(2, 3, 17, 8, seed=seed).requires_grad_() for seed in (1, 2, 3))
+    out = gaussian_attention(q, k, v, augmentation(8)(q, (4, 4), (4, 4)))
+    monkeypatch.setattr(attention, "_weights", None)
+    out.sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("dim", [4, 2], ids=["kept", "computed again"])
+def test_a_backward_pass_leaves_all_for_another(dim):
+    q, k, v = (normal(2, 3, 17, dim, seed=seed).requires_grad_() for seed in (1, 2, 3))
+    gaug = augmentation(dim)
+    loss = gaussian_attention(q, k, v, gaug(q, (4, 4), (4, 4))).square().sum()
+    inputs = q, k, v, *gaug.parameters()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for once, again in zip(first, torch.autograd.grad(loss, inputs), strict=True):
+        assert torch.equal(once, again)
 
 
 def test_a_short_forward_pass_without_gradients_has_one_chunk_of_the_logits():
-    q = normal(8, 3, 257, 64, seed=1)
+    q = normal(4, 3, 257, 64, seed=1)
     gaussians = augmentation(64)(q, (16, 16), (16, 16))
     with torch.inference_mode(), LargestTensor() as largest:
         gaussian_attention(q, q, q, gaussians)
-    assert largest.numel == q.numel() < 24 * 257**2
+    assert q.numel() < largest.numel == 3 * 257**2
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [6, 40])
+def test_a_gpu_agrees_with_a_cpu(gpu, side):
+    shape, grid = (2, 3, 1 + side * side, 16), (side, side)
+
+    def on(device):
+        def function(q, k, v, gaug):
+            q, k, v = (t.to(device) for t in (q, k, v))
+            return gaussian_attention(q, k, v, gaug.to(device)(q, grid, grid)).cpu()
+
+        ours = value_and_gradients(function, augmentation(16), shape, torch.float32)
+        return {name: t.cpu() for name, t in ours.items()}
+
+    assert_same(on(gpu), on("cpu"), tolerance=1e-4)
+
+
+@pytest.mark.gpu
+def test_neither_pass_waits_for_a_gpu(gpu):
+    q, k, v = (normal(2, 3, 37, 16, seed=seed).to(gpu).requires_grad_() for seed in (1, 2, 3))
+    gaug = augmentation(16).to(gpu)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gaussian_attention(q, k, v, gaug(q, (6, 6), (6, 6))).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,7 +1,7 @@
 """Attention with a Gaussian kernel added to its logits: softmax(q kᵀ / √d + S) v."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,11 +28,11 @@ def gaussian_attention(
 ) -> Tensor:
     """softmax(q kᵀ / √d + S) v, with S = 0 in every row and column of a prefix token.
 
-    S exists for a few heads at a time, in the forward and in the backward pass: the memory is that
-    of flash attention. Training on a CPU keeps the attention weights too where there are no more than 4 d
-    patches: they are then no more than q, k, v and the output. Under `torch.compile`, `torch.export`,
-    `torch.jit.trace`, with dropout, with a bias and of kernels that are no product of two factors it is one
-    expression instead.
+    S exists for a few heads of each thread at a time, in the forward and in the backward pass: the memory is
+    that of flash attention. Only where a gradient is asked for on a CPU, in float32 and of at most 4 d
+    patches, the attention weights are kept for it: they are about as large as q, k, v and the output
+    together. Under `torch.compile`, `torch.export`, `torch.jit.trace`, with dropout, with a bias and of
+    kernels that are no product of two factors it is one expression instead.
 
     Args:
         q: Queries [B, h, N, d].
@@ -97,7 +97,7 @@ class _ChunkedGaussianAttention(torch.autograd.Function):
             *squares, y, x = _of_tokens(slope, grid, cap)
             tokens = q.shape[2]
             kept = [y.new_empty(len(y), tokens, tokens)] if any(ctx.needs_input_grad) else []
-            out = _attention(q, k, v, y * alpha.unsqueeze(-2), x, kept)
+            out = _short_attention(q, k, v, y * alpha.unsqueeze(-2), x, kept)
             of_tokens = [*squares, y, x, *kept]
         else:
             patches = -math.prod(grid)
@@ -179,10 +179,10 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
     return out
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor, kept: Iterable[Tensor]) -> Tensor:
+def _short_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor, kept: list[Tensor]) -> Tensor:
     """`gaussian_attention` [B, h, N, d] with the factors α · y [B·h, H, N] and x [B·h, W, N].
 
-    `kept` is nothing, or room for P [B·h, N, N], keys before queries.
+    `kept` is empty, or has room for P [B·h, N, N], keys before queries.
     """
     shape = v.shape
     q, k, v = (_flat(t) for t in (q, k, v))
@@ -206,9 +206,9 @@ def _weights(q: Tensor, k: Tensor, y: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 
 def _is_short(q: Tensor, alpha: Tensor, grid: tuple[int, int]) -> bool:
-    """Whether P is kept for the backward pass: on a CPU, where it is no more than q, k, v and the output are.
+    """Whether flash attention, which takes a mask in a pass of its own, would be slower.
 
-    There flash attention, which takes its mask in a pass of its own, is slower too.
+    P, then about as large as q, k, v and the output together, is kept if there is a backward pass.
     """
     return q.device.type == "cpu" and q.dtype == alpha.dtype and math.prod(grid) <= 4 * q.shape[-1]
 
@@ -216,13 +216,13 @@ def _is_short(q: Tensor, alpha: Tensor, grid: tuple[int, int]) -> bool:
 def _chunk_size(q: Tensor) -> tuple[int, int]:
     """Of how many heads, and of how many rows of a head, the logits stay in a CPU's caches, or fill a GPU.
 
-    Every thread of a CPU has as many heads as another, and whole ones as long as it can.
+    There are as many heads for each thread of a CPU, and whole ones as long as that is possible.
     """
     heads, N = q.shape[:-2].numel(), q.shape[-2]
     threads, size = (torch.get_num_threads(), 2**18) if q.device.type == "cpu" else (1, 2**26)
     if 2 * size >= N**2:
         return max(1, min(heads, threads * max(1, size // N**2))), N
-    return min(heads, threads), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
+    return min(heads, max(2, threads)), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
 
 
 def _flash_chunk_size(q: Tensor, prefix: int) -> tuple[int, int, int]:
