@@ -115,7 +115,15 @@ def test_a_config_is_a_local_file_first(tmp_path):
         (["fitt"], "invalid choice: 'fitt'"),
         (["fit"], "locat fit needs --config, a file or one of adapt_pretrained.yaml"),
         (["fit", "--config", "nowhere"], "no shipped config 'nowhere'"),
-        (["validate", "--data.root", "x"], "locat validate needs --config"),
+        (["validate", "--data.root", "x"], "locat validate needs --weights: a checkpoint of a run, or"),
+        (["validate", "--weights", "random"], "locat validate needs --config, a file or one of adapt"),
+        (["fit", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no such file: "),
+        (
+            ["fit", "--config", "quickstart", "--data.root", "x"],
+            "data.root: x would not be read, as data.dataset is digits",
+        ),
+        (["validate", "--config", "dino_digits", "--weights", "random"], "a DINO model has no classes"),
+        (["predict", "--config", "dino_digits", "--weights", "random"], "a DINO model has no classes"),
         (
             ["fit", "--config", "classify_tinny"],
             "no shipped config 'classify_tinny'; near it: classify_tiny.yaml",
@@ -232,7 +240,10 @@ def test_more_processes_than_cores_are_refused(command, accelerator, capsys, mon
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("model: [1,\n", "while parsing a flow node"),
+        ("model: [1,\n", "--config: mine.yaml is no YAML in line 2: expected the node content, but found '<"),
+        ("model:\n  lr: 1: 2\n", "--config: mine.yaml is no YAML in line 2: mapping values are not allowed"),
+        ("just text\n", "--config: mine.yaml has no options, as `trainer:` and what belongs to it"),
+        ("", "--config: mine.yaml has no options, as `trainer:` and what belongs to it"),
         ("modell: {a: 1}\n", "does not accept option 'modell.a'"),
         ("model: {class_path: Classification, init_args: {lrr: 1}}\n", "model.lrr: there is no such option"),
         ("trainer: {max_epochs: many}\n", "trainer.max_epochs: 'many' is not of the type int or null"),

@@ -207,12 +207,17 @@ def test_commands_repeat_themselves(named):
         (["--weights", "net.pth", "NAMED", "--precision", "64-true"], "precision '64-true' is none"),
         (["--weights", "net.pth", "NAMED", "--data.img_size", "33"], "does not take images of 33 pixels"),
         (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
+        (
+            ["--weights", "net.pth", "NAMED", "--config", "digits.yaml"],
+            "images would not be read, as data.dataset is digits: for the images there add",
+        ),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),
         (["--weights", "net.pth", "NAMED", "--runs", "net.pth"], "--runs: nothing can be written to net.pth"),
     ],
 )
 def test_mistakes_are_one_line(options, message, images, named, capsys):
     torch.save(backbone().state_dict(), "net.pth")
+    Path("digits.yaml").write_text("data: {dataset: digits}\n")
     given = [part for option in options for part in (named if option == "NAMED" else [option])]
     with pytest.raises(SystemExit) as stopped:
         run("knn", *images, *given)

@@ -43,6 +43,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.options import (
     ConfigByName,
     check_processes,
+    check_root,
     check_weights,
     check_writable,
     errors_in_a_line,
@@ -317,6 +318,7 @@ class LocatCLI(LightningCLI):
                 f"locat {self.subcommand} needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained model)"
             )
+        check_root(sys.argv[1:], config.get("data.init_args.dataset") if "data" in config else None)
         locat = (config.get("model.init_args.locat") if "model" in config else None) or {}
         if locat.get("start") == "identity" and config.weights is None and config.ckpt_path is None:
             raise InputError(
@@ -519,14 +521,17 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     if record is None:
         if "--weights" in options:
             check_weights(options["--weights"])
-            if checkpoint.is_file():
-                read_checkpoint(checkpoint)  # what is none is that, and does not lack a config
+        elif command == "fit" and "--ckpt_path" in options and not checkpoint.is_file():
+            raise InputError(f"--ckpt_path: no such file: {checkpoint.absolute()}")
+        if checkpoint.is_file():
+            read_checkpoint(checkpoint)  # what is none is that, and does not lack a config
         if options.keys() & {"--model", "--model.class_path"}:
             return {}
-        raise InputError(
-            f"locat {command} needs --config, a file or one of {shipped_configs()}"
-            + (f", and --weights: {RANDOM}, a checkpoint of a run, …" if command != "fit" else "")
-        )
+        if command != "fit" and "--weights" not in options:
+            raise InputError(
+                f"locat {command} needs --weights: a checkpoint of a run, or other weights with --config"
+            )
+        raise InputError(f"locat {command} needs --config, a file or one of {shipped_configs()}")
     config = yaml.safe_load(record.read_text())
     keys = {"model", "data", "name", "runs"}
     if command == "fit":

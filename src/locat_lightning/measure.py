@@ -34,6 +34,7 @@ from locat_lightning.options import (
     ConfigByName,
     add_backbone_options,
     check_processes,
+    check_root,
     check_weights,
     check_writable,
     command_parser,
@@ -89,6 +90,7 @@ def _measure(command: str, arguments: list[str]) -> None:
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     with near_options(parser):
         config = parser.parse_args(arguments)
+    check_root(arguments, config.data.get("dataset"))
     autocast_type(config.precision)  # a mistake shows before anything is read
     name = config.name or f"{_name_of(config.weights)}_{command}"
     check_writable("--runs", Path(config.runs) / name)

@@ -15,6 +15,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -39,16 +40,21 @@ def find_config(name: str) -> str:
     """The path of a config: a local file first, then a shipped one.
 
     Raises:
-        InputError: there is neither, or it cannot be read as text.
+        InputError: there is neither, or it is no YAML with options.
     """
     for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
         if path.is_file():
             try:
-                path.read_text(encoding="utf-8")
+                options = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except yaml.MarkedYAMLError as error:
+                line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+                raise InputError(f"--config: {path} is no YAML{line}: {error.problem}") from error
             except UnicodeDecodeError as error:
                 raise InputError(f"--config: {path} is no text in UTF-8 (byte {error.start})") from error
             except OSError as error:
                 raise InputError(f"--config: {path}: {error.strerror}") from error
+            if not isinstance(options, dict):
+                raise InputError(f"--config: {path} has no options, as `trainer:` and what belongs to it")
             return str(path)
     if Path(name).is_dir():
         raise InputError(f"--config: {name} is a directory{_is_it(Path(name) / 'config.yaml')}")
@@ -122,6 +128,24 @@ def given_options(arguments: list[str]) -> dict[str, str]:
         key, equals, value = option.partition("=")
         values[key] = value if equals else following
     return values
+
+
+def check_root(arguments: list[str], dataset: str | None) -> None:
+    """See that a folder of images that is given is one that is read.
+
+    Args:
+        arguments: of the command.
+        dataset: which the images are of, by the arguments, a config or the run of the weights.
+
+    Raises:
+        InputError: it is not, as a config or a run has the digits, which come without a folder.
+    """
+    options = given_options(arguments)
+    if dataset == "digits" and "--data.root" in options and "--data.dataset" not in options:
+        raise InputError(
+            f"data.root: {options['--data.root']} would not be read, as data.dataset is digits: for the images "
+            "there add --data.dataset folder, for the digits leave data.root out"
+        )
 
 
 def check_writable(option: str, directory: Path) -> None:

@@ -232,9 +232,10 @@ class SegmentationPictures(Callback):
         if not trainer.is_global_zero:
             return
         step = max(0, trainer.global_step - 1)
+        title = pl_module.protocol.replace("×", "x")  # which Pillow's font lacks
         pictures = {
             "validation": self._picture(data, pl_module),
-            "iou": draw_iou(iou, pl_module.class_names, data.colours, title=pl_module.protocol),
+            "iou": draw_iou(iou, pl_module.class_names, data.colours, title=title),
             "confusion": draw_confusion(iou.confusion, pl_module.class_names),
         }
         for board in tensorboards(trainer):

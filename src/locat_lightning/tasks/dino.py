@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -143,6 +144,19 @@ class Dino(Task):
         own = ("teacher_temp", "momentum", "last_layer_frozen")
         collapse = ("teacher_entropy", "kl", "centre_norm", "feature_std", "effective_rank")
         return [f"train/{name}" for name in (*step, *own, *collapse)]
+
+    def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
+        """Find mistakes that show without data or a model.
+
+        Raises:
+            InputError: also, this is not to train: without classes there is nothing to predict or measure.
+        """
+        if not training:
+            raise InputError(
+                "a DINO model has no classes to predict or to compare with: locat knn, linear and retrieve "
+                "measure its features"
+            )
+        super().check(trainer, training=training, logged=logged)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
