@@ -143,8 +143,8 @@ def check_root(arguments: list[str], dataset: str | None) -> None:
     options = given_options(arguments)
     if dataset == "digits" and "--data.root" in options and "--data.dataset" not in options:
         raise InputError(
-            f"data.root: {options['--data.root']} would not be read, as data.dataset is digits: for the images "
-            "there add --data.dataset folder, for the digits leave data.root out"
+            f"data.root: {options['--data.root']} would not be read, as data.dataset is digits: for the "
+            "images there add --data.dataset folder, for the digits leave data.root out"
         )
 
 
