@@ -368,10 +368,7 @@ class LocatCLI(LightningCLI):
         if config.ckpt_path is None:
             return None
         if config.ckpt_path != "last":
-            path = Path(str(config.ckpt_path))
-            if not path.is_file():
-                raise InputError(f"--ckpt_path: no such file: {path.absolute()}")
-            return path
+            return _checkpoint_file(str(config.ckpt_path))
         return _last_checkpoint(Path(config.runs) / config.name)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -487,6 +484,18 @@ def _last_checkpoint(runs: Path) -> Path:
     return found[-1]
 
 
+def _checkpoint_file(given: str) -> Path:
+    """The checkpoint that --ckpt_path names by its path.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(given)
+    if not path.is_file():
+        raise InputError(f"--ckpt_path: no such file: {path.absolute()}")
+    return path
+
+
 def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     """What the given checkpoint's run wrote down of itself, where no --config says it, by dotted key.
 
@@ -521,8 +530,8 @@ def _recorded_config(arguments: list[str]) -> dict[str, Any]:
     if record is None:
         if "--weights" in options:
             check_weights(options["--weights"])
-        elif command == "fit" and "--ckpt_path" in options and not checkpoint.is_file():
-            raise InputError(f"--ckpt_path: no such file: {checkpoint.absolute()}")
+        elif command == "fit" and "--ckpt_path" in options:
+            checkpoint = _checkpoint_file(str(checkpoint))
         if checkpoint.is_file():
             read_checkpoint(checkpoint)  # what is none is that, and does not lack a config
         if options.keys() & {"--model", "--model.class_path"}:

@@ -49,6 +49,8 @@ def find_config(name: str) -> str:
             except yaml.MarkedYAMLError as error:
                 line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
                 raise InputError(f"--config: {path} is no YAML{line}: {error.problem}") from error
+            except yaml.reader.ReaderError as error:
+                raise InputError(f"--config: {path} is no text (character {error.position})") from error
             except UnicodeDecodeError as error:
                 raise InputError(f"--config: {path} is no text in UTF-8 (byte {error.start})") from error
             except OSError as error:

@@ -139,6 +139,7 @@ def draw_iou(
     width, name_width, bar_width = 26 * line, 10 * line, 12 * line
     picture = Image.new("RGB", (parts * width + line, (rows + 3) * line), PAPER)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=0.6 * line)
+    title = title.replace("×", "x")  # which Pillow's font lacks
     pen.text(
         (line, line // 2),
         f"mIoU {float(iou.miou):.4f}   {title}",
@@ -232,10 +233,9 @@ class SegmentationPictures(Callback):
         if not trainer.is_global_zero:
             return
         step = max(0, trainer.global_step - 1)
-        title = pl_module.protocol.replace("×", "x")  # which Pillow's font lacks
         pictures = {
             "validation": self._picture(data, pl_module),
-            "iou": draw_iou(iou, pl_module.class_names, data.colours, title=title),
+            "iou": draw_iou(iou, pl_module.class_names, data.colours, title=pl_module.protocol),
             "confusion": draw_confusion(iou.confusion, pl_module.class_names),
         }
         for board in tensorboards(trainer):

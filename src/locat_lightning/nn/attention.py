@@ -221,7 +221,7 @@ def _chunk_size(q: Tensor) -> tuple[int, int]:
     heads, N = q.shape[:-2].numel(), q.shape[-2]
     threads, size = (torch.get_num_threads(), 2**18) if q.device.type == "cpu" else (1, 2**26)
     if 2 * size >= N**2:
-        return max(1, min(heads, threads * max(1, size // N**2))), N
+        return min(heads, threads * max(1, size // N**2)), N
     return min(heads, max(2, threads)), math.ceil(N / math.ceil(N**2 / (2 * size)))  # of chunks alike in size
 
 
