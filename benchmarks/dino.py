@@ -25,9 +25,9 @@ from torch.optim import AdamW
 
 import locat_lightning  # noqa: F401 - registers the models
 from locat_lightning.callbacks.throughput import Throughput
-from locat_lightning.data.multicrop import MultiCropBatch
+from locat_lightning.data.multiview import MultiCropBatch
 from locat_lightning.data.views import Views
-from locat_lightning.tasks import Dino
+from locat_lightning.methods import Dino
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARMUP = 3  # steps that are not counted

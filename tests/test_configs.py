@@ -8,12 +8,12 @@ import timm
 import torch
 import yaml
 
-import locat
-from locat_lightning.cli import main
+from locat import configs
+from locat_lightning.commands.fit import main
 
-SHIPPED = sorted(locat.config_directory().rglob("*.yaml"))
+SHIPPED = sorted(configs.config_directory().rglob("*.yaml"))
 # test_study.py runs what is of several runs.
-CONFIGS = [str(p.relative_to(locat.config_directory())) for p in SHIPPED if not p.name.startswith("study_")]
+CONFIGS = [str(p.relative_to(configs.config_directory())) for p in SHIPPED if not p.name.startswith("study_")]
 DROP_PATH = {
     "classify_tiny": 0.1,
     "classify_small": 0.2,
@@ -96,7 +96,7 @@ def test_segmentation_runs_a_step_and_is_measured_again(name, scenes, tmp_path, 
     assert last["global_step"] == 1
     assert last["hyper_parameters"]["num_classes"] == SEGMENTS[name]
     metrics = json.loads((run / "metrics.json").read_text())
-    shipped = yaml.safe_load((locat.config_directory() / f"segment_{name}.yaml").read_text())
+    shipped = yaml.safe_load((configs.config_directory() / f"segment_{name}.yaml").read_text())
     assert {"val/miou", "best val/miou"} <= metrics.keys()
     assert shipped["data"]["init_args"]["dataset"] == name
 
@@ -115,7 +115,7 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 1
     model = last["hyper_parameters"]
-    shipped = yaml.safe_load((locat.config_directory() / config).read_text())["model"]["init_args"]
+    shipped = yaml.safe_load((configs.config_directory() / config).read_text())["model"]["init_args"]
     assert model["backbone"] == shipped["backbone"]
     assert model["backbone_args"] == shipped["backbone_args"] | BACKBONE
     assert model["backbone_args"]["drop_path_rate"] == DROP_PATH[Path(config).stem]
@@ -138,7 +138,7 @@ def test_a_misspelt_key_of_the_model_does_not_pass(
     config, key, misspelt, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    text = (locat.config_directory() / config).read_text()
+    text = (configs.config_directory() / config).read_text()
     assert key in text
     (tmp_path / config).write_text(text.replace(key, misspelt))
     with pytest.raises(SystemExit) as stopped:

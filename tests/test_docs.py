@@ -12,15 +12,15 @@ import pytest
 import timm
 import yaml
 
-import locat
 import locat_lightning
-from locat_lightning.study.plan import MEASURES, Study
-from locat_lightning.study.report import NOTHING
+from locat import configs
+from locat_lightning.commands.study.plan import MEASURES, Study
+from locat_lightning.commands.study.report import NOTHING
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("method.md", "recipes.md", "scaling.md", "results.md")
 TEXT = {page: (ROOT / "docs" / page).read_text() for page in PAGES}
-CONFIGS = {path.name for path in locat.config_directory().rglob("*.yaml")}
+CONFIGS = {path.name for path in configs.config_directory().rglob("*.yaml")}
 # `file.py`: `name`, `name`
 NAMED = re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", TEXT["method.md"])
 
@@ -60,7 +60,7 @@ def test_every_function_of_the_method_is_there(file, names):
 
 
 def test_the_results_are_those_of_three_finished_seeds_of_every_arm():
-    config = yaml.safe_load((locat.config_directory() / "study_cifar.yaml").read_text())
+    config = yaml.safe_load((configs.config_directory() / "study_cifar.yaml").read_text())
     raw = json.loads((ROOT / "docs" / "results.json").read_text())
     preset = raw["results"][0]["preset"]
     study = Study.of(config, preset)

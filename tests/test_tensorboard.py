@@ -9,7 +9,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from locat_lightning.cli import main
+from locat_lightning.commands.fit import main
 
 BACKBONE = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}"
 SHORT = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import locat
+from locat import configs
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,8 +37,8 @@ def test_it_is_all_of_the_source_and_all_configs(installed):
 
 def test_configs_are_found_by_name_from_anywhere(installed, tmp_path):
     script = (
-        "import locat; locat.main(['configs'])\n"
-        "from locat_lightning.options import find_config; print(find_config('dino_small.yaml'))\n"
+        "from locat import command; command.main(['configs'])\n"
+        "from locat_lightning.commands.parsing import find_config; print(find_config('dino_small.yaml'))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -50,4 +50,4 @@ def test_configs_are_found_by_name_from_anywhere(installed, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = installed / "locat_lightning" / "configs" / "dino_small.yaml"
-    assert done.stdout == f"{locat.list_configs()}\n{found}\n"
+    assert done.stdout == f"{configs.list_configs()}\n{found}\n"

@@ -7,7 +7,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from timm.layers import DropPath
 
 from locat_lightning.callbacks.checkpoints import Checkpoints
-from locat_lightning.data.images import ImageData
+from locat_lightning.data.classification import ImageData
 from locat_lightning.tasks import Classification
 
 pytestmark = pytest.mark.filterwarnings(

@@ -15,8 +15,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from locat_lightning.callbacks.crops import CropPictures, draw_crops
 from locat_lightning.callbacks.pictures import Column, table
 from locat_lightning.data import MultiCropData
-from locat_lightning.data.images import ImageData
-from locat_lightning.data.multicrop import MultiCropBatch
+from locat_lightning.data.classification import ImageData
+from locat_lightning.data.multiview import MultiCropBatch
 from locat_lightning.data.views import Views
 from locat_lightning.errors import InputError
 

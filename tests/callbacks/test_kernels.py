@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
 from locat_lightning.callbacks.kernels import KernelWidths, kernel_widths, observe
 from locat_lightning.callbacks.pictures import gaussian_kernels
-from locat_lightning.data.images import ImageData
+from locat_lightning.data.classification import ImageData
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # Lightning, of torch 2.15

@@ -11,7 +11,7 @@ from PIL import Image
 from locat_lightning.callbacks import maps
 from locat_lightning.callbacks.maps import draw_confusion, draw_iou, draw_segmentation, overlay
 from locat_lightning.callbacks.pictures import spaced_items
-from locat_lightning.cli import main
+from locat_lightning.commands.fit import main
 from locat_lightning.evaluation.iou import count_pixels, iou
 from locat_lightning.nn.decoder import IGNORED
 

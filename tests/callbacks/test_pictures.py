@@ -25,11 +25,11 @@ from locat_lightning.callbacks.pictures import (
     spaced_items,
 )
 from locat_lightning.data import MultiCropData
-from locat_lightning.data.images import ImageData
-from locat_lightning.data.reading import Failure
+from locat_lightning.data.classification import ImageData
+from locat_lightning.data.dataset import Failure
 from locat_lightning.errors import InputError
+from locat_lightning.methods import Dino
 from locat_lightning.nn import gaussian_kernel
-from locat_lightning.tasks import Dino
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # Lightning, of torch 2.15

@@ -15,12 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.data import ImageData, MultiCropData
-from locat_lightning.data.reading import Images
+from locat_lightning.data.dataset import Images
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, image_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import sweep_linear
-from locat_lightning.tasks import Classification, Dino
+from locat_lightning.methods import Dino
+from locat_lightning.tasks import Classification
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers:UserWarning",

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from locat_lightning.cli import main
+from locat_lightning.commands.fit import main
 
 CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|(\r)|(\n)")
 

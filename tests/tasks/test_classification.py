@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from locat_lightning.data.reading import ImageBatch
+from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.tasks import Classification
 

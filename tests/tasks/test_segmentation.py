@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from locat_lightning.backbones.create import create_backbone
 from locat_lightning.backbones.weights import DECODER_OF
-from locat_lightning.data.masks import MaskBatch, SegmentationData
+from locat_lightning.data.segmentation import MaskBatch, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.tasks import Segmentation

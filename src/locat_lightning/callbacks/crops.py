@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from locat_lightning.callbacks.pictures import Column, resized, table, tensorboards
-from locat_lightning.data.multicrop import MultiCropBatch
+from locat_lightning.data.multiview import MultiCropBatch
 from locat_lightning.data.views import Views
 from locat_lightning.errors import InputError
 

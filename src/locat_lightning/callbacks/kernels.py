@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from locat_lightning.data.images import ImageBatch
+from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.evaluation.dense import padded
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.nn import GaussianAugmentation

@@ -31,8 +31,8 @@ from locat_lightning.callbacks.pictures import (
     table,
     tensorboards,
 )
-from locat_lightning.data.classes import distinct_colours
-from locat_lightning.data.masks import SegmentationData
+from locat_lightning.data.class_lists import distinct_colours
+from locat_lightning.data.segmentation import SegmentationData
 from locat_lightning.evaluation.iou import IoU
 from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.tasks import Segmentation

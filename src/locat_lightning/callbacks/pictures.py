@@ -17,13 +17,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from locat_lightning.callbacks.kernels import observe
-from locat_lightning.data.images import ImageData, Stream
-from locat_lightning.data.reading import Failure
+from locat_lightning.data.classification import ImageData
+from locat_lightning.data.dataset import Failure
+from locat_lightning.data.sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded
 from locat_lightning.evaluation.features import frozen
+from locat_lightning.methods import Dino
 from locat_lightning.nn import GaussianSelfAttention, gaussian_kernel
-from locat_lightning.tasks import Dino, Segmentation
+from locat_lightning.tasks import Segmentation
 
 __all__ = [
     "AttentionPictures",

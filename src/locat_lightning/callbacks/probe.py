@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from locat_lightning.data.module import ImageModule
-from locat_lightning.data.reading import ImageLoader
+from locat_lightning.data.base import ImageModule
+from locat_lightning.data.loading import ImageLoader
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import autocast_type
 

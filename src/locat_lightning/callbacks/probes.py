@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from locat_lightning.callbacks.probe import Probe
-from locat_lightning.data.images import ImageData, Stream
+from locat_lightning.data.classification import ImageData
+from locat_lightning.data.sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, extract_features
 from locat_lightning.evaluation.knn import knn_classify

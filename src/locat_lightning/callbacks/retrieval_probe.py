@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from locat_lightning.callbacks.probe import Probe
-from locat_lightning.data.masks import SegmentationData
+from locat_lightning.data.segmentation import SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.retrieval import Search, check_search, segment_by_retrieval
 

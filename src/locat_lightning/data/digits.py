@@ -5,7 +5,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from locat_lightning.data.reading import Source, to_rgb
+from locat_lightning.data.dataset import Source
+from locat_lightning.data.decoding import to_rgb
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 EVALUATED = 360  # of 1,797 images; the split is part of the data set, so its seed is no setting

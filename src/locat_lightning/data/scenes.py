@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from locat_lightning.data import digits
-from locat_lightning.data.reading import Source
+from locat_lightning.data.dataset import Source
 
 CLASS_NAMES = ["ground", *digits.CLASS_NAMES]
 # Of the ground, then ten of matplotlib's ("tab10").

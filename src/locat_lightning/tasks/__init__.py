@@ -1,7 +1,6 @@
-"""LightningModules: what is trained, by which loss."""
+"""LightningModules with labels: what is trained, by which loss."""
 
 from locat_lightning.tasks.classification import Classification
-from locat_lightning.tasks.dino import Dino
 from locat_lightning.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "Dino", "Segmentation"]
+__all__ = ["Classification", "Segmentation"]

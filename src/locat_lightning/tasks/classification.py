@@ -19,9 +19,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from locat_lightning.backbones.create import create_backbone
 from locat_lightning.backbones.weights import load_weights, read_checkpoint
-from locat_lightning.data.reading import ImageBatch
+from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError
-from locat_lightning.optim import linear_rule, warmup_then_linear
+from locat_lightning.schedules import linear_rule, warmup_then_linear
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range, monitored
 
 DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, by label

@@ -19,13 +19,13 @@ from torch.optim import AdamW, Optimizer
 
 from locat_lightning.backbones.create import create_for_any_size, load_backbone, model_of
 from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Network, check_source, read_checkpoint
-from locat_lightning.data.masks import MaskBatch
+from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.evaluation.iou import IoU, MeanIoU
 from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
-from locat_lightning.optim import one_cycle
+from locat_lightning.schedules import one_cycle
 from locat_lightning.tasks.base import Task, announce_learning_rate, check_range
 
 

@@ -1,0 +1,1 @@
+"""The `locat` command: configs by name and runs, without importing torch."""

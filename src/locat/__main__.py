@@ -1,0 +1,5 @@
+"""`python -m locat`."""
+
+from locat.command import main
+
+main()

@@ -1,0 +1,1 @@
+"""What `locat` does: parse, call, print."""

@@ -1,0 +1,344 @@
+"""`locat knn`, `locat linear` and `locat retrieve`: what the features of a frozen backbone are worth."""
+
+import json
+from math import isnan
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from timm.models import load_model_config_from_hf
+from torch import nn
+
+from locat_lightning.backbones.create import load_backbone
+from locat_lightning.backbones.weights import Network
+from locat_lightning.commands.parsing import (
+    ConfigByName,
+    add_backbone_options,
+    check_processes,
+    check_root,
+    check_weights,
+    check_writable,
+    command_parser,
+    errors_in_a_line,
+    given_options,
+    mixed_precision,
+    near_options,
+    record_of_run,
+)
+from locat_lightning.data import ImageData, SegmentationData
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.features import (
+    Features,
+    autocast_type,
+    check_size,
+    extract_features,
+)
+from locat_lightning.evaluation.iou import IoU
+from locat_lightning.evaluation.knn import knn_classify
+from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear, train_linear
+from locat_lightning.evaluation.retrieval import Search, segment_by_retrieval
+
+DESCRIPTIONS = {
+    "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
+    "linear": "Accuracy of a linear classifier on a frozen backbone's features",
+    "retrieve": "mIoU of dense retrieval (Hummingbird): patches take the classes of those training patches "
+    "that are most like them, and nothing is trained",
+}
+# What a run's data and those that its backbone is measured on have in common where both are of a kind: which
+# images, and what they are like, but not how strongly they were augmented.
+OF_THE_IMAGES = (
+    *("dataset", "root", "classes", "num_workers", "img_size", "mean", "std"),
+    *("crop_pct", "eval_interpolation", "scale", "ratio", "hflip"),
+)
+OF_THE_MASKS = (
+    *("dataset", "root", "classes", "num_workers", "mean", "std", "images", "masks", "splits"),
+    *("mask_suffix", "ignore_index", "reduce_zero_label"),
+)
+OF_ANY_KIND = ("mean", "std")
+
+
+class Measurement(NamedTuple):
+    """What came of it: a heading, a table, and the numbers of it by name."""
+
+    heading: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    metrics: dict[str, float]
+
+
+def main(arguments: list[str]) -> None:
+    """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
+    with errors_in_a_line("--debug" in arguments):
+        command, *rest = (argument for argument in arguments if argument != "--debug")
+        _measure(command, rest)
+
+
+def _measure(command: str, arguments: list[str]) -> None:
+    parser = _parser(command)
+    options = given_options(arguments)
+    if weights := options.get("--weights"):
+        check_weights(weights)
+        parser.set_defaults(_defaults(command, weights))
+    elif not options.keys() & {"--config", "-c", "--help", "-h"}:
+        raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
+    with near_options(parser):
+        config = parser.parse_args(arguments)
+    check_root(arguments, config.data.get("dataset"))
+    autocast_type(config.precision)  # a mistake shows before anything is read
+    name = config.name or f"{_name_of(config.weights)}_{command}"
+    check_writable("--runs", Path(config.runs) / name)
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
+    if fabric.device.type == "cpu":
+        check_processes(fabric.world_size)
+    data: ImageData | SegmentationData = parser.instantiate_classes(config).data
+    data.setup("fit")
+
+    fabric.launch()
+    fabric.seed_everything(config.seed, verbose=False)
+    network: Network = "student" if config.student else "teacher"
+    backbone = load_backbone(
+        config.weights,
+        config.backbone,
+        config.backbone_args,
+        network=network,
+        any_size=True,
+    )
+    backbone.to(fabric.device)
+    if isinstance(data, SegmentationData):
+        measurement = _retrieve(backbone, data, config, fabric)
+    else:
+        advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
+        check_size(backbone, data.img_size, fabric.device, advice=advice)
+        measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
+    if fabric.is_global_zero:
+        _show(measurement)
+        _record(measurement, TensorBoardLogger(config.runs, name, default_hp_metric=False), config)
+
+
+def _parser(command: str) -> ArgumentParser:
+    parser = command_parser(command, DESCRIPTIONS[command])
+    add = parser.add_argument
+    add("-c", "--config", action=ConfigByName, help="a file with any of these options")
+    add(
+        "--weights",
+        type=str,
+        required=True,
+        help="a checkpoint of a run, a file (DINO's, timm's, a state dict), a timm name, or 'random'",
+    )
+    add_backbone_options(parser)
+    if command == "retrieve":
+        parser.add_class_arguments(SegmentationData, "data")
+        add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
+        add("--memory_size", type=PositiveInt | None, default=None, help="patches to keep; null for all")
+        add("--neighbours", type=PositiveInt, default=30, help="patches of the memory that vote")
+        add("--temperature", type=PositiveFloat, default=0.02, help="softmax(cosine / temperature) of votes")
+        add("--search", type=Search, default="auto", help="by faiss where it is installed, or by torch")
+    else:
+        parser.add_class_arguments(ImageData, "data")
+        # The linear protocol crops and flips, no more.
+        plain = {"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0}
+        parser.set_defaults(plain)
+    if command == "knn":
+        add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+        add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
+    if command == "linear":
+        add(
+            "--protocol",
+            type=Literal["paper", "sweep"],
+            default="paper",
+            help="paper: SGD on augmented images. sweep: a grid of learning rates at once, on features that "
+            "are extracted once and not augmented",
+        )
+        add("--epochs", type=PositiveInt, default=100, help="passes over the training images")
+        add(
+            "--learning_rate",
+            type=PositiveFloat,
+            default=0.001,
+            help="of the paper's protocol, for 256 images",
+        )
+        add(
+            "--learning_rates",
+            type=PositiveFloat,
+            nargs="+",
+            default=list(DINOV2_LEARNING_RATES),
+            help="of the sweep, for 256 images",
+        )
+        add("--sweep_batch_size", type=PositiveInt, default=1024, help="features per step of the sweep")
+    add("--runs", type=str, default="runs", help="directory of all runs")
+    add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
+    add("--accelerator", type=str, default="auto", help="as the trainer's")
+    add("--devices", type=int | str, default=1, help="as the trainer's")
+    add("--strategy", type=str, default="auto", help="as the trainer's")
+    add("--precision", type=str | None, default=mixed_precision(), help="as the trainer's")
+    add("--seed", type=int, default=0, help="of whatever is drawn, and of random weights")
+    return parser
+
+
+def _defaults(command: str, weights: str) -> dict[str, Any]:
+    """What the weights say of the images that they are for, by option."""
+    record = record_of_run(Path(weights))
+    if record is not None:
+        recorded = yaml.safe_load(record.read_text())["data"]
+        data, has_masks = recorded["init_args"], recorded["class_path"].endswith("SegmentationData")
+        data["img_size"] = data.get("global_size", data.get("img_size"))
+        of_a_kind = has_masks == (command == "retrieve")
+        keys = (OF_THE_MASKS if has_masks else OF_THE_IMAGES) if of_a_kind else OF_ANY_KIND
+        return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
+    known = _pretrained_cfg(weights)
+    return {f"data.{key}": tuple(known[key]) for key in OF_ANY_KIND if known.get(key)}
+
+
+def _pretrained_cfg(weights: str) -> dict[str, Any]:
+    """What timm notes beside the weights that it names, or that a hub or a folder has; {} of others."""
+    source, _, place = weights.partition(":")
+    if source == "local-dir":
+        file = Path(place) / "config.json"
+        known = json.loads(file.read_text()).get("pretrained_cfg", {}) if file.is_file() else {}
+    elif source in ("hf-hub", "hf_hub"):
+        try:
+            known = load_model_config_from_hf(place)[0]
+        except Exception:  # of many kinds, which are told when the weights are loaded
+            known = {}
+    else:
+        known = timm.get_pretrained_cfg(weights).to_dict() if timm.is_model(weights) else {}
+    return dict(known)
+
+
+def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
+    found = knn_classify(
+        bank.features.to(fabric.device),
+        bank.labels,
+        queries.features.to(fabric.device),
+        queries.labels,
+        k=config.k,
+        temperature=config.temperature,
+    )
+    return Measurement(
+        f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}",
+        ("k", "top-1", "top-5"),
+        [
+            (f"{k}" if a.neighbours == k else f"{k} (all {a.neighbours})", *_percent(a.top1, a.top5))
+            for k, a in found.items()
+        ],
+        {f"knn/{metric}_k{k}": getattr(a, metric) for k, a in found.items() for metric in ("top1", "top5")},
+    )
+
+
+def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    if config.protocol == "paper":
+        images = min(data.batch_size * fabric.world_size, len(data.source("train")))
+        best = train_linear(
+            backbone,
+            data.train_dataloader(),
+            data.val_dataloader(),
+            fabric.device,
+            num_classes=data.num_classes,
+            batch_size=images,
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            autocast_dtype=autocast_type(config.precision),
+        )
+        results, manner = [best], f"{images} augmented images a step"
+    else:
+        train, val = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
+        sweep = sweep_linear(
+            *(each.to(fabric.device) for each in (*train, *val)),
+            learning_rates=config.learning_rates,
+            epochs=config.epochs,
+            batch_size=config.sweep_batch_size,
+            seed=config.seed,
+            progress=fabric.is_global_zero,
+        )
+        results, best = list(sweep.results), sweep.best
+        features = min(config.sweep_batch_size, len(train.labels))
+        manner = f"{features} features a step, best top-1 {best.top1:.2%}"
+    return Measurement(
+        f"linear, {config.protocol}: {config.epochs} epochs, {manner}",
+        ("learning rate", "effective", "top-1", "top-5"),
+        [
+            (f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *_percent(r.top1, r.top5))
+            for r in results
+        ],
+        {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
+        | {f"linear/top1_rate{r.learning_rate:g}": r.top1 for r in results if len(results) > 1},
+    )
+
+
+def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
+    found = segment_by_retrieval(
+        backbone,
+        data.square_dataloader("train", config.image_size),
+        data.square_dataloader("val", config.image_size),
+        fabric.device,
+        num_classes=data.num_classes,
+        memory_size=config.memory_size,
+        neighbours=config.neighbours,
+        temperature=config.temperature,
+        seed=config.seed,
+        autocast_dtype=autocast_type(config.precision),
+        search=config.search,
+    )
+    by_class = dict(zip(data.class_names, found.per_class.tolist(), strict=True))
+    kept = f"{config.memory_size:,} patches kept" if config.memory_size else "all patches kept"
+    scalars = {f"retrieval/{name}": float(getattr(found, name)) for name in IoU.SCALARS}
+    return Measurement(
+        f"dense retrieval: mIoU {float(found.miou):.4f} (images resized to {config.image_size} × "
+        f"{config.image_size}, {kept}, {config.neighbours} neighbours)",
+        ("class", "IoU"),
+        [*((name, "absent" if isnan(iou) else f"{iou:.2%}") for name, iou in by_class.items())],
+        scalars | {f"retrieval/iou_{name}": iou for name, iou in by_class.items() if not isnan(iou)},
+    )
+
+
+def _features(
+    backbone: nn.Module, data: ImageData, split: str, config: Namespace, fabric: Fabric
+) -> Features:
+    return extract_features(
+        backbone,
+        data.eval_dataloader(split),
+        fabric.device,
+        autocast_dtype=autocast_type(config.precision),
+    )
+
+
+def _percent(*shares: float) -> tuple[str, ...]:
+    return tuple(f"{share:.2%}" for share in shares)
+
+
+def _show(measurement: Measurement) -> None:
+    print(measurement.heading)
+    table = Table()
+    for column in measurement.columns:
+        table.add_column(column, justify="right")
+    for row in measurement.rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _record(measurement: Measurement, board: TensorBoardLogger, config: Namespace) -> None:
+    """`metrics.json`, and the same numbers in TensorBoard."""
+    directory = Path(board.log_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    board.log_metrics(measurement.metrics, step=0)
+    board.experiment.add_text("measured", f"{config.weights}: {measurement.heading}", 0)
+    board.finalize("success")
+    record = {"weights": config.weights, "measured": measurement.heading, **measurement.metrics}
+    (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"run: {directory}\nlook: tensorboard --logdir {config.runs}")
+
+
+def _name_of(weights: str) -> str:
+    """A name for the directory: that of the weights' own run, or of their file, or of the model."""
+    path = Path(weights)
+    if (record := record_of_run(path)) is not None:
+        return record.parent.parent.name
+    return path.stem if path.is_file() else weights.replace("/", "_").replace(":", "_")

@@ -1,0 +1,182 @@
+"""`locat info`: what a model costs, and how wide the kernels of a trained one are."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_sample_images
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from locat_lightning.backbones.create import create_backbone, load_backbone
+from locat_lightning.backbones.locate import architecture_of
+from locat_lightning.backbones.weights import RANDOM, Network
+from locat_lightning.callbacks.kernels import kernel_widths
+from locat_lightning.commands.parsing import (
+    add_backbone_options,
+    check_weights,
+    command_parser,
+    errors_in_a_line,
+    mixed_precision,
+    near_options,
+)
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.cost import (
+    activation_bytes,
+    count_parameters,
+    images_per_second,
+    multiply_adds,
+)
+from locat_lightning.evaluation.features import autocast_type
+
+DESCRIPTION = (
+    "Parameters, multiply-adds, memory and throughput of a model, and, if it is trained, how wide its "
+    "Gaussian kernels are on two photographs that come with scikit-learn"
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Run `locat info …`."""
+    with errors_in_a_line("--debug" in arguments):
+        _, *options = (argument for argument in arguments if argument != "--debug")
+        _info(options)
+
+
+def _info(arguments: list[str]) -> None:
+    parser = _parser()
+    with near_options(parser):
+        config = parser.parse_args(arguments)
+    device = _device(config.device)
+    of_name = timm.is_model(config.model) and not Path(config.model).is_file()
+    if of_name:
+        model = create_backbone(config.model, config.backbone_args, num_classes=None)
+    else:
+        check_weights(config.model)
+        network: Network = "student" if config.student else "teacher"
+        model = load_backbone(
+            config.model, config.backbone, config.backbone_args, network=network, classifier=True
+        )
+    trained = not of_name and config.model != RANDOM
+    found = measure(model.to(device), device, batch_size=config.batch_size, trained=trained)
+    print(json.dumps(found, indent=2)) if config.json else _show(config.model, found)
+
+
+def _parser() -> ArgumentParser:
+    parser = command_parser("info", DESCRIPTION)
+    add = parser.add_argument
+    add("model", type=str, help="timm's name of a model (without weights), or weights as of --weights")
+    add_backbone_options(parser)
+    add("--batch_size", type=PositiveInt, default=16, help="images at once, for the throughput")
+    add("--device", type=str | None, default=None, help="as torch calls it; by default a GPU if there is one")
+    add("--json", action="store_true", help="numbers for machines")
+    return parser
+
+
+def measure(
+    model: nn.Module, device: torch.device, *, batch_size: int = 16, trained: bool = False
+) -> dict[str, Any]:
+    """What a timm model costs for images of the size that it is for.
+
+    Args:
+        model: on the device.
+        device: where it computes.
+        batch_size: images at once, for the throughput.
+        trained: whether its kernels are worth a look.
+
+    Returns:
+        `architecture`, `parameters` and `gaug_parameters`; `image_size` (C, height, width) and `grid` (rows,
+        columns); `multiply_adds` and `activation_bytes` of an image; `images_per_second`, with `batch_size`,
+        `device` and `precision`; `kernels`: mean `width` (standard deviation in patches) and `alpha` of each
+        block, if there are any and they are trained.
+    """
+    size = tuple(get_model_input_config(model)["input_size"])
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    precision = mixed_precision() if device.type == "cuda" else None
+    parameters, of_gaug = count_parameters(model)
+    widths = kernel_widths(model, _photographs(model, size).to(device)) if trained else []
+    return {
+        "architecture": architecture_of(model),
+        "parameters": parameters,
+        "gaug_parameters": of_gaug,
+        "image_size": size,
+        "grid": _grid(model, size),
+        "multiply_adds": multiply_adds(model, image),
+        "activation_bytes": activation_bytes(model, image),
+        "images_per_second": images_per_second(
+            model, image.expand(batch_size, -1, -1, -1), autocast_dtype=autocast_type(precision)
+        ),
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(device),
+        "precision": precision or "32-true",
+        "kernels": [{"width": math.sqrt(variance), "alpha": alpha} for variance, alpha in widths],
+    }
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _cpu(device: torch.device) -> str:
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
+
+
+def _grid(model: nn.Module, size: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of patches; of a hierarchical model, in its last stage."""
+    info = getattr(model, "feature_info", None)
+    if not info:
+        return None
+    reduction = info[-1]["reduction"]
+    return math.ceil(size[1] / reduction), math.ceil(size[2] / reduction)
+
+
+def _photographs(model: nn.Module, size: tuple[int, ...]) -> Tensor:
+    """Scikit-learn's two photographs [2, C, height, width], as a model takes its images."""
+    of_timm: Any = model
+    pixels = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
+    images = pixels.permute(0, 3, 1, 2).float() / 255
+    images = F.interpolate(images, size[1:], mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(of_timm.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    images = (images - mean) / std
+    return images if size[0] == 3 else images.mean(1, keepdim=True).expand(-1, size[0], -1, -1)
+
+
+def _show(name: str, found: dict[str, Any]) -> None:
+    channels, height, width = found["image_size"]
+    share = f" (GAug: {found['gaug_parameters']:,})" if found["gaug_parameters"] else ""
+    grid = " × ".join(map(str, found["grid"])) if found["grid"] else "none"
+    speed = f"{found['images_per_second']:,.1f} images/s"
+    rows = {
+        "parameters": f"{found['parameters']:,}{share}",
+        "images": f"{height} × {width} pixels, {channels} channels",
+        "patch grid": grid,
+        "multiply-adds": f"{found['multiply_adds'] / 1e9:.4g} G an image",
+        "kept for the backward pass": f"{found['activation_bytes'] / 2**20:,.1f} MiB an image, in float32",
+        "forward": f"{speed} (batches of {found['batch_size']}, {found['device']}, {found['precision']})",
+    }
+    architecture = found["architecture"]
+    print(architecture if name == architecture else f"{architecture}: {name}")
+    table = Table(show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    if found["kernels"]:
+        print("kernels on two photographs: width σ in patches, and strength α")
+        kernels = Table("block", "width", "alpha")
+        for block, kernel in enumerate(found["kernels"]):
+            kernels.add_row(str(block), f"{kernel['width']:.2f}", f"{kernel['alpha']:.3f}")
+        console.print(kernels)

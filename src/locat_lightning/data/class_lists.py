@@ -1,0 +1,100 @@
+"""Names and colours of the classes of a segmentation: those of the well-known data sets, or a person's own.
+
+The lists of ADE20K, PASCAL Context (59 classes) and COCO-Stuff 164k are in the order of the labels that
+mmsegmentation's converters write, with the colours that it draws (`METAINFO` in `mmseg/datasets/{ade,
+pascal_context,coco_stuff}.py` of github.com/open-mmlab/mmsegmentation).
+"""
+
+import csv
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from locat_lightning.data.decoding import reason
+from locat_lightning.errors import InputError
+
+MOST = 255  # classes that 8 bits hold besides 255, which marks pixels of none
+HEADER = ["name", "red", "green", "blue"]
+
+
+class Classes(NamedTuple):
+    """The classes of a segmentation in the order of their labels.
+
+    Attributes:
+        names: C of them, each once.
+        colours: uint8 [C, 3], RGB; in some data sets two classes share one.
+    """
+
+    names: list[str]
+    colours: np.ndarray
+
+
+def known_classes(dataset: str) -> Classes:
+    """Looks up the classes of `ade20k`, `pascal_context` or `coco_stuff`."""
+    with resources.as_file(resources.files("locat_lightning.data") / "classes" / f"{dataset}.csv") as file:
+        return read_classes(file)
+
+
+def read_classes(file: Path) -> Classes:
+    """Reads the classes of a text or CSV file.
+
+    Args:
+        file: a class a line in the order of the labels, `name` or `name,red,green,blue` with colours from 0
+            to 255; a header of these words and blank lines are skipped.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not as it should be.
+    """
+    try:
+        lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise InputError(f"cannot read classes from {file}: {reason(error)}") from error
+    rows = {number: [field.strip() for field in line] for number, line in enumerate(lines, 1) if any(line)}
+    rows = {number: row for number, row in rows.items() if row not in (HEADER, HEADER[:1])}
+    coloured = any(len(row) > 1 for row in rows.values())
+    for number, row in rows.items():
+        if len(row) != (4 if coloured else 1) or not all(
+            field.isascii() and field.isdigit() and int(field) < 256 for field in row[1:]
+        ):
+            raise InputError(
+                f"{file}, line {number}: expected `name` on every line, or `name,red,green,blue` with colours"
+                f" from 0 to 255 on every line, not {','.join(row)!r}"
+            )
+    names = [row[0] for row in rows.values()]
+    colours = np.array([row[1:] for row in rows.values()], int) if coloured else None
+    return named_classes(names, colours, where=str(file))
+
+
+def named_classes(names: Sequence[str], colours: np.ndarray | None = None, where: str = "classes") -> Classes:
+    """Makes classes of names, with distinct colours where none are given.
+
+    Args:
+        names: of C classes.
+        colours: [C, 3], RGB from 0 to 255.
+        where: the names come from, for errors.
+
+    Raises:
+        InputError: there are no names or too many, or one is empty or there twice.
+    """
+    if not 0 < len(names) <= MOST:
+        raise InputError(f"{where}: there must be from 1 to {MOST} classes, not {len(names)}")
+    if repeated := sorted({name for name in names if not name or names.count(name) > 1}):
+        raise InputError(f"{where}: every class needs a name of its own, but not so {repeated[0]!r}")
+    colours = distinct_colours(len(names)) if colours is None else colours.astype(np.uint8)
+    return Classes(list(names), colours)
+
+
+def distinct_colours(count: int) -> np.ndarray:
+    """Makes up to 255 colours, the first as different as can be, none black: uint8 [count, 3].
+
+    Source: the colour map of PASCAL VOC from its second colour on. The bits of the label become, three at a
+    time, the high bits of red, green and blue.
+    """
+    labels = np.arange(1, count + 1)[:, None]
+    colours = np.zeros((count, 3), np.uint8)
+    for place in range(3):
+        colours |= (((labels >> (3 * place + np.arange(3))) & 1) << (7 - place)).astype(np.uint8)
+    return colours

@@ -1,0 +1,292 @@
+"""Images with a mask each: how they lie in folders, what the values mean, and what can be wrong with them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from locat_lightning.data.base import SPLITS
+from locat_lightning.data.dataset import Source
+from locat_lightning.data.decoding import read_image, reason
+from locat_lightning.data.mask_transforms import VOID
+from locat_lightning.data.sources import EXTENSIONS, files_beneath, images_beneath, listed
+from locat_lightning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images and masks of a data set lie beneath its folder; `{split}` stands for a split's name.
+
+    Attributes:
+        images: folder of the images.
+        masks: folder of the masks. Each is named as its image but for the ending.
+        mask_suffix: ending of the masks' names.
+        splits: text file with the images of a split, a name without ending a line; None takes all.
+        image_suffix: ending of the images' names; "" takes all images, whose ending begins at the last dot.
+        names: of each split, in the order in which they are looked for.
+        home: the data set's folder, where root is not that but one above it.
+    """
+
+    images: str = "images/{split}"
+    masks: str = "annotations/{split}"
+    mask_suffix: str = ".png"
+    splits: str | None = None
+    image_suffix: str = ""
+    names: dict[str, tuple[str, ...]] = field(default_factory=lambda: SPLITS)
+    home: str = ""
+
+    def folder(self, root: Path) -> Path:
+        """The data set's folder: root, or one beneath it."""
+        parts = Path(self.home).parts
+        candidates = [root.joinpath(*parts[start:]) for start in range(len(parts), -1, -1)]
+        top = Path(self.masks).parts[0]
+        return next((folder for folder in candidates if (folder / top).is_dir()), root)
+
+    def name(self, root: Path, split: str) -> str | None:
+        """The first name of a split under which there are images; None if there is none."""
+        pattern, folder = self.splits or self.images, self.folder(root)
+        return next(
+            (name for name in self.names[split] if (folder / pattern.replace("{split}", name)).exists()), None
+        )
+
+    def images_of(self, root: Path, split: str) -> dict[str, str]:
+        """Finds the images of a split: the path of each by its name without ending.
+
+        Raises:
+            InputError: there are none, or one that is listed is not there.
+        """
+        if not root.is_dir():
+            raise InputError(f"no such folder: {root}; set --data.root to the folder of the data set")
+        if (name := self.name(root, split)) is None:
+            pattern = self.splits or self.images
+            wanted = " or ".join(pattern.replace("{split}", name) for name in self.names[split])
+            raise InputError(
+                f"no {wanted} in {self.folder(root)}: set --data.root to the folder that holds it"
+            )
+        folder = self._existing(root, self.images, name)
+        images: dict[str, str] = {}
+        suffix = self.image_suffix.lower()
+        for path in files_beneath(folder, (suffix,)) if suffix else images_beneath(folder):
+            if self.images == self.masks and path.lower().endswith(self.mask_suffix.lower()):
+                continue
+            stem = path[len(str(folder)) + 1 : -len(suffix) if suffix else path.rindex(".")]
+            if stem in images:
+                raise InputError(
+                    f"{images[stem]} and {path} are images of one name, with one mask: rename one"
+                )
+            images[stem] = path
+        if self.splits:
+            file = self.folder(root) / self.splits.replace("{split}", name)
+            stems = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            if missing := [stem for stem in stems if stem not in images]:
+                raise InputError(
+                    f"{len(missing)} of {len(stems)} names in {file} have no image in {folder}:"
+                    f" {listed(missing, 3)}; a line is an image's name without ending"
+                )
+            images = {stem: images[stem] for stem in stems}
+        if not images:
+            counted = f"files ending in {self.image_suffix} count" if suffix else EXTENSIONS
+            raise InputError(f"no images of {name} in {folder}: {counted}")
+        return images
+
+    def pairs(self, root: Path, split: str) -> tuple[list[str], list[str]]:
+        """Finds the images of a split and their masks.
+
+        Returns:
+            The paths of the images, and of their masks.
+
+        Raises:
+            InputError: there are none, or an image or a mask is alone.
+        """
+        images, name = self.images_of(root, split), self.name(root, split)
+        image_folder, mask_folder = (self._existing(root, each, name) for each in (self.images, self.masks))
+        masks = {
+            path[len(str(mask_folder)) + 1 : -len(self.mask_suffix)]: path
+            for path in files_beneath(mask_folder, (self.mask_suffix.lower(),))
+        }
+        rule = f"the mask of a{self.image_suffix or '.jpg'} is a{self.mask_suffix}"
+        if not self.home:
+            rule += " (--data.image_suffix, --data.mask_suffix)"
+        if alone := [path for stem, path in images.items() if stem not in masks]:
+            raise InputError(
+                f"{len(alone)} of {len(images)} images in {image_folder} have no mask in {mask_folder}:"
+                f" {_listed_in(image_folder, alone)}; {rule}"
+            )
+        alone = [path for stem, path in masks.items() if stem not in images]
+        if alone and not self.splits:
+            raise InputError(
+                f"{len(alone)} of {len(masks)} masks in {mask_folder} have no image in {image_folder}:"
+                f" {_listed_in(mask_folder, alone)}; {rule}"
+            )
+        return list(images.values()), [masks[stem] for stem in images]
+
+    def _existing(self, root: Path, pattern: str, name: str | None) -> Path:
+        folder = self.folder(root) / pattern.replace("{split}", name or "")
+        if not folder.is_dir():
+            raise InputError(f"no such folder: {folder}, which should hold images or masks of {name}")
+        return folder
+
+
+def _listed_in(folder: Path, paths: list[str]) -> str:
+    return listed([path[len(str(folder)) + 1 :] for path in paths], 3)
+
+
+# As mmsegmentation's guide to preparing data sets leaves them (docs/en/user_guides/2_dataset_prepare.md).
+LAYOUTS = {
+    "ade20k": Layout(
+        names={"train": ("training",), "val": ("validation",), "test": ("validation",)},
+        home="ADEChallengeData2016",
+    ),
+    "pascal_context": Layout(
+        images="JPEGImages",
+        masks="SegmentationClassContext",
+        splits="ImageSets/SegmentationContext/{split}.txt",
+        home="VOCdevkit/VOC2010",
+    ),
+    "coco_stuff": Layout(
+        mask_suffix="_labelTrainIds.png",
+        names={"train": ("train2017",), "val": ("val2017",), "test": ("val2017",)},
+        home="coco_stuff164k",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """What the values in mask files mean.
+
+    Attributes:
+        num_classes: values from 0 on (from 1 on with reduce_zero_label) are the classes.
+        ignore_index: besides 255, the value of pixels that have no class.
+        reduce_zero_label: whether 0 means no class, and class c has value c + 1.
+    """
+
+    num_classes: int
+    ignore_index: int = VOID
+    reduce_zero_label: bool = False
+
+    def classes(self, values: np.ndarray, file: str) -> np.ndarray:
+        """Turns the values of a file into classes.
+
+        Args:
+            values: integers [H, W].
+            file: for errors.
+
+        Returns:
+            uint8 [H, W], 255 where there is no class.
+
+        Raises:
+            InputError: a value is no class.
+        """
+        first = int(self.reduce_zero_label)
+        table = np.full(256, VOID, np.uint8)
+        table[first : first + self.num_classes] = np.arange(self.num_classes)
+        table[[self.ignore_index, VOID]] = VOID
+        known = np.zeros(256, bool)
+        known[: first + self.num_classes] = known[[self.ignore_index, VOID]] = True
+
+        if values.dtype != np.uint8:
+            if values.min() < 0 or values.max() > 255:
+                raise self._unknown(int(values.min() if values.min() < 0 else values.max()), file)
+            values = values.astype(np.uint8)
+        present = np.bincount(values.ravel(), minlength=256) > 0
+        if (present & ~known).any():
+            raise self._unknown(int((present & ~known).argmax()), file)
+        classes: np.ndarray = table[values]
+        return classes
+
+    def _unknown(self, value: int, file: str) -> InputError:
+        first = int(self.reduce_zero_label)
+        void = " and ".join(map(str, sorted({self.ignore_index, VOID, *range(first)})))
+        return InputError(
+            f"value {value} in mask {file} is no class: {first} to {first + self.num_classes - 1} are, {void}"
+            " no class; correct the mask or classes, ignore_index, reduce_zero_label"
+        )
+
+
+@dataclass(frozen=True)
+class Pairs(Source[np.ndarray]):
+    """Image files and their mask files."""
+
+    images: list[str]
+    masks: list[str]
+    values: MaskValues
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, index: int) -> str:
+        """The file of image `index`."""
+        return self.images[index]
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Reads image `index` and its mask, uint8 [H, W].
+
+        Raises:
+            InputError: the mask is not one, or not of this image.
+        """
+        image, mask = read_image(self.images[index]), self.mask(index)
+        if image.size != mask.shape[::-1]:
+            raise InputError(
+                f"mask {self.masks[index]} has {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
+                f" {self.images[index]} {image.width} x {image.height}: make them one size"
+            )
+        return image, mask
+
+    def mask(self, index: int) -> np.ndarray:
+        """Reads mask `index`, uint8 [H, W].
+
+        Raises:
+            InputError: it is coloured, or has a value that is no class.
+            OSError: it cannot be read.
+        """
+        file = self.masks[index]
+        try:
+            with Image.open(file) as image:
+                values = np.asarray(image)
+        except Exception as error:  # decoders raise anything
+            raise OSError(f"its mask {file}: {reason(error)}") from error
+        if values.ndim != 2 or values.dtype.kind == "f":
+            raise InputError(
+                f"mask {file} is a picture ({image.mode}), not one class a pixel: write the index of each"
+                " colour's class to a PNG of 8-bit grey levels (mode L) or with a palette (mode P)"
+            )
+        return self.values.classes(values.astype(np.uint8) if values.dtype == bool else values, file)
+
+    def check_annotated(self) -> None:
+        """Checks that some pixel has a class: reads masks until one is found, mostly the first.
+
+        Raises:
+            InputError: there is none, or a mask read is not as it should be.
+        """
+        for index in range(len(self)):
+            try:
+                if (self.mask(index) != VOID).any():
+                    return
+            except OSError:  # it is counted among the unreadable when its turn comes
+                pass
+        raise InputError(
+            f"no pixel has a class in {self.masks[0]} and the other masks of its split ({len(self)} in all):"
+            " correct the masks or ignore_index, reduce_zero_label"
+        )
+
+
+@dataclass(frozen=True)
+class Unannotated(Source[np.ndarray]):
+    """The images of another source, without masks."""
+
+    source: Source[Any]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def path(self, index: int) -> str:
+        """The name of image `index`."""
+        return self.source.path(index)
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Reads image `index`; its mask has 255 everywhere."""
+        image, _ = self.source.read(index)
+        return image, np.full((image.height, image.width), VOID, np.uint8)

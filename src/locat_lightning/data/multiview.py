@@ -1,0 +1,233 @@
+"""Images for self-distillation: some global and some local views of each, and labels where there are any."""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torch import Tensor, tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from locat_lightning.data.base import SPLITS
+from locat_lightning.data.classification import ImageData
+from locat_lightning.data.dataset import Failure, Images, Source
+from locat_lightning.data.decoding import reason
+from locat_lightning.data.loading import ImageLoader
+from locat_lightning.data.sources import Files, Stream, labelled_files, unlabelled_files
+from locat_lightning.data.views import MultiCrop, Views, collate_views
+from locat_lightning.errors import InputError
+
+__all__ = ["MultiCropBatch", "MultiCropData"]
+
+WATCHED = 32  # images that the validation shows to the callbacks
+
+
+class MultiCropBatch(NamedTuple):
+    """The views of B images.
+
+    Attributes:
+        views: of each size; the global ones come first.
+        labels: [B], int64; -1 where unknown.
+        indices: [B], int64, the images' positions in the data set.
+    """
+
+    views: list[Views]
+    labels: Tensor
+    indices: Tensor
+
+
+class MultiCropImages(Images):
+    """The images of a source, each cut into views.
+
+    The views follow from (seed, epoch, index) alone. Images are decoded no larger than the views need.
+
+    Args:
+        source: where the images come from.
+        transform: cuts the views.
+        seed: of the views.
+    """
+
+    transform: MultiCrop
+
+    def __getitem__(self, item: int) -> tuple[list[Views], int, int] | Failure:
+        epoch, index = divmod(item, len(self))
+        try:
+            with self.source.open(index) as (image, label):
+                decoded = self.transform.decode(image, np.random.default_rng([self.seed, epoch, index]))
+        except (
+            Exception
+        ) as error:  # decoders raise anything; a worker that raises would hide which image it was
+            return Failure(self.source.path(index), reason(error))
+        return self.transform.cut(*decoded), label, index
+
+
+def collate_multicrop(items: Sequence[tuple[list[Views], int, int]]) -> MultiCropBatch:
+    """Make a batch of items of `MultiCropImages`."""
+    views, labels, indices = zip(*items, strict=True)
+    return MultiCropBatch(collate_views(views), tensor(labels), tensor(indices))
+
+
+class MultiCropData(ImageData):
+    """Images with or without labels, in several views each for training.
+
+    In a folder, every image beneath `train/` is trained on, or beneath the root where there is no `train/`.
+    They have labels where `train/` holds nothing but a folder per class, and `val/`, which is for measuring,
+    is as in `ImageData`. Training needs neither. A few images, of `val/` if they have labels, are what a
+    validation during training shows to the callbacks; those that measure more read it themselves
+    (`eval_dataloader`).
+
+    Args:
+        root: the folder of the images.
+        dataset: `folder`; `digits` (scikit-learn's handwritten digits, which need no root); or a name of
+            timm's: `torch/cifar10`, `hfds/timm/mini-imagenet`, ….
+        download: whether a timm data set may be downloaded to root.
+        classes: the number of classes of a timm data set that does not know it.
+        global_size: height and width of the global views, and of the images in evaluation, in pixels.
+        local_size: height and width of the local views in pixels.
+        local_views: how many local views; 0 leaves them out. There are two global ones.
+        global_scale: smallest and largest share of the image's area in a global view.
+        local_scale: smallest and largest share of the image's area in a local view.
+        colour_on: where the views' colours are augmented: `device`, batched, or `worker`, which is slower.
+        hflip: probability of a horizontal flip of each view.
+        batch_size: images per batch in each process.
+        num_workers: processes that read images, for each process that trains; 0 reads in that process itself,
+            null takes the available processors but one (16 at most).
+        eval_interpolation: of the resizing in evaluation.
+        crop_pct: share of the resized image's shorter side that the central crop in evaluation keeps.
+        seed: of the order and the views.
+        max_unreadable: images that may turn out unreadable, in each process, before the run stops. They are
+            skipped and listed at the end of the epoch.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str = "data",
+        dataset: str = "folder",
+        download: bool = False,
+        classes: int | None = None,
+        global_size: int = 224,
+        local_size: int = 96,
+        local_views: int = 8,
+        global_scale: tuple[float, float] = (0.4, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.4),
+        colour_on: Literal["device", "worker"] = "device",
+        hflip: float = 0.5,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        eval_interpolation: str = "bicubic",
+        crop_pct: float = 0.875,
+        seed: int = 0,
+        max_unreadable: int = 0,
+    ) -> None:
+        super().__init__(
+            root=root,
+            dataset=dataset,
+            download=download,
+            classes=classes,
+            img_size=global_size,
+            hflip=hflip,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            eval_interpolation=eval_interpolation,
+            crop_pct=crop_pct,
+            seed=seed,
+            max_unreadable=max_unreadable,
+        )
+        self.views = MultiCrop(
+            global_size, local_size, local_views, global_scale, local_scale, colour_on, hflip
+        )
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The classes in the order of their labels; none if the images have no labels."""
+        if self.dataset == "folder" and not self._labelled:
+            return []
+        return super().class_names
+
+    def train_dataloader(self) -> ImageLoader:
+        """The views of the images in random order, the same number of images for every process."""
+        source = self.source("train")
+        assert not isinstance(source, Stream)
+        images = MultiCropImages(source, self.views, self.seed)
+        return self._shuffled(images, collate=collate_multicrop)
+
+    def val_dataloader(self) -> ImageLoader:
+        """A few images to watch, evenly spaced over `val`, or over `train` where there is no `val`."""
+        source = self.source("val")
+        assert not isinstance(source, Stream)
+        places = np.linspace(0, len(source) - 1, min(WATCHED, len(source))).round().astype(int)
+        return self._loader(Selection(source, places.tolist()))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Finishes the colours of the views, on the device."""
+        if isinstance(batch, MultiCropBatch):
+            return batch._replace(views=[views.coloured() for views in batch.views])
+        return batch
+
+    def _find(self, split: str) -> Source | Stream:
+        if self.dataset == "folder":
+            if not self.root.is_dir():
+                raise InputError(f"{self._without_root()} the folder of the images")
+            if split in self._labelled:
+                return self._labelled[split]
+            if split == "train":
+                folder = self.root / "train"
+                return unlabelled_files(folder if folder.is_dir() else self.root)
+            if split == "val":
+                return self.source("train")
+        source = super()._find(split)
+        if isinstance(source, Stream):
+            raise InputError(
+                f"data set {self.dataset!r} is a stream, where no image has a position that could fix its "
+                "views: use a folder, torch/… or hfds/…"
+            )
+        return source
+
+    @cached_property
+    def _labelled(self) -> dict[str, Files]:
+        """The images of `train`, and of `val` where it is there, if those have labels; else nothing."""
+        folder = self.root / "train"
+        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."] if folder.is_dir() else []
+        names = sorted(entry.name for entry in entries if entry.is_dir())
+        if not names or any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
+            return {}
+        try:
+            found = {"train": labelled_files(folder, names, "train", complete=True)}
+            if any((self.root / name).is_dir() for name in SPLITS["val"]):
+                found["val"] = labelled_files(self._split_folder("val"), names, "train", complete=False)
+        except InputError as error:
+            rank_zero_info(f"the images are taken without labels: {error}")
+            return {}
+        return found
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some images of a source (a `Source`)."""
+
+    source: Source
+    places: list[int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def path(self, index: int) -> str:
+        """Where the source has it."""
+        return self.source.path(self.places[index])
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Reads image `index`."""
+        return self.source.read(self.places[index])
+
+    def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
+        """Opens image `index`."""
+        return self.source.open(self.places[index])

@@ -1,0 +1,283 @@
+"""`locat knn`, `linear` and `retrieve` as a user calls them, on every kind of weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from locat.command import main
+from locat_lightning.data import ImageData, SegmentationData
+from locat_lightning.evaluation.features import extract_features
+from locat_lightning.evaluation.knn import knn_classify
+from locat_lightning.evaluation.retrieval import segment_by_retrieval
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
+
+
+def backbone(seed=0, **arguments):
+    torch.manual_seed(seed)
+    return timm.create_model("locatvit_tiny", num_classes=0, **SIZES | arguments)
+
+
+def run(*arguments):
+    main([*map(str, arguments)])
+
+
+@pytest.fixture
+def images(folder, tmp_path, monkeypatch):
+    """Options that name the images; runs go beneath an empty directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return ["--data.root", folder, "--data.img_size", "32", "--data.num_workers", "0", "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def named(images):
+    """The same with the name of the model, for weights that do not know theirs."""
+    return [*images, "--backbone", "locatvit_tiny", "--backbone_args", json.dumps(SIZES)]
+
+
+def metrics(name):
+    return json.loads(Path(f"runs/{name}/version_0/metrics.json").read_text())
+
+
+def knn_of(model, folder, k):
+    data = ImageData(root=str(folder), img_size=32, num_workers=0)
+    bank, queries = (
+        extract_features(model, data.eval_dataloader(split), "cpu", progress=False)
+        for split in ("train", "val")
+    )
+    return knn_classify(*bank, *queries, k=[k])[k]
+
+
+def test_knn_of_a_state_dict(named, folder, capsys):
+    model = backbone(seed=3)
+    torch.save(model.state_dict(), "net.pth")
+
+    run("knn", "--weights", "net.pth", *named, "--k", "1", "5", "200")
+
+    expected = knn_of(model, folder, 5)
+    found = metrics("net_knn")
+    assert found["knn/top1_k5"] == expected.top1
+    assert found["knn/top5_k5"] == expected.top5
+    assert found["weights"] == "net.pth"
+    out = capsys.readouterr().out
+    assert "8 images, each by its nearest among 18" in out
+    assert f"{expected.top1:.2%}" in out
+    assert "200 (all 18)" in out  # k is capped at the bank's size
+    board = EventAccumulator("runs/net_knn/version_0")
+    board.Reload()
+    assert board.Scalars("knn/top1_k5")[0].value == pytest.approx(expected.top1)
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_knn_of_a_checkpoint_of_the_original_dino_code(network, named, folder):
+    networks = {"teacher": backbone(seed=1), "student": backbone(seed=2)}
+    torch.save(
+        {
+            name: {f"module.backbone.{key}": value for key, value in model.state_dict().items()}
+            for name, model in networks.items()
+        },
+        "dino.pth",
+    )
+    run("knn", "--weights", "dino.pth", *named, "--k", "3", *(["--student"] if network == "student" else []))
+    expected = knn_of(networks[network], folder, 3)
+    assert metrics("dino_knn")["knn/top1_k3"] == expected.top1
+
+
+def test_knn_of_a_local_dir(images, folder):
+    model = backbone(seed=4)
+    save_file(model.state_dict(), "model.safetensors")
+    config = {"architecture": "locatvit_tiny", "num_classes": 0, "model_args": SIZES, "pretrained_cfg": {}}
+    Path("config.json").write_text(json.dumps(config))
+    run("knn", "--weights", "local-dir:.", *images, "--k", "3", "--name", "hub")
+    assert metrics("hub")["knn/top1_k3"] == knn_of(model, folder, 3).top1
+
+
+def test_a_local_dir_says_how_its_images_are_normalised(images, monkeypatch):
+    save_file(backbone(seed=4).state_dict(), "model.safetensors")
+    noted = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    config = {"architecture": "locatvit_tiny", "num_classes": 0, "model_args": SIZES, "pretrained_cfg": noted}
+    Path("config.json").write_text(json.dumps(config))
+    seen = []
+    original = ImageData.eval_dataloader
+    monkeypatch.setattr(
+        ImageData,
+        "eval_dataloader",
+        lambda self, split: seen.append(self.normalisation) or original(self, split),
+    )
+    run("knn", "--weights", "local-dir:.", *images, "--k", "3")
+    run("knn", "--weights", "local-dir:.", *images, "--k", "3", "--data.mean", "[0, 0, 0]")
+    assert seen[0] == {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    assert seen[2] == {"mean": (0, 0, 0), "std": (0.2, 0.3, 0.4)}
+
+
+def test_images_of_another_size_than_the_model_was_built_for(images, capsys):
+    torch.save({"state_dict": backbone().state_dict(), "hyper_parameters": OWN}, "net.pth")
+    run("knn", "--weights", "net.pth", *images, "--k", "100", "--data.img_size", "48")
+    assert "100 (all 18)" in capsys.readouterr().out
+
+
+def test_a_run_says_itself_what_it_is(small, images):
+    """Model and data come from the run's own record; its augmentation does not."""
+    fit = ["fit", "--config", "classify_tiny.yaml", *small, "--trainer.max_epochs", "1", "--name", "mine"]
+    run(*fit)
+    weights = "runs/mine/version_0/checkpoints/last.ckpt"
+    run("knn", "--weights", weights, "--k", "3", "--accelerator", "cpu")
+    assert "knn/top1_k3" in metrics("mine_knn")
+    run("linear", "--weights", weights, "--epochs", "2", "--accelerator", "cpu")
+    assert "linear/top1" in metrics("mine_linear")
+
+
+@pytest.mark.parametrize("protocol", ["paper", "sweep"])
+def test_linear(protocol, named, capsys):
+    torch.save(backbone().state_dict(), "net.pth")
+    options = ["--epochs", "30", "--data.batch_size", "6", "--learning_rate", "5", "--data.scale", "[0.9, 1]"]
+    options += ["--sweep_batch_size", "6", "--learning_rates", "0.001", "4"]
+    run("linear", "--weights", "net.pth", *named, "--protocol", protocol, *options)
+    found = metrics("net_linear")
+    assert found["linear/top1"] > 0.9  # the classes are colours
+    rate = {"paper": 5, "sweep": 4}[protocol]
+    assert found["linear/learning_rate"] == rate
+    out = capsys.readouterr().out
+    assert f"{rate * 6 / 256:.3g}" in out  # the effective one
+    assert ("linear/top1_rate0.001" in found) == (protocol == "sweep")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("command", [["knn"], ["linear", "--epochs", "1"]])
+def test_features_have_the_precision_asked_for(command, precision, named, monkeypatch):
+    torch.save(backbone().state_dict(), "net.pth")
+    seen = set()
+
+    def linear(*arguments):
+        output = original(*arguments)
+        seen.add(output.dtype)
+        return output
+
+    original = torch.nn.functional.linear
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    run(*command, "--weights", "net.pth", *named, "--precision", precision)
+    assert (torch.bfloat16 in seen) == (precision != "32-true")
+
+
+def test_more_processes_than_cores_are_refused(named, capsys, monkeypatch):
+    torch.save(backbone().state_dict(), "net.pth")
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("lightning.fabric.Fabric.launch", None)
+    with pytest.raises(SystemExit) as stopped:
+        run("knn", "--weights", "net.pth", *named, "--devices", "2")
+    assert stopped.value.code == 2
+    assert "devices: 2 on a CPU are as many processes, but it has 1 cores" in capsys.readouterr().err
+
+
+def test_commands_repeat_themselves(named):
+    torch.save(backbone().state_dict(), "net.pth")
+    for name in ("a", "b"):
+        run(
+            "linear",
+            "--weights",
+            "net.pth",
+            *named,
+            "--epochs",
+            "2",
+            "--data.batch_size",
+            "6",
+            "--name",
+            name,
+        )
+    assert metrics("a") == metrics("b")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "locat knn needs --weights"),
+        (["--weights", "nowhere.pth"], "no such file"),
+        (["--weights", "net.pth"], "does not say of which model it is: add --backbone"),
+        (["--weights", "net.pth", "--backbone", "locatvit_tyni"], "near it: locatvit_tiny"),
+        (["--weights", "net.pth", "--backbone", "resnet18"], "too poor a match"),
+        (["--weights", "net.pth", "NAMED", "--student"], "holds no student"),
+        (["--weights", "net.pth", "NAMED", "--k", "0"], '"k" element 1'),
+        (["--weights", "net.pth", "NAMED", "--precision", "64-true"], "precision '64-true' is none"),
+        (["--weights", "net.pth", "NAMED", "--data.img_size", "33"], "does not take images of 33 pixels"),
+        (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
+        (
+            ["--weights", "net.pth", "NAMED", "--config", "digits.yaml"],
+            "images would not be read, as data.dataset is digits: for the images there add",
+        ),
+        (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),
+        (["--weights", "net.pth", "NAMED", "--runs", "net.pth"], "--runs: nothing can be written to net.pth"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, images, named, capsys):
+    torch.save(backbone().state_dict(), "net.pth")
+    Path("digits.yaml").write_text("data: {dataset: digits}\n")
+    given = [part for option in options for part in (named if option == "NAMED" else [option])]
+    with pytest.raises(SystemExit) as stopped:
+        run("knn", *images, *given)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("locat: error: ")
+    assert message in error
+
+
+def test_dense_retrieval(scenes, named, capsys):
+    root = scenes("folder")
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    of_model = named[named.index("--accelerator") :]
+    options = [
+        *of_model,
+        "--data.root",
+        root,
+        "--data.classes",
+        "[sky, road, car]",
+        "--data.num_workers",
+        "0",
+    ]
+    run("retrieve", "--weights", "net.pth", *options, "--image_size", "36", "--memory_size", "60")
+
+    data = SegmentationData(root=str(root), classes=["sky", "road", "car"], num_workers=0)
+    data.setup("fit")
+    expected = segment_by_retrieval(
+        backbone(seed=3, dynamic_img_size=True),
+        data.square_dataloader("train", 36),
+        data.square_dataloader("val", 36),
+        "cpu",
+        num_classes=3,
+        memory_size=60,
+        progress=False,
+    )
+    found = metrics("net_retrieve")
+    assert found["retrieval/miou"] == pytest.approx(float(expected.miou))
+    assert found["retrieval/iou_sky"] == pytest.approx(float(expected.per_class[0]))
+    out = capsys.readouterr().out
+    assert (
+        f"dense retrieval: mIoU {float(expected.miou):.4f} (images resized to 36 × 36, 60 patches kept" in out
+    )
+    assert f"{float(expected.per_class[0]):.2%}" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*the model has not been trained")
+def test_a_segmentations_run_says_itself_what_is_to_be_retrieved(scenes, images):
+    torch.save({"state_dict": backbone().state_dict(), "hyper_parameters": OWN}, "net.pth")
+    data = ["--data.root", scenes("ade20k"), "--data.crop_size", "32", "--data.scale", "[48, 40]"]
+    quiet = [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--data.num_workers",
+        "0",
+    ]
+    steps = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--data.batch_size", "3"]
+    steps += ["--trainer.log_every_n_steps", "1"]
+    run("fit", "--config", "segment_ade20k.yaml", "--weights", "net.pth", *data, *quiet, *steps)
+    decoder = Path("runs/segment_ade20k/version_0/checkpoints/last.ckpt")
+    run("retrieve", "--weights", decoder, "--image_size", "32", "--accelerator", "cpu")
+    assert 0 <= metrics("segment_ade20k_retrieve")["retrieval/miou"] <= 1

@@ -1,0 +1,746 @@
+"""`locat` as its user types it, in process."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from locat.runs import LOCK, list_runs
+from locat_lightning.commands.fit import LocatCLI, main
+from locat_lightning.commands.parsing import find_config
+from locat_lightning.data.classification import ImageData
+from locat_lightning.errors import InputError
+from locat_lightning.tasks import Classification
+
+FIT = ["fit", "--config", "classify_tiny.yaml"]
+STEADY = ["--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4", "--model.lr", "1e-2"]
+# No epoch of it writes a checkpoint.
+ENDLESS = [
+    "--trainer.max_epochs",
+    "100000",
+    "--checkpoint.every_n_epochs",
+    "100000",
+    "--data.num_workers",
+    "1",
+]
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+RUN = Path("runs/classify_tiny/version_0")
+BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def scalars(run, tag):
+    events = EventAccumulator(str(run)).Reload()
+    return [(point.step, point.value) for point in events.Scalars(tag)]
+
+
+def refusal(capsys, arguments):
+    """The one line with which a command is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("locat: error: ")]
+    assert len(lines) == 1
+    return lines[0].removeprefix("locat: error: ")
+
+
+def test_a_run_leaves_its_record(small, caplog):
+    main([*FIT, *small])
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert config["model"]["init_args"]["backbone"] == "locatvit_tiny"
+    assert config["trainer"]["gradient_clip_val"] == 5.0
+    assert BEST.is_file()
+    assert LAST.is_file()
+    assert torch.load(LAST, weights_only=True)["global_step"] == 6
+    assert json.loads((RUN / "metrics.json").read_text())["epochs"] == 2
+    with (RUN / "metrics.csv").open() as file:
+        assert {row["step"] for row in csv.DictReader(file)} == set("012345")
+    assert f"run: {RUN}\nlook: tensorboard --logdir runs\n" in caplog.text
+
+    events = EventAccumulator(str(RUN)).Reload()
+    tags = set(events.Tags()["scalars"])
+    of_steps = {"loss", "top1", "lr", "weight_decay", "grad_norm", "images_per_s", "data_wait"}
+    assert {f"train/{name}" for name in of_steps} <= tags
+    assert {"val/loss", "val/top1", "gaug_variance/block_01", "gaug_alpha/block_00"} <= tags
+    assert not {"train/top5", "val/top5"} & tags  # of three classes
+    assert "pictures/validation" in events.Tags()["images"]
+    assert {"config/text_summary", "versions/text_summary"} <= set(events.Tags()["tensors"])
+    assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))  # 2 epochs of 3 batches
+    assert [step for step, _ in scalars(RUN, "gaug_variance/block_00")] == [2, 5]
+    assert [image.step for image in events.Images("pictures/validation")] == [2, 5]
+    session = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"backbone_args.embed_dim" in session
+    assert not any(name in session for name in (b"_class_path", b"_instantiator"))
+    written = (RUN / "hparams.yaml").read_text()
+    assert "embed_dim: 24" in written
+    assert not any(line.startswith("_") for line in written.splitlines())
+
+    main([*FIT, *small])
+    assert (RUN.parent / "version_1" / "metrics.json").is_file()
+
+
+def test_a_config_is_a_local_file_first(tmp_path):
+    shipped = find_config("quickstart.yaml")
+    assert find_config("quickstart") == shipped
+    (tmp_path / "quickstart.yaml").write_text("model: {}\n")
+    assert find_config("quickstart.yaml") == "quickstart.yaml"
+    with pytest.raises(InputError, match="no shipped config 'nowhere'"):
+        find_config("nowhere")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
+    with pytest.raises(InputError, match=r"run is a directory: give a file, as run/config\.yaml"):
+        find_config("run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fitt"], "invalid choice: 'fitt'"),
+        (["fit"], "locat fit needs --config, a file or one of adapt_pretrained.yaml"),
+        (["fit", "--config", "nowhere"], "no shipped config 'nowhere'"),
+        (["validate", "--data.root", "x"], "locat validate needs --weights: a checkpoint of a run, or"),
+        (["validate", "--weights", "random"], "locat validate needs --config, a file or one of adapt"),
+        (["fit", "--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no such file: "),
+        (
+            ["fit", "--config", "quickstart", "--data.root", "x"],
+            "data.root: x would not be read, as data.dataset is digits",
+        ),
+        (["validate", "--config", "dino_digits", "--weights", "random"], "a DINO model has no classes"),
+        (["predict", "--config", "dino_digits", "--weights", "random"], "a DINO model has no classes"),
+        (
+            ["fit", "--config", "classify_tinny"],
+            "no shipped config 'classify_tinny'; near it: classify_tiny.yaml",
+        ),
+        (["fit", "--config", "."], "--config: . is a directory, not a file"),
+        (["validate", "--weights", "runs/nope/last.ckpt"], "--weights: no such file: "),
+        (["validate", "--weights", "."], "--weights: . is a directory, not a file"),
+        ([*FIT, "--model.lrr", "1"], "model.lrr: there is no such option; near it: model.lr"),
+        (
+            [*FIT, "--data.batchsize", "1"],
+            "data.batchsize: there is no such option; near it: data.batch_size",
+        ),
+        (
+            [*FIT, "--trainer.max_epoch", "1"],
+            "--trainer.max_epoch: there is no such option; near it: --trainer.max_",
+        ),
+        ([*FIT, "--dataa.root", "x"], "--dataa.root: there is no such option; near it: --data.root"),
+        ([*FIT, "--trainr.max_epochs", "1"], "no such option; near it: --trainer.max_epochs, "),
+        ([*FIT, "--model.lr", "fast"], "model.lr: 'fast' is not of the type float or null"),
+        ([*FIT, "--data.batch_size", "0"], "batch_size (0) must be at least 1"),
+        ([*FIT, "--model", "Nope"], "model: there is no class 'Nope'"),
+        ([*FIT, "--trainer.callbacks+=lightning.Nope"], "trainer.callbacks: module 'lightning' has no"),
+        (
+            [*FIT, "--trainer.precision", "17"],
+            "trainer.precision: '17' must be one of 64, 32, 16, transformer-engine, ",
+        ),
+        ([*FIT, "--trainer.precision", "fp8"], "16, bf16, null"),
+        ([*FIT, "--checkpoint.mode", "most"], "`mode` can be min, max but got most"),
+        ([*FIT, "--model.backbone", "locatvit_huge"], "timm knows no model 'locatvit_huge'; near it: "),
+        ([*FIT, "--model.optimizer", "adamz"], "model.optimizer: timm knows no 'adamz'; it knows adam, "),
+        ([*FIT, "--trainer.max_epochs", "20"], "model.warmup_epochs (20) has to be less than trainer.max"),
+        ([*FIT, "--weights", "nowhere.pth"], "nowhere.pth; timm knows no such model either"),
+        ([*FIT, "--weights", "locatvit_tinny"], "no such model either; near it: locatvit_tiny, "),
+        (["fit", "--config", "adapt_pretrained"], "as its weights have it: pass --weights (or 'random')"),
+        (
+            ["fit", "--config", "quickstart", "--model.backbone", "vit_tiny_patch16_224.nope"],
+            "Invalid pretrained tag (nope)",
+        ),
+        ([*FIT, "--data.batch_size", "many"], "data.batch_size: 'many' is not of the type int"),
+        (["validate", *FIT[1:]], "locat validate needs --weights"),
+        (["predict", *FIT[1:]], "locat predict needs --weights"),
+        ([*FIT, "--ckpt_path", "last"], "has a last.ckpt"),
+        ([*FIT, "--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no such file"),
+        ([*FIT, "--model.mixup", "-1"], "model.mixup (-1.0) must be at least 0"),
+        ([*FIT, "--model.lr=-1"], "model.lr (-1.0) must be at least 0"),
+        ([*FIT, "--model.label_smoothing", "2"], "model.label_smoothing (2.0) must be from 0 to 1"),
+        ([*FIT, "--model.warmup_epochs", "-1"], "model.warmup_epochs (-1.0) must be at least 0"),
+        ([*FIT, "--model.optimizer", "lbfgs"], "knows no 'lbfgs'; it knows adamw, sgd, lamb, lion, muon, …"),
+        ([*FIT, "--data.std", "[0,0,0]"], "std (0.0, 0.0, 0.0) must be three numbers above 0"),
+        ([*FIT, "--data.hflip", "3"], "hflip (3.0) must be from 0 to 1"),
+        ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),
+        ([*FIT, "--data.scale", "[0.9]"], "data.scale: it takes 2 values, not [0.9]"),
+        ([*FIT, "--data.eval_interpolation", "sharp"], "eval_interpolation ('sharp') must be of nearest, "),
+        (
+            [*FIT, "--data.auto_augment", "bogus"],
+            "timm cannot make an augmentation of data.auto_augment 'bogus'",
+        ),
+        ([*FIT, "--trainer.strategy", "bogus"], "trainer: You selected an invalid strategy name"),
+        (
+            [*FIT, "--data.root", "nowhere", "--model.backbone_args.nonsense", "1"],
+            "model.backbone_args do not fit locatvit_tiny: VisionTransformer.__init__() got an unexpected",
+        ),
+        ([*FIT, "--model.backbone_args", "{depth: -1}"], "model.backbone_args do not fit locatvit_tiny"),
+        (
+            [*FIT, "--model.backbone_args", "{pretrained: true}"],
+            "model.backbone_args.pretrained: use --weights",
+        ),
+        ([*FIT, "--checkpoint.monitor", "val/acc"], "checkpoint.monitor: no 'val/acc' is logged, but val/"),
+        ([*FIT, "--checkpoint.monitor", "knn/top1"], "checkpoint.monitor: no 'knn/top1' is logged"),
+        (
+            [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "val/acc"],
+            "EarlyStopping.monitor: no 'val/acc' is logged",
+        ),
+        (
+            [*FIT, "--model.num_classes", "5", "--checkpoint.monitor", "val/top5"],
+            "checkpoint.monitor: no 'val/top5' is logged, but val/loss, val/top1, train/loss",
+        ),
+        (
+            ["fit", "--config", "dino_tiny.yaml", "--checkpoint.monitor", "val/loss"],
+            "checkpoint.monitor: no 'val/loss' is logged, but train/loss, train/lr, ",
+        ),
+        (
+            ["fit", "--config", "dino_tiny.yaml", "--checkpoint.monitor", "train/los"],
+            "checkpoint.monitor: no 'train/los' is logged, but train/loss, train/lr, ",
+        ),
+        (["fit", "--config", "dino_tiny.yaml", "--model.lr=-1"], "model.lr (-1.0) must be at least 0"),
+    ],
+)
+def test_options_are_refused_before_anything_is_read_or_built(arguments, expected, capsys, monkeypatch):
+    monkeypatch.setattr(ImageData, "setup", None)
+    create = timm.create_model
+
+    def create_without_memory(*arguments, **options):
+        assert torch.get_default_device().type == "meta"
+        return create(*arguments, **options)
+
+    monkeypatch.setattr("timm.create_model", create_without_memory)
+    assert expected in refusal(capsys, arguments)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+@pytest.mark.parametrize("command", [FIT, ["validate", *FIT[1:], "--weights", "random"]])
+def test_more_processes_than_cores_are_refused(command, accelerator, capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(ImageData, "setup", None)
+    monkeypatch.setattr("subprocess.Popen", None)
+    said = refusal(capsys, [*command, "--trainer.accelerator", accelerator, "--trainer.devices", "2"])
+    assert said.startswith("devices: 2 on a CPU are as many processes, but it has 1 cores")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: [1,\n", "--config: mine.yaml is no YAML in line 2: expected the node content, but found '<"),
+        ("model:\n  lr: 1: 2\n", "--config: mine.yaml is no YAML in line 2: mapping values are not allowed"),
+        ("a: \x01\n", "--config: mine.yaml is no text (character 3)"),
+        ("just text\n", "--config: mine.yaml has no options, as `trainer:` and what belongs to it"),
+        ("", "--config: mine.yaml has no options, as `trainer:` and what belongs to it"),
+        ("modell: {a: 1}\n", "does not accept option 'modell.a'"),
+        ("model: {class_path: Classification, init_args: {lrr: 1}}\n", "model.lrr: there is no such option"),
+        ("trainer: {max_epochs: many}\n", "trainer.max_epochs: 'many' is not of the type int or null"),
+    ],
+)
+def test_mistakes_in_a_config_are_refused(text, expected, capsys):
+    Path("mine.yaml").write_text(text)
+    assert expected in refusal(capsys, ["fit", "--config", "mine.yaml"])
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.root", "/nowhere"], "no such folder: /nowhere"),
+        (["--model.num_classes", "7"], "model.num_classes is 7, but the data have 3 classes (ant, bee, cat)"),
+        (
+            ["--checkpoint.monitor", "val/top5"],
+            "no 'val/top5' is logged with 3 classes, but val/loss, val/to",
+        ),
+        (["--data.img_size", "40"], "data.img_size is 40, but locatvit_tiny takes 32×32"),
+        (["--trainer.max_steps", "2", "--model.warmup_epochs", "1"], "the whole run has only 2"),
+        (["--trainer.max_epochs", "-1"], "the schedule needs an end"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(options, expected, small, capsys):
+    assert expected in refusal(capsys, [*FIT, *small, *options])
+    assert not RUN.exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_image_is_named(workers, small, folder, capsys):
+    broken = folder / "train" / "bee" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    said = refusal(capsys, [*FIT, *small, "--data.num_workers", workers])
+    assert str(broken) in said
+    assert "allow more with --data.max_unreadable (now 0)" in said
+    assert not RUN.exists()
+
+
+def test_debug_shows_the_traceback(small):
+    with pytest.raises(InputError, match="no such folder"):
+        main(["--debug", *FIT, *small, "--data.root", "/nowhere"])
+
+
+class Exploit:
+    def __reduce__(self):
+        return Path.touch, (Path("exploited"),)
+
+
+def test_nothing_in_a_file_of_weights_is_executed(small, capsys):
+    with Path("evil.pth").open("wb") as file:
+        pickle.dump({"state_dict": Exploit()}, file, protocol=2)
+    torch.save({"state_dict": Exploit()}, "evil.ckpt")
+    for name in ("evil.pth", "evil.ckpt"):
+        assert name in refusal(capsys, [*FIT, *small, "--weights", name])
+    assert not Path("exploited").exists()
+
+
+def test_a_run_goes_on_where_it_was_stopped(small):
+    """From the checkpoint of the second epoch to the fourth: as four in one go, in the same directory."""
+    steady = [*FIT, *small, *STEADY]
+    main([*steady, "--checkpoint.save_top_k", "-1", "--checkpoint.filename", "{epoch}"])
+    whole = torch.load(LAST, weights_only=True)
+    LAST.write_bytes((RUN / "checkpoints/1.ckpt").read_bytes())
+    main([*steady, "--ckpt_path", "last"])
+
+    assert not (RUN.parent / "version_1").exists()
+    part = torch.load(LAST, weights_only=True)
+    assert whole["global_step"] == part["global_step"] == 12
+    for name, value in whole["state_dict"].items():
+        torch.testing.assert_close(part["state_dict"][name], value, rtol=0, atol=0)
+    for tag in ("train/loss", "train/lr"):
+        assert [step for step, _ in scalars(RUN, tag)] == list(range(12))
+    events = EventAccumulator(str(RUN)).Reload()
+    assert [image.step for image in events.Images("pictures/validation")] == [2, 5, 8, 11]
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None
+    with (RUN / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == list(range(12))
+
+
+def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(small, monkeypatch, capsys):
+    """The best checkpoint stays, and the end is that of a run in one go."""
+    main([*FIT, *small, *STEADY, "--name", "whole"])
+
+    step = Classification.training_step
+
+    def fail_once(self, batch, batch_idx):
+        if self.global_step == 7:
+            raise InputError("a power cut")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Classification, "training_step", fail_once)
+        assert refusal(capsys, [*FIT, *small, *STEADY]) == "a power cut"
+    assert torch.load(LAST, weights_only=True)["global_step"] == 7
+    assert torch.load(BEST, weights_only=True)["global_step"] % 3 == 0
+    main([*FIT, *small, *STEADY, "--ckpt_path", "last"])
+
+    whole = torch.load("runs/whole/version_0/checkpoints/last.ckpt", weights_only=True)
+    part = torch.load(LAST, weights_only=True)
+    assert part["global_step"] == whole["global_step"] == 12
+    for name, value in whole["state_dict"].items():
+        torch.testing.assert_close(part["state_dict"][name], value, rtol=0, atol=0)
+    for tag in ("train/loss", "train/lr", "val/loss"):
+        assert scalars(RUN, tag) == scalars("runs/whole/version_0", tag)
+
+
+def test_nothing_is_lost_where_nothing_can_go_on(small, capsys, caplog):
+    main([*FIT, *small])
+    record = {
+        path: path.read_bytes() for path in RUN.rglob("*") if "tfevents" not in path.name and path.is_file()
+    }
+    Path("half.ckpt").write_bytes(LAST.read_bytes()[:1000])
+    torch.save({"state_dict": {}}, "weights.ckpt")
+    for options, expected in (
+        (["--ckpt_path", "half.ckpt"], "half.ckpt cannot be read"),
+        (["--ckpt_path", "weights.ckpt"], "no checkpoint of a run"),
+        (["--ckpt_path", "last", "--model.lrr", "1"], "model.lrr"),
+        (["--ckpt_path", "last", "--data.root", "/nowhere"], "no such folder"),
+    ):
+        assert expected in refusal(capsys, [*FIT, *small, *options])
+    main([*FIT, *small, "--ckpt_path", "last"])
+    assert "nothing was left to train" in caplog.text
+    assert {path: path.read_bytes() for path in record} == record
+    assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))
+
+
+def test_a_folder_of_images_none_of_which_can_be_read_is_named(small, folder, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    for path in (folder / "val").rglob("*.png"):
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    for command in ([*FIT, *small, "--name", "other"], ["validate", "--weights", str(LAST), *QUIET]):
+        assert str(folder / "val") in refusal(capsys, command)
+    assert list(Path("runs").iterdir()) == [RUN.parent]
+
+
+def test_there_are_no_predictions_of_images_none_of_which_can_be_read(small, tmp_path, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    images = ["--data.root", str(tmp_path / "broken"), "--data.max_unreadable", "9"]
+    said = refusal(capsys, ["predict", "--weights", str(LAST), *images, *QUIET])
+    assert said == "nothing is predicted: none of the images can be read"
+
+
+def test_images_of_a_side_that_is_no_multiple_of_the_patch(small):
+    """timm leaves out what remains at right and bottom."""
+    main([*FIT, *small, "--data.img_size", "37", "--model.backbone_args.img_size", "37"])
+    assert scalars(RUN, "gaug_alpha/block_00")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: 0 is less than 1"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch: 0 is less than 1"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: -1 is less than 0"),
+        (["--seed_everything", "-1"], "seed_everything: -1 is less than 0"),
+        (["--model.class_names", "[a, b]"], "model.class_names: 2 names for 3 classes"),
+        (
+            ["--trainer.limit_train_batches", "0"],
+            "trainer.limit_train_batches: 0 leaves nothing to train (see locat validate)",
+        ),
+        (
+            ["--model.backbone_args.drop_path_rate", "2"],
+            "model.backbone_args.drop_path_rate: 2 is not between 0 and 1",
+        ),
+    ],
+    ids=str,
+)
+def test_a_number_that_cannot_be_is_refused(options, said, small, capsys):
+    assert refusal(capsys, [*FIT, *small, *options]) == said
+    assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
+
+
+def test_validation_that_would_never_come_is_refused(small, capsys):
+    said = refusal(capsys, [*FIT, *small, "--trainer.val_check_interval", "1000"])
+    assert said.startswith("trainer: `val_check_interval` (1000) must be less than or equal to the number")
+    assert not list(Path("runs").iterdir())
+
+
+def test_runs_where_nothing_can_be_written_are_refused(small, capsys, tmp_path):
+    Path("file").touch()
+    Path("broken").symlink_to("nowhere")
+    named = [*FIT, *small, "--name", "mine", "--runs"]
+    said = refusal(capsys, [*named, "file"])
+    assert said == f"--runs: nothing can be written to file/mine: {tmp_path / 'file'}: Not a directory"
+    said = refusal(capsys, [*named, "broken"])
+    assert said.startswith("--runs: nothing can be written to broken/mine: ")
+    Path("runs").mkdir()
+    Path("runs/mine").touch()
+    said = refusal(capsys, [*named, "runs"])
+    assert said == "--runs: nothing can be written to runs/mine: runs/mine: Not a directory"
+
+
+def test_a_config_that_is_no_text_is_refused(capsys, tmp_path):
+    config = tmp_path / "latin1.yaml"
+    config.write_bytes("seed_everything: 1 # für alle\n".encode("latin-1"))
+    said = refusal(capsys, ["fit", "--config", str(config)])
+    assert said == f"--config: {config} is no text in UTF-8 (byte 22)"
+
+
+def test_a_run_that_is_still_training_cannot_be_gone_on_with(small, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    assert not (RUN / LOCK).exists()
+    (RUN / "metrics.json").unlink()
+    record = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    hold = f"kept = runs.hold(Path({str(RUN)!r})); print(); input()"
+    script = f"from pathlib import Path; from locat import runs; {hold}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as other:
+        other.stdout.readline()
+        assert list_runs(Path("runs")).endswith("version_0   still training")
+        assert refusal(capsys, [*FIT, *small, "--ckpt_path", "last"]) == (
+            f"--ckpt_path: another process is training in {RUN}: wait for its end, or stop it"
+        )
+        other.communicate(b"\n")
+    assert {path: path.read_bytes() for path in record} == record
+    assert "not finished; to go on: " in list_runs(Path("runs"))
+    main([*FIT, *small, "--ckpt_path", "last", "--trainer.max_epochs", "2", "--allow_changes", "true"])
+    assert not (RUN / LOCK).exists()
+
+
+def test_while_a_run_trains_its_directory_is_held(small, monkeypatch):
+    step, held = Classification.training_step, []
+    script = f"import pathlib; from locat import runs; print(runs.is_held(pathlib.Path({str(RUN)!r})))"
+
+    def ask(self, batch, batch_idx):
+        if not held:
+            held.append(subprocess.check_output([sys.executable, "-c", script], text=True).strip())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "training_step", ask)
+    main([*FIT, *small])
+    assert held == ["True"]
+
+
+def test_the_last_run_of_a_name_goes_on_without_its_config(small, capsys):
+    assert refusal(capsys, ["fit", "--ckpt_path", "last"]) == (
+        "--ckpt_path last needs --name, the name of the run, or its --config"
+    )
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    last = ["fit", "--ckpt_path", "last"]
+    assert "the name of the run (classify_tiny), or" in refusal(capsys, last)
+    assert "no run in" in refusal(capsys, [*last, "--name", "other"])
+    main([*last, "--name", "classify_tiny", "--trainer.max_epochs", "2", "--allow_changes", "true"])
+    assert torch.load(LAST, weights_only=True)["global_step"] == 6
+
+
+def test_a_small_data_set_has_curves(small, recwarn):
+    main([*FIT, *small, "--trainer.log_every_n_steps", "null"])  # 50, of 3 batches an epoch
+    assert [step for step, _ in scalars(RUN, "train/loss")] == [2, 5]
+    assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
+
+
+def test_an_option_at_resuming_counts(small, capsys):
+    main([*FIT, *small, "--model.lr", "0.1"])
+    changed = ["--trainer.max_epochs", "3", "--model.lr", "0.25"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", str(LAST), *changed])
+    said = capsys.readouterr().err
+    assert "model.lr was 0.1 and is 0.25 now; trainer.max_epochs was 2 and is 3 now" in said
+    assert "--allow_changes true" in said
+    main(["fit", "--allow_changes", "true", "--ckpt_path", str(LAST), *changed])
+    assert scalars(RUN, "train/lr")[-3][1] == pytest.approx(0.25 - (0.25 - 1e-7) * 6 / 8)
+    # One that moved is taken up too, in a directory of its own.
+    Path("moved.ckpt").write_bytes(LAST.read_bytes())
+    more = ["--ckpt_path", "moved.ckpt", "--trainer.max_epochs", "4", "--model.weight_decay", "0.2"]
+    main([*FIT, *small, *more, "--allow_changes", "true"])
+    assert [step for step, _ in scalars(RUN.parent / "version_1", "train/lr")] == [9, 10, 11]
+    assert scalars(RUN.parent / "version_1", "train/weight_decay")[0][1] == pytest.approx(0.2)
+
+
+def test_images_that_came_or_went_are_refused_at_resuming(small, folder, capsys, caplog):
+    main([*FIT, *small])
+    before = LAST.read_bytes()
+    (folder / "train" / "ant" / "0.png").unlink()
+    longer = ["fit", "--ckpt_path", str(LAST), "--data.root", str(folder)]
+    said = refusal(capsys, longer)
+    assert said == (
+        f"going on from {LAST}, the number of training images was 18 and is 17 now: give what was, or permit "
+        "the change with --allow_changes true"
+    )
+    assert LAST.read_bytes() == before
+    assert len(scalars(RUN, "train/lr")) == 6
+    main([*longer, "--trainer.max_epochs", "3", "--allow_changes", "true"])
+    assert "going on with a change: the number of training images was 18 and is 17 now" in caplog.text
+    assert torch.load(LAST, weights_only=True)["global_step"] > 6
+    (folder / "train" / "ant" / "1.png").rename(folder / "train" / "ant" / "renamed.png")
+    main(longer)
+
+
+def test_weights_of_a_run_are_measured_with_its_record(small, folder, caplog):
+    main([*FIT, *small])
+    top1 = json.loads((RUN / "metrics.json").read_text())["best val/top1"]
+    for command in ("validate", "test"):
+        main([command, "--weights", str(BEST), *QUIET])
+        with Path(f"runs/classify_tiny_{command}/version_0/metrics.csv").open() as file:
+            row = list(csv.DictReader(file))[-1]
+        assert float(row["test/top1" if command == "test" else "val/top1"]) == pytest.approx(top1)
+        assert not [name for name in row if name.startswith("gaug_")]
+        where = f"run: runs/classify_tiny_{command}/version_0\nlook: tensorboard --logdir runs\n"
+        assert caplog.text.endswith(where)
+        assert (f"no test/ in {folder}: taking val/\n" in caplog.text) == (command == "test")
+
+    some = folder.parent / "some"
+    some.mkdir()
+    for i in range(5):
+        Image.new("RGB", (40, 30), (i * 40, 0, 90)).save(some / f"{i}.jpg")
+    main(["predict", "--weights", str(BEST), "--data.root", str(some), *QUIET])
+    with Path("runs/classify_tiny_predict/version_0/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["path"]).name for row in rows] == [f"{i}.jpg" for i in range(5)]
+    for row in rows:
+        shares = {name: float(row[name]) for name in ("ant", "bee", "cat")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert row["class"] == max(shares, key=shares.get)
+
+
+def test_a_warm_start_leaves_a_head_of_another_size(small, capsys, caplog):
+    main([*FIT, *small])
+    digits = [
+        "--data.dataset",
+        "digits",
+        "--trainer.limit_train_batches",
+        "1",
+        "--trainer.limit_val_batches",
+        "1",
+    ]
+    main([*FIT, *small, *digits, "--weights", str(BEST), "--name", "warm"])
+    assert "of another shape (head.bias, head.weight)" in caplog.text
+    refused = ["validate", *FIT[1:], *small, *digits[:2], "--weights", str(BEST)]
+    assert "weights do not fit (head.bias, head.weight)" in refusal(capsys, refused)
+
+
+def test_weight_averaging_is_an_option(small):
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
+    main([*FIT, *small, *STEADY, *average])
+    saved = torch.load(LAST, weights_only=True)
+    name = "backbone.blocks.0.attn.qkv.weight"
+    assert (saved["state_dict"][name] - saved["current_model_state"][name]).abs().max() > 1e-6
+    main(["fit", "--allow_changes", "true", "--ckpt_path", str(LAST), "--trainer.max_epochs", "5"])
+    assert torch.load(LAST, weights_only=True)["global_step"] == 15
+    main(["validate", "--weights", str(LAST), *QUIET])
+    [(_, measured)] = scalars("runs/classify_tiny_validate/version_0", "val/loss")
+    assert measured == pytest.approx(scalars(RUN, "val/loss")[-1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("option", "expected"), [("model", "mixup_prob"), ("data", "batch_size")])
+def test_the_options_of_a_class_need_no_config(option, expected, capsys):
+    name = {"model": "Classification", "data": "ImageData"}[option]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", f"--{option}.help", name])
+    assert ended.value.code == 0
+    assert f"--{option}.{expected}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert f"--{option}.help {name}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_commands_are_those_of_the_help():
+    from locat import command
+
+    assert all(f"\n  {name} " in command.HELP for name in LocatCLI.subcommands())
+
+
+def locat(*arguments):
+    """A process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "locat", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["the process", "all processes"])
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small):
+    """A shell sends it to the process, a scheduler to the workers that read images, too."""
+    process = locat(*FIT, *small, *ENDLESS, "--trainer.check_val_every_n_epoch", "3")
+    deadline = time.monotonic() + 120
+    while not (RUN / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (process.send_signal if to == "the process" else partial(os.killpg, process.pid))(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert "to go on: locat fit --ckpt_path" in said
+    step = torch.load(LAST, weights_only=True)["global_step"]
+    assert step > 0
+    longer = ["--trainer.max_epochs", str(step // 3 + 2), "--allow_changes", "true"]
+    main(["fit", "--ckpt_path", str(LAST), *longer])
+    assert torch.load(LAST, weights_only=True)["global_step"] == step // 3 * 3 + 6
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_the_process_alone_ends_its_workers_too(small):
+    # A shell's background jobs ignore interrupts, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = locat(*FIT, *small, *ENDLESS)
+    signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 120
+    while not (RUN / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert "Traceback" not in said
+    assert f"to go on: locat fit --ckpt_path {LAST}" in said
+    assert torch.load(LAST, weights_only=True)["global_step"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(small, folder):
+    """They share out an odd number of images: none is counted twice, none is left out."""
+    (folder / "val" / "ant" / "2.png").unlink()
+    both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    for command in ([*FIT, *small], ["predict", "--weights", str(BEST), *QUIET, "--name", "two"]):
+        process = locat(*command, *both)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    assert [step for step, _ in scalars(RUN, "train/lr")] == [0, 1]  # of 18 images, 12 a step: one an epoch
+    assert list(Path("runs/classify_tiny").iterdir()) == [RUN]
+
+    main(["validate", "--weights", str(LAST), *QUIET])
+    for tag in ("val/top1", "val/loss"):
+        [(_, alone)] = scalars("runs/classify_tiny_validate/version_0", tag)
+        assert scalars(RUN, tag)[-1][1] == pytest.approx(alone, rel=1e-5)
+    main(["predict", "--weights", str(BEST), *QUIET, "--name", "one"])
+    one, two = (Path(f"runs/{name}_predict/version_0/predictions.csv") for name in ("one", "two"))
+    with one.open() as alone, two.open() as together:
+        rows = list(csv.DictReader(together))
+        assert [row["path"] for row in rows] == [row["path"] for row in csv.DictReader(alone)]
+    assert len({row["path"] for row in rows}) == len(rows) == 7
+
+
+def test_weights_and_a_run_to_go_on_with_exclude_each_other(small, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", str(LAST), "--weights", str(LAST)])
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_another_model_at_resuming_is_refused(small, capsys):
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--ckpt_path", str(LAST), "--model.backbone_args.depth", "3"])
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "model.backbone_args.depth was 2 and is 3 now" in line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--checkpoint.monitor", "knn/top1", "--knn.every_n_epochs", "1"],
+        ["--checkpoint.monitor", "near/top5", "--knn.every_n_epochs", "1", "--knn.name", "near"],
+        ["--checkpoint.monitor", "linear/rate", "--linear.every_n_epochs", "1"],
+        ["--checkpoint.monitor", "train/images_per_s"],
+        ["--checkpoint.monitor", "gaug_variance/block_03"],
+        ["--checkpoint.monitor", "val/top5"],
+        # A callback from elsewhere may log anything.
+        ["--checkpoint.monitor", "mine", "--trainer.callbacks+=tests_callback.Mine"],
+    ],
+)
+def test_what_is_logged_can_be_gone_by(options, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests_callback.py").write_text(
+        "from lightning.pytorch import Callback\n\n\nclass Mine(Callback):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "no such folder" in refusal(capsys, [*FIT, "--data.root", "/nowhere", *options, *QUIET])
+
+
+def test_classes_of_other_names_are_refused(small, folder, capsys):
+    """To measure, and to go on; a warm start takes the names of its data, whatever the weights are of."""
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    for split in ("train", "val"):
+        (folder / split / "bee").rename(folder / split / "wasp")
+    expected = "the weights alone have bee; the data alone have wasp"
+    assert expected in refusal(capsys, ["validate", "--weights", str(BEST), *QUIET])
+    assert expected in refusal(capsys, ["validate", *FIT[1:], *small, "--weights", str(BEST)])
+    more = ["--trainer.max_epochs", "2", "--allow_changes", "true"]
+    assert expected in refusal(capsys, ["fit", "--ckpt_path", str(LAST), *more])
+    main([*FIT, *small, "--trainer.max_epochs", "1", "--weights", str(BEST), "--name", "warm"])
+    warm = torch.load("runs/warm/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert warm["hyper_parameters"]["class_names"] == ["ant", "cat", "wasp"]
+
+
+def test_classes_may_have_names_of_their_own(small):
+    main([*FIT, *small, "--trainer.max_epochs", "1", "--model.class_names", "[Ameise, Biene, Katze]"])
+    saved = torch.load(LAST, weights_only=True)
+    assert saved["hyper_parameters"]["class_names"] == ["Ameise", "Biene", "Katze"]
+    assert saved["data_classes"] == ["ant", "bee", "cat"]
+    main(["validate", "--weights", str(LAST), *QUIET])

@@ -1,0 +1,223 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from locat_lightning.data import MultiCropData
+from locat_lightning.data.classification import ImageData
+from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.data.views import MultiCrop
+from locat_lightning.errors import InputError
+
+
+def write(path, seed=0, size=(60, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def data(root, **options):
+    plain = {"global_size": 16, "local_size": 8, "local_views": 3, "batch_size": 4, "num_workers": 0}
+    return MultiCropData(root=str(root), **(plain | options))
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    """9 images, some of them deeper."""
+    for number in range(9):
+        write(tmp_path / ("a/b" if number % 2 else "") / f"{number}.jpg", number)
+    return tmp_path
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """8 images in 2 classes to train on, 4 to validate on."""
+    for number in range(8):
+        write(tmp_path / "train" / ("ant" if number < 4 else "bee") / f"{number}.png", number)
+    for number in range(4):
+        write(tmp_path / "val" / ("ant" if number < 2 else "bee") / f"{number}.png", number)
+    return tmp_path
+
+
+def epoch_of(loader, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def test_a_batch_has_the_views_of_each_size(unlabelled):
+    images = data(unlabelled)
+    images.setup("fit")
+    batches = list(images.train_dataloader())
+    assert len(batches) == 2
+    large, little = batches[0].views
+    assert large.crops.shape == (2, 4, 3, 16, 16)
+    assert little.crops.shape == (3, 4, 3, 8, 8)
+    assert large.crops.dtype == torch.uint8
+    assert batches[0].labels.tolist() == [-1] * 4
+    assert images.class_names == []
+    assert len({index for batch in batches for index in batch.indices.tolist()}) == 8
+
+
+def test_views_follow_from_seed_epoch_and_index(unlabelled):
+    images = data(unlabelled, seed=7)
+    [batch, _] = epoch_of(images.train_dataloader(), epoch=3)
+    index = batch.indices[2].item()
+    with Image.open(images.source("train").path(index)) as image:
+        expected = MultiCrop(16, 8, 3)(image, np.random.default_rng([7, 3, index]))
+    for views, wanted in zip(batch.views, expected, strict=True):
+        assert torch.equal(views.crops[:, 2], wanted.crops)
+        assert torch.equal(views.colour[:, 2], wanted.colour)
+
+
+def test_workers_and_the_place_of_the_colours_change_nothing(unlabelled):
+    here = data(unlabelled)
+    batch = next(iter(here.train_dataloader()))
+    [there, _] = list(data(unlabelled, num_workers=2).train_dataloader())
+    on_worker = next(iter(data(unlabelled, colour_on="worker").train_dataloader()))
+    finished = here.on_after_batch_transfer(batch, 0)
+    for a, b, c, d in zip(batch.views, there.views, finished.views, on_worker.views, strict=True):
+        assert torch.equal(a.crops, b.crops)
+        assert c.colour is None
+        torch.testing.assert_close(c.crops, d.crops)
+
+
+def test_epochs_differ(unlabelled):
+    loader = data(unlabelled).train_dataloader()
+    first, second = epoch_of(loader, 0), epoch_of(loader, 1)
+    assert first[0].indices.tolist() != second[0].indices.tolist()
+    again = epoch_of(loader, 0)
+    assert torch.equal(first[0].views[0].crops, again[0].views[0].crops)
+
+
+def test_labels_are_kept_for_measuring(labelled):
+    images = data(labelled)
+    images.setup("fit")
+    assert images.class_names == ["ant", "bee"]
+    for batch in images.train_dataloader():
+        assert batch.labels.tolist() == (batch.indices // 4).tolist()
+    bank = list(images.eval_dataloader("train"))
+    assert all(isinstance(batch, ImageBatch) for batch in bank)
+    assert torch.cat([batch.labels for batch in bank]).tolist() == [0] * 4 + [1] * 4
+    [watched] = images.val_dataloader()
+    assert watched.images.shape == (4, 3, 16, 16)
+    assert watched.labels.tolist() == [0, 0, 1, 1]
+    assert images.on_after_batch_transfer(watched, 0) is watched
+
+
+def test_train_without_classes_is_unlabelled(labelled):
+    write(labelled / "train" / "loose.png")
+    images = data(labelled)
+    images.setup("fit")
+    assert images.class_names == []
+    assert len(images.source("train")) == 9  # none of val
+    assert images.source("val") is images.source("train")
+
+
+@pytest.mark.parametrize("lacking", ["images of a class", "class folders of val"])
+def test_training_needs_no_labels(labelled, caplog, lacking):
+    if lacking == "images of a class":
+        (labelled / "train" / "cat").mkdir()
+        why = "class folders without an image in .*train: cat"
+    else:
+        for path in list((labelled / "val").rglob("*.png")):
+            path.rename(labelled / "val" / path.name)
+        for folder in ("ant", "bee"):
+            (labelled / "val" / folder).rmdir()
+        why = "no class folders in .*val"
+    images = data(labelled)
+    with caplog.at_level("INFO"):
+        images.setup("fit")
+    [line] = [record.getMessage() for record in caplog.records]
+    assert re.match(f"the images are taken without labels: {why}", line)
+    assert "\n" not in line
+    assert images.class_names == []
+    assert len(images.source("train")) == 8
+    assert {label for batch in images.train_dataloader() for label in batch.labels.tolist()} == {-1}
+    assert {label for batch in images.val_dataloader() for label in batch.labels.tolist()} == {-1}
+
+
+def test_a_few_images_are_watched(tmp_path):
+    for number in range(70):
+        write(tmp_path / f"{number:02}.png", number, (8, 8))
+    images = data(tmp_path, batch_size=64)
+    [batch] = images.val_dataloader()
+    assert len(batch.images) == 32
+    paths = images.val_dataloader().dataset.source
+    assert paths.path(0).endswith("00.png")
+    assert paths.path(31).endswith("69.png")
+
+
+def test_digits_need_no_folder():
+    images = MultiCropData(dataset="digits", global_size=16, local_size=8, batch_size=8, num_workers=0)
+    images.setup("fit")
+    assert next(iter(images.train_dataloader())).views[1].crops.shape == (8, 8, 3, 8, 8)
+    assert len(images.class_names) == 10
+
+
+def test_timms_data_sets(tmp_path, labelled):
+    images = data(labelled, dataset="torch/image_folder")
+    try:
+        images.setup("fit")
+    except InputError as error:
+        pytest.skip(str(error))
+    assert next(iter(images.train_dataloader())).views[0].crops.shape == (2, 4, 3, 16, 16)
+
+
+def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
+    write(tmp_path / "large.jpg", size=(1600, 1200))
+    decoded = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: decoded.append(image.size) or load(image))
+    views, _, _ = data(tmp_path, local_views=0).train_dataloader().dataset[0]
+    assert views[0].crops.shape == (2, 3, 16, 16)
+    assert decoded[0] in ((200, 150), (400, 300))
+
+
+def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
+    image = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    image.save(tmp_path / "transparent.png")
+    views, _, _ = data(tmp_path).train_dataloader().dataset[0]
+    assert (views[0].crops == 255).all()
+
+
+def test_unreadable_images_are_named_or_skipped(unlabelled):
+    whole = (unlabelled / "0.jpg").read_bytes()
+    (unlabelled / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"0\.jpg.*truncated"):
+        list(data(unlabelled, batch_size=9).train_dataloader())
+    [batch] = data(unlabelled, batch_size=9, max_unreadable=1).train_dataloader()
+    assert len(batch.indices) == 9
+    assert 8 in batch.indices
+    assert len(set(batch.indices.tolist())) == 8
+
+
+def test_a_bug_in_cutting_is_no_unreadable_image(unlabelled, monkeypatch):
+    def cut(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("locat_lightning.data.views._cut", cut)
+    with pytest.raises(ZeroDivisionError):
+        list(data(unlabelled, max_unreadable=9).train_dataloader())
+
+
+def test_mistakes_are_named(tmp_path, labelled):
+    for options, message in (
+        ({"root": tmp_path / "none"}, "no such folder"),
+        ({"root": tmp_path / "train" / "ant", "global_scale": (0.9, 0.4)}, "global_scale"),
+        ({"root": tmp_path, "batch_size": 0}, "batch_size"),
+    ):
+        with pytest.raises(InputError, match=message):
+            data(**options).setup("fit")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no images beneath"):
+        data(tmp_path / "empty").setup("fit")
+
+
+def test_a_stream_is_an_error(tmp_path, monkeypatch):
+
+    monkeypatch.setattr(ImageData, "_find", lambda self, split: object.__new__(images.Stream))
+    with pytest.raises(InputError, match="stream"):
+        data(tmp_path, dataset="wds/x").setup("fit")
