@@ -9,6 +9,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from locat_lightning.data import MultiCropData
 from locat_lightning.data.classification import ImageData
 from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.data.sources import Stream
 from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
 
@@ -217,7 +218,6 @@ def test_mistakes_are_named(tmp_path, labelled):
 
 
 def test_a_stream_is_an_error(tmp_path, monkeypatch):
-
-    monkeypatch.setattr(ImageData, "_find", lambda self, split: object.__new__(images.Stream))
+    monkeypatch.setattr(ImageData, "_find", lambda self, split: object.__new__(Stream))
     with pytest.raises(InputError, match="stream"):
         data(tmp_path, dataset="wds/x").setup("fit")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from locat import configs, runs
-from locat.command import main
+from locat.command import COMMANDS, HELP, main
 
 
 def test_help_version_and_configs_import_no_torch():
