@@ -21,7 +21,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino
 from locat_lightning.schedules import cosine, linear_warmup, warmup_then_cosine
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "dino_steps.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "dino_steps.safetensors"
 AS_THEY_ARE = (
     "out_dim",
     "hidden_dim",
@@ -112,7 +112,6 @@ def copied(module):
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"{GOLDEN} is not here")
 def test_eight_steps_are_those_of_the_original_code():
     with safe_open(GOLDEN, "pt") as file:
         settings = json.loads(file.metadata()["settings"])
