@@ -369,14 +369,6 @@ def test_averaged_weights_leave_the_backbone_out_and_go_on(tmp_path, weights):
         assert not any("backbone." in name for name in checkpoint[key]), key
 
 
-def test_a_metric_that_nobody_logs(tmp_path, weights):
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[ModelCheckpoint(monitor="val/iou")])
-    with pytest.raises(InputError, match=r"checkpoint\.monitor: no 'val/iou' is logged, but val/miou"):
-        task(weights).check(run, training=True, logged=[])
-
-
 def test_weights_without_a_decoder_are_not_measured(tmp_path, weights):
     with pytest.raises(InputError, match="there is no decoder in it; train a decoder with locat fit"):
         trainer(tmp_path).validate(task(weights), datamodule=Batches())

@@ -80,8 +80,6 @@ class KernelWidths(Callback):
         images: how many, at most.
     """
 
-    logged = ("gaug_variance/block_*", "gaug_alpha/block_*")
-
     def __init__(self, images: int = 32) -> None:
         self.images = images
 

@@ -68,11 +68,6 @@ class Probe(Callback, ABC, Generic[Data]):
         return f"{self.name}/{self.metrics[0]}"
 
     @property
-    def logged(self) -> list[str]:
-        """The names that it logs; none where it is switched off."""
-        return [f"{self.name}/{metric}" for metric in self.metrics] if self.every_n_epochs else []
-
-    @property
     def state_key(self) -> str:
         """One for each name, so that probes of several data sets stand side by side."""
         return f"{type(self).__name__}.{self.name}"

@@ -9,8 +9,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class Throughput(Callback):
     """Logs images per second (over all processes) and the share of time spent waiting for data."""
 
-    logged = ("train/images_per_s", "train/data_wait")
-
     def __init__(self) -> None:
         self._ended: float | None = None
         self._waited = 0.0

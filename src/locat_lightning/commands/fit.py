@@ -352,18 +352,7 @@ class LocatCLI(LightningCLI):
             if isinstance(self.model, Task):
                 self.model.resume(self._resumed)
         if isinstance(self.model, Task):
-            training = self.subcommand == "fit"
-            self.model.check(self.trainer, training=training, logged=self._logged_by_callbacks())
-
-    def _logged_by_callbacks(self) -> list[str] | None:
-        """Names and patterns of what callbacks log (`logged`); None where one of the user's own has none."""
-        names: list[str] = []
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "logged"):
-                names += callback.logged
-            elif not type(callback).__module__.startswith(("lightning.", "locat_lightning.")):
-                return None
-        return names
+            self.model.check(self.trainer, training=self.subcommand == "fit")
 
     def _checkpoint_to_resume(self, config: Namespace) -> Path | None:
         if config.ckpt_path is None:

@@ -24,8 +24,8 @@ from locat.configs import config_directory, list_configs
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError, near
 
-# How Lightning begins a ValueError about an option for which the data have to be known.
-SAID_BY_LIGHTNING = "`val_check_interval`"
+# How Lightning's errors about options begin that are no MisconfigurationException.
+SAID_BY_LIGHTNING = ("`val_check_interval`", "Early stopping conditioned on metric")
 
 
 class ConfigByName(ActionConfigFile):
@@ -230,7 +230,7 @@ def _mistake(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, InputError | MisconfigurationException):
             return " ".join(str(error).split())
-        if isinstance(error, ValueError) and str(error).lstrip().startswith(SAID_BY_LIGHTNING):
+        if isinstance(error, ValueError | RuntimeError) and str(error).lstrip().startswith(SAID_BY_LIGHTNING):
             return f"trainer: {' '.join(str(error).split())}"
         if isinstance(error, ArgumentError) and not isinstance(error.__cause__, InputError):
             return _in_a_line(str(error))

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -137,15 +137,7 @@ class Dino(Task):
         self._losses: list[tuple[int, Tensor]] = []  # that nobody has looked at yet, with their steps
         self._accumulated: list[Tensor] = []  # loss and teacher's entropy of a step's micro-batches so far
 
-    @property
-    def metric_names(self) -> list[str]:
-        """What training logs, by name."""
-        step = ("loss", "lr", "weight_decay", "grad_norm")
-        own = ("teacher_temp", "momentum", "last_layer_frozen")
-        collapse = ("teacher_entropy", "kl", "centre_norm", "feature_std", "effective_rank")
-        return [f"train/{name}" for name in (*step, *own, *collapse)]
-
-    def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
+    def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model.
 
         Raises:
@@ -156,7 +148,7 @@ class Dino(Task):
                 "a DINO model has no classes to predict or to compare with: locat knn, linear and retrieve "
                 "measure its features"
             )
-        super().check(trainer, training=training, logged=logged)
+        super().check(trainer, training=training)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]

@@ -1,14 +1,12 @@
 """What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
 
-from collections.abc import Collection, Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from math import ceil, inf
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -36,22 +34,16 @@ class Task(LightningModule):
         """What `create_backbone` takes: `backbone_args`, and `locat` if there is any."""
         return noted_arguments(self.hp)
 
-    @property
-    def metric_names(self) -> list[str]:
-        """What training with this task logs, by name or by pattern (`train/*`), as far as is known yet."""
-        return ["train/*"]
-
-    def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
+    def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model, before either is made.
 
         Args:
             trainer: of the run.
             training: whether the run trains.
-            logged: names or patterns of all that callbacks log; None if they log what nobody can know.
 
         Raises:
             InputError: timm knows no such model or the model does not take its arguments, there are no such
-                weights, the warm-up is too long, or a metric to go by is none that is logged.
+                weights, or the warm-up is too long.
         """
         if self.hp.backbone is not None:
             check_arguments(self.hp.backbone, self.backbone_arguments)
@@ -62,11 +54,6 @@ class Task(LightningModule):
             raise InputError(
                 f"model.warmup_epochs ({warmup:g}) has to be less than trainer.max_epochs ({epochs})"
             )
-        if training and logged is not None:
-            known = [*self.metric_names, *logged]
-            for option, metric in monitored(trainer):
-                if not any(fnmatchcase(metric, name) for name in known):
-                    raise InputError(f"{option}: no {metric!r} is logged, but {', '.join(known)}")
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from a checkpoint (given without its weights), which has all of them: read no others."""
@@ -164,15 +151,6 @@ class Task(LightningModule):
         """Log the learning rate and the weight decay with which this step is taken."""
         self.log("train/lr", max(group["lr"] for group in optimizer.param_groups), prog_bar=True)
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
-
-
-def monitored(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """The metrics by which callbacks decide, each after what it is an option of."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        metric = getattr(callback, "monitor", None)
-        if metric is not None:
-            is_checkpoint = isinstance(callback, ModelCheckpoint)
-            yield f"{'checkpoint' if is_checkpoint else type(callback).__name__}.monitor", metric
 
 
 def check_range(name: str, value: float, least: float = 0, most: float = inf) -> None:

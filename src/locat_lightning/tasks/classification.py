@@ -1,6 +1,6 @@
 """Supervised classification: the paper's ImageNet recipe around any timm model."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from math import inf
@@ -22,7 +22,7 @@ from locat_lightning.backbones.weights import load_weights, read_checkpoint
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.schedules import linear_rule, warmup_then_linear
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range, monitored
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
 
 DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, by label
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")  # some of timm's, to name where nothing is near
@@ -160,12 +160,6 @@ class Classification(Task):
         if number < 2:
             raise InputError(f"with {number} class ({', '.join(names)}) there is nothing to classify")
         self.hp.num_classes, self.hp.class_names = number, self.class_names
-        for option, metric in monitored(self.trainer) if self._is_training() else ():
-            if metric in ("train/top5", "val/top5") and metric not in self.metric_names:
-                raise InputError(
-                    f"{option}: no {metric!r} is logged with {number} classes, but "
-                    f"{', '.join(self.metric_names)}"
-                )
         return number
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -250,20 +244,13 @@ class Classification(Task):
         """Positions in the data set [B] and probabilities [B, classes] (float32)."""
         return batch.indices, self(batch.images).float().softmax(-1)
 
-    @property
-    def metric_names(self) -> list[str]:
-        """What training logs, by name; top-5 of more than 5 classes, or while their number is unknown."""
-        step = ["loss", "lr", "weight_decay", "grad_norm"]
-        tops = ["top1", "top5"] if (self.hp.num_classes or inf) > 5 else ["top1"]
-        return [f"val/{name}" for name in ("loss", *tops)] + [f"train/{name}" for name in (*step, *tops)]
-
-    def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
+    def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model.
 
         Raises:
             InputError: also, timm knows no such optimizer.
         """
-        super().check(trainer, training=training, logged=logged)
+        super().check(trainer, training=training)
         known = list_optimizers()
         if self.hp.optimizer.lower().removeprefix("lookahead_") not in known:
             near = ", ".join(get_close_matches(self.hp.optimizer, known, n=5) or OPTIMIZERS)

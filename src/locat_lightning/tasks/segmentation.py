@@ -1,7 +1,7 @@
 """Semantic segmentation by a small decoder on a backbone's patch features: what they are worth."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import ceil, inf, isnan
 from pathlib import Path
@@ -107,7 +107,7 @@ class Segmentation(Task):
         self._goes_on = False
         self._reference: dict[str, str] = {}  # of a backbone that checkpoints leave out
 
-    def check(self, trainer: Trainer, *, training: bool, logged: Collection[str] | None = None) -> None:
+    def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model.
 
         Raises:
@@ -122,19 +122,13 @@ class Segmentation(Task):
             raise InputError("give --weights, or --model.backbone to train one from random weights")
         if self.backbone_weights is not None:
             check_source(self.backbone_weights)
-        super().check(trainer, training=training, logged=logged)
+        super().check(trainer, training=training)
         every, steps = trainer.val_check_interval, trainer.max_steps
         if training and isinstance(every, int) and 0 < steps < every:
             raise InputError(
                 f"trainer.val_check_interval ({every}) is more than trainer.max_steps ({steps}): nothing "
                 f"would be measured; add --trainer.val_check_interval {steps}"
             )
-
-    @property
-    def metric_names(self) -> list[str]:
-        """What training logs, by name."""
-        scores = [f"val/{name}" for name in IoU.SCALARS]
-        return [*scores, *(f"train/{name}" for name in ("loss", "lr", "weight_decay", "grad_norm"))]
 
     @property
     def protocol(self) -> str:
