@@ -1,13 +1,15 @@
 """What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
 from torch import nn
 from torch.optim import Optimizer
 
@@ -34,16 +36,67 @@ class Task(LightningModule):
         """What `create_backbone` takes: `backbone_args`, and `locat` if there is any."""
         return noted_arguments(self.hp)
 
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the networks to look at, by name; the only one has no name."""
+        return {"": self.backbone}
+
+    def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
+        """Draw what the model makes of some validation samples.
+
+        Args:
+            samples: items of the validation set.
+            data: the data module that they come from.
+            side: shorter side of an image in the picture, in pixels.
+
+        Returns:
+            Figures by name.
+        """
+        return {}
+
+    def input_pictures(self, batch: Any, side: int) -> dict[str, Figure]:
+        """Draw what a training batch holds.
+
+        Args:
+            batch: the first one of the training, on the device.
+            side: shorter side of an image in the picture, in pixels.
+
+        Returns:
+            Figures by name; none where images are trained on much as they are.
+        """
+        return {}
+
+    def write_predictions(self, prediction: Any, data: Any, directory: Path) -> None:
+        """Write the predictions of a batch as files, or keep them for `finish_predictions`.
+
+        Args:
+            prediction: what `predict_step` returned.
+            data: the data module that the images come from.
+            directory: where files go; it may not exist yet.
+        """
+
+    def finish_predictions(self, data: Any, directory: Path) -> str:
+        """Write what `write_predictions` kept, and return the closing line. All processes call it.
+
+        Args:
+            data: the data module that the images come from.
+            directory: where files go; it may not exist yet.
+        """
+        return ""
+
+    def summary(self) -> str:
+        """Return how the headline figure was measured, in words; nothing if the figure says it all."""
+        return ""
+
     def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model, before either is made.
 
         Args:
-            trainer: of the run.
+            trainer: the trainer of the run.
             training: whether the run trains.
 
         Raises:
-            InputError: timm knows no such model or the model does not take its arguments, there are no such
-                weights, or the warm-up is too long.
+            InputError: timm does not know the model, the model does not take its arguments, the weights do
+                not exist, or the warm-up is too long.
         """
         if self.hp.backbone is not None:
             check_arguments(self.hp.backbone, self.backbone_arguments)
