@@ -12,9 +12,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,onnx,retrieval]'
 	@touch $@
 
-.PHONY: help install quickstart segment study test check format bench
+.PHONY: help install quickstart segment study test check format bench docs
 
-help: ## print this list
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 install: $(INSTALLED) ## make .venv with the pinned versions of constraints.txt
@@ -55,3 +55,7 @@ bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO
 	$(BIN)/python benchmarks/knn.py
 	$(BIN)/python benchmarks/dino.py
 	$(BIN)/python benchmarks/segmentation.py
+
+docs: $(INSTALLED) ## build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'read: build/site/index.html'

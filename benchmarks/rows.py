@@ -1,6 +1,6 @@
 """The rows of the paper's tables: names, parameters and multiply-adds, without LocAt and with it.
 
-Prints the table of the README: `python benchmarks/rows.py`.
+Prints the table of docs/models.md: `python benchmarks/rows.py`.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
-"""The pages name every config, and nothing that is not there."""
+"""The pages hold: links, snippets, commands, configs, figures, and the names of the method's code."""
 
 import json
 import re
+import runpy
 import statistics
 from importlib import import_module
 from operator import attrgetter
@@ -10,42 +11,123 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
 import yaml
 
 import locat_lightning
 from locat import configs
+from locat.command import COMMANDS
 from locat_lightning.commands.study.plan import MEASURES, Study
 from locat_lightning.commands.study.report import NOTHING
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("method.md", "recipes.md", "scaling.md", "results.md")
-TEXT = {page: (ROOT / "docs" / page).read_text() for page in PAGES}
+DOCS = ROOT / "docs"
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*.md"))]
+TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", *PAGES)}
 CONFIGS = {path.name for path in configs.config_directory().rglob("*.yaml")}
+METHOD, RESULTS = TEXTS["docs/method.md"], TEXTS["docs/results.md"]
 # `file.py`: `name`, `name`
-NAMED = re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", TEXT["method.md"])
+NAMED = re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", METHOD)
 
 
-def test_the_readme_links_the_pages():
-    readme = (ROOT / "README.md").read_text()
-    assert [page for page in PAGES if f"(docs/{page})" not in readme] == []
+def blocks(text, language):
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text):
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchor(heading):
+    """The name that GitHub and mkdocs give to a heading."""
+    words = re.sub(r"[^\w\s-]", "", heading.lower()).strip()
+    return re.sub(r"\s+", "-", words)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_relative_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[page]))
+    for link in links:
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, fragment = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.is_file(), link
+        assert target.is_relative_to(ROOT), link
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", prose(target.read_text()), flags=re.MULTILINE)
+            assert fragment in [anchor(each) for each in headings], link
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("nav:\n")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r": ([\w/-]+\.md)$", navigation, flags=re.MULTILINE)) == sorted(
+        page.removeprefix("docs/") for page in PAGES
+    )
+
+
+def test_the_readme_links_every_guide():
+    for page in PAGES:
+        if "/api/" not in page and page != "docs/index.md":
+            assert f"({page})" in TEXTS["README.md"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(TEXTS[page], "python")])
+def test_every_snippet_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"__name__": "__snippet__"}
+    for snippet in blocks(TEXTS[page], "python"):
+        exec(compile(snippet, page, "exec"), names)
+    if page == "docs/python.md":
+        assert [each.shape for each in names["kernels"]] == [(2, 64, 8, 8)] * 12
+        assert names["attention"].shape == (2, 6, 8, 8)
+        assert names["vectors"].shape == (2, 384)
+        assert names["embeddings"].shape == (3, 384)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_name_commands_and_configs_that_there_are(page):
+    text = TEXTS[page]
+    for name in re.findall(r"--config ([\w.]+)(?![\w.…])", text):
+        assert name.removesuffix(".yaml") + ".yaml" in CONFIGS | {"probes.yaml", "own.yaml"}, name
+    lines = "\n".join(blocks(text, "bash"))
+    assert set(re.findall(r"^locat (\w+)", lines, flags=re.MULTILINE)) <= set(COMMANDS)
+
+
+def test_make_targets_are_those_of_the_makefile():
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page, text in TEXTS.items():
+        named = re.findall(r"`make ([a-z-]+)`", text)
+        named += re.findall(r"^make ([a-z-]+)", "\n".join(blocks(text, "bash")), flags=re.MULTILINE)
+        assert set(named) <= targets, page
 
 
 def test_every_config_has_a_row_and_every_row_a_config():
-    rows = re.findall(r"^\| `([\w.]+\.yaml)` \|", TEXT["recipes.md"], flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.]+\.yaml)` \|", TEXTS["docs/recipes.md"], flags=re.MULTILINE)
     assert len(rows) == len(CONFIGS)
     assert set(rows) == CONFIGS
 
 
-@pytest.mark.parametrize("page", ["recipes.md", "scaling.md"])
-def test_commands_name_configs_that_there_are(page):
-    named = re.findall(r"--config ([\w.]+)", TEXT[page])
-    assert named
-    assert {name.removesuffix(".yaml") + ".yaml" for name in named} <= CONFIGS
+@pytest.mark.parametrize("result", ["backbones-cpu.md", "segmentation-cpu.md"])
+def test_the_costs_are_those_that_were_measured(result):
+    rows = [
+        line for line in (ROOT / "benchmarks/results" / result).read_text().splitlines() if line[:1] == "|"
+    ]
+    assert "\n".join(rows) in TEXTS["docs/costs.md"]
+
+
+@pytest.mark.slow
+def test_the_table_of_models_is_up_to_date(capsys):
+    runpy.run_path(str(ROOT / "benchmarks" / "rows.py"), run_name="__main__")
+    assert capsys.readouterr().out in TEXTS["docs/models.md"]
 
 
 def test_every_file_of_the_method_is_there():
     package = Path(locat_lightning.__file__).parent
-    files = re.findall(r"`([\w/]+\.py)`", TEXT["method.md"])
+    files = re.findall(r"`([\w/]+\.py)`", METHOD)
     assert len(NAMED) >= 15
     assert [file for file in files if not ((package / file).is_file() or (ROOT / file).is_file())] == []
 
@@ -61,39 +143,36 @@ def test_every_function_of_the_method_is_there(file, names):
 
 def test_the_results_are_those_of_three_finished_seeds_of_every_arm():
     config = yaml.safe_load((configs.config_directory() / "study_cifar.yaml").read_text())
-    raw = json.loads((ROOT / "docs" / "results.json").read_text())
+    raw = json.loads((DOCS / "results.json").read_text())
     preset = raw["results"][0]["preset"]
     study = Study.of(config, preset)
     assert f"--preset {preset}" in raw["command"]
     assert len(study.seeds) >= 3
     runs = [(result["arm"], result["seed"]) for result in raw["results"]]
     assert sorted(runs) == sorted((arm, seed) for arm in study.arms for seed in study.seeds)
-    text = TEXT["results.md"]
-    assert raw["command"] in text
+    assert raw["command"] in RESULTS
     for result in raw["results"]:
         assert set(result["measures"]) == set(MEASURES)
     for arm in study.arms:
-        (row,) = re.findall(rf"^\| {arm} \| {len(study.seeds)} \| (.*) \|$", text, flags=re.MULTILINE)
+        (row,) = re.findall(rf"^\| {arm} \| {len(study.seeds)} \| (.*) \|$", RESULTS, flags=re.MULTILINE)
         for name, cell in zip(MEASURES, row.split(" | "), strict=True):
             of_arm = (r["measures"][name] for r in raw["results"] if r["arm"] == arm)
             found = [100 * value for value in of_arm if value is not None]
             assert cell == (
                 f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}" if found else NOTHING
             )
-    pictures = re.findall(r"\]\((results_\w+\.png)\)", text)
-    assert len(pictures) == 4
-    assert all((ROOT / "docs" / picture).is_file() for picture in pictures)
+    assert len(re.findall(r"\]\((results_\w+\.png)\)", RESULTS)) == 4
 
 
-def test_the_readme_s_words_on_the_results_are_of_that_page():
-    (words,) = re.findall(r"\*\*Does it do here.*?\n\n", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_words_on_the_results_are_of_that_page():
+    (words,) = re.findall(r"## Results\n.*?(?=\n## )", TEXTS["docs/index.md"], flags=re.DOTALL)
     figures = re.findall(r"\d+\.\d\d", words)
     assert len(figures) == 5
-    assert [figure for figure in figures if f"| {figure} ±" not in TEXT["results.md"]] == []
+    assert [figure for figure in figures if f"| {figure} ±" not in RESULTS] == []
 
 
 def test_the_callbacks_of_scaling_do_what_they_say():
-    (snippet,) = re.findall(r"```python\n(.*?)```", TEXT["scaling.md"], flags=re.DOTALL)
+    (snippet,) = blocks(TEXTS["docs/scaling.md"], "python")
     own = {}
     exec(compile(snippet, "scaling.md", "exec"), own)
     backbone = timm.create_model("locatvit_tiny", img_size=32, patch_size=16, depth=1, num_classes=0)
