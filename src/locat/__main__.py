@@ -1,4 +1,4 @@
-"""`python -m locat`."""
+"""Run `locat` as `python -m locat`."""
 
 from locat.command import main
 

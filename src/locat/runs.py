@@ -1,44 +1,45 @@
-"""The runs beneath a directory: which there are, what came of each, and which still train."""
+"""The runs in a directory: which there are, what came of each, and which are still training."""
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from locat.errors import Parser, refuse
+
 if sys.platform != "win32":
     import fcntl
 
+WIDTH = 120  # columns of the list
 HEADLINES = (
     *("val/top1", "val/miou", "knn/top1", *(f"knn/top1_k{k}" for k in (10, 20, 100, 200))),
     *("linear/top1", "retrieval/miou"),
 )
-
-SHOWN = ("epochs", *(name for metric in HEADLINES for name in (metric, f"best {metric}")))
-
 LOCK = ".lock"  # in the directory of a run, while a process trains there
 
 
-def hold(run: Path) -> int | None:
-    """Have other processes know that this one trains in the directory of a run, until it ends.
+def lock(run: Path) -> int | None:
+    """Lock the directory of a run, so that other processes see that this one trains there.
 
     Returns:
-        A file descriptor that has to be kept open until then; None where files cannot be locked, or there is
-        no such directory.
+        A file descriptor, to be kept open until training ends; None where files cannot be locked, or the
+        directory does not exist.
     """
     if sys.platform == "win32" or not run.is_dir():
         return None
-    lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(lock)
+        os.close(descriptor)
         return None
-    return lock
+    return descriptor
 
 
-def is_held(run: Path) -> bool:
-    """Whether another process trains in the directory of a run."""
+def is_locked(run: Path) -> bool:
+    """Check whether another process trains in the directory of a run."""
     if sys.platform == "win32" or not (run / LOCK).is_file():
         return False
     with (run / LOCK).open() as file:
@@ -50,32 +51,65 @@ def is_held(run: Path) -> bool:
 
 
 def list_runs(directory: Path) -> str:
-    """A line for each run beneath a directory: its path, and its headline metrics or how to go on with it."""
-    runs = {path.parent: _headline(json.loads(path.read_text())) for path in directory.rglob("metrics.json")}
-    for config in directory.rglob("config.yaml"):
-        if config.parent not in runs and "\nckpt_path:" in config.read_text():  # which training alone has
-            last = config.parent / "checkpoints" / "last.ckpt"
-            if is_held(config.parent):
-                state = "still training"
-            elif last.is_file():
-                state = f"not finished; to go on: locat fit --ckpt_path {last}"
-            else:
-                state = "not finished, without a checkpoint"
-            runs[config.parent] = {"": state}
-    names = [name for name in SHOWN if any(name in cells for cells in runs.values())]
-    widths = {name: max(len(cells.get(name, "")) for cells in runs.values()) for name in names}
-    width = max((len(run.as_posix()) for run in runs), default=0)
-    lines = []
-    for run, cells in sorted(runs.items()):
-        row = [cells[""]] if "" in cells else [cells.get(name, "").ljust(widths[name]) for name in names]
-        lines.append("   ".join([run.as_posix().ljust(width), *row]).rstrip())
-    return "\n".join(lines) or f"no run beneath {directory}"
+    """Return a table of the runs in a directory: state, seed, epochs, and headline metrics with the best."""
+    found = {path.parent for path in directory.rglob("metrics.json")}
+    # Of configs, those of trainings: they alone have a checkpoint to resume from.
+    found |= {c.parent for c in directory.rglob("config.yaml") if "\nckpt_path:" in _read(c)}
+    if not found:
+        return f"no runs in {directory}"
+    rows = [(f"run in {directory}", "state", "seed", "epochs", "metrics")]
+    rows += [(run.relative_to(directory).as_posix(), *_describe(run)) for run in sorted(found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines = [line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines]
+    if any(state == "interrupted" for _, state, *_ in rows):
+        lines.append(
+            f"resume an interrupted run: locat fit --ckpt_path {directory}/RUN/checkpoints/last.ckpt"
+        )
+    return "\n".join(lines)
 
 
-def _headline(metrics: dict[str, Any]) -> dict[str, str]:
-    """What of a run's metrics is worth a look, as `name value` by name."""
-    return {
-        name: f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in metrics.items()
-        if name in SHOWN
-    }
+def _describe(run: Path) -> tuple[str, str, str, str]:
+    metrics: dict[str, Any] = {}
+    if is_locked(run):
+        state = "training"
+    elif (file := run / "metrics.json").is_file():
+        state = "finished"
+        try:
+            metrics = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):
+            state = "finished, but metrics.json cannot be read"
+    else:
+        state = "interrupted" if (run / "checkpoints" / "last.ckpt").is_file() else "no checkpoint"
+    # To parse the YAML of many runs takes seconds.
+    recorded = re.search(r"^seed_everything: (\w+)", _read(run / "config.yaml"), re.MULTILINE)
+    seed = metrics.get("seed", recorded[1] if recorded else "")
+    return state, str(seed), str(metrics.get("epochs", "")), _headline(metrics)
+
+
+def _headline(metrics: dict[str, Any]) -> str:
+    """Return the metrics that matter most, each with the best of the run."""
+    cells = []
+    for name in HEADLINES:
+        best = metrics.get(f"best {name}")
+        if (value := metrics.get(name, best)) is not None:
+            cells.append(f"{name} {_text(value)}" + (f" (best {_text(best)})" if best is not None else ""))
+    return "  ".join(cells)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _read(config: Path) -> str:
+    return config.read_text(errors="replace") if config.is_file() else ""
+
+
+def main(arguments: list[str]) -> None:
+    """Run `locat runs`."""
+    parser = Parser("locat runs", description="List the runs in a directory, with their results.")
+    parser.add_argument("directory", nargs="?", help="runs by default")
+    directory = parser.parse_args([each for each in arguments if each != "--debug"][1:]).directory
+    if directory is not None and not Path(directory).is_dir():
+        refuse(f"locat runs: no such folder: {Path(directory).absolute()}")
+    print(list_runs(Path(directory or "runs")))

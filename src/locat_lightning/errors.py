@@ -1,17 +1,17 @@
-"""The one exception for what a user can put right, and what helps to put it right."""
+"""The exception for mistakes that a user can correct, and suggestions for their correction."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: the message says what, where and what to do, in one line.
+    """A mistake in what the user gave. The message says in one line what, where and what to do.
 
     The command prints it without a traceback and exits with code 2 (`--debug` shows the traceback).
     """
 
 
 def near(name: str, known: Iterable[str], n: int = 3) -> str:
-    """At most `n` known names that are like a name, to end a message with; empty if there is none."""
+    """Return the end of a message that suggests up to `n` similar names; empty if there are none."""
     found = get_close_matches(name, known, n)
-    return f"; near it: {', '.join(found)}" if found else ""
+    return f"; did you mean {', '.join(found)}?" if found else ""

@@ -63,5 +63,5 @@ def test_random_weights_do_not_say_of_which_model_they_are():
 
 
 def test_a_model_that_timm_does_not_know():
-    with pytest.raises(InputError, match="timm knows no model 'locatvit_huge'; near it: "):
+    with pytest.raises(InputError, match="timm knows no model 'locatvit_huge'; did you mean "):
         check_arguments("locatvit_huge", None)

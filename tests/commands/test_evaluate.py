@@ -200,7 +200,7 @@ def test_commands_repeat_themselves(named):
         ([], "locat knn needs --weights"),
         (["--weights", "nowhere.pth"], "no such file"),
         (["--weights", "net.pth"], "does not say of which model it is: add --backbone"),
-        (["--weights", "net.pth", "--backbone", "locatvit_tyni"], "near it: locatvit_tiny"),
+        (["--weights", "net.pth", "--backbone", "locatvit_tyni"], "did you mean locatvit_tiny"),
         (["--weights", "net.pth", "--backbone", "resnet18"], "too poor a match"),
         (["--weights", "net.pth", "NAMED", "--student"], "holds no student"),
         (["--weights", "net.pth", "NAMED", "--k", "0"], '"k" element 1'),

@@ -93,7 +93,7 @@ def test_photographs_are_as_a_model_takes_its_images():
         (["nothing.ckpt"], "no such file"),
         (["locatvit_tiny", "--device", "tpu9"], "--device tpu9: "),
         (["text.pth"], "text.pth cannot be read"),
-        (["locatvit_tiny", "--jsn"], "--jsn: there is no such option; near it: --json"),
+        (["locatvit_tiny", "--jsn"], "--jsn: there is no such option; did you mean --json"),
         (["locatvit_tiny", "--backbone_args", "{depht: 2}"], "model.backbone_args do not fit locatvit_tiny"),
     ],
 )

@@ -253,7 +253,7 @@ def test_the_arms_are_those_of_the_paper(shipped):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"presets": {"cpu": {"arms": ["vitt"]}}}, "arms: there is no 'vitt' .*near it: vit"),
+        ({"presets": {"cpu": {"arms": ["vitt"]}}}, "arms: there is no 'vitt' .*did you mean vit"),
         ({"presets": {"gpu": {}}}, "preset: there is no 'cpu' among gpu"),
         ({"presets": {"cpu": {"seed": [0]}}}, "presets.cpu has no seed"),
         ({"presets": {"cpu": {"options": {"nothing": {}}}}}, "there is no 'nothing'"),

@@ -27,7 +27,7 @@ from torch.utils.tensorboard.summary import hparams
 
 import locat_lightning
 import locat_lightning.data
-from locat.runs import LOCK, hold, is_held
+from locat.runs import LOCK, is_locked, lock
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import Checkpoints, came_to_nothing
 from locat_lightning.callbacks.crops import CropPictures
@@ -120,7 +120,7 @@ class RunRecord(SaveConfigCallback):
         """Config and versions, once; from now on no other process trains here."""
         super().setup(trainer, pl_module, str(trainer.state.fn))
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
-            self._lock = hold(Path(trainer.default_root_dir))
+            self._lock = lock(Path(trainer.default_root_dir))
         if self.config.trainer.log_every_n_steps is None:  # often enough for a small data set
             steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
             trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, steps))  # type: ignore[attr-defined]
@@ -379,7 +379,7 @@ class LocatCLI(LightningCLI):
         if isinstance(trainer.accelerator, CPUAccelerator):
             check_processes(trainer.num_devices)
         # Before loggers are made: they cut off what came after the checkpoint.
-        if self.resume_from is not None and trainer.is_global_zero and is_held(Path(board.log_dir)):
+        if self.resume_from is not None and trainer.is_global_zero and is_locked(Path(board.log_dir)):
             raise InputError(
                 f"--ckpt_path: another process is training in {board.log_dir}: wait for its end, or stop it"
             )

@@ -20,7 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from locat.configs import config_directory, list_configs
+from locat import configs
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError, near
 
@@ -37,34 +37,31 @@ class ConfigByName(ActionConfigFile):
 
 
 def find_config(name: str) -> str:
-    """The path of a config: a local file first, then a shipped one.
+    """Return the path of a config: a local file first, then a shipped one.
 
     Raises:
-        InputError: there is neither, or it is no YAML with options.
+        InputError: there is neither, or it is not YAML with options.
     """
-    for path in (Path(name), config_directory() / name, config_directory() / f"{name}.yaml"):
-        if path.is_file():
-            try:
-                options = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except yaml.MarkedYAMLError as error:
-                line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-                raise InputError(f"--config: {path} is no YAML{line}: {error.problem}") from error
-            except yaml.reader.ReaderError as error:
-                raise InputError(f"--config: {path} is no text (character {error.position})") from error
-            except UnicodeDecodeError as error:
-                raise InputError(f"--config: {path} is no text in UTF-8 (byte {error.start})") from error
-            except OSError as error:
-                raise InputError(f"--config: {path}: {error.strerror}") from error
-            if not isinstance(options, dict):
-                raise InputError(f"--config: {path} has no options, as `trainer:` and what belongs to it")
-            return str(path)
-    if Path(name).is_dir():
-        raise InputError(f"--config: {name} is a directory{_is_it(Path(name) / 'config.yaml')}")
-    shipped = shipped_configs().split(", ")
-    raise InputError(
-        f"--config: no file {Path(name).absolute()} and no shipped config {name!r}"
-        f"{near(name, shipped) or f' ({shipped_configs()})'}"
-    )
+    path = configs.find(name)
+    if path is None:
+        if Path(name).is_dir():
+            raise InputError(f"--config: {name} is a directory{_suggest(Path(name) / 'config.yaml')}")
+        similar = near(name, configs.names()) or f" ({', '.join(configs.names())})"
+        raise InputError(f"--config: no file {Path(name).absolute()} and no shipped config {name!r}{similar}")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise InputError(f"--config: {path} is not valid YAML{line}: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        raise InputError(f"--config: {path} is not text (character {error.position})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config: {path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"--config: {path}: {error.strerror}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"--config: {path} has no options (such as `trainer:` with what belongs to it)")
+    return str(path)
 
 
 def check_weights(weights: str) -> None:
@@ -74,12 +71,12 @@ def check_weights(weights: str) -> None:
         InputError: there is not, or it is.
     """
     if (path := Path(weights)).is_dir():
-        raise InputError(f"--weights: {weights} is a directory{_is_it(path / 'checkpoints' / 'best.ckpt')}")
+        raise InputError(f"--weights: {weights} is a directory{_suggest(path / 'checkpoints' / 'best.ckpt')}")
     check_source(weights)
 
 
-def _is_it(path: Path) -> str:
-    return f": give a file, as {path}" if path.is_file() else ", not a file"
+def _suggest(path: Path) -> str:
+    return f": give a file, such as {path}" if path.is_file() else ", not a file"
 
 
 def command_parser(command: str, description: str) -> ArgumentParser:
@@ -120,7 +117,7 @@ def near_options(parser: ArgumentParser) -> Iterator[None]:
 
 def shipped_configs() -> str:
     """The names that `--config` knows, in a line."""
-    return ", ".join(line.split()[0] for line in list_configs().splitlines())
+    return ", ".join(configs.names())
 
 
 def given_options(arguments: list[str]) -> dict[str, str]:

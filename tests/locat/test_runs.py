@@ -1,0 +1,46 @@
+"""The list of runs, and the lock of a run that trains."""
+
+import json
+from pathlib import Path
+
+from locat import runs
+
+
+def test_runs_are_listed_with_state_seed_and_metrics(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = Path("runs")
+    assert runs.list_runs(here) == f"no runs in {here}"
+
+    def run(name, metrics=None, config="seed_everything: 3\nckpt_path: null\n"):
+        (here / name / "checkpoints").mkdir(parents=True)
+        (here / name / "config.yaml").write_text(f"a: 1\n{config}")
+        if metrics is not None:
+            (here / name / "metrics.json").write_text(metrics)
+
+    run("a/version_0", json.dumps({"epochs": 3, "val/loss": 1.5, "val/top1": 0.51234, "best val/top1": 0.6}))
+    run("broken", '{"epochs": ')
+    run("cut")
+    (here / "cut" / "checkpoints" / "last.ckpt").touch()
+    run("failed")
+    run("knn", json.dumps({"weights": "x", "seed": 7, "knn/top1_k20": 0.25}), config="")
+    run("many", json.dumps(dict.fromkeys(runs.HEADLINES, 0.123456)))
+    run("validated", config="b: 1\n")  # it has no checkpoint to resume from
+    lines = runs.list_runs(here).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("run", "a/version_0", "broken", "cut", "failed", "knn", "many", "resume"),
+    ]
+    columns = [line[lines[0].index("state") :].split("  ") for line in lines[1:-1]]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in columns]
+    assert cells[0] == ["finished", "3", "3", "val/top1 0.5123 (best 0.6)"]
+    assert cells[1] == ["finished, but metrics.json cannot be read", "3"]
+    assert cells[2:4] == [["interrupted", "3"], ["no checkpoint", "3"]]
+    assert cells[4] == ["finished", "7", "knn/top1_k20 0.25"]
+    assert all(len(line) <= 120 for line in lines)
+    assert lines[6].endswith("…")
+    assert lines[-1] == "resume an interrupted run: locat fit --ckpt_path runs/RUN/checkpoints/last.ckpt"
+
+
+def test_a_directory_that_no_process_has_locked(tmp_path):
+    assert runs.lock(tmp_path / "nowhere") is None
+    assert not runs.is_locked(tmp_path / "nowhere")
+    assert not runs.is_locked(tmp_path)
