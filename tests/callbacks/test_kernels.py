@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
-from locat_lightning.callbacks.kernels import KernelWidths, kernel_widths, observe
-from locat_lightning.callbacks.pictures import gaussian_kernels
+from locat_lightning.callbacks.kernels import KernelWidths
 from locat_lightning.data.classification import ImageData
+from locat_lightning.inspection import kernel_widths
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # Lightning, of torch 2.15
@@ -62,55 +62,6 @@ def fit(module, callbacks, folder):
     )
     trainer.fit(module, ImageData(dataset="digits", img_size=16, batch_size=8, num_workers=0))
     return trainer
-
-
-def test_means_over_images_heads_patches_and_directions():
-    backbone, images = locatvit(), torch.randn(3, 3, 16, 16)
-    found = kernel_widths(backbone, images)
-    tokens = backbone._pos_embed(backbone.patch_embed(images))
-    for block, (variance, alpha) in zip(backbone.blocks, found, strict=True):
-        attn = block.attn
-        q = attn.qkv(block.norm1(tokens))[:, 1:, :24].unflatten(-1, (3, 8))
-        z, a = attn.gaug.log_var(q), attn.gaug.log_alpha(q)
-        assert variance == pytest.approx((16 * torch.sigmoid(z - torch.tensor(15.0).log())).mean().item())
-        assert alpha == pytest.approx(F.softplus(a).mean().item())
-        tokens = block(tokens)
-
-
-def test_images_are_padded_to_whole_patches():
-    backbone = locatvit(dynamic_img_size=True)
-    images = torch.randn(2, 3, 13, 18)
-    assert kernel_widths(backbone, images) == kernel_widths(backbone, F.pad(images, (0, 2, 0, 3)))
-    assert gaussian_kernels(backbone, images)[0].shape == (2, 4 * 5, 4, 5)
-
-
-def test_a_model_without_gaug_has_none():
-    assert kernel_widths(locatvit(gaug=False), torch.zeros(1, 3, 16, 16)) == []
-    assert kernel_widths(timm.create_model("resnet10t"), torch.zeros(1, 3, 16, 16)) == []
-
-
-def test_observing_leaves_nothing_behind():
-    backbone = locatvit(drop_path_rate=0.5).train()
-    backbone.blocks[0].eval()
-    flags = [module.training for module in backbone.modules()]
-    hooks = [list(module._forward_hooks) for module in backbone.modules()]
-    [block, whole] = observe(backbone, torch.randn(2, 3, 16, 16), [backbone.blocks[1], backbone])[:2]
-    assert [module.training for module in backbone.modules()] == flags
-    assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
-    assert block.inputs[0].shape == block.output.shape == (2, 17, 24)
-    assert not whole.output.requires_grad
-    with pytest.raises(AssertionError):
-        observe(backbone, torch.randn(2, 3, 7, 7), [backbone])
-    assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
-
-
-def test_a_compiled_model_is_observed_too():
-    backbone, images = locatvit(), torch.randn(2, 3, 16, 16)
-    expected = kernel_widths(backbone, images)
-    compiled = torch.compile(backbone, backend="eager")
-    with torch.no_grad():
-        compiled.eval()(images)
-    assert kernel_widths(compiled, images) == expected
 
 
 def test_each_validation_is_logged_by_block_and_training_is_as_without(tmp_path):

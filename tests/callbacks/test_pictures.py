@@ -1,9 +1,7 @@
 """Pictures: the numbers behind them, their shape, and training as without them."""
 
 import math
-import random
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -21,7 +19,6 @@ from locat_lightning.callbacks.pictures import (
     gaussian_kernels,
     inferno,
     patch_features,
-    pca_colours,
     spaced_items,
 )
 from locat_lightning.data import MultiCropData
@@ -29,7 +26,6 @@ from locat_lightning.data.classification import ImageData
 from locat_lightning.data.dataset import Failure
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino
-from locat_lightning.nn import gaussian_kernel
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*is deprecated:FutureWarning",  # Lightning, of torch 2.15
@@ -48,64 +44,6 @@ def vit(name="locatvit_tiny", **options):
     return model
 
 
-def rows_of_the_last_softmax(backbone, images):
-    """softmax(q kᵀ / √d + S) [B, h, N, N] of the last block, and S of every block."""
-    tokens = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images)))
-    kernels = []
-    for block in backbone.blocks:
-        attn, x = block.attn, block.norm1(tokens)
-        q, k, _ = attn.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        logits = q @ k.transpose(-1, -2) / math.sqrt(8)
-        if hasattr(attn, "gaug"):
-            P = backbone.num_prefix_tokens
-            S = gaussian_kernel(attn.gaug(q, attn.grid.of(x.shape[1] - P), attn.grid.built_for))
-            logits = logits + F.pad(S, (P, 0, P, 0))
-            kernels.append(S)
-        tokens = block(tokens)
-    return logits.softmax(-1), kernels
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "size"),
-    [
-        ("locatvit_tiny", {}, (16, 16)),
-        ("locatvit_tiny", {"reg_tokens": 2, "qk_norm": True}, (16, 16)),
-        ("locatvit_tiny", {"dynamic_img_size": True}, (12, 20)),
-        ("vit_tiny_patch16_224", {"qk_norm": True}, (16, 16)),
-        ("vit_tiny_patch16_224", {"dynamic_img_size": True}, (12, 20)),
-    ],
-)
-@torch.no_grad()
-def test_values(name, options, size):
-    backbone, images = vit(name, **options).eval(), torch.randn(2, 3, *size)
-    grid = size[0] // 4, size[1] // 4
-    attention, kernels = rows_of_the_last_softmax(backbone, images)
-
-    found = cls_attention(backbone, images)
-    assert found.shape == (2, 3, *grid)
-    P = backbone.num_prefix_tokens
-    torch.testing.assert_close(found.flatten(-2), attention[:, :, 0, P:])
-    torch.testing.assert_close(found.sum((-2, -1)), 1 - attention[:, :, 0, :P].sum(-1))
-
-    drawn = gaussian_kernels(backbone, images)
-    assert len(drawn) == (3 if name == "locatvit_tiny" else 0)
-    for ours, S in zip(drawn, kernels, strict=True):
-        assert ours.shape == (2, math.prod(grid), *grid)
-        torch.testing.assert_close(ours.flatten(-2), S.mean(1))
-
-
-def test_a_model_without_cls_or_attention():
-    images = torch.randn(1, 3, 16, 16)
-    registers = vit(class_token=False, reg_tokens=2, global_pool="avg", prr=False)
-    assert cls_attention(registers, images) is None
-    assert gaussian_kernels(registers, images)[0].shape == (1, 16, 4, 4)
-    for cnn in ("resnet10t", "efficientnet_lite0"):
-        backbone = timm.create_model(cnn, num_classes=2)
-        assert gaussian_kernels(backbone, images) == []
-        assert cls_attention(backbone, images) is None
-
-
 @pytest.mark.parametrize("name", ["locatvit_tiny", "vit_tiny_patch16_224"])
 @torch.no_grad()
 def test_patch_features_are_the_last_tokens_before_the_norm(name):
@@ -122,68 +60,11 @@ def test_patch_features_of_other_models():
     assert patch_features(torch.nn.Conv2d(3, 4, 1), images) is None
 
 
-def test_the_principal_components_are_red_green_and_blue():
-    # Three orthogonal directions, of falling strength, of patterns that are uncorrelated and lopsided.
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.linalg.qr(torch.rand(2 * 6 * 5, 4, generator=generator).log()).Q[:, 1:]
-    patterns = torch.linalg.qr(patterns - patterns.mean(0)).Q
-    patterns = torch.where(patterns.pow(3).sum(0) < 0, -patterns, patterns)
-    axes = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:3]
-    points = (patterns * torch.tensor([9.0, 3.0, 1.0])) @ axes + torch.randn(8, generator=generator)
-    features = points.view(2, 6, 5, 8).movedim(-1, 1)
-    colours = pca_colours(features)
-    assert colours.shape == (2, 3, 6, 5)
-    low, high = patterns.quantile(0.01, dim=0), patterns.quantile(0.99, dim=0)
-    expected = ((patterns - low) / (high - low)).clamp(0, 1).view(2, 6, 5, 3).movedim(-1, 1)
-    torch.testing.assert_close(colours, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(pca_colours(100 * features), colours, atol=1e-4, rtol=0)
-    torch.testing.assert_close(pca_colours(features.flip(1)), colours, atol=1e-4, rtol=0)
-    torch.testing.assert_close(pca_colours(-features), colours, atol=1e-4, rtol=0)
-
-
-def test_one_wild_patch_does_not_take_the_colours_of_the_others():
-    features = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    features[:, 0] *= 5
-    features[0, 0, 3, 3] = 50
-    colours = pca_colours(features)
-    assert colours[0, 0, 3, 3] == 1
-    assert colours[:, 0].std() > 0.2
-
-
-@pytest.mark.parametrize("value", [0.0, 0.3, 1e6, math.nan, math.inf])
-def test_features_without_variation_are_grey(value):
-    features = torch.full((2, 64, 7, 7), value) * torch.linspace(0.1, 1, 64).view(64, 1, 1)
-    assert (pca_colours(features) == 0.5).all()
-
-
-def test_fewer_than_three_components():
-    assert (pca_colours(torch.rand(1, 2, 4, 4))[:, 2] == 0.5).all()
-    assert (pca_colours(torch.rand(1, 8, 1, 1)) == 0.5).all()
-    assert pca_colours(torch.rand(1, 8, 1, 2)).unique().numel() == 3  # one component: low, high, and grey
-
-
 def test_heat_goes_from_black_to_pale_yellow():
     first, between, last = (255 * inferno(torch.tensor([[0, 0.5 / 9, 1]]))[0]).tolist()
     assert first == pytest.approx([0, 0, 4])
     assert between == pytest.approx([13.5, 6, 35])
     assert last == pytest.approx([252, 255, 164])
-
-
-def test_training_goes_on_as_before():
-    backbone = vit(drop_path_rate=0.5)
-    backbone.blocks[1].eval()
-    flags = [module.training for module in backbone.modules()]
-    hooks = [list(module._forward_hooks) for module in backbone.modules()]
-    numbers = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    kernels, attention = gaussian_kernels(backbone, images), cls_attention(backbone, images)
-    features = patch_features(backbone, images)
-    draw(images, [0, 1], kernels=kernels, attention=attention, features=features)
-    assert not features.requires_grad
-    assert [module.training for module in backbone.modules()] == flags
-    assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
-    assert torch.equal(torch.get_rng_state(), numbers[0])
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == numbers[1:]  # noqa: NPY002
 
 
 def picture(size=(16, 16), side=56, **parts):

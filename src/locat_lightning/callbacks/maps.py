@@ -22,7 +22,6 @@ from locat_lightning.callbacks.pictures import (
     PAPER,
     Column,
     fitted,
-    gaussian_kernels,
     inferno,
     is_due,
     kernel_columns,
@@ -34,6 +33,7 @@ from locat_lightning.callbacks.pictures import (
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import SegmentationData
 from locat_lightning.evaluation.iou import IoU
+from locat_lightning.inspection import gaussian_kernels
 from locat_lightning.nn.decoder import IGNORED
 from locat_lightning.tasks import Segmentation
 

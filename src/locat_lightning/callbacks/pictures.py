@@ -1,6 +1,6 @@
 """Pictures of what a model sees: Gaussian kernels, attention of [CLS], patch features, predictions."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -10,21 +10,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageDraw, ImageFont
-from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from locat_lightning.callbacks.kernels import observe
 from locat_lightning.data.classification import ImageData
 from locat_lightning.data.dataset import Failure
 from locat_lightning.data.sources import Stream
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.dense import padded
 from locat_lightning.evaluation.features import frozen
+from locat_lightning.inspection import cls_attention, gaussian_kernels, observe, pca_colours
 from locat_lightning.methods import Dino
-from locat_lightning.nn import GaussianSelfAttention, gaussian_kernel
 from locat_lightning.tasks import Segmentation
 
 __all__ = [
@@ -49,61 +46,8 @@ __all__ = [
 INFERNO = "000004 1b0c42 4b0c6b 781c6d a52c60 cf4446 ed6925 fb9a06 f7d03c fcffa4"
 PATCHES = ((0.5, 0.5), (0.2, 0.2), (0.8, 0.8))  # where the drawn kernels sit: shares of height and width
 SHOWN_CLASSES = 3
-OUTLIERS = 0.01  # share of the patches at either end of a principal component that saturates
-NEGLIGIBLE = 1e-5  # spread of a component, beside the largest feature, that may be mere rounding
 INK, FAINT, PAPER, MARK = "#1f2328", "#6e7781", "#ffffff", "#5ce1ff"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
-
-
-def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    """The kernels S of each block with GAug, mean of the heads.
-
-    Args:
-        backbone: a timm Vision Transformer; any other model, and one of windows, has none.
-        images: [B, 3, height, width], normalised; padded to whole patches.
-
-    Returns:
-        For each block [B, H·W, H, W] float32: what each patch, row by row, adds to its logit for each patch.
-    """
-    gaugs = [layer.gaug for layer in backbone.modules() if isinstance(layer, GaussianSelfAttention)]
-    if not gaugs:
-        return []
-    kernels = []
-    for call in observe(backbone, padded(backbone, images), gaugs):
-        _, grid, _ = call.inputs
-        s = call.output if isinstance(call.output, Tensor) else gaussian_kernel(call.output)
-        kernels.append(s.expand(len(images), -1, -1, -1).mean(1).unflatten(-1, grid))
-    return kernels
-
-
-def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
-    """What [CLS] attends to in the last block: its row of the softmax, without the prefix tokens' share.
-
-    Args:
-        backbone: a timm model.
-        images: [B, 3, height, width], normalised.
-
-    Returns:
-        [B, h, H, W] float32; None if the model is no Vision Transformer or has no [CLS].
-    """
-    model: Any = backbone
-    layers = _attention_layers(model)
-    if not layers or model.cls_token is None:
-        return None
-    attention = layers[-1]
-    [call] = observe(model, images, [attention])
-    with torch.no_grad():
-        q, k, _ = (
-            attention.qkv(call.inputs[0])
-            .unflatten(-1, (3, attention.num_heads, attention.head_dim))
-            .permute(2, 0, 3, 1, 4)
-        )
-        q, k = attention.q_norm(q), attention.k_norm(k)
-        # GAug's S is 0 in this row.
-        row = (q[:, :, 0].unsqueeze(-2) * attention.scale @ k.transpose(-2, -1)).float().softmax(-1)
-    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    patches: Tensor = row[..., 0, model.num_prefix_tokens :].unflatten(-1, grid)
-    return patches
 
 
 def patch_features(backbone: nn.Module, images: Tensor) -> Tensor | None:
@@ -122,34 +66,6 @@ def patch_features(backbone: nn.Module, images: Tensor) -> Tensor | None:
     with frozen(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         [features] = forward(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)
     return features  # type: ignore[no-any-return]
-
-
-def pca_colours(features: Tensor) -> Tensor:
-    """The first three principal components of all patches together, as red, green and blue.
-
-    Each component fills its channel from the 1st to the 99th percentile. Its sign is the one with which its
-    third moment is positive, so that few patches are bright and many dark. A component that does not vary is
-    0.5 everywhere, and so is each of features that are not finite.
-
-    Args:
-        features: [B, D, H, W], of one model.
-
-    Returns:
-        [B, 3, H, W] float32 on the CPU, from 0 to 1.
-    """
-    B, _, H, W = features.shape
-    patches = features.detach().float().cpu().movedim(1, -1).flatten(0, 2)
-    if not patches.isfinite().all():
-        patches = torch.zeros_like(patches)
-    u, s, _ = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
-    components = (u * s)[:, :3]
-    components = F.pad(components, (0, 3 - components.shape[1]))
-    components = torch.where(components.pow(3).sum(0) < 0, -components, components)
-    low, high = components.quantile(torch.tensor([OUTLIERS, 1 - OUTLIERS]), dim=0)
-    spread = high - low
-    varies = spread > NEGLIGIBLE * patches.abs().max()
-    colours = torch.where(varies, (components - low) / spread, 0.5).clamp(0, 1)
-    return colours.view(B, H, W, 3).movedim(-1, 1)
 
 
 def inferno(heat: Tensor) -> Tensor:
@@ -459,10 +375,3 @@ def fitted(text: str, room: float, font: ImageFont.FreeTypeFont | ImageFont.Imag
     while text and font.getlength(f"{text}…") > room:
         text = text[:-1]
     return f"{text}…"
-
-
-def _attention_layers(backbone: nn.Module) -> list[Attention]:
-    """The attention layers of a Vision Transformer, by block; none of another model."""
-    blocks: Iterable[Any] = getattr(backbone, "blocks", ())
-    layers = (getattr(block, "attn", None) for block in blocks)
-    return [layer for layer in layers if isinstance(layer, Attention)]

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import RANDOM, Network
-from locat_lightning.callbacks.kernels import kernel_widths
 from locat_lightning.commands.parsing import (
     add_backbone_options,
     check_weights,
@@ -36,6 +35,7 @@ from locat_lightning.evaluation.cost import (
     multiply_adds,
 )
 from locat_lightning.evaluation.features import autocast_type
+from locat_lightning.inspection import kernel_widths
 
 DESCRIPTION = (
     "Parameters, multiply-adds, memory and throughput of a model, and, if it is trained, how wide its "

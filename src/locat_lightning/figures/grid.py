@@ -1,0 +1,157 @@
+"""Columns of tiles side by side, a row for each image."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from locat_lightning.figures.names import Names
+from locat_lightning.inspection import pca_colours
+
+DPI = 100
+BRIGHTNESS = 0.7  # of the images below heat
+INK, FAINT = "#1f2328", "#6e7781"
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+
+Box = tuple[float, float, float, float]  # left, right, bottom, top of a tile in its column, in pixels
+
+
+class Column(NamedTuple):
+    """A title, how to draw the tile of a row into a box of the column's axes, and a smaller second line."""
+
+    title: str
+    draw: Callable[[Axes, int, Box], None]
+    note: str = ""
+
+
+def rgb(images: Tensor, normalisation: Mapping[str, Sequence[float]] | None = None) -> list[np.ndarray]:
+    """Turn normalised images into what is shown.
+
+    Args:
+        images: [B, 3, H, W], normalised.
+        normalisation: `mean` and `std` by channel; None for ImageNet's.
+
+    Returns:
+        B images [H, W, 3], float32 from 0 to 1.
+    """
+    mean, std = (torch.tensor((normalisation or IMAGENET)[name]).view(3, 1, 1) for name in ("mean", "std"))
+    shown = (images.detach().float().cpu() * std + mean).clamp(0, 1).movedim(-3, -1)
+    return list(shown.numpy())
+
+
+def grid(
+    columns: Sequence[Column],
+    images: Sequence[np.ndarray],
+    side: int,
+    legend: Mapping[str, tuple[int, int, int]] | None = None,
+) -> Figure:
+    """Draw columns side by side under their titles.
+
+    Args:
+        columns: at least one.
+        images: [H, W, ...] each; its shape gives the tiles of a row theirs.
+        side: shorter side of a tile in pixels; gaps and text follow it.
+        legend: colours (RGB, 0 to 255) by name, explained below the columns.
+    """
+    gap, line = max(4, side // 20), max(16, side // 11)
+    sizes = [[round(length * side / min(image.shape[:2])) for length in image.shape[:2]] for image in images]
+    header = 2.5 * gap + side / 14 + side / 20
+    tops = np.cumsum([0, *(height + gap for height, _ in sizes)])
+    width, height = max(width for _, width in sizes), int(tops[-1]) - gap
+    across = gap + len(columns) * (width + gap)
+    per_row = max(1, int(across / (8 * line)))
+    footer = gap + (-(-len(legend) // per_row) * line + gap if legend else 0)
+    total = header + height + footer
+    figure = Figure(figsize=(across / DPI, total / DPI), dpi=DPI)
+    for number, column in enumerate(columns):
+        left = gap + number * (width + gap)
+        axes = figure.add_axes((left / across, footer / total, width / across, height / total))
+        axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+        axes.set_axis_off()
+        axes.set_title(
+            column.title,
+            loc="left",
+            fontsize=_points(side / 14),
+            color=INK,
+            pad=_points(side / 20 + 1.3 * gap),
+        )
+        axes.annotate(
+            column.note,
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(0, _points(gap / 2)),
+            textcoords="offset points",
+            fontsize=_points(side / 20),
+            color=FAINT,
+        )
+        for row, (high, wide) in enumerate(sizes):
+            column.draw(axes, row, (0, wide, tops[row] + high, tops[row]))
+    if legend:
+        _add_legend(figure, legend, per_row, line)
+    return figure
+
+
+def image_column(title: str, images: Sequence[np.ndarray], note: str = "") -> Column:
+    """Show images [H, W, 3], from 0 to 1 or uint8; small ones are enlarged without smoothing."""
+
+    def draw(axes: Axes, row: int, box: Box) -> None:
+        _show(axes, images[row], box)
+
+    return Column(title, draw, note)
+
+
+def feature_column(features: Tensor, title: str = "PCA of patch features") -> Column:
+    """Show the principal components of patch features [B, D, H, W] as colours (see `pca_colours`)."""
+    colours = list(pca_colours(features).movedim(1, -1).numpy())
+    return image_column(title, colours, "last block, first three as RGB")
+
+
+def heat_column(title: str, images: Sequence[np.ndarray], heat: Sequence[Tensor], note: str = "") -> Column:
+    """Show heat over dimmed images; the hotter, the less shows through.
+
+    Args:
+        title: of the column.
+        images: [height, width, 3] each, from 0 to 1.
+        heat: [H, W] for each image, from 0 to 1.
+        note: below the title.
+    """
+
+    def draw(axes: Axes, row: int, box: Box) -> None:
+        hot = heat[row].float().cpu().nan_to_num().clamp(0, 1).numpy()
+        _show(axes, images[row].mean(-1), box, cmap="gray", vmin=0, vmax=1 / BRIGHTNESS)
+        options = {"cmap": "inferno", "vmin": 0, "vmax": 1, "alpha": 0.4 + 0.5 * hot}
+        _show(axes, hot, box, interpolation="catrom", **options)
+
+    return Column(title, draw, note)
+
+
+def _show(axes: Axes, image: np.ndarray, box: Box, **options: Any) -> None:
+    enlarged = box[1] > image.shape[1]
+    options = {"interpolation": "nearest" if enlarged else "antialiased"} | options
+    axes.imshow(image, extent=box, aspect="auto", **options)
+
+
+def _add_legend(
+    figure: Figure, legend: Mapping[str, tuple[int, int, int]], columns: int, line: float
+) -> None:
+    handles = [
+        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor=FAINT)
+        for red, green, blue in legend.values()
+    ]
+    names = Names(list(legend))
+    size = _points(0.6 * line)
+    key = figure.legend(
+        handles, [" "] * len(handles), loc="lower left", ncols=columns, fontsize=size, frameon=False
+    )
+    for place, text in enumerate(key.get_texts()):
+        text.set(text=names[place], color=INK, **names.style)
+
+
+def _points(pixels: float) -> float:
+    return pixels * 72 / DPI

@@ -1,0 +1,23 @@
+"""What self-supervision learns from: the views of some images."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from locat_lightning.figures.grid import grid, image_column, rgb
+
+
+def views_figure(views: Sequence[Tensor], *, side: int = 192) -> Figure:
+    """Draw a row for each image and a column for each of its views: the global ones, then the local ones.
+
+    Args:
+        views: of each size [V, B, 3, H, W], normalised by ImageNet's mean and deviation.
+        side: of each view in pixels; small views are enlarged without smoothing.
+    """
+    columns = [
+        image_column(f"{kind} {number}", rgb(crops), f"{crops.shape[-1]} px")
+        for kind, of_size in zip(("global", "local"), views, strict=False)
+        for number, crops in enumerate(of_size, 1)
+    ]
+    return grid(columns, rgb(views[0][0]), side)

@@ -1,0 +1,153 @@
+"""Look at what a backbone does with images: Gaussian kernels, attention of [CLS], principal components."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from locat_lightning.evaluation.dense import padded
+from locat_lightning.evaluation.features import frozen
+from locat_lightning.nn import GaussianAugmentation, GaussianSelfAttention, gaussian_kernel
+
+OUTLIERS = 0.01  # share of the patches at either end of a principal component that saturates
+NEGLIGIBLE = 1e-5  # spread of a component, relative to the largest feature, that may be rounding error
+
+
+class Call(NamedTuple):
+    """One call of a module."""
+
+    inputs: tuple[Any, ...]
+    output: Any
+
+
+def observe(backbone: nn.Module, images: Tensor, modules: Iterable[nn.Module]) -> list[Call]:
+    """Run a backbone in evaluation mode and record the calls of some of its modules.
+
+    The backbone is left as it was, hooks and training flags included.
+
+    Args:
+        backbone: a model of images; a compiled one runs uncompiled here, so that its hooks are called.
+        images: [B, 3, height, width], normalised.
+        modules: parts of the backbone, or the backbone itself.
+
+    Returns:
+        The calls in the order in which the backbone made them.
+    """
+    calls: list[Call] = []
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls.append(Call(inputs, output))
+
+    hooks = [module.register_forward_hook(record) for module in modules]
+    try:
+        with frozen(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            backbone(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """Compute the kernels S of each block with GAug, averaged over the heads.
+
+    Args:
+        backbone: a timm Vision Transformer; other models, and those with windows, have no kernels.
+        images: [B, 3, height, width], normalised; padded to whole patches.
+
+    Returns:
+        For each block [B, H·W, H, W] float32: what each patch (row by row) adds to its logit for each patch.
+    """
+    gaugs = [layer.gaug for layer in backbone.modules() if isinstance(layer, GaussianSelfAttention)]
+    if not gaugs:
+        return []
+    kernels = []
+    for call in observe(backbone, padded(backbone, images), gaugs):
+        _, grid, _ = call.inputs
+        s = call.output if isinstance(call.output, Tensor) else gaussian_kernel(call.output)
+        kernels.append(s.expand(len(images), -1, -1, -1).mean(1).unflatten(-1, grid))
+    return kernels
+
+
+def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, float]]:
+    """Compute the mean variance and mean alpha of each block, over images, heads, patches and directions.
+
+    Args:
+        backbone: a timm model; one without GAug has no widths.
+        images: [B, 3, height, width], normalised; padded to whole patches.
+
+    Returns:
+        (variance in squared patches, alpha), from the first block to the last.
+    """
+    gaugs = [module for module in backbone.modules() if isinstance(module, GaussianAugmentation)]
+    if not gaugs:
+        return []
+    with torch.no_grad():
+        kernels = []
+        for gaug, call in zip(gaugs, observe(backbone, padded(backbone, images), gaugs), strict=True):
+            q, grid, built_for = call.inputs
+            kernels.append(gaug.variance_and_alpha(q[..., -math.prod(grid) :, :], grid, built_for))
+        return [(variance.mean().item(), alpha.mean().item()) for variance, alpha in kernels]
+
+
+def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
+    """Compute the attention of [CLS] to the patches in the last block: its row of the softmax.
+
+    Args:
+        backbone: a timm model.
+        images: [B, 3, height, width], normalised.
+
+    Returns:
+        [B, h, H, W] float32; None if the model is no Vision Transformer or has no [CLS].
+    """
+    model: Any = backbone
+    layers = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    layers = [layer for layer in layers if isinstance(layer, Attention)]
+    if not layers or model.cls_token is None:
+        return None
+    attention: Any = layers[-1]
+    [call] = observe(model, images, [attention])
+    with torch.no_grad():
+        q, k, _ = (
+            attention.qkv(call.inputs[0])
+            .unflatten(-1, (3, attention.num_heads, attention.head_dim))
+            .permute(2, 0, 3, 1, 4)
+        )
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        # GAug's S is 0 in this row.
+        row = (q[:, :, 0].unsqueeze(-2) * attention.scale @ k.transpose(-2, -1)).float().softmax(-1)
+    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    patches: Tensor = row[..., 0, model.num_prefix_tokens :].unflatten(-1, grid)
+    return patches
+
+
+def pca_colours(features: Tensor) -> Tensor:
+    """Show the first three principal components of all patches together as red, green and blue.
+
+    Each component fills its channel from its 1st to its 99th percentile. Its sign is chosen so that the third
+    moment is positive: few patches are bright and many dark. A component that does not vary is 0.5
+    everywhere, and so are all components of features that are not finite.
+
+    Args:
+        features: [B, D, H, W] of one model, as `evaluation.dense.patch_features` gives them.
+
+    Returns:
+        [B, 3, H, W] float32 on the CPU, from 0 to 1.
+    """
+    B, _, H, W = features.shape
+    patches = features.detach().float().cpu().movedim(1, -1).flatten(0, 2)
+    if not patches.isfinite().all():
+        patches = torch.zeros_like(patches)
+    u, s, _ = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    components = (u * s)[:, :3]
+    components = F.pad(components, (0, 3 - components.shape[1]))
+    components = torch.where(components.pow(3).sum(0) < 0, -components, components)
+    low, high = components.quantile(torch.tensor([OUTLIERS, 1 - OUTLIERS]), dim=0)
+    spread = high - low
+    varies = spread > NEGLIGIBLE * patches.abs().max()
+    colours = torch.where(varies, (components - low) / spread, 0.5).clamp(0, 1)
+    return colours.view(B, H, W, 3).movedim(-1, 1)
