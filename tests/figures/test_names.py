@@ -1,4 +1,4 @@
-"""Class names in figures: every script that a font has, and nothing that matplotlib would interpret or warn of."""
+"""Class names in figures: in any script that a font has, without interpretation or warnings."""
 
 import pytest
 from matplotlib.figure import Figure

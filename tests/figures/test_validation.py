@@ -1,6 +1,7 @@
 """Pictures of what a model makes of images: which columns, and what each tile shows where."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_tiles_keep_the_shape_of_the_images_and_do_not_overlap(size):
         boxes = [tile.get_window_extent() for tile in axes.images[:: len(axes.images) // 3]]
         for box in boxes:
             assert (box.height, box.width) == pytest.approx([56 * length / min(size) for length in size])
-        assert all(upper.y0 > lower.y1 for upper, lower in zip(boxes, boxes[1:], strict=False))
+        assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
     left, right = (axes.get_window_extent() for axes in figure.axes)
     assert left.x1 < right.x0
 
