@@ -1,6 +1,6 @@
-"""The rows of the paper's tables: names, parameters and multiply-adds, without LocAt and with it.
+"""The architectures of the paper: names, parameters and multiply-adds, without LocAt and with it.
 
-Prints the table of docs/models.md: `python benchmarks/rows.py`.
+Prints the tables of docs/models.md: `python benchmarks/rows.py`.
 """
 
 from typing import Any
@@ -35,11 +35,14 @@ def shown(name: str, kwargs: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    print("| row | without LocAt | with LocAt | parameters (M) | + LocAt | multiply-adds (G) | + LocAt |")
-    print("|---|---|---|---|---|---|---|")
+    print("| architecture | without LocAt | with LocAt |")
+    print("|---|---|---|")
     for row, plain, locat, kwargs in ROWS:
-        of_plain = {} if plain.startswith("nopos") else kwargs
-        before = [cost(plain.format(size), **of_plain) for size in SIZES]
+        print(f"| {row} | {shown(plain, _of_plain(plain, kwargs))} | {shown(locat, kwargs)} |")
+    print("\n| architecture | parameters (M) | + LocAt | multiply-adds (G) | + LocAt |")
+    print("|---|---|---|---|---|")
+    for row, plain, locat, kwargs in ROWS:
+        before = [cost(plain.format(size), **_of_plain(plain, kwargs)) for size in SIZES]
         after = [cost(locat.format(size), **kwargs) for size in SIZES]
         cells = [
             " / ".join(f"{parameters / 1e6:.2f}" for parameters, _ in before),
@@ -47,7 +50,12 @@ def main() -> None:
             " / ".join(f"{adds:.2f}" for _, adds in before),
             " / ".join(f"{b - a:.3f}" for (_, a), (_, b) in zip(before, after, strict=True)),
         ]
-        print(f"| {row} | {shown(plain, of_plain)} | {shown(locat, kwargs)} | {' | '.join(cells)} |")
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
+def _of_plain(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a row's plain model, whose name may say already that it has no position."""
+    return {} if name.startswith("nopos") else kwargs
 
 
 if __name__ == "__main__":
