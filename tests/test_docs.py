@@ -1,10 +1,14 @@
-"""The pages hold: links, snippets, commands, configs, figures, and the names of the method's code."""
+"""The pages hold: links, snippets, commands, options, configs, figures, names of the method's code."""
 
+import contextlib
+import io
 import json
 import re
 import runpy
 import statistics
+from functools import cache
 from importlib import import_module
+from inspect import signature
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,8 @@ import yaml
 
 import locat_lightning
 from locat import configs
-from locat.command import COMMANDS
+from locat.command import COMMANDS, main
+from locat_lightning import data, methods, tasks
 from locat_lightning.commands.study.plan import MEASURES, Study
 from locat_lightning.commands.study.report import NOTHING
 
@@ -24,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*.md"))]
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", *PAGES)}
-CONFIGS = {path.name for path in configs.config_directory().rglob("*.yaml")}
+SHIPPED = sorted(configs.config_directory().rglob("*.yaml"))
+CONFIGS = {path.name for path in SHIPPED}
 METHOD, RESULTS = TEXTS["docs/method.md"], TEXTS["docs/results.md"]
 # `file.py`: `name`, `name`
 NAMED = re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", METHOD)
@@ -38,6 +44,29 @@ def blocks(text, language):
 def prose(text):
     """A page without its fenced blocks."""
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def words(option):
+    """An option up to what is the same for every model: `--model.backbone_args` of `…backbone_args.depth`."""
+    return ".".join(option.split(".")[:2])
+
+
+@cache
+def options_of(command):
+    """The options in a command's help."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return {words(option) for option in re.findall(r"--[\w.]+", printed.getvalue())}
+
+
+@cache
+def options_of_classes(group, *names):
+    """`--model.…` or `--data.…` of some classes; of all if none is named."""
+    modules = {"model": (tasks, methods), "data": (data,)}[group]
+    classes = [getattr(module, name) for module in modules for name in module.__all__]
+    chosen = [each for each in classes if each.__name__ in names or not names]
+    return {f"--{group}.{parameter}" for each in chosen for parameter in signature(each).parameters}
 
 
 def anchor(heading):
@@ -95,6 +124,26 @@ def test_commands_name_commands_and_configs_that_there_are(page):
         assert name.removesuffix(".yaml") + ".yaml" in CONFIGS | {"probes.yaml", "own.yaml"}, name
     lines = "\n".join(blocks(text, "bash"))
     assert set(re.findall(r"^locat (\w+)", lines, flags=re.MULTILINE)) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_option_exists(page):
+    lines = "\n".join(blocks(TEXTS[page], "bash")).replace("\\\n", " ")
+    for command, rest in re.findall(r"\blocat (\w+) (.*)", lines):
+        known = options_of(command)
+        if command in ("fit", "validate", "test", "predict"):
+            shipped = [path for path in SHIPPED if f"--config {path.stem}" in rest]
+            config = yaml.safe_load(shipped[0].read_text()) if len(shipped) == 1 else {}
+            for group in ("model", "data"):
+                chosen = [config[group]["class_path"]] if group in config else []
+                known = known | options_of_classes(group, *chosen) | {f"--{group}.help"}
+        for option in re.findall(r"--[a-z][\w.]*", rest.partition(" # ")[0]):
+            assert words(option) in known, f"{command}: {option}"
+    for option in re.findall(
+        r"--(?:model|data|trainer|knn|linear|retrieval|pictures|checkpoint)\.\w+", TEXTS[page]
+    ):
+        known = options_of("fit") | options_of_classes("model") | options_of_classes("data")
+        assert option in known | {"--model.help", "--data.help"}, option
 
 
 def test_make_targets_are_those_of_the_makefile():
