@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RUNS ?= runs
 IMAGES ?= ../shared/data/cifar10.tar.gz
 MASKS ?= ../shared/data/camvid.tar
 
@@ -12,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,onnx,retrieval]'
 	@touch $@
 
-.PHONY: help install quickstart segment study test check format bench docs
+.PHONY: help install quickstart segment study test check format bench figures docs
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,18 +33,18 @@ format: $(INSTALLED) ## format and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 quickstart: $(INSTALLED) ## train a LocAtViT and a plain ViT on real digits, minutes on a CPU
-	$(BIN)/locat fit --config quickstart.yaml --name quickstart_vit \
+	$(BIN)/locat fit --config quickstart.yaml --runs $(RUNS) --name quickstart_vit \
 		--model.backbone_args.gaug false --model.backbone_args.prr false
-	$(BIN)/locat fit --config quickstart.yaml --name quickstart_locatvit
-	@echo; $(BIN)/locat runs
-	@echo 'look: $(BIN)/tensorboard --logdir runs'
+	$(BIN)/locat fit --config quickstart.yaml --runs $(RUNS) --name quickstart_locatvit
+	@echo; $(BIN)/locat runs $(RUNS)
+	@echo 'look: $(BIN)/tensorboard --logdir $(RUNS)'
 
 segment: $(INSTALLED) ## after quickstart: what the patch features of its two models are worth, minutes on a CPU
 	for model in vit locatvit; do \
-		$(BIN)/locat fit --config segment_digits.yaml --name segment_$$model \
-			--weights runs/quickstart_$$model/version_0/checkpoints/best.ckpt || exit; \
+		$(BIN)/locat fit --config segment_digits.yaml --runs $(RUNS) --name segment_$$model \
+			--weights $(RUNS)/quickstart_$$model/version_0/checkpoints/best.ckpt || exit; \
 	done
-	@echo; $(BIN)/locat runs
+	@echo; $(BIN)/locat runs $(RUNS)
 
 study: $(INSTALLED) ## write docs/results.md: the paper's arms on CIFAR-10, hours on a CPU (PRESET=cpu, gpu; IMAGES, MASKS)
 	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md \
@@ -55,6 +56,12 @@ bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO
 	$(BIN)/python benchmarks/knn.py
 	$(BIN)/python benchmarks/dino.py
 	$(BIN)/python benchmarks/segmentation.py
+
+figures: $(INSTALLED) ## measure again every figure of README and docs but the study's, half an hour on a CPU
+	rm -rf build/figures
+	$(MAKE) quickstart segment RUNS=build/figures
+	$(BIN)/locat fit --config dino_digits.yaml --runs build/figures
+	$(BIN)/python benchmarks/refresh.py build/figures
 
 docs: $(INSTALLED) ## build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

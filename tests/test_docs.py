@@ -3,9 +3,12 @@
 import contextlib
 import io
 import json
+import os
 import re
 import runpy
 import statistics
+import subprocess
+import sys
 from functools import cache
 from importlib import import_module
 from inspect import signature
@@ -31,6 +34,7 @@ PAGES = [path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*.md")
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", *PAGES)}
 SHIPPED = sorted(configs.config_directory().rglob("*.yaml"))
 CONFIGS = {path.name for path in SHIPPED}
+QUIET = {"NO_MKDOCS_2_WARNING": "1"}
 METHOD, RESULTS = TEXTS["docs/method.md"], TEXTS["docs/results.md"]
 # `file.py`: `name`, `name`
 NAMED = re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", METHOD)
@@ -65,8 +69,8 @@ def options_of_classes(group, *names):
     """`--model.…` or `--data.…` of some classes; of all if none is named."""
     modules = {"model": (tasks, methods), "data": (data,)}[group]
     classes = [getattr(module, name) for module in modules for name in module.__all__]
-    chosen = [each for each in classes if each.__name__ in names or not names]
-    return {f"--{group}.{parameter}" for each in chosen for parameter in signature(each).parameters}
+    bases = {base for each in classes if each.__name__ in names or not names for base in each.__mro__}
+    return {f"--{group}.{name}" for base in bases - {object} for name in signature(base.__init__).parameters}
 
 
 def anchor(heading):
@@ -95,6 +99,17 @@ def test_every_page_is_in_the_navigation_of_the_site():
     assert sorted(re.findall(r": ([\w/-]+\.md)$", navigation, flags=re.MULTILINE)) == sorted(
         page.removeprefix("docs/") for page in PAGES
     )
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, env=os.environ | QUIET)
+    assert done.returncode == 0, done.stderr
+    pages = [page.removeprefix("docs/").removesuffix(".md") + ".html" for page in PAGES]
+    assert [page for page in pages if not (tmp_path / page).is_file()] == []
+    fetched = "\n".join(re.findall(r"<(?:script|link|img)\b[^>]*", (tmp_path / "index.html").read_text()))
+    assert "://" not in fetched  # it needs no network
 
 
 def test_the_readme_links_every_guide():
@@ -166,6 +181,20 @@ def test_the_costs_are_those_that_were_measured(result):
         line for line in (ROOT / "benchmarks/results" / result).read_text().splitlines() if line[:1] == "|"
     ]
     assert "\n".join(rows) in TEXTS["docs/costs.md"]
+
+
+def test_figures_are_replaced_where_they_stand():
+    refresh = runpy.run_path(str(ROOT / "benchmarks" / "refresh.py"))
+    page = "| | ms |\n|-|-|\n| step | 5 |\n\n| | s |\n|-|-|\n| load | 5 |\n"
+    assert refresh["replace_tables"](page, "| | ms |\n|-|-|\n| step | 7 |\n") == page.replace(
+        "step | 5", "step | 7"
+    )
+    old, new = "a/version_0 top1 0.9528 (best 0.975)", "a/version_0  top1 0.975 (best 0.98)"
+    figures = refresh["replaced_figures"](old, new)
+    assert (
+        refresh["replace_figures"](f"{old}\n0.9528, 10.9528, 0.975", figures)
+        == f"{new}\n0.975, 10.9528, 0.98"
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,115 @@
+"""Measure again what README and docs show, and write it there: `make figures`.
+
+Takes a `--runs` directory with the quickstart's two runs, the two segmentations of its digits and the run
+of DINO, and the tables that the other scripts print. Labels beside the figures say what to replace: the
+first column of a table, the path of a run; in the text, a figure is replaced wherever it stands as it was.
+The results of a study are left alone: `locat study` writes their page.
+"""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
+
+from locat.runs import list_runs
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "results.md")]
+TABLES = {"backbones.py": "backbones-cpu.md", "segmentation.py": "segmentation-cpu.md", "rows.py": None}
+PICTURES = {"quickstart_locatvit": "pictures.png", "segment_locatvit": "segmentation.png"}
+KNN = "k-NN top-1 (knn/top1)"
+LINE = rf"{re.escape(KNN)} [\d.]+ untrained -> [\d.]+"
+
+
+def tables(text: str) -> list[str]:
+    """Return the Markdown tables of a text."""
+    return re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+
+
+def labels(table: str) -> list[str]:
+    """Return the cells of a table's first column, and of its head."""
+    lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    return lines[0] + [line[1] for line in lines[2:]]
+
+
+def replace_tables(text: str, measured: str) -> str:
+    """Replace each table of a text by that of the same labels in what was measured."""
+    new = {tuple(labels(table)): table for table in tables(measured)}
+    for table in tables(text):
+        text = text.replace(table, new.get(tuple(labels(table)), table))
+    return text
+
+
+def replaced_figures(old: str, new: str) -> dict[str, str]:
+    """Return what stands in place of the lines of runs, and of each figure in them, by what it was."""
+    found = {}
+    lines = {line.partition(" ")[0]: line for line in new.splitlines()}
+    for before in old.splitlines():
+        after = lines[before.partition(" ")[0]]
+        found[before] = after
+        for was, now in zip(*(re.findall(r"\d\.\d+", line) for line in (before, after)), strict=True):
+            if len(was) > 4:  # else it may be another figure elsewhere
+                found.setdefault(was, now)
+    return found
+
+
+def replace_figures(text: str, new: dict[str, str]) -> str:
+    """Replace lines and figures of a text, all at once."""
+    known = "|".join(re.escape(each) for each in sorted(new, key=len, reverse=True))
+    return re.sub(rf"(?<![\d.])(?:{known})(?!\d)", lambda match: new[match[0]], text)
+
+
+def knn_of(run: Path) -> list[tuple[int, str]]:
+    """Return the k-NN accuracies of a run, with their steps."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [(int(row["step"]), row["knn/top1"]) for row in csv.DictReader(file) if row.get("knn/top1")]
+
+
+def draw_knn(points: list[tuple[int, str]], path: Path) -> None:
+    """Draw accuracy by step."""
+    figure = Figure(figsize=(6, 3), layout="constrained", dpi=120)
+    axes = figure.add_subplot()
+    axes.plot([step for step, _ in points], [float(value) for _, value in points], marker="o")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("knn/top1")
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def last_picture(run: Path) -> bytes:
+    """Return the newest `pictures/validation` of a run, as PNG."""
+    log = EventAccumulator(str(run), {"images": 0})
+    log.Reload()
+    picture: bytes = log.Images("pictures/validation")[-1].encoded_image_string
+    return picture
+
+
+def main() -> None:
+    runs = Path(sys.argv[1])
+    measured = ""
+    for script, result in TABLES.items():
+        command = [sys.executable, str(ROOT / "benchmarks" / script)]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        if result is not None:
+            (ROOT / "benchmarks" / "results" / result).write_text(printed)
+        measured += printed + "\n"
+    knn = knn_of(runs / "dino_digits" / "version_0")
+    readme = PAGES[0].read_text()
+    old = re.findall(r"^\w+/version_0 .*$", readme, flags=re.MULTILINE) + re.findall(LINE, readme)
+    new = [list_runs(runs), f"{KNN} {float(knn[0][1]):.4g} untrained -> {float(knn[-1][1]):.4g}"]
+    figures = replaced_figures("\n".join(old), "\n".join(new))
+    for page in PAGES:
+        page.write_text(replace_figures(replace_tables(page.read_text(), measured), figures))
+    for name, picture in PICTURES.items():
+        (ROOT / "docs" / picture).write_bytes(last_picture(runs / name / "version_0"))
+    draw_knn(knn, ROOT / "docs" / "dino_digits.png")
+
+
+if __name__ == "__main__":
+    main()
