@@ -36,8 +36,12 @@ TASKS = {
         "data.global_size": 32,
         "data.local_size": 16,
         "data.local_views": 2,
+        "data.batch_size": 90,
         "knn.every_n_epochs": 1,
+        "knn.images": 90,
         "linear.every_n_epochs": 1,
+        "linear.images": 90,
+        "linear.epochs": 1,
     },
     "segment_digits": {
         "weights": "random",

@@ -1,55 +1,47 @@
-"""The table of predictions: order, names, numbers."""
+"""Predictions are written by the task, into the run's directory."""
 
-import csv
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
-from locat_lightning.callbacks.predictions import PredictionTable
+from locat_lightning.callbacks.predictions import Predictions
 
-
-def trainer(folder, **options):
-    data = SimpleNamespace(predict_paths=[f"{i}.jpg" for i in range(4)])
-    plain = {"world_size": 1, "is_global_zero": True, "log_dir": str(folder / "run"), "datamodule": data}
-    return SimpleNamespace(**(plain | options))
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 
 
-def part(*rows):
-    positions, probabilities = zip(*rows, strict=True)
-    return torch.tensor(positions), torch.tensor(probabilities)
+class Silent(LightningModule):
+    def predict_step(self, batch, _):
+        return 2 * batch
 
 
-def read(folder):
-    with (folder / "run" / "predictions.csv").open(newline="") as file:
-        return list(csv.reader(file))
+class Writer(Silent):
+    def __init__(self):
+        super().__init__()
+        self.written = []
+
+    def write_predictions(self, prediction, data, directory):
+        self.written.append((prediction.tolist(), data, directory))
+
+    def finish_predictions(self, data, directory):
+        return f"{len(self.written)} batches: {directory}"
 
 
-PARTS = [part((2, (0.9, 0.1)), (0, (0.25, 0.75))), part((3, (1 / 3, 2 / 3)))]
+def predict(module, folder):
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(default_root_dir=folder, logger=False, callbacks=[Predictions()], **options)
+    trainer.predict(module, DataLoader(torch.arange(3), batch_size=2), return_predictions=False)
 
 
-@pytest.mark.parametrize("names", [["ant, red", "bee"], []])
-def test_rows_are_in_the_order_of_the_data(tmp_path, names):
-    PredictionTable().write_on_epoch_end(trainer(tmp_path), SimpleNamespace(class_names=names), PARTS, [])
-    a, b = names or ["0", "1"]
-    assert read(tmp_path) == [
-        ["path", "class", a, b],
-        ["0.jpg", b, "0.250000", "0.750000"],
-        ["2.jpg", a, "0.900000", "0.100000"],  # 1.jpg could not be read
-        ["3.jpg", b, "0.333333", "0.666667"],
-    ]
+def test_each_batch_is_handed_to_the_task_and_the_end_is_told(tmp_path, caplog):
+    module = Writer()
+    predict(module, tmp_path)
+    assert module.written == [([0, 2], None, Path(tmp_path)), ([4], None, Path(tmp_path))]
+    assert f"2 batches: {tmp_path}" in caplog.text
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_the_first_process_writes_those_of_all(tmp_path, monkeypatch, first):
-    def gather(into, own):
-        into[:] = [own, [part((1, (0.0, 1.0)))]]
-
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    many = trainer(tmp_path, world_size=2, is_global_zero=first)
-    PredictionTable().write_on_epoch_end(many, SimpleNamespace(class_names=["a", "b"]), PARTS, [])
-    if first:
-        assert [row[0] for row in read(tmp_path)[1:]] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    else:
-        assert not (tmp_path / "run").exists()
+def test_a_users_own_module_predicts_without(tmp_path, caplog):
+    predict(Silent(), tmp_path)
+    assert "nothing is written: Silent has no method write_predictions" in caplog.text

@@ -1,19 +1,23 @@
 """How wide and how strong the Gaussian kernels of each block are, while a model trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
-from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.callbacks.pictures import watched_samples
 from locat_lightning.inspection import kernel_widths
+from locat_lightning.nn import GaussianAugmentation
 
 
 class KernelWidths(Callback):
-    """Logs the means `gaug_variance/block_00`, `gaug_alpha/block_00`, … at each validation of a training.
+    """Log the means `gaug_variance/block_00`, `gaug_alpha/block_00`, … of a module with a `backbone`.
 
-    Measured on the same few images each time: the first of the first validation batch of the main process.
+    They are measured at each validation of a training on the first images of the main process's first batch;
+    without validation at the end of each epoch, on samples of `val`, or else of `train`.
 
     Args:
         images: how many, at most.
@@ -22,26 +26,44 @@ class KernelWidths(Callback):
     def __init__(self, images: int = 32) -> None:
         self.images = images
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out whether there is anything to measure."""
+        backbone = getattr(pl_module, "backbone", None)
+        parts = backbone.modules() if isinstance(backbone, nn.Module) else ()
+        self._measures = trainer.is_global_zero and any(isinstance(p, GaussianAugmentation) for p in parts)
+        self._samples: Tensor | None = None
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: ImageBatch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Measures after the first batch: a moving average of the weights is still in place then."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        """Measure after the first batch: averaged weights are still in place then."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or batch_idx or dataloader_idx:
             return
-        if not trainer.is_global_zero or batch_idx or dataloader_idx:
+        if self._measures and isinstance(batch, Sequence) and isinstance(batch[0], Tensor):
+            self._measure(pl_module, batch[0])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure a module without validation."""
+        if trainer.enable_validation or not self._measures:
             return
-        assert isinstance(pl_module.backbone, nn.Module)
-        for block, (variance, alpha) in enumerate(
-            kernel_widths(pl_module.backbone, batch.images[: self.images])
-        ):
+        if self._samples is None:
+            images = [sample[0] for sample in watched_samples(trainer, self.images)]
+            images = [image for image in images if image.shape == images[0].shape]
+            self._samples = torch.stack(images) if images else torch.empty(0)
+        if len(self._samples):
+            self._measure(pl_module, self._samples.to(pl_module.device))
+
+    def _measure(self, module: LightningModule, images: Tensor) -> None:
+        backbone: Any = module.backbone
+        for block, (variance, alpha) in enumerate(kernel_widths(backbone, images[: self.images])):
             for name, value in (("gaug_variance", variance), ("gaug_alpha", alpha)):
                 # Both flags: no other process takes part, and Lightning does not warn that none does.
-                pl_module.log(
+                module.log(
                     f"{name}/block_{block:02}", value, batch_size=1, sync_dist=True, rank_zero_only=True
                 )

@@ -30,11 +30,9 @@ import locat_lightning.data
 from locat.runs import LOCK, is_locked, lock
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import Checkpoints, came_to_nothing
-from locat_lightning.callbacks.crops import CropPictures
 from locat_lightning.callbacks.kernels import KernelWidths
-from locat_lightning.callbacks.maps import MapWriter, SegmentationPictures
-from locat_lightning.callbacks.pictures import AttentionPictures
-from locat_lightning.callbacks.predictions import PredictionTable
+from locat_lightning.callbacks.pictures import Pictures
+from locat_lightning.callbacks.predictions import Predictions
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.callbacks.progress import EpochLines, ProgressBar
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
@@ -272,7 +270,7 @@ class LocatCLI(LightningCLI):
             "--name", type=str | None, default=None, help="name of the run; the config's by default"
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(AttentionPictures, "pictures")
+        parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(KnnProbe, "knn")
         parser.add_lightning_class_args(LinearProbe, "linear")
         parser.add_lightning_class_args(RetrievalProbe, "retrieval")
@@ -387,12 +385,7 @@ class LocatCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what watches every run."""
-        callbacks += [Throughput(), KernelWidths(), PredictionTable(), MapWriter(), CropPictures()]
-        callbacks += [
-            SegmentationPictures(each.images, each.every_n_epochs, each.side)
-            for each in callbacks
-            if isinstance(each, AttentionPictures)
-        ]
+        callbacks += [Throughput(), KernelWidths(), Predictions()]
         if config["enable_progress_bar"] is not False:
             on_terminal = get_console().is_terminal
             # It stands still before any other says what came of the run.
@@ -401,11 +394,11 @@ class LocatCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Checkpoints are read without executing anything in them."""
+        """Read checkpoints without executing anything in them; keep no predictions, which are written."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        return (
-            kwargs | {"ckpt_path": self.resume_from, "weights_only": True} if subcommand == "fit" else kwargs
-        )
+        if subcommand == "fit":
+            return kwargs | {"ckpt_path": self.resume_from, "weights_only": True}
+        return kwargs | {"return_predictions": False} if subcommand == "predict" else kwargs
 
     def _board(self, config: Namespace) -> tuple[TensorBoardLogger, int]:
         """TensorBoard's logger in the directory of the run, and the step at which it begins or goes on."""

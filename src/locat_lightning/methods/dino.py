@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +29,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
 from locat_lightning.evaluation.gather import distributed
 from locat_lightning.evaluation.rank import effective_rank
+from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, linear_rule, linear_warmup, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
 
@@ -306,6 +308,14 @@ class Dino(Task):
             }
         )
         return loss
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the backbones of student and teacher."""
+        return {"student": self.student.backbone, "teacher": self.teacher.backbone}
+
+    def input_pictures(self, batch: MultiCropBatch, side: int) -> dict[str, Figure]:
+        """Draw the views of the first images of a batch."""
+        return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """Nothing: without labels there is nothing to measure, but callbacks look at the images."""

@@ -16,6 +16,10 @@ from torch.optim import Optimizer
 from locat_lightning.backbones.create import check_arguments, noted_arguments
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.dense import patch_features
+from locat_lightning.figures.grid import rgb
+from locat_lightning.figures.validation import validation_figure
+from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 
 
 class Task(LightningModule):
@@ -41,15 +45,47 @@ class Task(LightningModule):
         return {"": self.backbone}
 
     def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
-        """Draw what the model makes of some validation samples.
+        """Draw what the model makes of some samples: kernels, attention, patch features, prediction.
+
+        It is called in evaluation mode and without gradients.
 
         Args:
-            samples: items of the validation set.
+            samples: items of an evaluation's data set: image, label, and perhaps more.
             data: the data module that they come from.
             side: shorter side of an image in the picture, in pixels.
 
         Returns:
             Figures by name.
+        """
+        images = torch.stack([sample[0] for sample in samples])
+        backbone: Any = self.backbone
+        inputs = images.to(self.device, next(backbone.parameters()).dtype)
+        features = probabilities = None
+        if hasattr(backbone, "forward_intermediates"):
+            features = patch_features(backbone, inputs)
+        if getattr(backbone, "num_classes", 0) > 0:
+            [call] = observe(backbone, inputs, [backbone])
+            probabilities = call.output.float().softmax(-1)
+        figure = validation_figure(
+            rgb(images, getattr(data, "normalisation", None)),
+            [int(sample[1]) for sample in samples],
+            getattr(self, "class_names", ()),
+            kernels=gaussian_kernels(backbone, inputs),
+            attention={name: cls_attention(each, inputs) for name, each in self.networks().items()},
+            features=features,
+            probabilities=probabilities,
+            side=side,
+        )
+        return {"validation": figure}
+
+    def result_pictures(self, data: Any) -> dict[str, Figure]:
+        """Draw what a validation found, when it has ended.
+
+        Args:
+            data: the data module that was measured on.
+
+        Returns:
+            Figures by name; none where the metrics say it all.
         """
         return {}
 

@@ -7,6 +7,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from timm.data import Mixup
@@ -21,8 +22,10 @@ from locat_lightning.backbones.create import create_backbone
 from locat_lightning.backbones.weights import load_weights, read_checkpoint
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.schedules import linear_rule, warmup_then_linear
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
+from locat_lightning.tasks.prediction_files import write_table
 
 DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, by label
 OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")  # some of timm's, to name where nothing is near
@@ -103,6 +106,7 @@ class Classification(Task):
         self.weights = weights
         self.class_names = list(class_names or [])
         self.data_classes: list[str] = []
+        self._predicted: list[tuple[Tensor, Tensor]] = []  # by `write_predictions`
 
     def configure_model(self) -> None:
         """Build the backbone for the classes of the data, and read its weights.
@@ -243,6 +247,30 @@ class Classification(Task):
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Positions in the data set [B] and probabilities [B, classes] (float32)."""
         return batch.indices, self(batch.images).float().softmax(-1)
+
+    def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
+        """Keep the probabilities of a batch."""
+        self._predicted.append((prediction[0].cpu(), prediction[1].cpu()))
+
+    def finish_predictions(self, data: Any, directory: Path) -> str:
+        """Write those of all processes as `predictions.csv`, in the order of the data set.
+
+        Raises:
+            InputError: no image could be read.
+        """
+        indices = torch.cat([torch.empty(0, dtype=torch.int64), *(each for each, _ in self._predicted)])
+        probabilities = torch.cat(
+            [torch.empty(0, self.hp.num_classes), *(each for _, each in self._predicted)]
+        )
+        self._predicted.clear()
+        indices, probabilities = gather_rows(indices, indices, probabilities, device=self.device)
+        if not len(indices):
+            raise InputError("nothing to predict: none of the images can be read")
+        table = directory / "predictions.csv"
+        if self.global_rank == 0:
+            paths = [data.predict_paths[index] for index in indices.tolist()]
+            write_table(table, paths, probabilities, self.class_names)
+        return f"{len(indices)} predictions: {table}"
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model.

@@ -1,7 +1,7 @@
 """Semantic segmentation by a small decoder on a backbone's patch features: what they are worth."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import ceil, inf, isnan
 from pathlib import Path
@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,14 +20,19 @@ from torch.optim import AdamW, Optimizer
 
 from locat_lightning.backbones.create import create_for_any_size, load_backbone, model_of
 from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Network, check_source, read_checkpoint
+from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.evaluation.iou import IoU, MeanIoU
+from locat_lightning.figures.grid import rgb
+from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
+from locat_lightning.inspection import gaussian_kernels
 from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
 from locat_lightning.tasks.base import Task, announce_learning_rate, check_range
+from locat_lightning.tasks.prediction_files import file_names, write_classes
 
 
 class Segmentation(Task):
@@ -359,6 +365,49 @@ class Segmentation(Task):
         """Positions in the data set [B], and classes [B, H, W] uint8 at the image's own size."""
         height, width = batch.masks.shape[-2:]
         return batch.indices, self.predicted(batch.images, (height, width)).byte()
+
+    def on_predict_start(self) -> None:
+        """Name a file for each image."""
+        self._file_names = file_names(self.trainer.datamodule.predict_paths)  # type: ignore[attr-defined]
+
+    def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
+        """Write the classes of each image as PNGs: their indices, and their colours over the image."""
+        colours = data.colours if len(data.colours) else distinct_colours(self.hp.num_classes)
+        indices, maps = prediction
+        for index, classes in zip(indices.tolist(), maps.cpu().numpy(), strict=True):
+            image, _ = data.source("predict").read(index)
+            write_classes(directory, self._file_names[index], image, classes, colours)
+
+    def finish_predictions(self, data: Any, directory: Path) -> str:
+        """Say where the files are."""
+        return f"predictions and overlays: {directory}"
+
+    def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
+        """Draw input, annotation, prediction and kernels of some samples, each in its own size."""
+        inputs = [sample[0][None].to(self.device) for sample in samples]
+        masks = [sample[1] for sample in samples]
+        pairs = zip(inputs, masks, strict=True)
+        predictions = [self.predicted(image, tuple(mask.shape[-2:]))[0].cpu() for image, mask in pairs]
+        kernels = [gaussian_kernels(self.backbone, image) for image in inputs]
+        figure = segmentation_figure(
+            [rgb(image, data.normalisation)[0] for image in inputs],
+            masks,
+            predictions,
+            self.class_names,
+            data.colours,
+            kernels=[[each[0] for each in block] for block in zip(*kernels, strict=True)],
+            side=side,
+        )
+        return {"validation": figure}
+
+    def result_pictures(self, data: Any) -> dict[str, Figure]:
+        """Draw IoU by class and the confusion matrix."""
+        if self.iou is None:
+            return {}
+        return {
+            "iou": iou_figure(self.iou, self.class_names, data.colours, title=self.protocol),
+            "confusion": confusion_figure(self.iou.confusion, self.class_names),
+        }
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW on the decoder, and on a trained backbone with a learning rate that falls by layer."""

@@ -1,0 +1,62 @@
+"""Predictions as files: a table of classes and probabilities, or the classes of pixels as PNGs."""
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from locat_lightning.figures.segmentation import overlay
+
+
+def write_table(file: Path, paths: Iterable[str], probabilities: Tensor, class_names: Sequence[str]) -> None:
+    """Write a CSV with a row for each image: path, class, and the probability of every class.
+
+    Args:
+        file: to write, in a directory that may not exist yet.
+        paths: of the images.
+        probabilities: [images, classes].
+        class_names: by label; none writes the labels' numbers.
+    """
+    names = list(class_names) or [str(label) for label in range(probabilities.shape[1])]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["path", "class", *names])
+        for path, row in zip(paths, probabilities, strict=True):
+            writer.writerow([path, names[int(row.argmax())], *(f"{value:.6f}" for value in row.tolist())])
+
+
+def write_classes(
+    directory: Path, name: str, image: Image.Image, classes: np.ndarray, colours: np.ndarray
+) -> None:
+    """Write the classes of an image's pixels as two PNGs.
+
+    `predictions/NAME.png` has the index of each pixel's class, with the classes' colours as its palette;
+    `overlays/NAME.png` has the colours over the image.
+
+    Args:
+        directory: where the two folders are.
+        name: of the image, perhaps with folders.
+        image: RGB.
+        classes: [H, W] uint8, of the image's size.
+        colours: [C, 3] uint8.
+    """
+    indexed = Image.fromarray(classes)
+    indexed.putpalette(colours.tobytes())
+    overlaid = Image.fromarray(overlay(np.asarray(image), classes, colours))
+    for folder, drawn in (("predictions", indexed), ("overlays", overlaid)):
+        file = directory / folder / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(file)
+
+
+def file_names(paths: Sequence[str]) -> list[str]:
+    """Name a file for each image: its path below the folder that holds all, without its ending if unique."""
+    root = os.path.commonpath([Path(path).parent for path in paths])
+    within = [Path(path).relative_to(root) for path in paths]
+    bare = [str(path.with_suffix("")) for path in within]
+    return bare if len(set(bare)) == len(bare) else [str(path) for path in within]
