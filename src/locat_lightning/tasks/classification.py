@@ -265,7 +265,7 @@ class Classification(Task):
         self._predicted.clear()
         indices, probabilities = gather_rows(indices, indices, probabilities, device=self.device)
         if not len(indices):
-            raise InputError("nothing to predict: none of the images can be read")
+            raise InputError("nothing is predicted: none of the images can be read")
         table = directory / "predictions.csv"
         if self.global_rank == 0:
             paths = [data.predict_paths[index] for index in indices.tolist()]
