@@ -25,8 +25,7 @@ from torch.optim import AdamW
 
 import locat_lightning  # noqa: F401 - registers the models
 from locat_lightning.callbacks.throughput import Throughput
-from locat_lightning.data.multiview import MultiCropBatch
-from locat_lightning.data.views import Views
+from locat_lightning.data.views import ViewBatch, Views
 from locat_lightning.methods import Dino
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,13 +39,13 @@ def now() -> float:
     return perf_counter()
 
 
-def random_batch(args: argparse.Namespace, seed: int) -> MultiCropBatch:
+def random_batch(args: argparse.Namespace, seed: int) -> ViewBatch:
     generator = torch.Generator().manual_seed(seed)
     views = [
         Views(torch.randn(count, args.batch, 3, size, size, generator=generator).to(DEVICE), None)
         for count, size in ((2, args.size), (8, args.size // 2))
     ]
-    return MultiCropBatch(views, torch.full((args.batch,), -1), torch.arange(args.batch))
+    return ViewBatch(views, torch.full((args.batch,), -1), torch.arange(args.batch))
 
 
 def build(args: argparse.Namespace) -> Dino:
@@ -57,7 +56,7 @@ def build(args: argparse.Namespace) -> Dino:
     return task
 
 
-def bare_step(task: Dino, steps: int) -> Callable[[MultiCropBatch], float]:
+def bare_step(task: Dino, steps: int) -> Callable[[ViewBatch], float]:
     """A step as one writes it without a trainer: it takes only modules and schedule from the task."""
     student, teacher, loss = task.student.to(DEVICE), task.teacher.to(DEVICE), task.loss.to(DEVICE)
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -69,7 +68,7 @@ def bare_step(task: Dino, steps: int) -> Callable[[MultiCropBatch], float]:
     task.peak_lr, task.steps, task.warmup = 1e-4, steps, 0
     done = 0
 
-    def step(batch: MultiCropBatch) -> float:
+    def step(batch: ViewBatch) -> float:
         nonlocal done
         lr, weight_decay, momentum = task.schedule(done)
         matrices, others = optimizer.param_groups
@@ -105,7 +104,7 @@ class Alternating(LightningDataModule):
         losses: of the bare steps.
     """
 
-    def __init__(self, batches: list[MultiCropBatch], steps: int, step: Callable[[Any], float]) -> None:
+    def __init__(self, batches: list[ViewBatch], steps: int, step: Callable[[Any], float]) -> None:
         super().__init__()
         self.batches, self.steps, self.step = batches, steps, step
         self.batch_size = len(batches[0].labels)
@@ -120,7 +119,7 @@ class Alternating(LightningDataModule):
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[MultiCropBatch]:
+    def __iter__(self) -> Iterator[ViewBatch]:
         for number in range(self.steps):
             batch = self.batches[number % len(self.batches)]
             start = now()

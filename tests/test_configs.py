@@ -28,7 +28,7 @@ SEGMENTS = {"ade20k": 150, "coco_stuff": 171, "digits": 11, "folder": 3, "pascal
 # One key at a time: the others, rightly or wrongly spelt, stay as the config has them.
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 DINO = {
-    "data": {"global_size": 32, "local_size": 16, "local_views": 2},
+    "data": {"views.global_size": 32, "views.local_size": 16, "views.local_views": 2},
     "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
     "knn": {"every_n_epochs": 1},
 }

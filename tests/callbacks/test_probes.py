@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
-from locat_lightning.data import ImageData, MultiCropData
+from locat_lightning.data import ImageData, MultiViewData
 from locat_lightning.data.dataset import Images
+from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, image_features
 from locat_lightning.evaluation.knn import knn_classify
@@ -58,8 +59,8 @@ def image_data(root, **options):
 
 
 def multicrop(root, **options):
-    sizes = {"global_size": 16, "local_size": 8, "local_views": 2, "batch_size": 6, "num_workers": 0}
-    return MultiCropData(**({"root": str(root)} | sizes | options))
+    plain = {"views": MultiCrop(16, 8, 2), "batch_size": 6, "num_workers": 0}
+    return MultiViewData(**({"root": str(root)} | plain | options))
 
 
 class Record(Callback):

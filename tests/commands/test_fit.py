@@ -27,6 +27,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.tasks import Classification
 
 FIT = ["fit", "--config", "classify_tiny.yaml"]
+DINO = ["fit", "--config", "dino_tiny.yaml"]
 STEADY = ["--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4", "--model.lr", "1e-2"]
 # No epoch of it writes a checkpoint.
 ENDLESS = [
@@ -174,6 +175,11 @@ def test_a_config_is_a_local_file_first(tmp_path):
         ([*FIT, "--model.warmup_epochs", "-1"], "model.warmup_epochs (-1.0) must be at least 0"),
         ([*FIT, "--model.optimizer", "lbfgs"], "knows no 'lbfgs'; it knows adamw, sgd, lamb, lion, muon, …"),
         ([*FIT, "--data.std", "[0,0,0]"], "std (0.0, 0.0, 0.0) must be three numbers above 0"),
+        ([*DINO, "--data.views.hflip", "3"], "data.views.hflip: 3 is out of range (>=0 and <=1)"),
+        (
+            [*DINO, "--data.views.local_size", "a"],
+            "data.views.local_size: 'a' is not of the type PositiveInt",
+        ),
         ([*FIT, "--data.hflip", "3"], "hflip (3.0) must be from 0 to 1"),
         ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),
         ([*FIT, "--data.scale", "[0.9]"], "data.scale: it takes 2 values, not [0.9]"),

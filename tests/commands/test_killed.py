@@ -49,7 +49,7 @@ def options(tmp_path_factory):
     backbone = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3, drop_path_rate: 0.3}"
     return [
         *("--config", "dino_digits.yaml", "--data.dataset", "folder", "--data.root", str(root)),
-        *("--data.batch_size", str(BATCH), "--data.num_workers", "1", "--data.local_views", "2"),
+        *("--data.batch_size", str(BATCH), "--data.num_workers", "1", "--data.views.local_views", "2"),
         *("--model.backbone_args", backbone, "--model.out_dim", "64", "--model.hidden_dim", "32"),
         *("--model.bottleneck_dim", "16", "--model.warmup_epochs", "1", "--pictures.images", "2"),
         *("--trainer.max_epochs", str(EPOCHS), "--trainer.accelerator", "cpu", "--pictures.side", "64"),

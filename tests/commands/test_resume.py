@@ -15,9 +15,10 @@ MODEL = {
     "backbone_args": {"drop_path_rate": 0.1, "img_size": 32},
     "lr": None,
 }
-DATA = {"_class_path": "locat_lightning.data.MultiCropData", "batch_size": 64, "global_scale": [0.4, 1.0]}
+DATA = {"_class_path": "locat_lightning.data.MultiViewData", "batch_size": 64}
+VIEWS = {"class_path": "locat_lightning.data.views.MultiCrop", "init_args": {"global_scale": [0.4, 1.0]}}
 RUN = {"seed_everything": 0, "trainer.max_epochs": 100, "trainer.devices": 8, "trainer.precision": "32-true"}
-BEFORE = {"model": MODEL, "data": DATA | {"root": "a", "num_workers": 4}} | RUN
+BEFORE = {"model": MODEL, "data": DATA | {"root": "a", "num_workers": 4, "views": VIEWS}} | RUN
 
 
 def with_(group=None, **options):
@@ -26,8 +27,9 @@ def with_(group=None, **options):
 
 def test_what_is_the_same_is_no_change():
     assert changes(BEFORE, BEFORE) == []
-    other = {"root": "b", "num_workers": 0, "download": True, "max_unreadable": 3, "global_scale": (0.4, 1)}
-    assert changes(BEFORE, with_("data", **other)) == []
+    other = {"root": "b", "num_workers": 0, "download": True, "max_unreadable": 3}
+    views = VIEWS | {"init_args": {"global_scale": (0.4, 1)}}
+    assert changes(BEFORE, with_("data", **other, views=views)) == []
     assert changes(BEFORE, with_("model", _instantiator=None)) == []
 
 
@@ -43,7 +45,11 @@ def test_what_is_the_same_is_no_change():
             Change("model.backbone_args.drop_path_rate", 0.1, 0.2),
         ),
         (with_("data", batch_size=32), Change("data.batch_size", 64, 32)),
-        (with_("data", global_scale=[0.3, 1.0]), Change("data.global_scale", [0.4, 1.0], [0.3, 1.0])),
+        (
+            with_("data", views=VIEWS | {"init_args": {"global_scale": [0.3, 1.0]}}),
+            Change("data.views.global_scale", [0.4, 1.0], [0.3, 1.0]),
+        ),
+        (with_("data", views=VIEWS | {"class_path": "a.Other"}), Change("data.views", "MultiCrop", "Other")),
         (BEFORE | {"seed_everything": 1}, Change("seed_everything", 0, 1)),
         (BEFORE | {"trainer.max_epochs": 200}, Change("trainer.max_epochs", 100, 200)),
         (BEFORE | {"trainer.devices": 4}, Change("trainer.devices", 8, 4)),

@@ -433,7 +433,12 @@ def test_arms_of_dino_are_probed_without_a_top1(shipped, folder, scenes, tmp_pat
     monkeypatch.chdir(tmp_path)
     tiny = {f"model.backbone_args.{name}": value for name, value in BACKBONE.items()}
     heads = {"model.out_dim": 64, "model.hidden_dim": 32, "model.bottleneck_dim": 16}
-    short = {"trainer.max_epochs": 1, "model.warmup_epochs": 0, "data.batch_size": 6, "data.local_views": 1}
+    short = {
+        "trainer.max_epochs": 1,
+        "model.warmup_epochs": 0,
+        "data.batch_size": 6,
+        "data.views.local_views": 1,
+    }
     run = {"data.num_workers": 0, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1}
     options = {"dino": tiny | heads | short | run, "knn": {"data.num_workers": 0, "accelerator": "cpu"}}
     preset = {"arms": ["dino_vit", "dino_locat"], "seeds": [0], "options": options}

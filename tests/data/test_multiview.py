@@ -1,12 +1,15 @@
+import json
 import re
+from dataclasses import asdict
 
+import jsonargparse
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from locat_lightning.data import MultiCropData
+from locat_lightning.data import MultiViewData
 from locat_lightning.data.classification import ImageData
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.data.sources import Stream
@@ -21,8 +24,8 @@ def write(path, seed=0, size=(60, 40)):
 
 
 def data(root, **options):
-    plain = {"global_size": 16, "local_size": 8, "local_views": 3, "batch_size": 4, "num_workers": 0}
-    return MultiCropData(root=str(root), **(plain | options))
+    plain = {"views": MultiCrop(16, 8, 3), "batch_size": 4, "num_workers": 0}
+    return MultiViewData(root=str(root), **(plain | options))
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_workers_and_the_place_of_the_colours_change_nothing(unlabelled):
     here = data(unlabelled)
     batch = next(iter(here.train_dataloader()))
     [there, _] = list(data(unlabelled, num_workers=2).train_dataloader())
-    on_worker = next(iter(data(unlabelled, colour_on="worker").train_dataloader()))
+    on_worker = next(iter(data(unlabelled, views=MultiCrop(16, 8, 3, colour_on="worker")).train_dataloader()))
     finished = here.on_after_batch_transfer(batch, 0)
     for a, b, c, d in zip(batch.views, there.views, finished.views, on_worker.views, strict=True):
         assert torch.equal(a.crops, b.crops)
@@ -152,7 +155,7 @@ def test_a_few_images_are_watched(tmp_path):
 
 
 def test_digits_need_no_folder():
-    images = MultiCropData(dataset="digits", global_size=16, local_size=8, batch_size=8, num_workers=0)
+    images = MultiViewData(dataset="digits", views=MultiCrop(16, 8), batch_size=8, num_workers=0)
     images.setup("fit")
     assert next(iter(images.train_dataloader())).views[1].crops.shape == (8, 8, 3, 8, 8)
     assert len(images.class_names) == 10
@@ -172,7 +175,7 @@ def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
     decoded = []
     load = JpegImageFile.load
     monkeypatch.setattr(JpegImageFile, "load", lambda image: decoded.append(image.size) or load(image))
-    views, _, _ = data(tmp_path, local_views=0).train_dataloader().dataset[0]
+    views, _, _ = data(tmp_path, views=MultiCrop(16, local_views=0)).train_dataloader().dataset[0]
     assert views[0].crops.shape == (2, 3, 16, 16)
     assert decoded[0] in ((200, 150), (400, 300))
 
@@ -204,10 +207,39 @@ def test_a_bug_in_cutting_is_no_unreadable_image(unlabelled, monkeypatch):
         list(data(unlabelled, max_unreadable=9).train_dataloader())
 
 
+def parsed(*options):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MultiViewData, "data")
+    return parser.instantiate_classes(parser.parse_args(["--data=MultiViewData", *options])).data
+
+
+def test_views_are_a_class_in_the_config():
+    config = {"class_path": "MultiCrop", "init_args": {"global_size": 32, "local_views": 2}}
+    by_config = parsed(f"--data.views={json.dumps(config)}", "--data.views.local_views=5")
+    assert by_config.views == MultiCrop(32, local_views=5)
+    assert by_config.img_size == by_config.views.size == 32
+    assert parsed("--data.views.local_size=16").views == MultiCrop(local_size=16)
+    assert parsed().views == MultiViewData().views == MultiCrop()
+
+
+def test_a_checkpoint_keeps_the_views_as_plain_values():
+    expected = {"class_path": "locat_lightning.data.views.MultiCrop", "init_args": asdict(MultiCrop(32))}
+    data = MultiViewData(views=MultiCrop(32))
+    assert data.hparams["views"] == data.hparams_initial["views"] == expected
+    assert isinstance(data.views, MultiCrop)
+
+
+@pytest.mark.parametrize(
+    "option", ["global_size=0", "local_size=0", "local_views=-1", "hflip=3", "colour_on=gpu", "local_view=2"]
+)
+def test_the_parser_checks_the_options_of_the_views(option):
+    with pytest.raises(jsonargparse.ArgumentError, match=option.partition("=")[0]):
+        parsed(f"--data.views.{option}")
+
+
 def test_mistakes_are_named(tmp_path, labelled):
     for options, message in (
         ({"root": tmp_path / "none"}, "no such folder"),
-        ({"root": tmp_path / "train" / "ant", "global_scale": (0.9, 0.4)}, "global_scale"),
         ({"root": tmp_path, "batch_size": 0}, "batch_size"),
     ):
         with pytest.raises(InputError, match=message):

@@ -14,9 +14,8 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from locat_lightning.callbacks.checkpoints import Checkpoints
-from locat_lightning.data import MultiCropData
-from locat_lightning.data.multiview import MultiCropBatch
-from locat_lightning.data.views import Views
+from locat_lightning.data import MultiViewData
+from locat_lightning.data.views import MultiCrop, ViewBatch, Views
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino
 from locat_lightning.schedules import cosine, linear_warmup, warmup_then_cosine
@@ -50,12 +49,12 @@ def random_batch(images, seed=0):
         Views(torch.randn(count, images, 3, size, size, generator=generator), None)
         for count, size in ((2, 32), (3, 16))
     ]
-    return MultiCropBatch(views, torch.full((images,), -1), torch.arange(images))
+    return ViewBatch(views, torch.full((images,), -1), torch.arange(images))
 
 
 def part_of(batch, images):
     views = [Views(each.crops[:, images], None) for each in batch.views]
-    return MultiCropBatch(views, batch.labels[images], batch.indices[images])
+    return ViewBatch(views, batch.labels[images], batch.indices[images])
 
 
 class Batches(LightningDataModule):
@@ -138,7 +137,7 @@ def test_eight_steps_are_those_of_the_original_code():
     for network in (task.student, task.teacher):
         network.load_state_dict(beneath("init."))
     batches = [
-        MultiCropBatch(
+        ViewBatch(
             [Views(views[:2], None), Views(views[2:], None)],
             torch.full((settings["batch_size"],), -1),
             torch.arange(settings["batch_size"]),
@@ -301,9 +300,9 @@ def test_a_model_that_does_not_take_both_sizes_is_an_error(tmp_path, img_size, o
     arguments = {"img_size": img_size}
     task = Dino(name, backbone_args=arguments, out_dim=16, hidden_dim=8, bottleneck_dim=8, warmup_epochs=0)
     with pytest.raises(
-        InputError, match=rf"{name} does not take images of {size} pixels .*: set data\.{option} .*"
+        InputError, match=rf"{name} does not take images of {size} pixels .*: set data\.views\.{option} .*"
     ) as error:
-        trainer().fit(task, multicrop(images(tmp_path / "images"), global_size=64, local_size=32))
+        trainer().fit(task, multicrop(images(tmp_path / "images"), MultiCrop(64, 32)))
     assert "\n" not in str(error.value)
 
 
@@ -327,7 +326,7 @@ def test_a_step_in_mixed_precision(tmp_path, colour_on):
     for precision in ("32-true", "bf16-mixed"):
         task, record, seen, before = small(lr=0.1), Record(), [], []
         run = trainer(record, Watch(), precision=precision, max_steps=1)
-        run.fit(task, multicrop(folder, colour_on=colour_on))
+        run.fit(task, multicrop(folder, MultiCrop(32, 16, 2, colour_on=colour_on)))
         losses[precision] = [*record.losses, seen[0]]
         assert {p.dtype for p in task.parameters()} == {torch.float32}
         assert any(not torch.equal(a, b) for a, b in zip(before, task.student.parameters(), strict=True))
@@ -500,9 +499,9 @@ def images(folder, number=22):
     return folder
 
 
-def multicrop(folder, **options):
-    plain = {"global_size": 32, "local_size": 16, "local_views": 2, "batch_size": 2, "num_workers": 0}
-    return MultiCropData(root=str(folder), **(plain | options))
+def multicrop(folder, views=None, **options):
+    plain = {"views": views or MultiCrop(32, 16, 2), "batch_size": 2, "num_workers": 0}
+    return MultiViewData(root=str(folder), **(plain | options))
 
 
 @resuming
@@ -577,11 +576,9 @@ def test_the_first_step_after_a_resume_has_its_own_schedule(tmp_path):
 
 def of_digits(world_size=1, **options):
     record = Record()
-    data = MultiCropData(
+    data = MultiViewData(
         dataset="digits",
-        global_size=32,
-        local_size=16,
-        local_views=2,
+        views=MultiCrop(32, 16, 2),
         num_workers=0,
         batch_size=8 // world_size,
     )

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 from locat_lightning.callbacks.checkpoints import Checkpoints
-from locat_lightning.data import MultiCropData
+from locat_lightning.data import MultiViewData
+from locat_lightning.data.views import MultiCrop
 from locat_lightning.methods import Dino
 
 IMAGES, BATCH, STEPS = 20, 2, 5  # steps of an epoch of two processes
@@ -37,7 +38,6 @@ def run(root, *callbacks, **options):
         warmup_epochs=1,
         lr=1e-2,
     )
-    views = {"global_size": 32, "local_size": 16, "local_views": 2}
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -50,7 +50,7 @@ def run(root, *callbacks, **options):
         enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
         callbacks=list(callbacks),
     )
-    data = MultiCropData(root=str(root), batch_size=BATCH, num_workers=0, **views)
+    data = MultiViewData(root=str(root), views=MultiCrop(32, 16, 2), batch_size=BATCH, num_workers=0)
     stopped = False
     try:
         trainer.fit(task, data, **options)

@@ -7,8 +7,7 @@ import pytest
 import timm
 import torch
 
-from locat_lightning.data.multiview import MultiCropBatch
-from locat_lightning.data.views import Views
+from locat_lightning.data.views import ViewBatch, Views
 from locat_lightning.evaluation.iou import count_pixels, iou
 from locat_lightning.inspection import cls_attention
 from locat_lightning.methods import Dino
@@ -74,7 +73,7 @@ def test_dino_shows_student_and_teacher_and_its_crops():
         np.testing.assert_allclose(axes.images[1].get_array(), heat / heat.max(), atol=1e-6)
 
     views = [Views(torch.randn(count, 6, 3, side, side), None) for count, side in ((2, 16), (3, 8))]
-    batch = MultiCropBatch(views, torch.zeros(6), torch.arange(6))
+    batch = ViewBatch(views, torch.zeros(6), torch.arange(6))
     [(name, figure)] = module.input_pictures(batch, 32).items()
     assert name == "crops"
     assert titles(figure) == ["global 1", "global 2", "local 1", "local 2", "local 3"]

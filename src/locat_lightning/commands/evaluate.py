@@ -187,7 +187,8 @@ def _defaults(command: str, weights: str) -> dict[str, Any]:
     if record is not None:
         recorded = yaml.safe_load(record.read_text())["data"]
         data, has_masks = recorded["init_args"], recorded["class_path"].endswith("SegmentationData")
-        data["img_size"] = data.get("global_size", data.get("img_size"))
+        if views := data.get("views", {}).get("init_args"):
+            data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
         of_a_kind = has_masks == (command == "retrieve")
         keys = (OF_THE_MASKS if has_masks else OF_THE_IMAGES) if of_a_kind else OF_ANY_KIND
         return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}

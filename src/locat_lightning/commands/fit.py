@@ -96,7 +96,7 @@ LEAST = {
 }
 HELP_TO_OPTIONS = (
     "The options of model and data are those of their class: locat fit --model.help Classification (or Dino, "
-    "Segmentation), locat fit --data.help ImageData (or MultiCropData, SegmentationData)."
+    "Segmentation), locat fit --data.help ImageData (or MultiViewData, SegmentationData)."
 )
 COMMANDS = {
     "fit": "train",

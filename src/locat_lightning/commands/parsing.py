@@ -208,6 +208,10 @@ def _in_a_line(message: str) -> str:
         return f"{key}: {fault[1]}"
     if tuple_ := re.search(r"Expected a tuple with (\d+) elements\. Got value: (.*)", problem):
         return f"{key}: it takes {tuple_[1]} values, not {tuple_[2]}"
+    if limit := re.search(r"Not of type \w+: (.*) does not conform to restriction (.*)", problem):
+        return f"{key}: {limit[1]} is out of range ({limit[2].replace('v', '')})"
+    if other := re.search(r"Not of type (\w+): .*: ('.*')", problem):
+        return f"{key}: {other[2]} is not of the type {other[1]}"
     if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
         tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])
         names = ["null" if name == "NoneType" else name or other for name, other in tried]

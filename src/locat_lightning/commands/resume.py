@@ -136,10 +136,12 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool, c
 def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Values by dotted name; the class of model and data under their own name, and none for no arguments."""
     for key, value in options.items():
-        if key == "_class_path":
+        if key in ("_class_path", "class_path"):
             yield prefix.removesuffix("."), str(value).rpartition(".")[2]
         elif key == "_instantiator":  # Lightning's own
             continue
+        elif key == "init_args":  # of a class among the options, as data.views
+            yield from _flat(value, prefix)
         elif isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         elif key.endswith("_args") and value is None:  # the same as no arguments

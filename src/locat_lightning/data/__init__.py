@@ -1,7 +1,7 @@
 """Images, views and masks: from files to batches. Knows no model."""
 
 from locat_lightning.data.classification import ImageData
-from locat_lightning.data.multiview import MultiCropData
+from locat_lightning.data.multiview import MultiViewData
 from locat_lightning.data.segmentation import SegmentationData
 
-__all__ = ["ImageData", "MultiCropData", "SegmentationData"]
+__all__ = ["ImageData", "MultiViewData", "SegmentationData"]

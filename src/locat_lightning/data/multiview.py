@@ -1,16 +1,14 @@
 """Images for self-distillation: some global and some local views of each, and labels where there are any."""
 
 import os
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torch import Tensor, tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data.base import SPLITS
@@ -19,29 +17,16 @@ from locat_lightning.data.dataset import Failure, Images, Source
 from locat_lightning.data.decoding import reason
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.sources import Files, Stream, labelled_files, unlabelled_files
-from locat_lightning.data.views import MultiCrop, Views, collate_views
+from locat_lightning.data.views import MultiCrop, ViewBatch, Views, ViewTransform
 from locat_lightning.errors import InputError
 
-__all__ = ["MultiCropBatch", "MultiCropData"]
+__all__ = ["MultiViewData"]
 
+MULTI_CROP = MultiCrop()
 WATCHED = 32  # images that the validation shows to the callbacks
 
 
-class MultiCropBatch(NamedTuple):
-    """The views of B images.
-
-    Attributes:
-        views: of each size; the global ones come first.
-        labels: [B], int64; -1 where unknown.
-        indices: [B], int64, the images' positions in the data set.
-    """
-
-    views: list[Views]
-    labels: Tensor
-    indices: Tensor
-
-
-class MultiCropImages(Images):
+class ViewImages(Images):
     """The images of a source, each cut into views.
 
     The views follow from (seed, epoch, index) alone. Images are decoded no larger than the views need.
@@ -52,7 +37,7 @@ class MultiCropImages(Images):
         seed: of the views.
     """
 
-    transform: MultiCrop
+    transform: ViewTransform
 
     def __getitem__(self, item: int) -> tuple[list[Views], int, int] | Failure:
         epoch, index = divmod(item, len(self))
@@ -63,16 +48,10 @@ class MultiCropImages(Images):
             Exception
         ) as error:  # decoders raise anything; a worker that raises would hide which image it was
             return Failure(self.source.path(index), reason(error))
-        return self.transform.cut(*decoded), label, index
+        return self.transform.cut(decoded), label, index
 
 
-def collate_multicrop(items: Sequence[tuple[list[Views], int, int]]) -> MultiCropBatch:
-    """Make a batch of items of `MultiCropImages`."""
-    views, labels, indices = zip(*items, strict=True)
-    return MultiCropBatch(collate_views(views), tensor(labels), tensor(indices))
-
-
-class MultiCropData(ImageData):
+class MultiViewData(ImageData):
     """Images with or without labels, in several views each for training.
 
     In a folder, every image beneath `train/` is trained on, or beneath the root where there is no `train/`.
@@ -87,13 +66,7 @@ class MultiCropData(ImageData):
             timm's: `torch/cifar10`, `hfds/timm/mini-imagenet`, ….
         download: whether a timm data set may be downloaded to root.
         classes: the number of classes of a timm data set that does not know it.
-        global_size: height and width of the global views, and of the images in evaluation, in pixels.
-        local_size: height and width of the local views in pixels.
-        local_views: how many local views; 0 leaves them out. There are two global ones.
-        global_scale: smallest and largest share of the image's area in a global view.
-        local_scale: smallest and largest share of the image's area in a local view.
-        colour_on: where the views' colours are augmented: `device`, batched, or `worker`, which is slower.
-        hflip: probability of a horizontal flip of each view.
+        views: how views are made of an image; their `size` is that of the images in evaluation.
         batch_size: images per batch in each process.
         num_workers: processes that read images, for each process that trains; 0 reads in that process itself,
             null takes the available processors but one (16 at most).
@@ -114,13 +87,7 @@ class MultiCropData(ImageData):
         dataset: str = "folder",
         download: bool = False,
         classes: int | None = None,
-        global_size: int = 224,
-        local_size: int = 96,
-        local_views: int = 8,
-        global_scale: tuple[float, float] = (0.4, 1.0),
-        local_scale: tuple[float, float] = (0.05, 0.4),
-        colour_on: Literal["device", "worker"] = "device",
-        hflip: float = 0.5,
+        views: ViewTransform = MULTI_CROP,
         batch_size: int = 64,
         num_workers: int | None = None,
         eval_interpolation: str = "bicubic",
@@ -133,8 +100,7 @@ class MultiCropData(ImageData):
             dataset=dataset,
             download=download,
             classes=classes,
-            img_size=global_size,
-            hflip=hflip,
+            img_size=views.size,
             batch_size=batch_size,
             num_workers=num_workers,
             eval_interpolation=eval_interpolation,
@@ -142,9 +108,10 @@ class MultiCropData(ImageData):
             seed=seed,
             max_unreadable=max_unreadable,
         )
-        self.views = MultiCrop(
-            global_size, local_size, local_views, global_scale, local_scale, colour_on, hflip
-        )
+        self.views = views
+        if self.hparams["views"] is views:  # not given by a config: checkpoints hold plain values alone
+            path = f"{type(views).__module__}.{type(views).__qualname__}"
+            self.save_hyperparameters({"views": {"class_path": path, "init_args": asdict(views)}})
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -157,8 +124,8 @@ class MultiCropData(ImageData):
         """The views of the images in random order, the same number of images for every process."""
         source = self.source("train")
         assert not isinstance(source, Stream)
-        images = MultiCropImages(source, self.views, self.seed)
-        return self._shuffled(images, collate=collate_multicrop)
+        images = ViewImages(source, self.views, self.seed)
+        return self._shuffled(images, collate=self.views.collate)
 
     def val_dataloader(self) -> ImageLoader:
         """A few images to watch, evenly spaced over `val`, or over `train` where there is no `val`."""
@@ -169,7 +136,7 @@ class MultiCropData(ImageData):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Finishes the colours of the views, on the device."""
-        if isinstance(batch, MultiCropBatch):
+        if isinstance(batch, ViewBatch):
             return batch._replace(views=[views.coloured() for views in batch.views])
         return batch
 

@@ -1,21 +1,24 @@
-"""DINO's multi-crop: two global and several local views of an image.
+"""Views of an image for self-supervision: what a method's batch holds, and DINO's multi-crop.
 
-Workers decode, crop, resize and flip on uint8 (`MultiCrop`); the colours follow batched on the training
-device, or in the worker too. All random numbers come from one generator per image: (seed, epoch, index) can
-fix its views.
+A method that wants other views brings a `ViewTransform` of its own and names it in the config, as
+`data.views.class_path`. All random numbers come from one generator per image: (seed, epoch, index) fix its
+views.
 
-Source: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/dino.
+Source of `MultiCrop`: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/dino.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, tensor
 from torch.utils.data import default_collate
 
 from locat_lightning.data.colour import apply_colour, draw_colour
@@ -64,6 +67,64 @@ class Views:
         return Views(crops.view(self.crops.shape), None)
 
 
+class ViewBatch(NamedTuple):
+    """The views of B images.
+
+    Attributes:
+        views: of each size, [V, B, 3, H, W]; the global ones come first.
+        labels: int64 [B]; -1 where unknown.
+        indices: int64 [B], the images' positions in the data set.
+        masks: of the method's patches, if its views come with any.
+    """
+
+    views: list[Views]
+    labels: Tensor
+    indices: Tensor
+    masks: Tensor | None = None
+
+
+class ViewTransform(ABC):
+    """Make the views of an image, and batches of them, for a self-supervised method.
+
+    A subclass is a dataclass: checkpoints keep its fields, which must be plain values.
+    """
+
+    @property
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """Side of each view in pixels, the global ones first."""
+
+    @property
+    def size(self) -> int:
+        """Side of the images in evaluation in pixels: that of the global views."""
+        return self.sizes[0]
+
+    @abstractmethod
+    def decode(self, image: Image.Image, rng: np.random.Generator) -> Any:
+        """Draw what the views show and decode the image, which may turn out to be broken.
+
+        Args:
+            image: RGB; a JPEG is opened but not loaded, so that it can be decoded at a lower resolution.
+            rng: the image's own generator. Take all random numbers from it.
+
+        Raises:
+            Exception: of any kind, where the image cannot be read. It is skipped, or stops the run.
+        """
+
+    @abstractmethod
+    def cut(self, decoded: Any) -> list[Views]:
+        """Cut the views out of what `decode` returned."""
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Views]:
+        """Make the views of an image."""
+        return self.cut(self.decode(image, rng))
+
+    def collate(self, items: Sequence[tuple[list[Views], int, int]]) -> ViewBatch:
+        """Batch the views, labels and indices of B images."""
+        views, labels, indices = zip(*items, strict=True)
+        return ViewBatch(collate_views(views), tensor(labels), tensor(indices))
+
+
 def collate_views(images: Sequence[Sequence[Views]]) -> list[Views]:
     """Batch the views of B images, size by size.
 
@@ -83,87 +144,72 @@ def collate_views(images: Sequence[Sequence[Views]]) -> list[Views]:
 
 
 class Drawn(NamedTuple):
-    """What an image's V views show."""
+    """A decoded image, and what its V views show of it."""
 
+    pixels: np.ndarray  # uint8 [H, W, 3]
     boxes: np.ndarray  # int [V, 4]: left, top, width, height
     flipped: np.ndarray  # bool [V]
     colour: Tensor  # float32 [V, 8], see `draw_colour`
 
 
-class MultiCrop:
-    """Cut an image into two global and several local views, at random.
+@dataclass(frozen=True)
+class MultiCrop(ViewTransform):
+    """Cut an image into two global and several local views, at random, as DINO does.
+
+    Workers decode, crop, resize and flip uint8 pixels. The colours follow batched on the training device, or
+    in the worker, too.
 
     Args:
-        global_size: side of the global views in pixels.
+        global_size: side of the global views, and of the images in evaluation, in pixels.
         local_size: side of the local views in pixels.
         local_views: how many local views; 0 leaves them out.
         global_scale: smallest and largest share of the image's area that a global view shows.
         local_scale: the same for local views.
-        colour_on: where the colours are augmented: "device" returns uint8 crops, to be finished there by
-            `Views.coloured`; "worker" returns finished float crops, at four times the memory and thrice
-            the time.
+        colour_on: where the colours are augmented: `device` (batched, see `Views.coloured`), or `worker`, at
+            four times the memory and thrice the time.
         hflip: probability of a horizontal flip of each view.
 
     Raises:
-        InputError: if a size, a count, a scale, `colour_on` or `hflip` is out of range.
+        InputError: a scale is out of range.
     """
 
-    def __init__(
-        self,
-        global_size: int = 224,
-        local_size: int = 96,
-        local_views: int = 8,
-        global_scale: tuple[float, float] = (0.4, 1.0),
-        local_scale: tuple[float, float] = (0.05, 0.4),
-        colour_on: Literal["device", "worker"] = "device",
-        hflip: float = 0.5,
-    ) -> None:
-        if min(global_size, local_size) < 1:
-            raise InputError(
-                f"data.global_size ({global_size}) and data.local_size ({local_size}) must be at least 1"
-            )
-        if local_views < 0:
-            raise InputError(f"data.local_views ({local_views}) must not be negative")
-        for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
+    global_size: PositiveInt = 224
+    local_size: PositiveInt = 96
+    local_views: NonNegativeInt = 8
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    colour_on: Literal["device", "worker"] = "device"
+    hflip: ClosedUnitInterval = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise InputError(
-                    f"data.{name} ({low}, {high}) must be two shares of the area, 0 < low <= high <= 1"
+                    f"data.views.{name} ({low}, {high}) must be two shares of the area, 0 < low <= high <= 1"
                 )
-        if colour_on not in ("device", "worker"):
-            raise InputError(f'data.colour_on ("{colour_on}") must be "device" or "worker"')
-        if not 0 <= hflip <= 1:
-            raise InputError(f"data.hflip ({hflip}) must be from 0 to 1")
-        self.colour_on = colour_on
-        self.hflip = hflip
-        self.sizes = [global_size] * 2 + [local_size] * local_views
-        self.scales = np.array([global_scale] * 2 + [local_scale] * local_views)
-        self.blur = [1.0, 0.1] + [0.5] * local_views  # probabilities
-        self.solarize = [0.0, 0.2] + [0.0] * local_views
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Views]:
-        """Draw the views of an image.
+    @property
+    def sizes(self) -> list[int]:
+        """Side of each view in pixels, the global ones first."""
+        return [self.global_size] * 2 + [self.local_size] * self.local_views
+
+    @property
+    def scales(self) -> np.ndarray:
+        """Smallest and largest share of the image's area in each view, [V, 2]."""
+        return np.array([self.global_scale] * 2 + [self.local_scale] * self.local_views)
+
+    def decode(self, image: Image.Image, rng: np.random.Generator) -> Drawn:
+        """Draw what the views show, and decode the image.
 
         A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box then
         still has twice the pixels of its view on each side.
-
-        Args:
-            image: of any mode; best opened but not loaded.
-            rng: the image's own generator, e.g. `np.random.default_rng([seed, epoch, index])`.
-
-        Returns:
-            The global views, and the local views if there are any.
-        """
-        return self.cut(*self.decode(image, rng))
-
-    def decode(self, image: Image.Image, rng: np.random.Generator) -> tuple[np.ndarray, Drawn]:
-        """Draw what the views show, and decode the image: the first half of a call, which may find it broken.
-
-        Returns:
-            The pixels, uint8 [H, W, 3], and what was drawn.
         """
         boxes = draw_boxes(rng, image.size, self.scales)
         flipped = rng.random(len(boxes)) < self.hflip
-        colour = draw_colour(rng, self.blur, self.solarize)
+        blur = [1.0, 0.1] + [0.5] * self.local_views  # probabilities
+        solarize = [0.0, 0.2] + [0.0] * self.local_views
+        colour = draw_colour(rng, blur, solarize)
 
         width, height = image.size
         # How many times more pixels than needed; PIL rounds the reduction down to a power of two.
@@ -171,11 +217,11 @@ class MultiCrop:
         image.draft("RGB", (math.ceil(width / spare), math.ceil(height / spare)))
         pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         reduction = width / pixels.shape[1]
-        return pixels, Drawn(np.rint(boxes / reduction).astype(int), flipped, colour)
+        return Drawn(pixels, np.rint(boxes / reduction).astype(int), flipped, colour)
 
-    def cut(self, pixels: np.ndarray, drawn: Drawn) -> list[Views]:
-        """Cut the views out of what `decode` gave: the second half of a call."""
-        boxes, flipped, colour = drawn
+    def cut(self, decoded: Drawn) -> list[Views]:
+        """Cut the global views, and the local ones if there are any."""
+        pixels, boxes, flipped, colour = decoded
         parts = [slice(0, 2), slice(2, None)] if len(boxes) > 2 else [slice(0, 2)]
         views = [Views(_cut(pixels, boxes[p], flipped[p], self.sizes[p][0]), colour[p]) for p in parts]
         return [v.coloured() for v in views] if self.colour_on == "worker" else views

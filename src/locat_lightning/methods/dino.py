@@ -24,7 +24,8 @@ from torch.optim import AdamW, Optimizer
 from locat_lightning.backbones.create import create_for_any_size
 from locat_lightning.backbones.weights import load_weights
 from locat_lightning.data.dataset import ImageBatch
-from locat_lightning.data.multiview import MultiCropBatch, MultiCropData
+from locat_lightning.data.multiview import MultiViewData
+from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
 from locat_lightning.evaluation.gather import distributed
@@ -242,11 +243,11 @@ class Dino(Task):
         """
         super().on_fit_start()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, MultiCropData):
+        if isinstance(data, MultiViewData):
             for option, size in (("global_size", data.views.sizes[0]), ("local_size", data.views.sizes[-1])):
                 advice = (
-                    f"set data.{option} to one that it takes, or choose a model.backbone that takes any, "
-                    "as vit_… and locatvit_… do"
+                    f"set data.views.{option} to one that it takes, or choose a model.backbone that takes "
+                    "any, as vit_… and locatvit_… do"
                 )
                 check_size(self.backbone, size, self.device, advice=advice, name=self.hp.backbone)
 
@@ -269,7 +270,7 @@ class Dino(Task):
             end=hp.teacher_temp,
         )
 
-    def training_step(self, batch: MultiCropBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
         """Cross-entropy between the teacher's distribution of a global view and the student's of each other.
 
         Raises:
@@ -313,7 +314,7 @@ class Dino(Task):
         """Return the backbones of student and teacher."""
         return {"student": self.student.backbone, "teacher": self.teacher.backbone}
 
-    def input_pictures(self, batch: MultiCropBatch, side: int) -> dict[str, Figure]:
+    def input_pictures(self, batch: ViewBatch, side: int) -> dict[str, Figure]:
         """Draw the views of the first images of a batch."""
         return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
 
