@@ -58,7 +58,8 @@ def build(args: argparse.Namespace) -> Dino:
 
 def bare_step(task: Dino, steps: int) -> Callable[[ViewBatch], float]:
     """A step as one writes it without a trainer: it takes only modules and schedule from the task."""
-    student, teacher, loss = task.student.to(DEVICE), task.teacher.to(DEVICE), task.loss.to(DEVICE)
+    task.to(DEVICE)
+    student, teacher, loss = task.student, task.teacher, task.loss
     trained = [p for p in student.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim > 1]},
@@ -70,7 +71,7 @@ def bare_step(task: Dino, steps: int) -> Callable[[ViewBatch], float]:
 
     def step(batch: ViewBatch) -> float:
         nonlocal done
-        lr, weight_decay, momentum = task.schedule(done)
+        lr, weight_decay = task.rates(done)
         matrices, others = optimizer.param_groups
         matrices["lr"] = others["lr"] = lr
         matrices["weight_decay"] = weight_decay
@@ -87,7 +88,9 @@ def bare_step(task: Dino, steps: int) -> Callable[[ViewBatch], float]:
         student.head.cancel_last_layer_gradients(0)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+            torch._foreach_lerp_(
+                list(teacher.parameters()), list(student.parameters()), 1 - task.momentum(done)
+            )
         loss.move_center()
         done += 1
         return float(value.detach())

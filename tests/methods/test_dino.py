@@ -244,7 +244,7 @@ def test_the_teacher_is_an_average_and_never_trained():
             before.append(copied(module.teacher))
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            momentum = module.schedule(trainer.global_step - 1).momentum
+            momentum = module.momentum(trainer.global_step - 1)
             for key, value in module.teacher.state_dict().items():
                 mixed = momentum * before[-1][key] + (1 - momentum) * module.student.state_dict()[key]
                 torch.testing.assert_close(value, mixed)
@@ -439,12 +439,7 @@ def test_a_run_cut_off_after_a_loss_that_is_not_finite_saves_nothing(tmp_path, m
         ({"warmup_teacher_temp_epochs": 3}, r"warmup_teacher_temp_epochs \(3\).*max_epochs \(2\)"),
         ({"student_temp": 0}, r"student_temp \(0\)"),
         ({"momentum": 1.5}, r"model.momentum \(1.5\) must be from 0 to 1"),
-        ({"lr": -1}, r"model.lr \(-1\) must be at least 0"),
-        ({"min_lr": math.nan}, r"model.min_lr \(nan\) must be at least 0"),
-        ({"warmup_epochs": -1}, r"model.warmup_epochs \(-1\) must be at least 0"),
-        ({"weight_decay_end": math.inf}, r"model.weight_decay_end \(inf\) must be at least 0"),
         ({"teacher_temp": -0.1}, r"model.teacher_temp \(-0.1\) must be above 0"),
-        ({"out_dim": 0}, r"model.out_dim \(0\) must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_an_error(options, message):

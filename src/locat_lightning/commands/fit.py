@@ -52,7 +52,6 @@ from locat_lightning.commands.parsing import (
     shipped_configs,
 )
 from locat_lightning.errors import InputError
-from locat_lightning.tasks import Segmentation
 from locat_lightning.tasks.base import Task
 
 import locat_lightning.methods  # isort: skip
@@ -196,9 +195,9 @@ class RunRecord(SaveConfigCallback):
                     logger.experiment._get_file_writer().add_summary(summary)
         record: dict[str, Any] = {"epochs": trainer.current_epoch, **metrics}
         summary = "   ".join(f"{k} {v:.4g}" for k, v in record.items())
-        if isinstance(pl_module, Segmentation):
-            record["protocol"] = pl_module.protocol
-            summary += f"   ({pl_module.protocol})"
+        if isinstance(pl_module, Task) and (protocol := pl_module.summary()):
+            record["protocol"] = protocol
+            summary += f"   ({protocol})"
         (Path(directory) / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
         rank_zero_info(f"{summary}\n{_where(directory)}")
 

@@ -1,13 +1,16 @@
-"""What the tasks share: a timm backbone with its weights, and the scalars that every run logs."""
+"""What all tasks share: a backbone with its weights, the size of the run, and the scalars of every step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from jsonargparse.typing import ClosedUnitInterval
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import nn
@@ -23,21 +26,45 @@ from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 
 
 class Task(LightningModule):
-    """A LightningModule that knows the size of its run and logs what every optimizer step has."""
+    """A LightningModule around a backbone, which knows the size of its run and answers for itself.
+
+    Args:
+        weights: where the weights of the backbone come from (see --weights); null starts from random ones.
+        compile: whether to compile the backbone with `torch.compile`; the names of its weights stay.
+        checkpoint_blocks: whether to recompute the activations of each block in the backward pass instead of
+            keeping them: less memory, longer steps.
+        ema: decay of a moving average of all weights, 0.9999 for example, which is validated and saved in
+            their place; null for none.
+    """
 
     backbone: nn.Module
-    class_names: list[str]
-    weights: str | None
     _seed: int | None = None  # of the run
+
+    def __init__(
+        self,
+        *,
+        weights: str | None = None,
+        compile: bool = False,  # noqa: A002 - the option's name
+        checkpoint_blocks: bool = False,
+        ema: ClosedUnitInterval | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["weights", "backbone_weights"])
+        self.weights = weights
 
     @property
     def hp(self) -> Any:
-        """The hyper-parameters: what the constructor was given."""
+        """Return the hyper-parameters: the arguments of the constructor."""
         return self.hparams
 
     @property
+    def class_names(self) -> list[str]:
+        """Return the names of the classes, by label; [] where there are none."""
+        return self.hp.get("class_names") or []
+
+    @property
     def backbone_arguments(self) -> dict[str, Any]:
-        """What `create_backbone` takes: `backbone_args`, and `locat` if there is any."""
+        """Return what `create_backbone` takes: `backbone_args`, and `locat` if it is given."""
         return noted_arguments(self.hp)
 
     def networks(self) -> dict[str, nn.Module]:
@@ -145,56 +172,65 @@ class Task(LightningModule):
             )
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint (given without its weights), which has all of them: read no others."""
+        """Prepare to resume from a checkpoint, given without its weights: read no others."""
         self.weights = None
 
-    def agreed_classes(self, option: str) -> tuple[int, list[str]]:
-        """The number of classes, as `num_classes` or the data have it, and their names in the data, if any.
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the callback that averages the weights, if `ema` is given."""
+        return [] if self.hp.ema is None else [EMAWeightAveraging(decay=self.hp.ema)]
+
+    def agree_on_classes(self, option: str) -> int:
+        """Return the number of classes of `num_classes` and the data, and note number and names.
 
         Args:
-            option: that decides which classes the data have.
+            option: the option that decides which classes the data have.
 
         Raises:
-            InputError: the two disagree, or there is neither.
+            InputError: the two disagree, or both are missing.
         """
-        told: int | None = self.hp.num_classes
-        data = getattr(self._trainer, "datamodule", None)
-        names: list[str] = data.class_names if data is not None else []
-        if told is None and not names:
-            raise InputError("model.num_classes has to be given where the data do not name their classes")
-        number = len(names) if told is None else told
+        number: int | None = self.hp.num_classes
+        names = self.names_in_data()
+        if number is None and not names:
+            raise InputError("the data do not name their classes: set model.num_classes")
+        if number is None:
+            number = len(names)
         if names and number != len(names):
             raise InputError(
                 f"model.num_classes is {number}, but the data have {len(names)} classes "
                 f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): leave model.num_classes out, or "
-                f"mend {option}"
+                f"correct {option}"
             )
-        return number, names
+        self.hp.num_classes, self.hp.class_names = number, self.class_names or names
+        return number
+
+    def names_in_data(self) -> list[str]:
+        """Return the class names of the data module; [] where it has none, or there is no data module."""
+        return list(getattr(getattr(self._trainer, "datamodule", None), "class_names", ()))
 
     def global_batch_size(self) -> int:
-        """Images per optimizer step, over all processes and accumulated batches."""
+        """Return the images per optimizer step, over all processes and accumulated batches."""
         images: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
         return images * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the optimizer steps of the whole run."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         return int(steps)
 
     def warmup_steps(self, warmup_epochs: float) -> int:
-        """Optimizer steps of the warm-up.
+        """Return the optimizer steps of the warm-up.
 
         Raises:
-            InputError: the warm-up is longer than the run.
+            InputError: the warm-up is as long as the run.
         """
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0
         steps = self.optimizer_steps()
-        self.trainer.fit_loop.setup_data()  # the number of batches is known from then on
+        self.trainer.fit_loop.setup_data()  # makes the number of batches known
         batches = self.trainer.num_training_batches
-        # An epoch without end is the whole run.
+        # An epoch without end counts as the whole run.
         steps_of_an_epoch = steps if batches == inf else ceil(batches / self.trainer.accumulate_grad_batches)
         warmup = round(warmup_epochs * steps_of_an_epoch)
         if warmup >= steps:
@@ -205,22 +241,30 @@ class Task(LightningModule):
         return warmup
 
     def on_fit_start(self) -> None:
-        """Note the run's seed, unless a checkpoint brought that of its run."""
+        """Note the seed of the run, unless a checkpoint brought it, and prepare the backbones."""
         if self._seed is None:
             self._seed = torch.initial_seed()
+        for network in self.networks().values():
+            if self.hp.compile:
+                network.compile()
+            if self.hp.checkpoint_blocks and any(p.requires_grad for p in network.parameters()):
+                try:
+                    network.set_grad_checkpointing()  # type: ignore[operator]
+                except (AssertionError, AttributeError) as error:
+                    raise InputError(f"model.checkpoint_blocks: {self.hp.backbone} {error}") from error
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Have drop path and mixup draw numbers that follow from the batch: a resumed run has the same."""
+        """Seed drop path and mixup by seed, epoch and batch: a resumed run draws the same numbers."""
         state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
         np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed."""
+        """Save the seed."""
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the seed of the run."""
+        """Restore the seed."""
         self._seed = checkpoint.get("seed")
 
     def configure_gradient_clipping(
@@ -229,35 +273,46 @@ class Task(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and log the norm before it, from one computation."""
+        """Clip by the global norm, and log the norm before clipping."""
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
         self.log("train/grad_norm", norm)
 
+    def set_rates(self, groups: list[dict[str, Any]]) -> None:
+        """Set the learning rate and weight decay of the optimizer's parameter groups for this step."""
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step with the rates of that step.
+
+        They follow from the step and the options alone, so that a resumed run may have other options.
+        """
+        step = self.global_step
+        self.set_rates(optimizer.param_groups)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after_step(step)
+
+    def after_step(self, step: int) -> None:
+        """Do what follows an optimizer step, counted from 0."""
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the learning rate and the weight decay with which this step is taken."""
+        """Log the learning rate and the weight decay of this step."""
         self.log("train/lr", max(group["lr"] for group in optimizer.param_groups), prog_bar=True)
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
 
 
-def check_range(name: str, value: float, least: float = 0, most: float = inf) -> None:
-    """See that an argument of a task is finite and from `least` to `most`.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not least <= value <= most or value == inf:
-        allowed = f"at least {least:g}" if most == inf else f"from {least:g} to {most:g}"
-        raise InputError(f"model.{name} ({value}) must be {allowed}")
-
-
 def announce_learning_rate(lr: float, global_batch: int) -> None:
-    """Say which learning rate the run has, since it follows the batch."""
+    """Print the learning rate, which follows from the batch."""
     rank_zero_info(f"learning rate {lr:.3g} at {global_batch} images a step")
 
 
 def announce_size(name: str, model: nn.Module) -> None:
-    """Say what is trained."""
+    """Print how many parameters a model has."""
     rank_zero_info(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,15 +1,13 @@
 """Supervised classification: the paper's ImageNet recipe around any timm model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
@@ -19,20 +17,20 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from locat_lightning.backbones.create import create_backbone
-from locat_lightning.backbones.weights import load_weights, read_checkpoint
+from locat_lightning.backbones.weights import load_weights
 from locat_lightning.data.dataset import ImageBatch
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.schedules import linear_rule, warmup_then_linear
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size, check_range
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
+from locat_lightning.tasks.frozen import contents_of
 from locat_lightning.tasks.prediction_files import write_table
 
-DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, by label
-OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "muon")  # some of timm's, to name where nothing is near
+DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, where class_names differ
 
 
 class Classification(Task):
-    """Trains a timm model to name the class of an image.
+    """Train a timm model to name the class of an image.
 
     The defaults are the recipe of "Locality-Attending Vision Transformer" (ICLR 2026) for ImageNet-1K, which
     is DeiT's: AdamW, warm-up then linear decay by step, mixup, cutmix and label smoothing.
@@ -40,14 +38,13 @@ class Classification(Task):
     Args:
         backbone: timm's name of the model: `locatvit_tiny`, `vit_tiny_patch16_224`, …
         backbone_args: further arguments of the model, as in `timm.create_model`.
-        locat: puts LocAt into a model that has none: arguments of `locat_lightning.add_locat`, as in
+        locat: puts LocAt into a model that has none: arguments of `locat_lightning.add_locat`, for example
             `{start: identity}`, with which a pretrained model begins as it is.
-        num_classes: how many classes there are; null takes as many as the data have.
-        weights: where the weights come from (see --weights); null starts from random ones.
+        num_classes: number of classes; null takes that of the data.
         lr: peak learning rate; null takes base_lr · global batch / 512.
         base_lr: learning rate at 512 images a step.
         optimizer: timm's name of an optimizer.
-        weight_decay: of matrices; biases, 1-d parameters, position and class tokens have none.
+        weight_decay: weight decay of matrices; biases, 1-d parameters, position and class tokens have none.
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate of the first step.
         min_lr: learning rate of the last step.
@@ -57,12 +54,10 @@ class Classification(Task):
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
         class_names: names of the classes, by label; null takes those of the data.
+        options: those of every task (`Task`).
 
     Attributes:
-        data_classes: the classes of the data that the model was trained on, by label; [] where nobody knows.
-
-    Raises:
-        InputError: an argument is out of its range.
+        data_classes: classes of the data that the model was trained on, by label; [] if unknown.
     """
 
     def __init__(
@@ -71,42 +66,36 @@ class Classification(Task):
         *,
         backbone_args: dict[str, Any] | None = None,
         locat: dict[str, Any] | None = None,
-        num_classes: int | None = None,
-        weights: str | None = None,
-        lr: float | None = None,
-        base_lr: float = 5e-4,
+        num_classes: PositiveInt | None = None,
+        lr: NonNegativeFloat | None = None,
+        base_lr: NonNegativeFloat = 5e-4,
         optimizer: str = "adamw",
-        weight_decay: float = 0.05,
-        warmup_epochs: float = 20,
-        warmup_lr: float = 1e-7,
-        min_lr: float = 1e-7,
-        label_smoothing: float = 0.1,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        mixup_prob: float = 1.0,
-        mixup_switch_prob: float = 0.5,
+        weight_decay: NonNegativeFloat = 0.05,
+        warmup_epochs: NonNegativeFloat = 20,
+        warmup_lr: NonNegativeFloat = 1e-7,
+        min_lr: NonNegativeFloat = 1e-7,
+        label_smoothing: ClosedUnitInterval = 0.1,
+        mixup: NonNegativeFloat = 0.8,
+        cutmix: NonNegativeFloat = 1.0,
+        mixup_prob: ClosedUnitInterval = 1.0,
+        mixup_switch_prob: ClosedUnitInterval = 0.5,
         class_names: list[str] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore="weights")
-        for name, value, most in (
-            ("lr", 0 if lr is None else lr, inf),
-            ("base_lr", base_lr, inf),
-            ("warmup_lr", warmup_lr, inf),
-            ("min_lr", min_lr, inf),
-            ("weight_decay", weight_decay, inf),
-            ("warmup_epochs", warmup_epochs, inf),
-            ("mixup", mixup, inf),
-            ("cutmix", cutmix, inf),
-            ("label_smoothing", label_smoothing, 1),
-            ("mixup_prob", mixup_prob, 1),
-            ("mixup_switch_prob", mixup_switch_prob, 1),
-        ):
-            check_range(name, value, most=most)
-        self.weights = weights
-        self.class_names = list(class_names or [])
+        super().__init__(**options)
         self.data_classes: list[str] = []
         self._predicted: list[tuple[Tensor, Tensor]] = []  # by `write_predictions`
+
+    def check(self, trainer: Trainer, *, training: bool) -> None:
+        """Find mistakes that show without data or a model.
+
+        Raises:
+            InputError: see `Task.check`; also, timm does not know the optimizer.
+        """
+        super().check(trainer, training=training)
+        name, known = self.hp.optimizer, list_optimizers()
+        if name.lower().removeprefix("lookahead_") not in known:
+            raise InputError(f"model.optimizer: timm has no optimizer {name!r}{near(name, known, n=5)}")
 
     def configure_model(self) -> None:
         """Build the backbone for the classes of the data, and read its weights.
@@ -115,8 +104,8 @@ class Classification(Task):
             InputError: model, weights and data do not fit each other.
         """
         new = not hasattr(self, "backbone")
-        contents = self._contents() if new else {}
-        num_classes = self._agree_on_classes(contents)
+        contents = contents_of(self.weights) if new and self.weights else None
+        num_classes = self._agree_on_classes(contents or {})
         if not new:
             return
         self.backbone = create_backbone(self.hp.backbone, self.backbone_arguments, num_classes)
@@ -136,61 +125,55 @@ class Classification(Task):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.mixup = self._mixup(num_classes)
 
-    def _contents(self) -> dict[str, Any]:
-        """Of the file of weights, read once; {} where they are from elsewhere."""
-        return read_checkpoint(self.weights) if self.weights and Path(self.weights).is_file() else {}
-
     def _is_training(self) -> bool:
         return self._trainer is not None and self.trainer.training
 
-    def _is_scoring(self) -> bool:
-        return self._trainer is not None and not self.trainer.predicting
-
     def _agree_on_classes(self, contents: Mapping[str, Any]) -> int:
-        """The number of classes, from the arguments or the data; the names of the data are noted.
+        """Return the number of classes; note the names in the data, or check that they are those learnt.
 
         Args:
-            contents: of the file of weights.
+            contents: contents of the file of weights.
         """
-        number, names = self.agreed_classes("data.root")
+        number, names = self.agree_on_classes("data.root"), self.names_in_data()
         self.data_classes = self.data_classes or _classes_of(contents)
         if self._is_training():
-            self.data_classes = list(names)
-        elif self._is_scoring() and len(learnt := self.data_classes or self.class_names) == len(names):
-            _see_that_classes_agree(learnt, names)  # another number is for load_weights to find
-        self.class_names = self.class_names or list(names)
-        if self._is_training() and len(self.class_names) != number:
+            self.data_classes = names
+        elif self._trainer is not None and not self.trainer.predicting:
+            learnt = self.data_classes or self.class_names
+            if len(learnt) == len(names):  # load_weights reports another number
+                _check_same_classes(learnt, names)
+        if self._is_training() and self.class_names and len(self.class_names) != number:
             raise InputError(f"model.class_names: {len(self.class_names)} names for {number} classes")
         if number < 2:
             raise InputError(f"with {number} class ({', '.join(names)}) there is nothing to classify")
-        self.hp.num_classes, self.hp.class_names = number, self.class_names
         return number
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the classes of the data, too: class_names may call them otherwise."""
+        """Save the classes of the data, too, where `class_names` renames them."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[DATA_CLASSES] = self.data_classes
+        if self.data_classes != self.class_names:
+            checkpoint[DATA_CLASSES] = self.data_classes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See that a run goes on with the classes that it had.
+        """Check that a resumed run has the classes that it had.
 
         Raises:
             InputError: the data have others.
         """
         super().on_load_checkpoint(checkpoint)
         before = _classes_of(checkpoint)
-        _see_that_classes_agree(before, self.data_classes)
+        _check_same_classes(before, self.data_classes)
         self.data_classes = self.data_classes or before
 
     def _agree_on_size(self) -> None:
-        """See that the model takes the images of the data."""
+        """Check that the model takes images of the data's size."""
         given = getattr(getattr(self._trainer, "datamodule", None), "img_size", None)
         patches = getattr(self.backbone, "patch_embed", None)
         taken = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
         if given is not None and taken is not None and tuple(taken) != (given, given):
             raise InputError(
                 f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "
-                f"them agree, for example by --model.backbone_args.img_size {given}"
+                f"them agree, for example with --model.backbone_args.img_size {given}"
             )
 
     def _mixup(self, num_classes: int) -> Mixup | None:
@@ -207,13 +190,13 @@ class Classification(Task):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of normalised images [B, 3, H, W]."""
+        """Return logits [B, classes] of normalised images [B, 3, H, W]."""
         logits: Tensor = self.backbone(images)
         return logits
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy with soft targets; what is logged is of the first process's images."""
-        images, labels, _ = batch
+        """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""
+        images, labels = batch[:2]
         if self.mixup is None or len(images) == 1:
             logits = self(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing)
@@ -228,24 +211,25 @@ class Classification(Task):
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Loss, top-1 and top-5 over the whole set, each image once."""
+        """Measure loss, top-1 and top-5 over the whole set, each image once."""
         self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Loss, top-1 and top-5 over the whole set, each image once."""
+        """Measure loss, top-1 and top-5 over the whole set, each image once."""
         self._evaluate(batch, "test", self.test_loss, self.test_accuracy)
 
     def _evaluate(
         self, batch: ImageBatch, split: str, mean_loss: MeanMetric, accuracy: MetricCollection
     ) -> None:
-        logits = self(batch.images)
-        mean_loss.update(F.cross_entropy(logits.float(), batch.labels, reduction="none"))
-        accuracy.update(logits, batch.labels)
+        images, labels = batch[:2]
+        logits = self(images)
+        mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
+        accuracy.update(logits, labels)
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
         self.log_dict(accuracy, prog_bar=True)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Positions in the data set [B] and probabilities [B, classes] (float32)."""
+        """Return positions in the data set [B] and probabilities [B, classes] (float32)."""
         return batch.indices, self(batch.images).float().softmax(-1)
 
     def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
@@ -253,7 +237,7 @@ class Classification(Task):
         self._predicted.append((prediction[0].cpu(), prediction[1].cpu()))
 
     def finish_predictions(self, data: Any, directory: Path) -> str:
-        """Write those of all processes as `predictions.csv`, in the order of the data set.
+        """Write `predictions.csv` of all processes, in the order of the data set.
 
         Raises:
             InputError: no image could be read.
@@ -272,20 +256,8 @@ class Classification(Task):
             write_table(table, paths, probabilities, self.class_names)
         return f"{len(indices)} predictions: {table}"
 
-    def check(self, trainer: Trainer, *, training: bool) -> None:
-        """Find mistakes that show without data or a model.
-
-        Raises:
-            InputError: also, timm knows no such optimizer.
-        """
-        super().check(trainer, training=training)
-        known = list_optimizers()
-        if self.hp.optimizer.lower().removeprefix("lookahead_") not in known:
-            near = ", ".join(get_close_matches(self.hp.optimizer, known, n=5) or OPTIMIZERS)
-            raise InputError(f"model.optimizer: timm knows no {self.hp.optimizer!r}; it knows {near}, …")
-
     def configure_optimizers(self) -> Optimizer:
-        """AdamW (or another of timm's) without decay on biases, norms and tokens."""
+        """Return AdamW (or another of timm's) without weight decay of biases, norms and tokens."""
         hp = self.hp
         batch = self.global_batch_size()
         peak: float = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 512)
@@ -303,42 +275,31 @@ class Classification(Task):
         )
         return optimizer
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Take a step with that step's learning rate and the weight decay of the options.
-
-        Both follow from the step and the options alone, so that a resumed run can be given others.
-        """
-        for group in optimizer.param_groups:
+    def set_rates(self, groups: list[dict[str, Any]]) -> None:
+        """Set the learning rate of this step, and the weight decay of the options."""
+        for group in groups:
             group["lr"] = self._learning_rate(self.global_step)
             if group["weight_decay"] > 0:
                 group["weight_decay"] = self.hp.weight_decay
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
 
 def _classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
-    """The classes of the data that a checkpoint's model was trained on; [] where it does not say."""
+    """Return the classes of the data that a checkpoint's model was trained on; [] if it does not say."""
     options = checkpoint.get("hyper_parameters")
     named = options.get("class_names") if isinstance(options, Mapping) else None
     return list(checkpoint.get(DATA_CLASSES) or named or [])
 
 
-def _see_that_classes_agree(learnt: Sequence[str], given: Sequence[str]) -> None:
-    """Refuse data whose labels mean other classes than the weights do, where both are known."""
+def _check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:
+    """Check that labels mean the same classes in the weights as in the data, where both are known."""
     if not learnt or not given or list(learnt) == list(given):
         return
-    sides = {"the weights alone": (learnt, given), "the data alone": (given, learnt)}
     lists = [
-        f"{side} have {', '.join(alone[:10])}{', …' if len(alone) > 10 else ''}"
-        for side, (these, those) in sides.items()
+        f"only {side} have {', '.join(alone[:10])}{', …' if len(alone) > 10 else ''}"
+        for side, these, those in (("the weights", learnt, given), ("the data", given, learnt))
         if (alone := sorted(set(these) - set(those)))
     ]
     raise InputError(
-        f"the weights are of other classes than the data: {'; '.join(lists) or 'their order differs'}: mend "
-        "data.root, or take other weights"
+        f"the weights were trained on other classes than the data have: {'; '.join(lists) or 'another order'}"
+        ": check data.root, or use other weights"
     )

@@ -1,0 +1,292 @@
+"""What every pre-training has: a loss of views, schedules by step, clipping, and a watch over the numbers."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerStatus
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from locat_lightning.backbones.create import create_for_any_size
+from locat_lightning.backbones.weights import load_weights
+from locat_lightning.data.views import ViewBatch
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.features import check_size
+from locat_lightning.evaluation.rank import effective_rank
+from locat_lightning.figures.views import views_figure
+from locat_lightning.schedules import cosine, linear_rule, warmup_then_cosine
+from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+class Output(NamedTuple):
+    """What a method makes of a batch.
+
+    Attributes:
+        loss: scalar, float32.
+        scalars: what is logged beside it as `train/NAME`; tensors are averaged over accumulated batches.
+        features: [N, D], of the images, for signs of collapse.
+    """
+
+    loss: Tensor
+    scalars: Mapping[str, Tensor | float]
+    features: Tensor
+
+
+class Pretraining(Task):
+    """Train a timm model on views of images, without labels. A method says how: `build` and `compute_loss`.
+
+    The backbone that callbacks and evaluation see is `backbone`.
+
+    Args:
+        backbone: timm's name of the model: `locatvit_small`, `vit_small_patch16_224`, …
+        backbone_args: further arguments of the model, as in `timm.create_model`.
+        locat: puts LocAt into a model that has none: arguments of `locat_lightning.add_locat`, for example
+            `{start: identity}`, with which a pretrained model begins as it is.
+        lr: peak learning rate; null takes base_lr · global batch / 256.
+        base_lr: learning rate at 256 images a step.
+        min_lr: learning rate at the end of the cosine.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: weight decay of matrices at the beginning; biases and 1-d parameters have none.
+        weight_decay_end: weight decay at the end, along a cosine.
+        clip_grad: largest norm of each parameter's gradient; null does not clip.
+        options: those of every task (`Task`).
+    """
+
+    def __init__(
+        self,
+        backbone: str = "locatvit_small",
+        *,
+        backbone_args: dict[str, Any] | None = None,
+        locat: dict[str, Any] | None = None,
+        lr: NonNegativeFloat | None = None,
+        base_lr: NonNegativeFloat = 5e-4,
+        min_lr: NonNegativeFloat = 1e-6,
+        warmup_epochs: NonNegativeFloat = 10,
+        weight_decay: NonNegativeFloat = 0.04,
+        weight_decay_end: NonNegativeFloat = 0.4,
+        clip_grad: PositiveFloat | None = 3.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._built = False
+        self._losses: list[tuple[int, Tensor]] = []  # not yet known to be finite, with their steps
+        self._accumulated: list[dict[str, Tensor]] = []  # scalars of the batches of this step so far
+
+    def build(self, make_backbone: Callable[[], nn.Module]) -> None:
+        """Build the networks as attributes, so that `backbone` is one of them.
+
+        Args:
+            make_backbone: makes a backbone with random weights; `start` gives it those of the options.
+        """
+        raise NotImplementedError
+
+    def compute_loss(self, batch: ViewBatch) -> Output:
+        """Compute loss, scalars and features of a batch."""
+        raise NotImplementedError
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that the optimizer trains."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def check(self, trainer: Trainer, *, training: bool) -> None:
+        """Find mistakes that show without data or a model.
+
+        Raises:
+            InputError: see `Task.check`; also, the run does not train: without classes there is nothing to
+                predict or measure.
+        """
+        if not training:
+            raise InputError(
+                f"{type(self).__name__} trains without classes, so there is nothing to predict or compare: "
+                "measure its features with locat knn, linear or retrieve"
+            )
+        super().check(trainer, training=training)
+
+    def configure_model(self) -> None:
+        """Build the networks, once."""
+        if not self._built:
+            self.build(partial(create_for_any_size, self.hp.backbone, self.backbone_arguments))
+            self._built = True
+
+    def start(self, backbone: nn.Module) -> None:
+        """Give a new backbone the weights of the options, if there are any."""
+        announce_size(self.hp.backbone, backbone)
+        if self.weights is not None:
+            load_weights(backbone, self.weights, warm_start=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the backbone's features [B, D] of normalised images [B, 3, H, W]."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    def configure_optimizers(self) -> Optimizer:
+        """Return AdamW over matrices, which decay, and the other parameters.
+
+        Raises:
+            InputError: the warm-up is as long as the run, or the trainer clips gradients or has weights in
+                another precision than float32.
+        """
+        hp, batch = self.hp, self.global_batch_size()
+        self.peak_lr = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 256)
+        announce_learning_rate(self.peak_lr, batch)
+        self.steps, self.warmup = self.optimizer_steps(), self.warmup_steps(hp.warmup_epochs)
+        if self.trainer.gradient_clip_val:
+            raise InputError(
+                f"trainer.gradient_clip_val ({self.trainer.gradient_clip_val}) clips by the global norm, but "
+                f"{type(self).__name__} clips each parameter's gradient: use model.clip_grad"
+            )
+        if self.trainer.precision not in PRECISIONS:
+            raise InputError(
+                f"trainer.precision ({self.trainer.precision}): small steps need float32 weights, which half "
+                "precision rounds away: use bf16-mixed"
+            )
+        trained = [parameter for parameter in self.trained() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=self.peak_lr, weight_decay=hp.weight_decay)
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Return learning rate and weight decay of an optimizer step, from 0 on."""
+        hp, steps = self.hp, self.steps
+        return (
+            warmup_then_cosine(step, steps=steps, warmup=self.warmup, peak=self.peak_lr, end=hp.min_lr),
+            cosine(step, steps=steps, start=hp.weight_decay, end=hp.weight_decay_end),
+        )
+
+    def set_rates(self, groups: list[dict[str, Any]]) -> None:
+        """Set learning rate and weight decay of this step."""
+        matrices, others = groups
+        matrices["lr"], matrices["weight_decay"] = self.rates(self.global_step)
+        others["lr"] = matrices["lr"]
+
+    def on_fit_start(self) -> None:
+        """Check that the networks take views of every size.
+
+        Raises:
+            InputError: they do not.
+        """
+        super().on_fit_start()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        sizes = getattr(getattr(data, "views", None), "sizes", ())
+        for network in self.networks().values():
+            for option, size in zip(("global_size", "local_size"), dict.fromkeys(sizes), strict=False):
+                advice = (
+                    f"set data.views.{option} to one that it takes, or choose a model that takes any, as vit_… and "
+                    "locatvit_… do"
+                )
+                check_size(network, size, self.device, advice=advice, name=self.hp.backbone)
+
+    def training_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
+        """Return the method's loss, and log it with its scalars and signs of collapse.
+
+        Raises:
+            InputError: a loss since the last look was not finite (see `_has_to_look`).
+        """
+        output = self.compute_loss(batch)
+        loss = output.loss.detach()
+        self._losses.append((self.global_step, loss))
+        if self._has_to_look(batch_idx):
+            self._stop_unless_finite()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:  # where it is written: a GPU waits
+            self.log("train/effective_rank", effective_rank(output.features))
+        spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
+        scalars = {"loss": loss, "feature_std": spread, **output.scalars}
+        self._accumulated.append({k: v for k, v in scalars.items() if isinstance(v, Tensor)})
+        means = {
+            k: torch.stack([each[k] for each in self._accumulated]).mean(0) for k in self._accumulated[0]
+        }
+        for name, value in (scalars | means).items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        return output.loss
+
+    def input_pictures(self, batch: ViewBatch, side: int) -> dict[str, Figure]:
+        """Draw the views of the first images of a batch."""
+        return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure nothing: without labels there is nothing to compare with."""
+
+    def is_logged(self, batch_idx: int) -> bool:
+        """Return whether a batch is one of those, `log_every_n_steps` apart, for which a GPU may wait."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and batch_idx % every == 0
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each parameter's gradient by its own norm; `train/grad_norm` is the norm of all before."""
+        gradients = [p.grad for p in self.trained() if p.grad is not None]
+        # Private, but the only way to have all norms in one kernel; torch's own clipping does the same.
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if self.hp.clip_grad is not None:
+            torch._foreach_mul_(gradients, (self.hp.clip_grad / (norms + 1e-6)).clamp(max=1).unbind())
+        self.log("train/grad_norm", norms.norm())
+
+    def after_step(self, step: int) -> None:
+        """Forget the scalars of the step."""
+        self._accumulated.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the weights are worth keeping, before a file is touched.
+
+        Raises:
+            InputError: a loss or a weight is not finite.
+        """
+        super().on_save_checkpoint(checkpoint)
+        self._stop_unless_finite()
+        weights = [parameter.detach() for parameter in self.parameters()]
+        if not nn.utils.get_total_norm(weights, math.inf).isfinite():
+            self._stop("a weight is not finite", self.global_step)
+
+    def _has_to_look(self, batch_idx: int) -> bool:
+        """Return whether to look at the losses now: always on a CPU, elsewhere seldom, since a GPU waits.
+
+        The last step and every checkpoint (`on_save_checkpoint`) look, too.
+        """
+        last = self.trainer.is_last_batch or self.global_step + 1 == self.steps
+        return self.device.type == "cpu" or last or self.is_logged(batch_idx)
+
+    def _stop_unless_finite(self) -> None:
+        """Stop all processes if the mean of their losses is not finite."""
+        if not self._losses:
+            return
+        steps, losses = zip(*self._losses, strict=True)
+        self._losses.clear()
+        means = torch.stack(losses)
+        # An interrupted process looks at its own losses only: the others may be anywhere.
+        if self.trainer.state.status != TrainerStatus.INTERRUPTED:
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        for step, loss in zip(steps, means.tolist(), strict=True):
+            if not math.isfinite(loss):
+                self._stop(f"the loss is {loss}", step)
+
+    def _stop(self, reason: str, step: int) -> NoReturn:
+        last = ""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.save_on_exception = False  # the weights may be spoilt already
+                written = (callback.last_model_path, callback.best_model_path, *callback.best_k_models)
+                # A checkpoint that was about to be written has its name already, but no file.
+                last = next((path for path in written if path and get_filesystem(path).exists(path)), last)
+        raise InputError(
+            f"{reason} at optimizer step {step} (epoch {self.current_epoch}): lower model.lr (its peak is "
+            f"{self.peak_lr:.3g}), lengthen model.warmup_epochs, or train with trainer.precision 32-true; "
+            f"last good checkpoint: {last or 'none yet'}"
+        )
