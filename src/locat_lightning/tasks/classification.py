@@ -95,7 +95,7 @@ class Classification(Task):
         super().check(trainer, training=training)
         name, known = self.hp.optimizer, list_optimizers()
         if name.lower().removeprefix("lookahead_") not in known:
-            raise InputError(f"model.optimizer: timm has no optimizer {name!r}{near(name, known, n=5)}")
+            raise InputError(f"model.optimizer: timm knows no optimizer {name!r}{near(name, known, n=5)}")
 
     def configure_model(self) -> None:
         """Build the backbone for the classes of the data, and read its weights.
