@@ -184,8 +184,8 @@ class Pretraining(Task):
         for network in self.networks().values():
             for option, size in zip(("global_size", "local_size"), dict.fromkeys(sizes), strict=False):
                 advice = (
-                    f"set data.views.{option} to one that it takes, or choose a model that takes any, as vit_… and "
-                    "locatvit_… do"
+                    f"set data.views.{option} to one that it takes, or choose a model that takes any, as "
+                    "vit_… and locatvit_… do"
                 )
                 check_size(network, size, self.device, advice=advice, name=self.hp.backbone)
 
