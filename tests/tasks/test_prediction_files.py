@@ -12,7 +12,7 @@ from locat_lightning.commands.fit import main
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation import gather
 from locat_lightning.tasks import Classification
-from locat_lightning.tasks.prediction_files import file_names
+from locat_lightning.tasks.prediction_files import file_names, write_classes
 
 DATA = SimpleNamespace(predict_paths=[f"{i}.jpg" for i in range(4)])
 
@@ -116,3 +116,16 @@ def test_predictions_are_index_pngs_and_overlays_of_any_folder(predicted):
         assert indexed.getpalette()[:3] != indexed.getpalette()[3:6]
     with Image.open(predicted.parent / "overlays" / "holiday.png.png") as drawn:
         assert (drawn.size, drawn.mode) == ((57, 33), "RGB")
+
+
+def test_an_overlay_has_the_colours_over_the_image_in_grey(tmp_path):
+    colours = np.array([[250, 0, 0], [0, 250, 0]], np.uint8)
+    image = Image.fromarray(np.full((1, 2, 3), (100, 150, 200), np.uint8))
+    write_classes(tmp_path, "more/a", image, np.array([[0, 1]], np.uint8), colours)
+    with Image.open(tmp_path / "overlays" / "more" / "a.png") as drawn:
+        np.testing.assert_allclose(
+            np.asarray(drawn)[0], 0.6 * colours + 0.4 * image.convert("L").getpixel((0, 0)), atol=1
+        )
+    with Image.open(tmp_path / "predictions" / "more" / "a.png") as indexed:
+        assert np.asarray(indexed).tolist() == [[0, 1]]
+        assert indexed.getpalette()[:6] == colours.flatten().tolist()

@@ -16,9 +16,11 @@ from locat_lightning.inspection import pca_colours
 
 DPI = 100
 BRIGHTNESS = 0.7  # of the images below heat
-INK, FAINT = "#1f2328", "#6e7781"
+FAINT = "#6e7781"
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601
 IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
+Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # left, right, bottom, top of a tile in its column, in pixels
 
 
@@ -49,7 +51,7 @@ def grid(
     columns: Sequence[Column],
     images: Sequence[np.ndarray],
     side: int,
-    legend: Mapping[str, tuple[int, int, int]] | None = None,
+    legend: Mapping[str, Colour] | None = None,
 ) -> Figure:
     """Draw columns side by side under their titles.
 
@@ -75,21 +77,9 @@ def grid(
         axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
         axes.set_axis_off()
         axes.set_title(
-            column.title,
-            loc="left",
-            fontsize=_points(side / 14),
-            color=INK,
-            pad=_points(side / 20 + 1.3 * gap),
+            column.title, loc="left", fontsize=_points(side / 14), pad=_points(side / 20 + 1.3 * gap)
         )
-        axes.annotate(
-            column.note,
-            (0, 1),
-            xycoords="axes fraction",
-            xytext=(0, _points(gap / 2)),
-            textcoords="offset points",
-            fontsize=_points(side / 20),
-            color=FAINT,
-        )
+        axes.text(0, -gap / 2, column.note, fontsize=_points(side / 20), color=FAINT)
         for row, (high, wide) in enumerate(sizes):
             column.draw(axes, row, (0, wide, tops[row] + high, tops[row]))
     if legend:
@@ -101,7 +91,7 @@ def image_column(title: str, images: Sequence[np.ndarray], note: str = "") -> Co
     """Show images [H, W, 3], from 0 to 1 or uint8; small ones are enlarged without smoothing."""
 
     def draw(axes: Axes, row: int, box: Box) -> None:
-        _show(axes, images[row], box)
+        show(axes, images[row], box)
 
     return Column(title, draw, note)
 
@@ -124,33 +114,31 @@ def heat_column(title: str, images: Sequence[np.ndarray], heat: Sequence[Tensor]
 
     def draw(axes: Axes, row: int, box: Box) -> None:
         hot = heat[row].float().cpu().nan_to_num().clamp(0, 1).numpy()
-        _show(axes, images[row].mean(-1), box, cmap="gray", vmin=0, vmax=1 / BRIGHTNESS)
+        show_grey(axes, images[row], box, BRIGHTNESS)
         options = {"cmap": "inferno", "vmin": 0, "vmax": 1, "alpha": 0.4 + 0.5 * hot}
-        _show(axes, hot, box, interpolation="catrom", **options)
+        show(axes, hot, box, interpolation="catrom", **options)
 
     return Column(title, draw, note)
 
 
-def _show(axes: Axes, image: np.ndarray, box: Box, **options: Any) -> None:
-    enlarged = box[1] > image.shape[1]
-    options = {"interpolation": "nearest" if enlarged else "antialiased"} | options
-    axes.imshow(image, extent=box, aspect="auto", **options)
+def show(axes: Axes, image: np.ndarray, box: Box, **options: Any) -> None:
+    """Draw an image into a box; a small one is enlarged without smoothing."""
+    smoothing = "nearest" if box[1] > image.shape[1] else "antialiased"
+    axes.imshow(image, extent=box, aspect="auto", **({"interpolation": smoothing} | options))
 
 
-def _add_legend(
-    figure: Figure, legend: Mapping[str, tuple[int, int, int]], columns: int, line: float
-) -> None:
-    handles = [
-        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor=FAINT)
-        for red, green, blue in legend.values()
-    ]
-    names = Names(list(legend))
-    size = _points(0.6 * line)
-    key = figure.legend(
-        handles, [" "] * len(handles), loc="lower left", ncols=columns, fontsize=size, frameon=False
-    )
-    for place, text in enumerate(key.get_texts()):
-        text.set(text=names[place], color=INK, **names.style)
+def show_grey(axes: Axes, image: np.ndarray, box: Box, brightness: float = 1) -> None:
+    """Draw an image [H, W, 3], from 0 to 1, without its colours."""
+    show(axes, image @ LUMA, box, cmap="gray", vmin=0, vmax=1 / brightness)
+
+
+def _add_legend(figure: Figure, legend: Mapping[str, Colour], columns: int, line: float) -> None:
+    shares = [(red / 255, green / 255, blue / 255) for red, green, blue in legend.values()]
+    patches, names = [Patch(facecolor=share, edgecolor=FAINT) for share in shares], Names(list(legend))
+    options: dict[str, Any] = {"loc": "lower left", "ncols": columns, "frameon": False}
+    key = figure.legend(patches, [" "] * len(patches), fontsize=_points(0.6 * line), **options)
+    for label, text in enumerate(key.get_texts()):
+        text.set(text=names[label], **names.style)
 
 
 def _points(pixels: float) -> float:

@@ -21,16 +21,13 @@ class Names:
 
     def __init__(self, class_names: Sequence[str]) -> None:
         families, missing = _fonts(frozenset("".join(class_names)))
-        self._names = [_readable(name, missing) for name in class_names]
+        boxes = str.maketrans(dict.fromkeys(missing, UNKNOWN))
+        shown = (name.translate(boxes) for name in class_names)
+        self._names = [name if len(name) <= LENGTH else f"{name[: LENGTH - 1]}…" for name in shown]
         self.style: dict[str, Any] = {"fontfamily": list(families), "parse_math": False}
 
     def __getitem__(self, label: int) -> str:
         return self._names[label] if label < len(self._names) else str(label)
-
-
-def _readable(name: str, missing: frozenset[str]) -> str:
-    shown = "".join(UNKNOWN if character in missing else character for character in name)
-    return shown if len(shown) <= LENGTH else f"{shown[: LENGTH - 1]}…"
 
 
 @cache

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from math import isnan
 
 import numpy as np
-import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
 from locat_lightning.evaluation.iou import IoU
-from locat_lightning.figures.grid import DPI, FAINT, INK, Column, grid, image_column
+from locat_lightning.figures.grid import DPI, FAINT, Box, Colour, Column, grid, image_column, show, show_grey
 from locat_lightning.figures.names import Names
 from locat_lightning.figures.validation import EMPTY, kernel_columns
 from locat_lightning.nn.decoder import IGNORED
@@ -21,28 +20,25 @@ NAMED = 40  # classes whose names fit beside a confusion matrix
 COUNTED = 20  # classes whose shares fit into its cells
 
 
-def overlay(image: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Put the colours of classes over an image, which is grey there; pixels without a class stay as they are.
+def painted(classes: np.ndarray | Tensor, colours: np.ndarray) -> np.ndarray:
+    """Give each pixel the colour of its class, translucent; none to pixels without a class.
 
     Args:
-        image: [H, W, 3] uint8.
         classes: [H, W] integers; `IGNORED` for none.
-        colours: [C, 3] uint8.
+        colours: [C, 3] uint8, by label.
 
     Returns:
-        [H, W, 3] uint8.
+        [H, W, 4] uint8, RGBA.
     """
-    labelled = (classes != IGNORED)[..., None]
-    painted = colours[np.where(classes == IGNORED, 0, classes)]
-    grey = image @ np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow's "L"
-    mixed = np.where(labelled, OPACITY * painted + (1 - OPACITY) * grey[..., None], image)
-    return mixed.round().astype(np.uint8)
+    labels = np.asarray(classes)
+    opacity = np.where(labels == IGNORED, 0, round(255 * OPACITY))
+    return np.dstack([colours[np.where(labels == IGNORED, 0, labels)], opacity]).astype(np.uint8)
 
 
 def class_column(
     title: str, images: Sequence[np.ndarray], classes: Sequence[np.ndarray | Tensor], colours: np.ndarray
 ) -> Column:
-    """Show classes over images.
+    """Show classes over grey images.
 
     Args:
         title: of the column.
@@ -50,22 +46,19 @@ def class_column(
         classes: [H, W] each, in a size of its own.
         colours: [C, 3] uint8, by label.
     """
-    painted = []
-    for image, each in zip(images, classes, strict=True):
-        size = tuple(max(pair) for pair in zip(image.shape[:2], each.shape, strict=True))
-        large, labels = (
-            F.interpolate(torch.as_tensor(part)[None].float(), size, mode="nearest-exact")[0]
-            for part in (np.moveaxis(255 * image, -1, 0), np.asarray(each)[None])
-        )
-        painted.append(overlay(large.movedim(0, -1).numpy(), labels[0].long().numpy(), colours))
-    return image_column(title, painted)
+
+    def draw(axes: Axes, row: int, box: Box) -> None:
+        show_grey(axes, images[row], box)
+        show(axes, painted(classes[row], colours), box)
+
+    return Column(title, draw)
 
 
 def class_legend(
     classes: Sequence[np.ndarray | Tensor], class_names: Sequence[str], colours: np.ndarray
-) -> dict[str, tuple[int, int, int]]:
+) -> dict[str, Colour]:
     """Collect the colours of the classes that occur, by name, for `grid`."""
-    occurring = np.unique(np.concatenate([np.unique(np.asarray(each)) for each in classes]))
+    occurring = sorted({label for each in classes for label in np.unique(np.asarray(each)).tolist()})
     return {class_names[label]: tuple(colours[label].tolist()) for label in occurring if label != IGNORED}
 
 
@@ -112,7 +105,7 @@ def iou_figure(iou: IoU, class_names: Sequence[str], colours: np.ndarray, *, tit
     rows = min(ROWS_OF_BARS, len(values))
     parts = -(-len(values) // rows)
     figure = Figure(figsize=(5.7 * parts, 0.22 * rows + 0.8), dpi=DPI, layout="constrained")
-    figure.suptitle(f"mIoU {float(iou.miou):.4f}   {title}", x=0.01, ha="left", fontsize=12, color=INK)
+    figure.suptitle(f"mIoU {float(iou.miou):.4f}   {title}", x=0.01, ha="left")
     for number, axes in enumerate(figure.subplots(1, parts, squeeze=False)[0]):
         labels = range(number * rows, min((number + 1) * rows, len(values)))
         shares = values[labels.start : labels.stop]
@@ -120,7 +113,7 @@ def iou_figure(iou: IoU, class_names: Sequence[str], colours: np.ndarray, *, tit
         axes.barh(labels, np.nan_to_num(shares), 0.7, color=colours[labels] / 255, edgecolor=FAINT)
         for label, share in zip(labels, shares, strict=True):
             text, x = ("does not occur", 0.01) if isnan(share) else (f"{share:.3f}", 1.02)
-            axes.text(x, label, text, va="center", fontsize=9, color=FAINT if isnan(share) else INK)
+            axes.text(x, label, text, va="center", fontsize=9, color=FAINT if isnan(share) else "black")
         axes.set(xlim=(0, 1), ylim=(number * rows + rows - 0.5, number * rows - 0.5), xticks=[])
         axes.set_yticks(labels, [names[label] for label in labels], fontsize=9, **names.style)
         axes.tick_params(length=0)

@@ -11,7 +11,6 @@ from torch import Tensor
 from locat_lightning.figures.grid import (
     DPI,
     FAINT,
-    INK,
     Box,
     Column,
     feature_column,
@@ -105,28 +104,17 @@ def _prediction_column(probabilities: Tensor, labels: Sequence[int], names: Name
 
     def draw(axes: Axes, row: int, box: Box) -> None:
         left, right, bottom, top = box
-        line = min(right - left, bottom - top) / 11
-        size = 0.75 * line * 72 / DPI
-        label = labels[row]
-        likeliest = probabilities[row].topk(min(SHOWN_CLASSES, probabilities.shape[1]))
-        for rank, (share, predicted) in enumerate(
-            zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
-        ):
+        line, label = min(right - left, bottom - top) / 11, labels[row]
+        style = names.style | {"fontsize": 0.75 * line * 72 / DPI, "va": "top"}
+        values, classes = probabilities[row].topk(min(SHOWN_CLASSES, probabilities.shape[1]))
+        for rank, (share, predicted) in enumerate(zip(values.tolist(), classes.tolist(), strict=True)):
             y = top + 2.6 * rank * line
             colour = RIGHT if predicted == label else WRONG if rank == 0 and label >= 0 else FAINT
-            axes.text(left, y, names[predicted], color=colour, fontsize=size, va="top", **names.style)
-            axes.text(right, y, f"{share:.0%}", color=colour, fontsize=size, va="top", ha="right")
+            axes.text(left, y, names[predicted], color=colour, **style)
+            axes.text(right, y, f"{share:.0%}", color=colour, ha="right", **style)
             widths = [right - left, share * (right - left)]
             axes.barh([y + 1.45 * line] * 2, widths, 0.5 * line, left, color=[EMPTY, colour])
         if label >= 0:
-            axes.text(
-                left,
-                top + 9 * line,
-                f"true: {names[label]}",
-                color=INK,
-                fontsize=size,
-                va="top",
-                **names.style,
-            )
+            axes.text(left, top + 9 * line, f"true: {names[label]}", **style)
 
     return Column("prediction", draw)

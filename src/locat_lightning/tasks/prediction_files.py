@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from locat_lightning.figures.segmentation import overlay
+from locat_lightning.figures.segmentation import painted
 
 
 def write_table(file: Path, paths: Iterable[str], probabilities: Tensor, class_names: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def write_classes(
     """Write the classes of an image's pixels as two PNGs.
 
     `predictions/NAME.png` has the index of each pixel's class, with the classes' colours as its palette;
-    `overlays/NAME.png` has the colours over the image.
+    `overlays/NAME.png` has the colours over the image in grey.
 
     Args:
         directory: where the two folders are.
@@ -47,7 +47,8 @@ def write_classes(
     """
     indexed = Image.fromarray(classes)
     indexed.putpalette(colours.tobytes())
-    overlaid = Image.fromarray(overlay(np.asarray(image), classes, colours))
+    grey = image.convert("LA").convert("RGBA")
+    overlaid = Image.alpha_composite(grey, Image.fromarray(painted(classes, colours))).convert("RGB")
     for folder, drawn in (("predictions", indexed), ("overlays", overlaid)):
         file = directory / folder / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
