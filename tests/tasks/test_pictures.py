@@ -42,9 +42,8 @@ def titles(figure):
     ],
 )
 def test_classification_shows_what_its_model_has(name, options, columns):
-    module = Classification(name)
+    module = Classification(name, class_names=["ant", "bee"])
     module.backbone = timm.create_model(name, **options).eval()
-    module.class_names = ["ant", "bee"]
     [(kind, figure)] = module.pictures(samples(), DATA, 32).items()
     assert kind == "validation"
     assert titles(figure) == ["input", *columns]
@@ -82,8 +81,7 @@ def test_dino_shows_student_and_teacher_and_its_crops():
 
 @torch.no_grad()
 def test_segmentation_shows_annotation_and_prediction_and_what_it_measured():
-    module = Segmentation("locatvit_tiny", weights="random")
-    module.class_names = ["sky", "road"]
+    module = Segmentation("locatvit_tiny", weights="random", class_names=["sky", "road"])
     module.backbone = timm.create_model("locatvit_tiny", dynamic_img_size=True, num_classes=0, **SMALL).eval()
     module.predicted = lambda images, size: torch.ones(1, *size, dtype=torch.int64)
     items = [(image, torch.zeros(20, 20, dtype=torch.uint8), 0) for image, *_ in samples(18)]

@@ -28,8 +28,7 @@ def read(folder):
 
 
 def classification(names=("a", "b")):
-    module = Classification(num_classes=2)
-    module.class_names = list(names)
+    module = Classification(num_classes=2, class_names=list(names))
     for each in (part((2, (0.9, 0.1)), (0, (0.25, 0.75))), part((3, (1 / 3, 2 / 3)))):
         module.write_predictions(each, DATA, None)
     return module

@@ -96,7 +96,7 @@ class Task(LightningModule):
         figure = validation_figure(
             rgb(images, getattr(data, "normalisation", None)),
             [int(sample[1]) for sample in samples],
-            getattr(self, "class_names", ()),
+            self.class_names,
             kernels=gaussian_kernels(backbone, inputs),
             attention={name: cls_attention(each, inputs) for name, each in self.networks().items()},
             features=features,
