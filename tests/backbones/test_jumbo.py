@@ -26,7 +26,7 @@ def test_the_class_tokens_are_one_vector(J):
     model, images = build(jumbo_multiplier=J)
     tokens = model.forward_features(images)
     assert tokens.shape == (2, J + 16, 24)
-    assert model.num_features == model.head.in_features == J * 24
+    assert model.head_hidden_size == model.head.in_features == J * 24
     pooled = model.forward_head(tokens, pre_logits=True)
     assert torch.equal(pooled, tokens[:, :J].flatten(1))
     assert_close(model(images), model.head(pooled))

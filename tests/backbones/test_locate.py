@@ -243,8 +243,8 @@ def test_a_model_whose_grid_is_elsewhere_is_an_error(name):
 @pytest.mark.parametrize(
     ("gaug", "message"),
     [
-        ({"mixture": 0}, "mixture has to be how many Gaussians there are, 1 or more, not 0"),
-        ({"mixture": True}, "1 or more, not True"),
+        ({"mixture": 0}, "mixture is the number of Gaussians, 1 or more; got 0"),
+        ({"mixture": True}, "1 or more; got True"),
         ({"mixture": 2, "isotropic": True}, "mixture alone, not mixture, isotropic"),
         (None, "gaug has to be true, false, or arguments of a kernel, not None"),
         ("rotated", "not 'rotated'"),

@@ -49,7 +49,7 @@ def test_multiply_adds(gaug, prr):
 def test_multiply_adds_of_every_way_to_compute_gaug(monkeypatch):
     model = vit()
     chunks = multiply_adds(model, IMAGE)
-    monkeypatch.setattr("locat_lightning.nn.attention._is_short", lambda *_: False)  # flash
+    monkeypatch.setattr("locat_lightning.nn.chunked_attention._is_short", lambda *_: False)  # flash
     assert multiply_adds(model, IMAGE) == chunks
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # one expression
     assert multiply_adds(model, IMAGE) == chunks

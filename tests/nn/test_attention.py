@@ -15,6 +15,7 @@ from locat_lightning.nn import (
     GaussianAugmentation,
     PatchGrid,
     attention,
+    chunked_attention,
     gaussian_attention,
 )
 from locat_lightning.nn.gaussian import GATE_GAIN
@@ -41,18 +42,18 @@ def force(monkeypatch, path):
     """
     if path == "one expression":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        monkeypatch.setattr(attention, "_ChunkedGaussianAttention", None)
+        monkeypatch.setattr(attention, "chunked_attention", None)
     else:
         monkeypatch.setattr(attention, "gaussian_kernel", None)
         if path != "chunks":
             kind, heads, queries = path
             other = {"short": "_flash_attention", "flash": "_short_attention"}[kind]
-            monkeypatch.setattr(attention, other, None)
-            monkeypatch.setattr(attention, "_is_short", lambda *_: kind == "short")
+            monkeypatch.setattr(chunked_attention, other, None)
+            monkeypatch.setattr(chunked_attention, "_is_short", lambda *_: kind == "short")
             monkeypatch.setattr(
-                attention, "_chunk_size", lambda q: (min(heads, len(q)), min(queries, q.shape[-2]))
+                chunked_attention, "_chunk_size", lambda q: (min(heads, len(q)), min(queries, q.shape[-2]))
             )
-            monkeypatch.setattr(attention, "_flash_chunk_size", lambda *_: (heads, 2, queries))
+            monkeypatch.setattr(chunked_attention, "_flash_chunk_size", lambda *_: (heads, 2, queries))
 
 
 def attention_by_loops(q, k, v, gaug, grid, built_for):
@@ -175,8 +176,8 @@ def test_the_chunks_are_every_query_of_every_head_once(monkeypatch, threads, hea
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen = torch.zeros(heads, 1, tokens, dtype=torch.int)
     begun = torch.zeros(heads, dtype=torch.int)
-    size = attention._chunk_size(torch.empty(heads, tokens, 1))
-    for first, queries, whole in attention._chunks((seen,), (begun,), size):
+    size = chunked_attention._chunk_size(torch.empty(heads, tokens, 1))
+    for first, queries, whole in chunked_attention._chunks((seen,), (begun,), size):
         queries += 1
         whole += first
         assert queries.shape[0] <= size[0]
@@ -202,7 +203,7 @@ def test_the_chunks_are_every_query_of_every_head_once(monkeypatch, threads, hea
 )
 def test_each_thread_has_heads_of_its_own(monkeypatch, threads, tokens, size):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert attention._chunk_size(torch.empty(24, tokens, 1)) == size
+    assert chunked_attention._chunk_size(torch.empty(24, tokens, 1)) == size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -224,7 +225,10 @@ def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch, d):
         return gaussian_attention(q, k, v, gaug(q, grid, grid))
 
     q = torch.empty(10, 197, d)
-    sizes = [len(queries) for _, queries in attention._chunks((q.mT,), (), attention._chunk_size(q))]
+    sizes = [
+        len(queries)
+        for _, queries in chunked_attention._chunks((q.mT,), (), chunked_attention._chunk_size(q))
+    ]
     assert sizes == [5, 5]
     chunked = value_and_gradients(ours, augmentation(d), shape, torch.float32)
     force(monkeypatch, "one expression")
@@ -233,8 +237,8 @@ def test_chunks_of_the_real_size_agree_with_one_expression(monkeypatch, d):
 
 @pytest.mark.parametrize(("tokens", "rows"), [(785, 784), (1601, 800), (4101, 820)])
 def test_flash_attention_takes_its_rows_alike_and_by_blocks_of_256(tokens, rows):
-    assert attention._flash_chunk_size(torch.empty(2, 3, tokens, 8), prefix=1) == (2, 1, rows)
-    assert attention._flash_chunk_size(torch.empty(1, 3, tokens, 8), prefix=1) == (1, 2, rows)
+    assert chunked_attention._flash_chunk_size(torch.empty(2, 3, tokens, 8), prefix=1) == (2, 1, rows)
+    assert chunked_attention._flash_chunk_size(torch.empty(1, 3, tokens, 8), prefix=1) == (1, 2, rows)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -402,7 +406,7 @@ def test_the_weights_of_at_most_4_d_patches_are_kept(prefix, of):
 def test_kept_weights_are_not_computed_again(monkeypatch):
     q, k, v = (normal(2, 3, 17, 8, seed=seed).requires_grad_() for seed in (1, 2, 3))
     out = gaussian_attention(q, k, v, augmentation(8)(q, (4, 4), (4, 4)))
-    monkeypatch.setattr(attention, "_weights", None)
+    monkeypatch.setattr(chunked_attention, "_weights", None)
     out.sum().backward()
     assert q.grad is not None
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchGrid, gaussian_kernel
-from locat_lightning.nn.gaussian import distances, factors
+from locat_lightning.nn.gaussian import distances, factors, note_grid
 
 # grid of the images, grid that the model was built for
 GRIDS = [
@@ -181,21 +181,22 @@ def test_under_autocast_the_factors_are_those_of_float32():
 
 
 def test_the_grid_of_each_sequence_length_is_remembered():
-    grid = PatchGrid((4, 4))
+    dynamic, fixed = torch.nn.Identity(), torch.nn.Identity()
+    grid = dynamic.patch_grid = fixed.patch_grid = PatchGrid((4, 4))
     assert grid.of(16) == (4, 4)
 
-    dynamic = torch.nn.Module()  # a dynamic embedding gives [B, H, W, D]
-    grid(dynamic, (), torch.zeros(2, 3, 5, 8))
-    grid(dynamic, (), torch.zeros(1, 2, 6, 8))
+    dynamic.register_forward_hook(note_grid)  # a dynamic embedding gives [B, H, W, D]
+    dynamic(torch.zeros(2, 3, 5, 8))
+    dynamic(torch.zeros(1, 2, 6, 8))
     assert grid.of(15) == (3, 5)
     assert grid.of(12) == (2, 6)
-    grid(dynamic, (), torch.zeros(1, 4, 3, 8))
+    dynamic(torch.zeros(1, 4, 3, 8))
     assert grid.of(12) == (4, 3)  # the latest images of that length
     assert grid.of(16) == (4, 4)
 
-    fixed = torch.nn.Module()  # a fixed one gives [B, H·W, D] and knows its grid
+    fixed.register_forward_hook(note_grid)  # a fixed one gives [B, H·W, D] and knows its grid
     fixed.grid_size = (7, 2)
-    grid(fixed, (), torch.zeros(2, 14, 8))
+    fixed(torch.zeros(2, 14, 8))
     assert grid.of(14) == (7, 2)
     assert grid.built_for == (4, 4)
 

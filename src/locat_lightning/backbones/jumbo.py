@@ -105,7 +105,7 @@ class Jumbo(VisionTransformer):
         )
         self.jumbo_mlp = jumbo_mlp
         self.num_prefix_tokens = jumbo_multiplier
-        self.num_features = self.head_hidden_size = width
+        self.head_hidden_size = width  # pooled; `num_features` is the width D of a token
         self.cls_token = nn.Parameter(torch.zeros(1, jumbo_multiplier, self.embed_dim, **place))
         nn.init.normal_(self.cls_token, std=1e-6)
         self.norm = JumboNorm(width, **place)
@@ -125,7 +125,9 @@ class Jumbo(VisionTransformer):
         self.num_classes = num_classes
         if num_classes > 0:
             weight = self.cls_token
-            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+            self.head = nn.Linear(
+                self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype
+            )
             nn.init.zeros_(self.head.weight)
             nn.init.constant_(self.head.bias, -math.log(num_classes))
             self.head.train(self.training)

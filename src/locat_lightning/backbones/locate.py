@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid, note_grid
 from locat_lightning.nn.layers import (
     ATTENTIONS,
     GaussianSelfAttention,
@@ -162,8 +162,8 @@ def _full_name(of: type) -> str:
 def _add_gaug(model: Any, kernels: dict[Any, Kernel]) -> None:
     windowed = isinstance(model, SwinTransformer)
     if not windowed:
-        grid = PatchGrid(tuple(model.patch_embed.grid_size))
-        model.patch_embed.register_forward_hook(grid)
+        grid = model.patch_embed.patch_grid = PatchGrid(tuple(model.patch_embed.grid_size))
+        model.patch_embed.register_forward_hook(note_grid)
     for layer, kernel in kernels.items():
         add_gaussians(layer, kernel)
         if windowed:
@@ -176,7 +176,7 @@ def _add_prr(model: Any, gated: bool) -> None:
     if any(isinstance(module, PatchRefinement) for module in model.modules()):
         raise ValueError(f"prr=True: this {type(model).__name__} has it already: pass prr=False")
     pooling = getattr(model, "global_pool", None)
-    if isinstance(model, SwinTransformer) and pooling:
+    if isinstance(model, SwinTransformer):
         _refine_before(model.head.global_pool, model.num_features, model.layers[-1].blocks[-1].attn, gated)
         return
     pool: Any = getattr(model, "attn_pool", None)
@@ -187,9 +187,8 @@ def _add_prr(model: Any, gated: bool) -> None:
         return
     attention: Any = getattr(next(reversed(getattr(model, "blocks", [])), None), "attn", None)
     # The heads of distilled DeiT and of Jumbo take more than one token, and no pooling.
-    several = hasattr(model, "dist_token") or getattr(model, "num_features", 0) != getattr(
-        model, "embed_dim", 0
-    )
+    width = getattr(model, "embed_dim", 0)
+    several = hasattr(model, "dist_token") or getattr(model, "head_hidden_size", 0) != width
     if attention is None or pooling not in ("token", "avg", "map") or several:
         raise ValueError(
             f"prr=True: {type(model).__name__} with global_pool={pooling!r} pools no tokens that could be "

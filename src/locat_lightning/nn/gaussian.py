@@ -12,42 +12,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# A factor of 1e-10 beside 1 is beneath float32's resolution of a logit. Smaller ones, left alone, make
-# denormal numbers, with which a CPU computes several times slower.
+# A factor of 1e-10 beside 1 is below float32's resolution. Smaller ones would become denormal numbers, with
+# which a CPU computes several times slower.
 _LEAST_EXPONENT = -23.0
 
-# Adam moves every parameter by about the learning rate. A gate, which goes from 0 towards 1, is this many
-# times a parameter that goes as far as weights of a standard deviation of 0.02 do.
+# Adam moves every parameter by about the learning rate. A gate, which moves from 0 towards 1, is this many
+# times its parameter, which then moves as far as weights with a standard deviation of 0.02.
 GATE_GAIN = 50
 
 
 class PatchGrid:
-    """The patch grid (rows, columns) of the images under way, shared by all layers of one model.
+    """The patch grid (rows, columns) of each sequence length, shared by all layers of one model.
 
-    A layer sees a sequence, not a grid. This object is a forward hook of the model's patch embedding and
-    remembers the grid of each sequence length, so that a checkpointed block which is recomputed in the
-    backward pass, after images of another size went through, still finds the grid of its own tokens.
-
-    The number of patches is all that it has to tell them apart: between the forward and the backward pass of
-    a checkpointed block, no images may go through that have as many patches in another grid (4×9 and 6×6).
-    The block would be recomputed with their grid. Without checkpointing nothing is recomputed.
+    A layer sees a sequence, not a grid. `note_grid` records it as images pass the patch embedding; a
+    checkpointed block that is recomputed in the backward pass, after images of another size, then still finds
+    the grid of its own tokens. Only grids with equally many patches (4×9 and 6×6) are mistaken for each
+    other, if one passes between the forward and the backward pass of a checkpointed block of the other.
     """
 
     def __init__(self, built_for: tuple[int, int]) -> None:
         self.built_for = built_for
         self._by_patches = {math.prod(built_for): built_for}
 
-    def __call__(self, patch_embed: Any, inputs: tuple[Tensor, ...], patches: Tensor) -> None:
-        """Take note of the grid: `patches` is [B, H, W, D] from a dynamic embedding, else [B, H·W, D]."""
-        if patches.ndim == 4:
-            rows, columns = patches.shape[1:3]
-        else:
-            rows, columns = patch_embed.grid_size
-        if self._by_patches.get(rows * columns) != (rows, columns):
+    def note(self, rows: int, columns: int) -> None:
+        """Record the grid of images that are under way."""
+        if self._by_patches.get(rows * columns) != (rows, columns):  # `torch.compile` guards what is written
             self._by_patches[rows * columns] = (rows, columns)
 
     def of(self, patches: int) -> tuple[int, int]:
-        """Rows and columns of a sequence of that many patches; `ValueError` if no such image was seen."""
+        """Return rows and columns of a sequence of patches; `ValueError` if no such image was seen."""
         try:
             return self._by_patches[patches]
         except KeyError:
@@ -57,13 +50,20 @@ class PatchGrid:
             ) from None
 
 
+def note_grid(patch_embed: Any, inputs: tuple[Tensor, ...], patches: Any) -> None:
+    """Record the grid of `patches` [B, H, W, D] or [B, H·W, D]: a forward hook of the patch embedding."""
+    if not isinstance(patches, torch.fx.Proxy):  # a traced graph keeps the grid of `built_for`
+        rows, columns = patches.shape[1:3] if patches.ndim == 4 else patch_embed.grid_size
+        patch_embed.patch_grid.note(rows, columns)
+
+
 class Gaussians(NamedTuple):
     """The kernels of a layer's queries, each centred on its own patch.
 
     `slope` [2, B, h, N] is −½ / (σ² + ε), vertical and horizontal; `alpha` is α [B, h, N]; both float32.
     `grid` is (H, W): the last H·W tokens are the patches. Those before them, prefix tokens, have no kernel:
-    what is here of them is finite and means nothing. `cap` bounds the squared distances. `cross` [B, h, N],
-    of rotated kernels alone, is the factor of (i − i') (j − j') in the exponent.
+    their values here are finite and unused. `cap` bounds the squared distances. `cross` [B, h, N],
+    only of rotated kernels, is the factor of (i − i') (j − j') in the exponent.
     """
 
     slope: Tensor
@@ -85,20 +85,19 @@ class GaussianAugmentation(nn.Module):
     so that z = 0 is a variance of one patch. On another grid than (H0, W0), which the model was built for,
     variances are scaled by min(H, W) / min(H0, W0).
 
-    The arguments after the first make the variants of an ablation; what they fix is a buffer under the name
-    of the parameter that it replaces.
+    The arguments after the first are variants for an ablation; what they fix is a buffer with the name of the
+    parameter that it replaces.
 
     Args:
         head_dim: Width d of one head's query; the maps are shared by all heads of the layer.
         query_dependent: False: Wσ and Wα are 0, and a layer has one kernel for all queries.
         isotropic: One variance for both directions.
         learned_alpha: False: α is 1.
-        rotated: A full covariance: the two directions are correlated by tanh(q · Wr + br). The paper names
-            the axis-parallel kernel as a limit. Such a kernel is no product of two factors: it takes H · W
-            exponentials a row, and memory for all of S.
-        gated: α is multiplied by a learned gate that begins at 1e-6, so that a model to which GAug is added
-            gives what it gave before, and learns from there.
-        device: Where the parameters are made.
+        rotated: A full covariance: the two directions are correlated by tanh(q · Wr + br). Such a kernel is
+            not a product of two factors: it takes H · W exponentials a row, and memory for all of S.
+        gated: Multiply α by a learned gate that starts at 1e-6, so that a model to which GAug is added starts
+            with the outputs that it had before.
+        device: Where to make the parameters.
         dtype: Type of the parameters.
     """
 
@@ -134,13 +133,13 @@ class GaussianAugmentation(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Begin as timm's linear layers do: weights of a standard deviation of 0.02, biases of 0."""
+        """Initialise as timm's linear layers: weights with standard deviation 0.02, biases 0."""
         for each in self._maps():
             nn.init.zeros_(each.bias)
             nn.init.zeros_(each.weight)
-            if "weight" in each._parameters:
+            if isinstance(each.weight, nn.Parameter):
                 nn.init.trunc_normal_(each.weight, std=0.02)
-        if "bias" not in self.log_alpha._parameters:
+        if "bias" in dict(self.log_alpha.named_buffers()):
             nn.init.constant_(self.log_alpha.bias, math.log(math.e - 1))  # of which softplus is 1
         if self.gate is not None:
             nn.init.constant_(self.gate, 1e-6 / GATE_GAIN)
@@ -148,7 +147,7 @@ class GaussianAugmentation(nn.Module):
     def variance_and_alpha(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """What queries [B, h, N, d] ask for, in float32.
+        """Compute σ² and α of queries [B, h, N, d] in float32.
 
         Returns:
             σ² [2, B, h, N] (vertical, horizontal; in squared patches) and α [B, h, N].
@@ -168,7 +167,7 @@ class GaussianAugmentation(nn.Module):
         return var.expand(2, *alpha.shape), alpha
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
-        """Kernels of the queries.
+        """Compute the kernels of the queries.
 
         Args:
             q: Queries [B, h, N, d] after q-norm, before rotary embedding; the patches' are the last H·W.
@@ -176,8 +175,9 @@ class GaussianAugmentation(nn.Module):
             built_for: (H0, W0).
         """
         kind = q.device.type
-        # Even where it is off, to turn it off takes as long as three of these operations.
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        # Turning it off takes as long as three of these operations, even where it is off.
+        with torch.autocast(kind, enabled=False) if mixed else nullcontext():
             q = q.to(self.log_var.weight.dtype)
             var, alpha = self.variance_and_alpha(q, grid, built_for)
             var = var + _epsilon(built_for)
@@ -190,20 +190,20 @@ class GaussianAugmentation(nn.Module):
 
 
 class GaussianMixture(nn.Module):
-    """A kernel that is learned, but the same for all queries and heads: the rival of GAug for a comparison.
+    """A learned kernel that is the same for all queries and heads: a baseline to compare GAug with.
 
     S = Σ_m α_m · exp(−½ ((i − i')² + (j − j')²) / σ²_m). Source: Gaussian mixture mask attention
     (arXiv 2309.04875).
 
     Args:
-        components: How many Gaussians. Their widths begin between one patch and the whole grid.
+        components: Number of Gaussians. Their initial widths range from one patch to the whole grid.
         built_for: (H0, W0).
-        gated: Whether all α_m begin at 1e-6 instead of 1 / m.
-        device: Where the parameters are made.
+        gated: Start all α_m at 1e-6 instead of 1 / m.
+        device: Where to make the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: there are no components.
+        ValueError: `components` is not a positive integer.
     """
 
     def __init__(
@@ -217,14 +217,14 @@ class GaussianMixture(nn.Module):
     ) -> None:
         super().__init__()
         if type(components) is not int or components < 1:
-            raise ValueError(f"mixture has to be how many Gaussians there are, 1 or more, not {components!r}")
+            raise ValueError(f"mixture is the number of Gaussians, 1 or more; got {components!r}")
         widest = 2 * math.log(max(built_for))
         self.log_var = nn.Parameter(torch.linspace(0, widest, components, device=device, dtype=dtype))
         alpha = 1e-6 if gated else 1 / components
         self.alpha = nn.Parameter(torch.full((components,), alpha, device=device, dtype=dtype))
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Tensor:
-        """S [1, 1, H·W, H·W], float32; of the queries only the device matters."""
+        """Return S [1, 1, H·W, H·W], float32; of the queries, only the device matters."""
         var = self.log_var.float().exp() * (min(grid) / min(built_for))
         slope = (-0.5 / var).expand(2, 1, -1).mT
         cap = max(grid) ** 2
@@ -236,12 +236,12 @@ class GaussianMixture(nn.Module):
 def distances(
     grid: tuple[int, int], cap: int, device: torch.device, *, prefix: int = 0, keys: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """(i − i')² of all tokens and all rows of a grid, (j − j')² of all tokens and all columns.
+    """Return (i − i')² of all tokens and rows of a grid, and (j − j')² of all tokens and columns.
 
     Args:
         grid: (H, W).
-        cap: What they are at most.
-        device: Where they are made.
+        cap: Upper bound of a squared distance.
+        device: Where to make them.
         prefix: How many tokens come before the patches; their distances mean nothing.
         keys: The dimension of the rows and columns: -1, or -2 for the transposed.
 
@@ -261,7 +261,7 @@ def distances(
 
 
 def factors(slope: Tensor, squares: tuple[Tensor, Tensor], *, keys: int = -1) -> tuple[Tensor, Tensor]:
-    """The kernel's two exponentials: S[p, (i, j)] = α[p] · y[p, i] · x[p, j].
+    """Compute the kernel's two exponentials: S[p, (i, j)] = α[p] · y[p, i] · x[p, j].
 
     The exponential of a sum is a product: this takes H + W exponentials a query instead of H · W, and
     nothing of size [B, h, N, N, 2].
@@ -282,7 +282,7 @@ def factors(slope: Tensor, squares: tuple[Tensor, Tensor], *, keys: int = -1) ->
 
 
 def gaussian_kernel(gaussians: Gaussians) -> Tensor:
-    """S [B, h, H·W, H·W] of the patches among themselves, float32."""
+    """Return S [B, h, H·W, H·W] of the patches among themselves, float32."""
     slope, alpha, grid, cap, cross = gaussians
     patches = math.prod(grid)
     slope, alpha = slope[..., -patches:], alpha[..., -patches:]
@@ -300,7 +300,7 @@ def gaussian_kernel(gaussians: Gaussians) -> Tensor:
 
 
 def _epsilon(built_for: tuple[int, int]) -> float:
-    """What keeps a kernel's exponents within half precision: 0.1, doubled as long as the grid needs it."""
+    """Return ε: 0.1, doubled until the grid's exponents fit into half precision."""
     epsilon = 0.1
     while 0.5 * (max(built_for) - 1) ** 2 / epsilon**2 > 32500:
         epsilon *= 2
@@ -308,7 +308,7 @@ def _epsilon(built_for: tuple[int, int]) -> float:
 
 
 def _fix(layer: nn.Linear, name: str) -> None:
-    """Make a parameter of a map a buffer of the same name."""
+    """Replace a parameter of a map by a buffer of the same name."""
     value = getattr(layer, name).detach()
     delattr(layer, name)
     layer.register_buffer(name, value)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat, register_notrace_module
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from locat_lightning.nn.attention import gaussian_attention
 from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid
 
 
+@register_notrace_module  # `torch.fx` does not look inside: what a layer computes depends on the grid
 class GaussianSelfAttention(nn.Module):
-    """What GAug makes of a Vision Transformer's self-attention: of timm's layers that compute q, k and v.
+    """Self-attention of a Vision Transformer with GAug, for timm's layers that compute q, k and v.
 
-    A subclass names the layer whose weights and other parts it has. `gaug`, the model's `grid` and the number
-    of its prefix tokens are put into a built layer.
+    A subclass names the layer whose weights and other parts it has. `gaug`, the model's `grid` and its number
+    of prefix tokens are set on a layer that is built already.
 
     Source: "Locality-Attending Vision Transformer" (ICLR 2026), Gaussian-augmented attention.
     """
@@ -33,13 +34,16 @@ class GaussianSelfAttention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend within [B, N, D]; masks are not supported (`ValueError`).
+        """Attend within [B, N, D].
 
         Args:
             x: Tokens.
-            rope: timm's rotary embedding of the patches. The kernels are of the queries before it.
+            rope: timm's rotary embedding of the patches; kernels depend on the queries before it.
             attn_mask: None.
             is_causal: False.
+
+        Raises:
+            ValueError: there is a mask.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("Gaussian-augmented attention takes no attn_mask and is not causal")
@@ -62,7 +66,7 @@ class GaussianSelfAttention(nn.Module):
         return out
 
     def _queries_keys_values(self, x: Tensor) -> list[Tensor]:
-        """[B, h, N, d] each, of one projection or of three."""
+        """Return [B, h, N, d] each, of one projection or of three."""
         this: Any = self
         d = this.head_dim
         if this.qkv is None:
@@ -83,24 +87,25 @@ class GaussianSelfAttention(nn.Module):
 
 
 class GaussianAttention(GaussianSelfAttention, Attention):
-    """timm's `Attention` with GAug: of ViT, DeiT, DINO, DINOv2, CLIP and SigLIP."""
+    """timm's `Attention` (ViT, DeiT, DINO, DINOv2, CLIP, SigLIP) with GAug."""
 
     qkv: nn.Module
     q_proj = k_proj = v_proj = None
 
 
 class GaussianRopeAttention(GaussianSelfAttention, AttentionRope):
-    """timm's `AttentionRope` with GAug: of RoPE-ViT and others of its family."""
+    """timm's `AttentionRope` (RoPE-ViT and its family) with GAug."""
 
 
 class GaussianEvaAttention(GaussianSelfAttention, EvaAttention):
-    """timm's `EvaAttention` with GAug: of EVA, EVA-02 and DINOv3."""
+    """timm's `EvaAttention` (EVA, EVA-02, DINOv3) with GAug."""
 
 
+@register_notrace_module
 class GaussianWindowAttention(WindowAttention):
-    """timm's `WindowAttention` with GAug: of Swin. The grid is the window, and there is no prefix token.
+    """timm's `WindowAttention` (Swin) with GAug. The grid is the window, and there is no prefix token.
 
-    S adds to the relative position bias and to the mask of shifted windows.
+    S is added to the relative position bias and to the mask of shifted windows.
     """
 
     gaug: GaussianAugmentation | GaussianMixture
@@ -116,7 +121,7 @@ class GaussianWindowAttention(WindowAttention):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
         gaussians = self.gaug(q.contiguous(), self.window_size, self.built_for)
-        bias = self._get_rel_pos_bias()
+        bias = self._get_rel_pos_bias()  # private to timm, but the one place where the table is laid out
         if mask is not None:
             bias = bias + mask.unsqueeze(1)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -135,6 +140,10 @@ ATTENTIONS = tuple(_WITH_GAUSSIANS)
 
 
 def add_gaussians(layer: nn.Module, gaug: GaussianAugmentation | GaussianMixture) -> None:
-    """Make one of timm's layers, of `ATTENTIONS`, that with GAug; it keeps its weights, hooks and place."""
+    """Turn one of timm's layers, of `ATTENTIONS`, into that with GAug.
+
+    Its class is replaced, not the layer: weights, hooks and references to it stay valid, and the arguments
+    that it was built with need not be known.
+    """
     layer.__class__ = _WITH_GAUSSIANS[type(layer)]
     layer.gaug = gaug.train(layer.training)

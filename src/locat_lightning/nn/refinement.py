@@ -16,18 +16,18 @@ from locat_lightning.nn.gaussian import GATE_GAIN
 class PatchRefinement(AttentionPoolPrr):
     """PRR, then pooling: x⁺ = softmax(x xᵀ / √d) x by head, of which the pooling takes [CLS] or the mean.
 
-    timm's module with the same values and gradients; only the rows that are pooled are computed: for [CLS]
-    O(N) instead of O(N²).
+    Values and gradients are those of timm's module, but only the rows that are pooled are computed: O(N)
+    instead of O(N²) for [CLS].
 
     Args:
         dim: Width h·d of a token.
         num_heads: h.
         pool_type: "token" for [CLS]; "avg" for the mean; "" for no pooling, where that is done elsewhere.
-        prefix: Of "token", how many tokens [CLS] has (Jumbo's several are concatenated); of "avg", how many
-            tokens before the patches the mean leaves out.
-        gated: x + g (x⁺ − x) instead of x⁺, where g is a learned gate that begins at 0, so that a model to
-            which PRR is added gives what it gave before.
-        device: Where the parameters are made, if there are any.
+        prefix: For "token", the number of tokens of [CLS] (Jumbo's are concatenated; 1 by default); for
+            "avg", the number of tokens before the patches, which the mean leaves out (0 by default).
+        gated: Return x + g (x⁺ − x) instead of x⁺, where g is a learned gate that starts at 0, so that a
+            model to which PRR is added starts with the outputs that it had before.
+        device: Where to make the parameters, if there are any.
         dtype: Type of the parameters.
         **norms: `pre_norm`, `post_norm` and `norm_layer` of timm's module.
     """
@@ -46,11 +46,8 @@ class PatchRefinement(AttentionPoolPrr):
     ) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **norms)
         self.pool = pool_type
-        self.rows = {
-            "token": slice(1 if prefix is None else prefix),
-            "avg": slice(prefix or 0, None),
-            "": slice(None),
-        }[pool_type]
+        first, last = {"token": (0, prefix or 1), "avg": (prefix or 0, None), "": (0, None)}[pool_type]
+        self.rows = slice(first, last)
         self.gate = nn.Parameter(torch.zeros((), device=device, dtype=dtype)) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,259 @@
+"""Gaussian-augmented attention a chunk at a time, with the memory of flash attention: for CPUs and GPUs.
+
+S exists for a few heads of each thread at a time, in the forward and in the backward pass. With
+A = q kᵀ / √d + S and P = softmax(A), the gradient of S is that of A, where
+S[p, (i, j)] = α[p] y[p, i] x[p, j]. By way of
+
+    T_y[p, i] = y[p, i] Σ_j ∂A[p, (i, j)] x[p, j]    and    T_x[p, j] = Σ_i (∂A ∘ S)[p, (i, j)]
+
+it becomes
+
+    ∂α[p] = Σ_i T_y[p, i]
+    ∂(slope_y)[p] = α[p] Σ_i T_y[p, i] D_y[p, i]
+    ∂(slope_x)[p] = Σ_j T_x[p, j] D_x[p, j]
+
+Matrices are transposed, [heads, keys, queries]: a pass over S then runs along the many queries, not along the
+few patches of a grid's row. Only flash attention wants its mask query by query.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from locat_lightning.nn.gaussian import Gaussians, distances, factors
+
+
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians) -> Tensor:
+    """Compute `gaussian_augmented_attention` for kernels that are a product of two factors.
+
+    The attention weights P are kept for the backward pass only on a CPU, in float32 and for at most 4 d
+    patches: they are then about as large as q, k, v and the output together.
+
+    Args:
+        q: Queries [B, h, N, d], B at least 1.
+        k: Keys [B, h, N, d].
+        v: Values [B, h, N, d].
+        gaussians: Kernels of the queries, without `cross`.
+
+    Returns:
+        [B, h, N, d].
+    """
+    slope, alpha, grid, cap, _ = gaussians
+    out: Tensor = _ChunkedAttention.apply(q, k, v, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap)
+    return out
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """`chunked_attention` with slope [2, B·h, N] and alpha [B·h, N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slope: Tensor,
+        alpha: Tensor,
+        grid: tuple[int, int],
+        cap: int,
+    ) -> Tensor:
+        if _is_short(q, alpha, grid):
+            q, k, v = (t.contiguous() for t in (q, k, v))
+            *squares, y, x = _of_tokens(slope, grid, cap)
+            tokens = q.shape[2]
+            kept = [y.new_empty(len(y), tokens, tokens)] if any(ctx.needs_input_grad) else []
+            out = _short_attention(q, k, v, y * alpha.unsqueeze(-2), x, kept)
+            of_tokens = [*squares, y, x, *kept]
+        else:
+            patches = -math.prod(grid)
+            y, x = factors(slope[..., patches:], distances(grid, cap, q.device))
+            out = _flash_attention(q, k, v, y * alpha[..., patches:].unsqueeze(-1), x)
+            of_tokens = []
+        ctx.grid, ctx.cap = grid, cap
+        ctx.save_for_backward(q, k, v, slope, alpha, *of_tokens)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, slope, alpha, *of_tokens = ctx.saved_tensors
+        shape = q.shape
+        rows, columns, y, x, *kept = of_tokens or _of_tokens(slope, ctx.grid, ctx.cap)
+        grads = tuple(t.new_empty(shape) for t in (q, k, v))  # filled through their views
+        q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
+        scale = q.shape[-1] ** -0.5
+        alpha_y = y * alpha.unsqueeze(-2)
+        sum_x, t_x = torch.empty_like(y), torch.empty_like(x)
+        by_query = (
+            q.mT,
+            alpha_y.unsqueeze(2),
+            x.unsqueeze(1),
+            grad.mT,
+            grad_q.mT,
+            sum_x,
+            t_x,
+            *kept,
+        )
+        size = _chunk_size(q)
+        rooms = [y.new_empty(math.prod(size) * q.shape[1]) for _ in range(2)]
+        for first, q_, alpha_y_, x_, d_out, d_q, sum_x_, t_x_, *p_, k_, v_, d_k, d_v in _chunks(
+            by_query, (k, v, grad_k, grad_v), size
+        ):
+            g, p = (_matrix(room, k_, q_) for room in rooms)
+            p = p_[0] if p_ else _weights(q_, k_, alpha_y_, x_, out=p)
+            d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
+            _product(v_, d_out, g)
+            torch._softmax_backward_data(g, p, 1, p.dtype, grad_input=g)
+            d_a = g.to(q.dtype)
+            d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
+            d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
+            _, g_of_patches = _by_keys(g, alpha_y_, x_)
+            torch.sum(g_of_patches.mul_(x_), 2, out=sum_x_)
+            torch.sum(g_of_patches.mul_(alpha_y_), 1, out=t_x_)
+        t_y = sum_x.mul_(y)
+        grad_slope = torch.stack([(t_y * rows).sum(1).mul_(alpha), (t_x * columns).sum(1)])
+        return *grads, grad_slope, t_y.sum(1), None, None
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Attention [B, h, N, d] with the factors α · y [B·h, H·W, H] and x [B·h, H·W, W].
+
+    Queries of prefix tokens need no mask. Flash attention reads the mask of a patch's query in blocks of 16
+    numbers: on a CPU, one of them begins where the patches' columns begin.
+    """
+    B, h, N, d = q.shape
+    grid = y.shape[-1], x.shape[-1]
+    prefix = N - math.prod(grid)
+    images, heads, rows = _flash_chunk_size(q, prefix)
+    lead = -prefix % 16 if q.device.type == "cpu" else 0
+    room = y.new_empty(images, heads, rows, lead + N + -(lead + N) % 16)[..., lead : lead + N]
+    room[..., :prefix] = 0
+    out = v.new_empty(B, N, h, d).transpose(1, 2)
+    of_prefix, of_patches = out.split([prefix, N - prefix], dim=2)
+    if prefix:
+        of_prefix.copy_(F.scaled_dot_product_attention(q[:, :, :prefix], k, v))
+    y, x = y.view(B, h, -1, grid[0], 1), x.view(B, h, -1, 1, grid[1])
+    by_row = q[:, :, prefix:], y, x, of_patches
+    for keys, values, *of_images in zip(*(t.split(images) for t in (k, v, *by_row)), strict=True):
+        for of_rows in zip(*(t.split(rows, dim=2) for t in of_images), strict=True):
+            of_heads = zip(*(t.split(heads, dim=1) for t in (keys, values, *of_rows)), strict=True)
+            for k_, v_, q_, y_, x_, out_ in of_heads:
+                s = room[: q_.shape[0], : q_.shape[1], : q_.shape[2]]
+                torch.mul(y_, x_, out=s[..., prefix:].unflatten(-1, grid))
+                out_.copy_(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=s.to(q.dtype)))
+    return out
+
+
+def _short_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor, kept: list[Tensor]) -> Tensor:
+    """Attention [B, h, N, d] with the factors α · y [B·h, H, N] and x [B·h, W, N].
+
+    `kept` is empty, or has room for P [B·h, N, N], keys before queries.
+    """
+    shape = v.shape
+    q, k, v = (_flat(t) for t in (q, k, v))
+    out = torch.empty_like(v)
+    size = _chunk_size(q)
+    room = y.new_empty(math.prod(size) * q.shape[1])
+    by_query = q.mT, y.unsqueeze(2), x.unsqueeze(1), out.mT, *kept
+    for _, q_, y_, x_, out_, *p_, k_, v_ in _chunks(by_query, (k, v), size):
+        p = _weights(q_, k_, y_, x_, out=p_[0] if p_ else _matrix(room, k_, q_))
+        torch.bmm(p.mT, v_, out=out_.mT)
+    return out.view(shape)
+
+
+def _weights(q: Tensor, k: Tensor, y: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Write P of a chunk to `out` [heads, keys, queries]."""
+    of_prefix, of_patches = _by_keys(out, y, x)
+    of_prefix.zero_()
+    torch.mul(y, x, out=of_patches)
+    scale = k.shape[-1] ** -0.5
+    if q.dtype == out.dtype:
+        out.baddbmm_(k, q, alpha=scale)
+    else:  # the product in half precision, the sum in float32
+        out.add_(torch.bmm(k, q), alpha=scale)
+    return torch.softmax(out, 1, out=out)
+
+
+def _is_short(q: Tensor, alpha: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether flash attention, which reads a mask in a pass of its own, would be slower."""
+    return q.device.type == "cpu" and q.dtype == alpha.dtype and math.prod(grid) <= 4 * q.shape[-1]
+
+
+def _chunk_size(q: Tensor) -> tuple[int, int]:
+    """Number of heads, and of queries of each, whose logits fit into a CPU's caches, or fill a GPU.
+
+    Every thread of a CPU gets as many heads, and whole ones as long as that is possible.
+    """
+    heads, N = q.shape[:-2].numel(), q.shape[-2]
+    threads, size = (torch.get_num_threads(), 2**18) if q.device.type == "cpu" else (1, 2**26)
+    if 2 * size >= N**2:
+        return min(heads, threads * max(1, size // N**2)), N
+    return min(heads, max(2, threads)), math.ceil(N / math.ceil(N**2 / (2 * size)))  # chunks of equal size
+
+
+def _flash_chunk_size(q: Tensor, prefix: int) -> tuple[int, int, int]:
+    """Number of images, heads and patches for which flash attention gets a mask at a time."""
+    if q.device.type == "cpu":
+        patches = q.shape[2] - prefix
+        # Flash attention computes 256 rows at a time if it has 768 or more, else 64, which is slower.
+        heads, rows = 2, math.ceil(patches / max(1, patches // 768))
+    else:
+        heads, rows = _chunk_size(q)
+    images = min(q.shape[0], heads)
+    return images, heads // images, rows
+
+
+def _flat(t: Tensor) -> Tensor:
+    """Return [B, h, N, d] as [B·h, N, d]."""
+    return t.flatten(0, 1).contiguous()
+
+
+def _chunks(
+    by_query: tuple[Tensor, ...], by_head: tuple[Tensor, ...], size: tuple[int, int]
+) -> Iterator[tuple[Any, ...]]:
+    """Split tensors of queries [B·h, .., N] and of whole heads [B·h, ..] into chunks of at most `size`.
+
+    Yields:
+        Whether these are the first queries of their heads, then the parts that belong together.
+    """
+    heads, queries = (math.ceil(by_query[0].shape[dim] / n) for dim, n in zip((0, -1), size, strict=True))
+    for of_heads in zip(*(t.tensor_split(heads) for t in by_query + by_head), strict=True):
+        if queries == 1:
+            yield True, *of_heads
+            continue
+        of_queries = zip(*(t.tensor_split(queries, dim=-1) for t in of_heads[: len(by_query)]), strict=True)
+        for number, parts in enumerate(of_queries):
+            yield number == 0, *parts, *of_heads[len(by_query) :]
+
+
+def _matrix(room: Tensor, k: Tensor, q: Tensor) -> Tensor:
+    """Return the beginning of `room` as the matrix [heads, keys, queries] of a chunk."""
+    shape = *k.shape[:2], q.shape[2]
+    return room[: math.prod(shape)].view(shape)
+
+
+def _by_keys(matrix: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split [heads, keys, queries] into the keys of prefix tokens and of patches [heads, H, W, queries]."""
+    grid = y.shape[1], x.shape[2]
+    patches = math.prod(grid)
+    of_prefix, of_patches = matrix.split([matrix.shape[1] - patches, patches], dim=1)
+    return of_prefix, of_patches.unflatten(1, grid)
+
+
+def _of_tokens(slope: Tensor, grid: tuple[int, int], cap: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Distances [H, N], [W, N] and factors y [.., H, N], x [.., W, N]; y of prefix tokens is 0."""
+    prefix = slope.shape[-1] - math.prod(grid)
+    squares = distances(grid, cap, slope.device, prefix=prefix, keys=-2)
+    y, x = factors(slope, squares, keys=-2)
+    y[..., :prefix] = 0
+    return *squares, y, x
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Write a batched product, computed in the type of its factors, to `out`."""
+    return torch.bmm(a, b, out=out) if a.dtype == out.dtype else out.copy_(torch.bmm(a, b))
