@@ -108,7 +108,7 @@ class _ChunkedAttention(torch.autograd.Function):
             p = p_[0] if p_ else _weights(q_, k_, alpha_y_, x_, out=p)
             d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
             _product(v_, d_out, g)
-            torch._softmax_backward_data(g, p, 1, p.dtype, grad_input=g)
+            g.mul_(p).addcmul_(p, g.sum(1, keepdim=True), value=-1)  # ∂A = P ∘ (∂P − Σ P ∘ ∂P)
             d_a = g.to(q.dtype)
             d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
             d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
