@@ -4,6 +4,8 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,18 @@ if sys.platform != "win32":
     import fcntl
 
 WIDTH = 120  # columns of the list
-HEADLINES = (
-    *("val/top1", "val/miou", "knn/top1", *(f"knn/top1_k{k}" for k in (10, 20, 100, 200))),
-    *("linear/top1", "retrieval/miou"),
-)
+HEADLINES = ("val/top1", "val/miou", "knn/top1", "linear/top1", "retrieval/miou")  # also by `_kN`
 LOCK = ".lock"  # in the directory of a run, while a process trains there
+
+
+def claim(directory: Path) -> Path:
+    """Create the first `version_N` that is free in a directory, even if other runs start at the same time."""
+    for number in count():
+        run = directory / f"version_{number}"
+        with suppress(FileExistsError):
+            run.mkdir(parents=True)
+            break
+    return run
 
 
 def lock(run: Path) -> int | None:
@@ -90,9 +99,9 @@ def _describe(run: Path) -> tuple[str, str, str, str]:
 def _headline(metrics: dict[str, Any]) -> str:
     """Return the metrics that matter most, each with the best of the run."""
     cells = []
-    for name in HEADLINES:
-        best = metrics.get(f"best {name}")
-        if (value := metrics.get(name, best)) is not None:
+    for name, value in metrics.items():
+        if name.partition("_k")[0] in HEADLINES:
+            best = metrics.get(f"best {name}")
             cells.append(f"{name} {_text(value)}" + (f" (best {_text(best)})" if best is not None else ""))
     return "  ".join(cells)
 

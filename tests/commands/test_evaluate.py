@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from locat.command import main
 from locat_lightning.data import ImageData, SegmentationData
@@ -70,9 +69,8 @@ def test_knn_of_a_state_dict(named, folder, capsys):
     assert "8 images, each by its nearest among 18" in out
     assert f"{expected.top1:.2%}" in out
     assert "200 (all 18)" in out  # k is capped at the bank's size
-    board = EventAccumulator("runs/net_knn/version_0")
-    board.Reload()
-    assert board.Scalars("knn/top1_k5")[0].value == pytest.approx(expected.top1)
+    assert found["seed"] == 0
+    assert [path.name for path in Path("runs/net_knn/version_0").iterdir()] == ["metrics.json"]
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
@@ -115,6 +113,47 @@ def test_a_local_dir_says_how_its_images_are_normalised(images, monkeypatch):
     run("knn", "--weights", "local-dir:.", *images, "--k", "3", "--data.mean", "[0, 0, 0]")
     assert seen[0] == {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     assert seen[2] == {"mean": (0, 0, 0), "std": (0.2, 0.3, 0.4)}
+
+
+def test_an_exported_folder_says_itself_what_it_is(small, images, folder):
+    """To each command, by its name alone: the model, the size of its images and their normalisation."""
+    run("fit", "--config", "classify_tiny.yaml", *small, "--trainer.max_epochs", "1", "--name", "mine")
+    run("export", "--weights", "runs/mine/version_0/checkpoints/last.ckpt", "--to", "out")
+    own = ["--data.root", folder, "--data.num_workers", "0"]
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    for weights in ("out", "local-dir:out"):
+        run("knn", "--weights", weights, *own, "--accelerator", "cpu", "--k", "3", "--name", "knn")
+        run("predict", "--weights", weights, *own, *quiet, "--name", "out")
+    assert metrics("knn") == metrics("knn")
+    written = list(Path("runs/out_predict/version_1").iterdir())
+    assert sorted(path.name for path in written) == ["config.yaml", "predictions.csv"]
+    assert "ant" in Path("runs/out_predict/version_1/predictions.csv").read_text().splitlines()[0]
+    fit = ["--model.warmup_epochs", "0", "--trainer.max_epochs", "1", "--data.batch_size", "6"]
+    run("fit", "--weights", "out", *own, *quiet, *fit, "--pictures.images", "2", "--name", "further")
+    assert metrics("further")["epochs"] == 1
+
+
+def test_a_config_of_a_training_gives_the_images(named, tmp_path):
+    torch.save(backbone().state_dict(), "net.pth")
+    data = {
+        "class_path": "locat_lightning.data.ImageData",
+        "init_args": {"dataset": "digits", "img_size": 32},
+    }
+    Path("fit.yaml").write_text(json.dumps({"trainer": {"max_epochs": 3}, "data": data}))
+    of_model = named[named.index("--accelerator") :]
+    run(
+        "knn",
+        "--config",
+        "fit.yaml",
+        "--weights",
+        "net.pth",
+        *of_model,
+        "--k",
+        "3",
+        "--data.num_workers",
+        "0",
+    )
+    assert "360 images" in metrics("net_knn")["measured"]
 
 
 def test_images_of_another_size_than_the_model_was_built_for(images, capsys):
@@ -173,7 +212,7 @@ def test_more_processes_than_cores_are_refused(named, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         run("knn", "--weights", "net.pth", *named, "--devices", "2")
     assert stopped.value.code == 2
-    assert "devices: 2 on a CPU are as many processes, but it has 1 cores" in capsys.readouterr().err
+    assert "devices: 2 processes need as many CPU cores, but there is 1" in capsys.readouterr().err
 
 
 def test_commands_repeat_themselves(named):
@@ -209,10 +248,10 @@ def test_commands_repeat_themselves(named):
         (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
         (
             ["--weights", "net.pth", "NAMED", "--config", "digits.yaml"],
-            "images would not be read, as data.dataset is digits: for the images there add",
+            "images would not be read, because data.dataset is digits: for the images there add",
         ),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),
-        (["--weights", "net.pth", "NAMED", "--runs", "net.pth"], "--runs: nothing can be written to net.pth"),
+        (["--weights", "net.pth", "NAMED", "--runs", "net.pth"], "--runs: cannot write to net.pth"),
     ],
 )
 def test_mistakes_are_one_line(options, message, images, named, capsys):

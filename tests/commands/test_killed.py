@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 
-from locat_lightning.callbacks.checkpoints import Checkpoints
+from locat_lightning.callbacks.checkpoints import CheckpointFiles, Checkpoints
 
 IMAGES, BATCH, EPOCHS = 22, 2, 3
 BATCHES = IMAGES // BATCH
@@ -60,7 +60,8 @@ def options(tmp_path_factory):
 
 def locat(folder, *arguments, kill_at=""):
     """`locat` in a process of its own, in a folder."""
-    own = {"OMP_NUM_THREADS": "1", "TEST_KILL_AT": kill_at, "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    own = {"OMP_NUM_THREADS": "1", "TEST_KILL_AT": kill_at, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, "-m", "locat", "fit", *arguments],
         cwd=folder,
@@ -136,7 +137,8 @@ def test_a_run_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path, mon
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", half)
     saving = Checkpoints(tmp_path, save_top_k=0, save_last=True, every_n_train_steps=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_steps=6, limit_val_batches=0, callbacks=[saving], **quiet)
+    quiet |= {"accelerator": "cpu", "limit_val_batches": 0}
+    trainer = Trainer(max_steps=6, callbacks=[saving], plugins=[CheckpointFiles()], **quiet)
     with pytest.raises(Killed):
         trainer.fit(BoringModel())
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2

@@ -105,10 +105,10 @@ def test_a_change_is_refused_or_said(caplog):
     with pytest.raises(InputError) as refused:
         resume.check(BEFORE, now, allowed=False, checkpoint=path)
     assert str(refused.value) == (
-        "going on from runs/last.ckpt, model.lr was null and is 0.1 now; "
+        "resuming from runs/last.ckpt, model.lr was null and is 0.1 now; "
         "trainer.max_epochs was 100 and is 200 now: "
-        "leave the options out (locat fit --ckpt_path runs/last.ckpt goes on with what the run had), "
-        "or permit the change with --allow_changes true"
+        "leave the options out (locat fit --ckpt_path runs/last.ckpt takes those of the run), "
+        "or allow the change with --allow_changes true"
     )
     more = now | {"trainer.devices": 1, "trainer.precision": "16-mixed"}
     with pytest.raises(InputError, match=r"model.lr was.*trainer.max_epochs was.*; and 1 more: leave"):
@@ -116,7 +116,7 @@ def test_a_change_is_refused_or_said(caplog):
     with caplog.at_level("INFO"):
         resume.check(BEFORE, now, allowed=True, checkpoint=path)
     assert [record.message for record in caplog.records] == [
-        "going on with a change: model.lr was null and is 0.1 now",
-        "going on with a change: trainer.max_epochs was 100 and is 200 now",
+        "resuming with a change: model.lr was null and is 0.1 now",
+        "resuming with a change: trainer.max_epochs was 100 and is 200 now",
     ]
     resume.check(BEFORE, BEFORE, allowed=False, checkpoint=path)

@@ -23,7 +23,7 @@ def test_runs_are_listed_with_state_seed_and_metrics(tmp_path, monkeypatch):
     (here / "cut" / "checkpoints" / "last.ckpt").touch()
     run("failed")
     run("knn", json.dumps({"weights": "x", "seed": 7, "knn/top1_k20": 0.25}), config="")
-    run("many", json.dumps(dict.fromkeys(runs.HEADLINES, 0.123456)))
+    run("many", json.dumps(dict.fromkeys((*runs.HEADLINES, "knn/top1_k20"), 0.123456)))
     run("validated", config="b: 1\n")  # it has no checkpoint to resume from
     lines = runs.list_runs(here).splitlines()
     assert [line.split()[0] for line in lines] == [

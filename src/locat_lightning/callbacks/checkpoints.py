@@ -1,10 +1,12 @@
-"""Checkpoints of a run: its best weights, and where to go on from."""
+"""Checkpoints of a run: its best weights, and its last state, from which it resumes."""
 
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,12 +14,42 @@ from lightning.pytorch.utilities import rank_zero_info
 from locat_lightning.errors import InputError
 
 
-class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, whose `last.ckpt` is that of the last epoch, and also of a run cut off.
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's files of checkpoints, each replaced at once, and the one to resume from read only once.
 
-    Lightning's own writes `last.ckpt` only along with a new best one, and a run cut off over the best one. It
-    also writes by way of the system's temporary folder: from another disk that is a copy, and a run that is
-    killed meanwhile leaves half a checkpoint in place of a whole one.
+    Lightning writes by way of the system's temporary folder. From another disk that is a copy, and a run that
+    is killed meanwhile leaves half a checkpoint in place of a whole one.
+
+    Args:
+        resumed: contents of the checkpoint that the run resumes from, if they have been read already. They
+            are handed out once.
+    """
+
+    def __init__(self, resumed: Mapping[str, Any] | None = None) -> None:
+        self._resumed = resumed
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint beside the one that it replaces, then replace it."""
+        if "://" in str(path):  # an object store, which shows a file when it is complete
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        part = Path(f"{path}.part")
+        super().save_checkpoint(checkpoint, part, storage_options)
+        part.replace(path)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Return the contents of a checkpoint."""
+        if self._resumed is None:
+            return super().load_checkpoint(path, *arguments, **options)
+        contents, self._resumed = dict(self._resumed), None
+        return contents
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, whose `last.ckpt` is written after every epoch and on interruption.
+
+    Lightning's own writes `last.ckpt` only along with a new best checkpoint, and overwrites the best one when
+    a run is interrupted.
 
     On SIGTERM, Lightning's handler calls a collective wherever its process is, and waits for others that are
     elsewhere. Here several processes agree after each batch on whether one of them was told to stop.
@@ -26,53 +58,57 @@ class Checkpoints(ModelCheckpoint):
     _told_to_stop = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have a signal noted only, where there are several processes."""
+        """With several processes, only record SIGTERM; it is handled after the current batch."""
         super().on_train_start(trainer, pl_module)
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)  # Lightning restores what was there before the run
+            signal.signal(signal.SIGTERM, self._record)  # Lightning restores what was there before the run
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write what is due; then stop all processes, as Lightning stops one, if any was told to."""
+        """Write a checkpoint if one is due; then stop all processes if any of them was told to."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
+            # Private: the flag that Lightning's own handler sets, and its loop reads after each batch.
             trainer._signal_connector.received_sigterm = True
 
-    def _note(self, *_: Any) -> None:
+    def _record(self, *_: Any) -> None:
         self._told_to_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the best, and the last in any case."""
+        """Write the best checkpoint if there is a new one, and the last in any case."""
         super().on_train_epoch_end(trainer, pl_module)
-        due = self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
-        if due and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        # Private, here and below: ModelCheckpoint has no public way to write `last.ckpt` alone.
+        if self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
+            self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last, if the run ended between two times to do so."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        """Write the last checkpoint, if the run ended between two that were due."""
+        self._save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the last, and say so. A batch that was under way counts as not begun."""
-        if came_to_nothing(trainer, exception):
+        """Write the last checkpoint, and say so. A batch that was under way counts as not begun."""
+        if is_worthless(trainer, exception):
             return
         if self._should_save_on_exception(trainer):
             progress = trainer.fit_loop.epoch_loop.batch_progress
             current = progress.current.state_dict()
-            # Between the two it has been learnt from: Lightning goes on as from a checkpoint of that moment.
+            # Between the two counts the batch has been trained on: Lightning resumes from there as it should.
             if current["processed"] == current["completed"]:
                 progress.current.reset_on_restart()
                 progress.total.reset_on_restart()
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.last_model_path:
-            rank_zero_info(f"cut off; to go on: locat fit --ckpt_path {self.last_model_path}")
+            rank_zero_info(f"interrupted; resume with: locat fit --ckpt_path {self.last_model_path}")
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Have a run cut off between the batches of one step repeat them: no gradients are saved."""
+        """Let a run interrupted between the batches of a step repeat them: gradients are not saved."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         processed = progress["current"]["processed"]
         surplus = processed % trainer.accumulate_grad_batches
@@ -81,19 +117,8 @@ class Checkpoints(ModelCheckpoint):
                 behind = progress[count]["processed"] - surplus
                 progress[count] = dict.fromkeys(progress[count], behind)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Write it beside the one that it replaces, which stays whole until the new one is."""
-        if "://" in filepath:  # an object store, which shows a file when it is complete
-            super()._save_checkpoint(trainer, filepath)
-            return
-        part = f"{filepath}.part"
-        super()._save_checkpoint(trainer, part)
-        if trainer.is_global_zero:
-            Path(part).replace(filepath)
-        self._last_checkpoint_saved = filepath
 
-
-def came_to_nothing(trainer: Trainer, exception: BaseException) -> bool:
-    """Whether a run ends by a mistake before it logged a step: nothing of it is worth keeping."""
+def is_worthless(trainer: Trainer, exception: BaseException) -> bool:
+    """Check whether a user's mistake ends a run before it logged a step, so that nothing is worth keeping."""
     fresh = trainer.ckpt_path is None
     return fresh and isinstance(exception, InputError) and trainer.global_step < trainer.log_every_n_steps  # type: ignore[attr-defined]

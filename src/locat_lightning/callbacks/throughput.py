@@ -1,4 +1,4 @@
-"""How fast a run trains, and what it waits for."""
+"""How fast a run trains, and how long it waits for data."""
 
 from time import perf_counter
 from typing import Any
@@ -14,7 +14,7 @@ class Throughput(Callback):
         self._waited = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew: starting the workers, or a validation, is no training."""
+        """Start anew: starting the workers, or a validation, is not training."""
         self._ended = None
 
     on_validation_end = on_train_epoch_start
@@ -22,14 +22,14 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The data have come."""
+        """Measure how long the batch took to arrive."""
         if self._ended is not None:
             self._waited = perf_counter() - self._ended
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """From the end of one batch to the end of the next: waiting, then training."""
+        """Log the time from the end of one batch to the end of the next: waiting, then training."""
         now = perf_counter()
         if self._ended is not None:
             seconds = now - self._ended

@@ -1,4 +1,4 @@
-"""`locat knn`, `locat linear` and `locat retrieve`: what the features of a frozen backbone are worth."""
+"""`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
 import json
 from math import isnan
@@ -7,17 +7,18 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric import Fabric
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 from timm.models import load_model_config_from_hf
 from torch import nn
 
+from locat.runs import claim
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Network
+from locat_lightning.commands.defaults import of_images
 from locat_lightning.commands.parsing import (
     ConfigByName,
     add_backbone_options,
@@ -26,10 +27,13 @@ from locat_lightning.commands.parsing import (
     check_weights,
     check_writable,
     command_parser,
+    decisive_options,
     errors_in_a_line,
-    given_options,
+    exported_config,
+    find_config,
+    local_dir,
     mixed_precision,
-    near_options,
+    parse,
     record_of_run,
 )
 from locat_lightning.data import ImageData, SegmentationData
@@ -51,8 +55,8 @@ DESCRIPTIONS = {
     "retrieve": "mIoU of dense retrieval (Hummingbird): patches take the classes of those training patches "
     "that are most like them, and nothing is trained",
 }
-# What a run's data and those that its backbone is measured on have in common where both are of a kind: which
-# images, and what they are like, but not how strongly they were augmented.
+# What an evaluation takes over from the data of a run of the same kind: which images, their size and their
+# normalisation, but not how strongly they were augmented.
 OF_THE_IMAGES = (
     *("dataset", "root", "classes", "num_workers", "img_size", "mean", "std"),
     *("crop_pct", "eval_interpolation", "scale", "ratio", "hflip"),
@@ -65,12 +69,26 @@ OF_ANY_KIND = ("mean", "std")
 
 
 class Measurement(NamedTuple):
-    """What came of it: a heading, a table, and the numbers of it by name."""
+    """A result: a heading, a table, and its numbers by name."""
 
     heading: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
     metrics: dict[str, float]
+
+
+class ConfigOfImages(ConfigByName):
+    """`--config` takes options of the command, or a config of `locat fit`, of which the images count."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Parse the config that `values` names."""
+        data = yaml.safe_load(Path(find_config(str(values))).read_text()).get("data")
+        if not (isinstance(data, dict) and "class_path" in data):
+            super().__call__(parser, cfg, values, option_string)
+            return
+        images = _of_data(parser.prog.split()[-1], data)
+        text = yaml.safe_dump({"data": {key.removeprefix("data."): value for key, value in images.items()}})
+        ActionConfigFile.__call__(self, parser, cfg, text, option_string)
 
 
 def main(arguments: list[str]) -> None:
@@ -82,15 +100,15 @@ def main(arguments: list[str]) -> None:
 
 def _measure(command: str, arguments: list[str]) -> None:
     parser = _parser(command)
-    options = given_options(arguments)
-    if weights := options.get("--weights"):
-        check_weights(weights)
-        parser.set_defaults(_defaults(command, weights))
-    elif not options.keys() & {"--config", "-c", "--help", "-h"}:
+    given = decisive_options(arguments)
+    if given.weights is not None:
+        check_weights(given.weights)
+        parser.set_defaults(_defaults(command, given.weights))
+    elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
-    with near_options(parser):
-        config = parser.parse_args(arguments)
-    check_root(arguments, config.data.get("dataset"))
+    config = parse(parser, arguments)
+    config.weights = local_dir(config.weights)
+    check_root(given, config.data.get("dataset"))
     autocast_type(config.precision)  # a mistake shows before anything is read
     name = config.name or f"{_name_of(config.weights)}_{command}"
     check_writable("--runs", Path(config.runs) / name)
@@ -119,13 +137,18 @@ def _measure(command: str, arguments: list[str]) -> None:
         measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
     if fabric.is_global_zero:
         _show(measurement)
-        _record(measurement, TensorBoardLogger(config.runs, name, default_hp_metric=False), config)
+        _record(measurement, claim(Path(config.runs) / name), config)
 
 
 def _parser(command: str) -> ArgumentParser:
     parser = command_parser(command, DESCRIPTIONS[command])
     add = parser.add_argument
-    add("-c", "--config", action=ConfigByName, help="a file with any of these options")
+    add(
+        "-c",
+        "--config",
+        action=ConfigOfImages,
+        help="a file with any of these options, or a config of locat fit",
+    )
     add(
         "--weights",
         type=str,
@@ -182,34 +205,37 @@ def _parser(command: str) -> ArgumentParser:
 
 
 def _defaults(command: str, weights: str) -> dict[str, Any]:
-    """What the weights say of the images that they are for, by option."""
-    record = record_of_run(Path(weights))
-    if record is not None:
-        recorded = yaml.safe_load(record.read_text())["data"]
-        data, has_masks = recorded["init_args"], recorded["class_path"].endswith("SegmentationData")
-        if views := data.get("views", {}).get("init_args"):
-            data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
-        of_a_kind = has_masks == (command == "retrieve")
-        keys = (OF_THE_MASKS if has_masks else OF_THE_IMAGES) if of_a_kind else OF_ANY_KIND
-        return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
-    known = _pretrained_cfg(weights)
-    return {f"data.{key}": tuple(known[key]) for key in OF_ANY_KIND if known.get(key)}
+    """Return what the weights say of the images that they are for, by option."""
+    if (record := record_of_run(Path(weights))) is not None:
+        return _of_data(command, yaml.safe_load(record.read_text())["data"])
+    if exported := exported_config(weights):
+        images = of_images(exported)
+    else:
+        images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
+        images.pop("img_size", None)
+    keys = ("mean", "std") if command == "retrieve" else images
+    return {f"data.{key}": images[key] for key in keys if key in images}
+
+
+def _of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return what the data of a training say of their images, by option."""
+    data, has_masks = dict(recorded["init_args"]), recorded["class_path"].endswith("SegmentationData")
+    if views := data.get("views", {}).get("init_args"):
+        data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
+    of_a_kind = has_masks == (command == "retrieve")
+    keys = (OF_THE_MASKS if has_masks else OF_THE_IMAGES) if of_a_kind else OF_ANY_KIND
+    return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
 
 
 def _pretrained_cfg(weights: str) -> dict[str, Any]:
-    """What timm notes beside the weights that it names, or that a hub or a folder has; {} of others."""
+    """Return what timm or a hub notes beside the weights that they name; {} of others."""
     source, _, place = weights.partition(":")
-    if source == "local-dir":
-        file = Path(place) / "config.json"
-        known = json.loads(file.read_text()).get("pretrained_cfg", {}) if file.is_file() else {}
-    elif source in ("hf-hub", "hf_hub"):
-        try:
-            known = load_model_config_from_hf(place)[0]
-        except Exception:  # of many kinds, which are told when the weights are loaded
-            known = {}
-    else:
-        known = timm.get_pretrained_cfg(weights).to_dict() if timm.is_model(weights) else {}
-    return dict(known)
+    if source not in ("hf-hub", "hf_hub"):
+        return dict(timm.get_pretrained_cfg(weights).to_dict()) if timm.is_model(weights) else {}
+    try:
+        return dict(load_model_config_from_hf(place)[0])
+    except Exception:  # of many kinds, which are reported when the weights are loaded
+        return {}
 
 
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
@@ -325,20 +351,15 @@ def _show(measurement: Measurement) -> None:
     Console().print(table)
 
 
-def _record(measurement: Measurement, board: TensorBoardLogger, config: Namespace) -> None:
-    """`metrics.json`, and the same numbers in TensorBoard."""
-    directory = Path(board.log_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    board.log_metrics(measurement.metrics, step=0)
-    board.experiment.add_text("measured", f"{config.weights}: {measurement.heading}", 0)
-    board.finalize("success")
-    record = {"weights": config.weights, "measured": measurement.heading, **measurement.metrics}
-    (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"run: {directory}\nlook: tensorboard --logdir {config.runs}")
+def _record(measurement: Measurement, run: Path, config: Namespace) -> None:
+    """Write `metrics.json`."""
+    record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
+    (run / "metrics.json").write_text(json.dumps(record | measurement.metrics, indent=2) + "\n")
+    print(f"run: {run}")
 
 
 def _name_of(weights: str) -> str:
-    """A name for the directory: that of the weights' own run, or of their file, or of the model."""
+    """Return a name for the directory: that of the weights' own run, of their file, or of the model."""
     path = Path(weights)
     if (record := record_of_run(path)) is not None:
         return record.parent.parent.name

@@ -23,7 +23,7 @@ from locat_lightning.commands.parsing import (
     check_weights,
     command_parser,
     errors_in_a_line,
-    near_options,
+    parse,
     record_of_run,
 )
 from locat_lightning.errors import InputError
@@ -80,8 +80,7 @@ def main(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     parser = _parser()
-    with near_options(parser):
-        config = parser.parse_args(arguments)
+    config = parse(parser, arguments)
     check_weights(config.weights)
     check_format(config.format)
     to = Path(config.to)

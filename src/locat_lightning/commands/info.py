@@ -24,8 +24,9 @@ from locat_lightning.commands.parsing import (
     check_weights,
     command_parser,
     errors_in_a_line,
+    local_dir,
     mixed_precision,
-    near_options,
+    parse,
 )
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import (
@@ -52,8 +53,7 @@ def main(arguments: list[str]) -> None:
 
 def _info(arguments: list[str]) -> None:
     parser = _parser()
-    with near_options(parser):
-        config = parser.parse_args(arguments)
+    config = parse(parser, arguments)
     device = _device(config.device)
     of_name = timm.is_model(config.model) and not Path(config.model).is_file()
     if of_name:
@@ -62,7 +62,7 @@ def _info(arguments: list[str]) -> None:
         check_weights(config.model)
         network: Network = "student" if config.student else "teacher"
         model = load_backbone(
-            config.model, config.backbone, config.backbone_args, network=network, classifier=True
+            local_dir(config.model), config.backbone, config.backbone_args, network=network, classifier=True
         )
     trained = not of_name and config.model != RANDOM
     found = measure(model.to(device), device, batch_size=config.batch_size, trained=trained)

@@ -1,22 +1,20 @@
-"""What all commands share: configs by name, and mistakes that are answered by one line."""
+"""What all commands share: parsing, configs by name, and mistakes that are answered in one line."""
 
+import argparse
+import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
-from inspect import signature
-from itertools import zip_longest
 from pathlib import Path
-from pkgutil import resolve_name
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -24,8 +22,24 @@ from locat import configs
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError, near
 
-# How Lightning's errors about options begin that are no MisconfigurationException.
+# Options that decide the defaults of others, so that they are read before a parser has all its defaults.
+DECISIVE = (
+    *("--weights", "--ckpt_path", "--name", "--runs", "--model", "--model.class_path"),
+    *("--data.root", "--data.dataset"),
+)
+# What options are called elsewhere.
+ALIASES = {
+    "epochs": "--trainer.max_epochs",
+    "seed": "--seed_everything",
+    "learning_rate": "--model.lr",
+    "gpus": "--trainer.devices",
+    "workers": "--data.num_workers",
+    "resume": "--ckpt_path",
+    "pretrained": "--weights",
+}
+# How Lightning's errors about options begin that are not a MisconfigurationException.
 SAID_BY_LIGHTNING = ("`val_check_interval`", "Early stopping conditioned on metric")
+LONGEST = 400  # characters of a message of jsonargparse's
 
 
 class ConfigByName(ActionConfigFile):
@@ -65,94 +79,145 @@ def find_config(name: str) -> str:
 
 
 def check_weights(weights: str) -> None:
-    """See that there is such a source of weights (`check_source`), and that it is no directory.
+    """Check that there is such a source of weights (see `check_source`), and that it is not a directory.
 
     Raises:
         InputError: there is not, or it is.
     """
-    if (path := Path(weights)).is_dir():
-        raise InputError(f"--weights: {weights} is a directory{_suggest(path / 'checkpoints' / 'best.ckpt')}")
-    check_source(weights)
+    if (path := Path(weights)).is_dir() and not exported_config(weights):
+        best = path / "checkpoints" / "best.ckpt"
+        raise InputError(f"--weights: {weights} is a directory{_suggest(best)}")
+    check_source(local_dir(weights))
 
 
 def _suggest(path: Path) -> str:
     return f": give a file, such as {path}" if path.is_file() else ", not a file"
 
 
+def exported_config(weights: str) -> dict[str, Any]:
+    """Return `config.json` of a folder that `locat export` wrote (`DIR` or `local-dir:DIR`), {} of others."""
+    file = Path(weights.removeprefix("local-dir:")) / "config.json"
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def local_dir(weights: str) -> str:
+    """Return weights with timm's prefix if they are a folder."""
+    return f"local-dir:{weights}" if Path(weights).is_dir() else weights
+
+
 def command_parser(command: str, description: str) -> ArgumentParser:
-    """The parser of a command that is none of LightningCLI's."""
+    """Return the parser of a command that is not LightningCLI's."""
     return ArgumentParser(
         prog=f"locat {command}", description=description, exit_on_error=False, allow_abbrev=False
     )
 
 
 def add_backbone_options(parser: ArgumentParser) -> None:
-    """What says of which model weights are, where they do not, and which of DINO's two to take."""
+    """Add options that say which model the weights are of, and which of DINO's two networks to take."""
     add = parser.add_argument
     add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
     add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the backbone")
-    add("--student", action="store_true", help="of a DINO checkpoint the student, not the teacher")
+    add("--student", action="store_true", help="take the student of a DINO checkpoint, not the teacher")
 
 
-@contextmanager
-def near_options(parser: ArgumentParser) -> Iterator[None]:
-    """Have an option that a parser does not know answered by those that it knows.
+def decisive_options(arguments: list[str]) -> argparse.Namespace:
+    """Return the options that decide defaults (`DECISIVE`, and `config`, a list), None where not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in DECISIVE:
+        parser.add_argument(option, nargs="?")
+    parser.add_argument("-c", "--config", action="append", nargs="?")
+    return parser.parse_known_args(arguments)[0]
+
+
+def parse(parser: ArgumentParser, arguments: list[str], subparser: ArgumentParser | None = None) -> Namespace:
+    """Parse arguments; answer an option that does not exist with those that are similar.
+
+    Args:
+        parser: of the command.
+        arguments: of the command.
+        subparser: of the subcommand in `arguments`, if there is one.
 
     Raises:
-        InputError: there is such an option.
+        InputError: an option does not exist.
     """
     try:
-        yield
+        return parser.parse_args(arguments)
     except ArgumentError as error:
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", str(error))
-        if unknown is None:
-            raise
-        option, known = unknown[1], [name for action in parser._actions for name in action.option_strings]
-        group, _, rest = option.partition(".")
-        # Options of a class, as data's, are none of the parser's: what can be mistyped is the group.
-        classes = [each.removesuffix(".help") for each in known if re.fullmatch(r"--\w+\.help", each)]
-        likely = [f"{each}.{rest}" for each in get_close_matches(group, classes) if rest]
-        raise InputError(f"{option}: there is no such option{near(option, likely or known)}") from error
+        typed = arguments if subparser is None else arguments[1:]
+        own, chosen = _known_options(subparser or parser, typed)
+        for option in filter(None, map(_option, typed)):
+            if option not in own and not any(f"{option}.".startswith(f"{each}.") for each in chosen):
+                suggestion = _similar(option, [*own, *chosen])
+                raise InputError(f"{option}: there is no such option{suggestion}") from error
+        raise
+
+
+def _option(argument: str) -> str | None:
+    return argument.partition("=")[0].removesuffix("+") if argument.startswith("--") else None
+
+
+def _known_options(parser: ArgumentParser, arguments: list[str]) -> tuple[set[str], set[str]]:
+    """Return a parser's own options, and those of the classes that are chosen."""
+    own = {
+        name for each in parser._actions for name in each.option_strings
+    }  # private: there is no other list
+    kept, keep = [], True
+    for argument in arguments:  # without options of classes, whose mistakes hide which classes are chosen
+        if option := _option(argument):
+            keep = option in own or option.endswith(".class_path")
+        if keep:
+            kept.append(argument)
+    try:
+        keys = parser.parse_args(kept).keys()
+    except (ArgumentError, InputError):
+        return own, own
+    return own, {f"--{key.replace('.init_args.', '.')}" for key in keys}
+
+
+def _similar(option: str, known: list[str]) -> str:
+    """Suggest options with the same last segment or the same meaning; without one, of a similar name."""
+
+    def last(name: str) -> str:
+        return name.rpartition(".")[2].lstrip("-")
+
+    names = {each for each in known if not each.endswith((".help", ".class_path"))}
+    same = {each for each in names if last(each) == last(option) or each == ALIASES.get(last(option))}
+    if not same:
+        return near(option, sorted(names))
+    groups = ("--data", "--model", "--trainer")
+    found = sorted(same, key=lambda each: (each not in ALIASES.values(), not each.startswith(groups), each))
+    return f"; did you mean {', '.join(found[:3])}?"
 
 
 def shipped_configs() -> str:
-    """The names that `--config` knows, in a line."""
+    """Return the names that `--config` knows, in a line."""
     return ", ".join(configs.names())
 
 
-def given_options(arguments: list[str]) -> dict[str, str]:
-    """The values of `--option value` and `--option=value`, by option."""
-    values = {}
-    for option, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        key, equals, value = option.partition("=")
-        values[key] = value if equals else following
-    return values
-
-
-def check_root(arguments: list[str], dataset: str | None) -> None:
-    """See that a folder of images that is given is one that is read.
+def check_root(options: argparse.Namespace, dataset: str | None) -> None:
+    """Check that `data.root` is used by the chosen data set.
 
     Args:
-        arguments: of the command.
-        dataset: which the images are of, by the arguments, a config or the run of the weights.
+        options: see `decisive_options`.
+        dataset: name of the data set, from the arguments, a config or the run of the weights.
 
     Raises:
-        InputError: it is not, as a config or a run has the digits, which come without a folder.
+        InputError: it is not: the digits, of a config or a run, come without a folder.
     """
-    options = given_options(arguments)
-    if dataset == "digits" and "--data.root" in options and "--data.dataset" not in options:
+    root, named = getattr(options, "data.root"), getattr(options, "data.dataset")
+    if dataset == "digits" and root is not None and named is None:
         raise InputError(
-            f"data.root: {options['--data.root']} would not be read, as data.dataset is digits: for the "
-            "images there add --data.dataset folder, for the digits leave data.root out"
+            f"data.root: {root} would not be read, because data.dataset is digits: for the images there add "
+            "--data.dataset folder, for the digits leave data.root out"
         )
 
 
 def check_writable(option: str, directory: Path) -> None:
-    """See that files can be made in a directory, or in the nearest one above it that there is.
+    """Check that files can be created in a directory, or in the nearest existing one above it.
 
     Args:
         option: which says where the directory is.
-        directory: does not have to be there.
+        directory: may not exist yet.
 
     Raises:
         InputError: they cannot.
@@ -162,19 +227,17 @@ def check_writable(option: str, directory: Path) -> None:
         with TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise InputError(
-            f"{option}: nothing can be written to {directory}: {there}: {error.strerror}"
-        ) from error
+        raise InputError(f"{option}: cannot write to {directory}: {there}: {error.strerror}") from error
 
 
 def record_of_run(checkpoint: Path) -> Path | None:
-    """Where the run of a checkpoint wrote down its config; None if the file is no checkpoint in a run."""
+    """Return where the run of a checkpoint recorded its config; None if the file is not of a run."""
     record = checkpoint.parent.parent / "config.yaml"
     return record if checkpoint.is_file() and record.is_file() else None
 
 
 def check_processes(number: int) -> None:
-    """See that a CPU has a core for each process of a run.
+    """Check that a CPU has a core for each process of a run.
 
     Raises:
         InputError: it has fewer.
@@ -182,69 +245,52 @@ def check_processes(number: int) -> None:
     cores = os.cpu_count() or 1
     if number > cores:
         raise InputError(
-            f"devices: {number} on a CPU are as many processes, but it has {cores} cores: take no more"
+            f"devices: {number} processes need as many CPU cores, but there "
+            f"{'is' if cores == 1 else 'are'} {cores}: use at most {cores}"
         )
 
 
 def mixed_precision() -> str | None:
-    """The recipe's mixed precision where there is a GPU, else Lightning's default."""
+    """Return the mixed precision of the recipes where there is a GPU, else Lightning's default."""
     if not torch.cuda.is_available():
         return None
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
-def _in_a_line(message: str) -> str:
-    """Key and problem, from jsonargparse's account of every type that it tried."""
-    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
-    key, problem = ".".join(keys), message.rpartition('Parser key "')[2]
-    if option := re.search(r"Option '([^']+)' is not accepted", problem):
-        owner = re.search(r"class_path '([^']+)'", problem)
-        known = signature(resolve_name(owner[1])).parameters if owner else ()
-        name = f"{key}.{option[1]}"
-        return f"{name}: there is no such option{near(name, [f'{key}.{each}' for each in known])}"
-    if unknown := re.search(r"Expected a dot import path string: (.*)", problem):
-        return f"{key}: there is no class {unknown[1]!r}"
-    if fault := re.search(r"Problem with given class_path '[^']+':\s*(.*)", problem):
-        return f"{key}: {fault[1]}"
-    if tuple_ := re.search(r"Expected a tuple with (\d+) elements\. Got value: (.*)", problem):
-        return f"{key}: it takes {tuple_[1]} values, not {tuple_[2]}"
-    if limit := re.search(r"Not of type \w+: (.*) does not conform to restriction (.*)", problem):
-        return f"{key}: {limit[1]} is out of range ({limit[2].replace('v', '')})"
-    if other := re.search(r"Not of type (\w+): .*: ('.*')", problem):
-        return f"{key}: {other[2]} is not of the type {other[1]}"
-    if keys and (value := re.search(r"(?:Given|Got) value: (.*)", problem)):
-        tried = re.findall(r"Expected an? (?:<class '(.+?)'>|typing\.(.+))", problem[: value.start()])
-        names = ["null" if name == "NoneType" else name or other for name, other in tried]
-        if allowed := [
-            word for name in names for word in re.findall(r"[\w-]+", name.partition("Literal")[2])
-        ]:
-            return (
-                f"{key}: {value[1]!r} must be one of {', '.join([*allowed, *('null',) * ('null' in names)])}"
-            )
-        types = " or ".join(names)
-        return f"{key}: {value[1]!r} is not of the type {types}" if types else f"{key}: {value[1]!r} is wrong"
-    return " ".join(message.split())
-
-
 def _mistake(error: BaseException | None) -> str | None:
-    """What a user can put right of an error, or of one that it came from; None if there is nothing."""
+    """Return what the user can correct of an error or of one that it came from; None if there is nothing."""
+    chain: list[BaseException] = []
     while error is not None:
-        if isinstance(error, InputError | MisconfigurationException):
-            return " ".join(str(error).split())
-        if isinstance(error, ValueError | RuntimeError) and str(error).lstrip().startswith(SAID_BY_LIGHTNING):
-            return f"trainer: {' '.join(str(error).split())}"
-        if isinstance(error, ArgumentError) and not isinstance(error.__cause__, InputError):
-            return _in_a_line(str(error))
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return None
+    for each in chain:
+        by_lightning = isinstance(each, ValueError | RuntimeError) and str(each).lstrip().startswith(
+            SAID_BY_LIGHTNING
+        )
+        if by_lightning or isinstance(each, InputError | MisconfigurationException):
+            return " ".join(str(each).split())
+    of_parser = [place for place, each in enumerate(chain) if isinstance(each, ArgumentError)]
+    if not of_parser:
+        return None
+    # Of an option of a class: its group, of which class it is, and what is wrong with it.
+    innermost = of_parser[-1]
+    if innermost and type(chain[innermost - 1]) is ValueError:
+        return _in_a_line(f"{str(chain[of_parser[0]]).partition(chr(10))[0]} {chain[innermost - 1]}")
+    return _in_a_line(str(chain[innermost]))
+
+
+def _in_a_line(message: str) -> str:
+    """Join the lines of a message of jsonargparse's, name classes as in Python, and shorten the middle."""
+    line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(message.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 100]} … {line[-97:]}"
 
 
 @contextmanager
 def errors_in_a_line(debug: bool) -> Iterator[None]:
-    """What a user can put right is one line on standard error and exit code 2."""
+    """Answer a mistake of the user with one line on standard error and exit code 2."""
     try:
         yield
-    # As the shell has it: whoever sent the signal sees that it was heeded.
+    # As a shell reports it: whoever sent the signal sees that it was obeyed.
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:

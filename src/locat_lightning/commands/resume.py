@@ -1,14 +1,14 @@
-"""Going on with a run: what shapes its training stays as it was, or changes because somebody said so.
+"""Resume a run: what shapes its training stays as it was, or changes because the user says so.
 
 The schedules follow from the options of the whole run. Another batch size, number of epochs or learning rate
-in the middle of one bends them, so none of these changes silently.
+in the middle of a run bends them, so none of these changes silently.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from locat_lightning.data.base import ImageModule
@@ -17,9 +17,9 @@ from locat_lightning.errors import InputError
 OPTION = "allow_changes"
 IMAGES = "the number of training images"
 LISTED = 3  # differences in a message
-RECORD = "run"  # a checkpoint's key of what `of_trainer` gives
+RECORD = "run"  # a checkpoint's key of what `of_trainer` and `of_data` return
 
-# What of a trainer shapes the training, by attribute, and the option that says it.
+# What of a trainer shapes the training, by attribute, and its option.
 TRAINER = {
     "max_epochs": "max_epochs",
     "max_steps": "max_steps",
@@ -32,7 +32,7 @@ TRAINER = {
 }
 # Where the images are and how they are read: the same images make the same batches.
 IGNORED = {"data.root", "data.download", "data.num_workers", "data.max_unreadable"}
-# The data or the weights say these where no option does; arguments of a backbone go with its name.
+# The data or the weights decide these where no option does; arguments of a backbone go with its name.
 FILLED_IN = {"model.num_classes", "model.class_names", "model.backbone"}
 NOT_SET = "not set"
 
@@ -42,8 +42,8 @@ class Change(NamedTuple):
 
     Attributes:
         option: dotted, as on the command line.
-        before: in the checkpoint's run.
-        now: in the run that goes on.
+        before: its value in the run of the checkpoint.
+        now: its value in the run that resumes.
     """
 
     option: str
@@ -54,8 +54,41 @@ class Change(NamedTuple):
         return f"{self.option} was {_text(self.before)} and is {_text(self.now)} now"
 
 
+class ResumeGuard(Callback):
+    """Keeps in each checkpoint what shapes the training, and checks the images when a run resumes.
+
+    The number of images is known only when the data are set up; all options are checked before that.
+
+    Args:
+        seed: the option seed_everything.
+        allowed: whether a resumed run may change.
+    """
+
+    def __init__(self, seed: Any, *, allowed: bool) -> None:
+        self._seed = seed
+        self._allowed = allowed
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep what `of_trainer` and `of_data` return."""
+        checkpoint[RECORD] = of_trainer(trainer, self._seed)
+        checkpoint[RECORD] |= of_data(trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Check that the images are still as many."""
+        check(
+            checkpoint.get(RECORD, {}),
+            of_data(trainer.datamodule),  # type: ignore[attr-defined]
+            allowed=self._allowed,
+            checkpoint=Path(str(trainer.ckpt_path)),
+        )
+
+
 def of_trainer(trainer: Trainer, seed: Any) -> dict[str, Any]:
-    """What of a run shapes its training besides model and data, for each of its checkpoints to keep.
+    """Return what shapes a training besides model and data.
 
     Args:
         trainer: of the run.
@@ -67,7 +100,7 @@ def of_trainer(trainer: Trainer, seed: Any) -> dict[str, Any]:
 
 
 def of_data(data: Any) -> dict[str, Any]:
-    """What of the images themselves shapes a training, for each checkpoint to keep: how many there are.
+    """Return what of the images themselves shapes a training: how many there are.
 
     Args:
         data: of the run, set up.
@@ -76,18 +109,18 @@ def of_data(data: Any) -> dict[str, Any]:
 
 
 def of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What shaped the training that a checkpoint is of, as `changes` compares it, as far as it says so."""
+    """Return what shaped the training of a checkpoint, as far as it says so, for `changes` to compare."""
     names = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
     found: dict[str, Any] = {name: checkpoint[key] for name, key in names.items() if key in checkpoint}
     return found | dict(checkpoint.get(RECORD, {}))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The options that are not what they were, in order; what only one side records at the top is left out.
+    """Return the options that are not what they were, in order, of the groups that both sides have.
 
     Args:
-        before: nested options: `model`, `data`, and what `of_trainer` gives.
-        now: the same of the run that goes on.
+        before: nested options: `model`, `data`, and what `of_trainer` returns.
+        now: the same of the run that resumes.
     """
     both = before.keys() & now.keys()
     old = dict(_flat({key: value for key, value in before.items() if key in both}))
@@ -105,16 +138,16 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def check(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool, checkpoint: Path) -> None:
-    """Say what changes in a run that goes on, if it is allowed to.
+    """Refuse changes in a run that resumes, or say what they are if they are allowed.
 
     Args:
         before: see `changes`.
         now: see `changes`.
         allowed: whether options may differ.
-        checkpoint: from which the run goes on, for the message.
+        checkpoint: from which the run resumes, for the message.
 
     Raises:
-        InputError: options differ and may not.
+        InputError: options differ and are not allowed to.
     """
     found = changes(before, now)
     if found and not allowed:
@@ -122,19 +155,18 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool, c
         if len(found) > LISTED:
             differing += f"; and {len(found) - LISTED} more"
         if any(change.option == IMAGES for change in found):
-            remedy = "give what was"
+            remedy = "restore the images"
         else:
-            as_it_was = f"locat fit --ckpt_path {checkpoint}"
-            remedy = f"leave the options out ({as_it_was} goes on with what the run had)"
+            remedy = f"leave the options out (locat fit --ckpt_path {checkpoint} takes those of the run)"
         raise InputError(
-            f"going on from {checkpoint}, {differing}: {remedy}, or permit the change with --{OPTION} true"
+            f"resuming from {checkpoint}, {differing}: {remedy}, or allow the change with --{OPTION} true"
         )
     for change in found:
-        rank_zero_info(f"going on with a change: {change}")
+        rank_zero_info(f"resuming with a change: {change}")
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted name; the class of model and data under their own name, and none for no arguments."""
+    """Yield values by dotted name; the class of model and data under their own name."""
     for key, value in options.items():
         if key in ("_class_path", "class_path"):
             yield prefix.removesuffix("."), str(value).rpartition(".")[2]
@@ -151,5 +183,5 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _text(value: Any) -> str:
-    """A value as one types it."""
+    """Return a value as it is typed."""
     return "null" if value is None else str(value)

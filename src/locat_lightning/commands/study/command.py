@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from locat_lightning.commands.fit import direct_messages
-from locat_lightning.commands.parsing import ConfigByName, command_parser, errors_in_a_line, near_options
+from locat_lightning.commands.messages import direct_messages
+from locat_lightning.commands.parsing import ConfigByName, command_parser, errors_in_a_line, parse
 from locat_lightning.commands.study.folders import some_of_each_class, unpacked
 from locat_lightning.commands.study.plan import PROBES, Options, Study
 from locat_lightning.commands.study.report import write_report
@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> None:
     with errors_in_a_line("--debug" in arguments):
         _, *options = (argument for argument in arguments if argument != "--debug")
         parser = _parser()
-        with near_options(parser):
-            config = parser.parse_args(options)
+        config = parse(parser, options)
         if config.config is None:
             raise InputError("locat study needs --config, as study_cifar.yaml")
         _study(config)

@@ -1,0 +1,183 @@
+"""What a run records: its config and versions, its curves as a table, and its results."""
+
+import csv
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.tensorboard.summary import hparams
+
+from locat.runs import HEADLINES, LOCK, lock
+from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
+
+PACKAGES = ("locat-lightning", "torch", "lightning", "timm")
+DURING = ("train/", "gaug_")  # metrics of the training itself; all others are results
+# What a run writes before it has results.
+LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOCK)
+
+
+class RunRecord(SaveConfigCallback):
+    """Records the config and the versions when a run starts, and its results when it ends."""
+
+    _lock: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Defer writing until training starts, so that a failed start leaves no directory behind."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record config and versions, once, and lock the directory against other processes that train."""
+        super().setup(trainer, pl_module, str(trainer.state.fn))
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+            self._lock = lock(Path(trainer.default_root_dir))
+        if self.config.trainer.log_every_n_steps is None:  # often enough for a small data set
+            steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+            trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, steps))  # type: ignore[attr-defined]
+
+    on_test_start = on_predict_start = on_train_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do the same where there is only a validation."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_train_start(trainer, pl_module)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Add config and versions to TensorBoard as text."""
+        config = self.parser.dump(self.config, skip_none=False)
+        for logger in _boards(trainer):
+            logger.experiment.add_text("config", _as_code(config), trainer.global_step)
+            logger.experiment.add_text("versions", _as_code(_versions(trainer)), trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the directory of a run that has nothing but logs."""
+        directory = Path(trainer.default_root_dir)
+        if self.already_saved and not is_worthless(trainer, exception):
+            return
+        if not trainer.is_global_zero or not directory.is_dir():
+            return
+        for logger in trainer.loggers:
+            logger.finalize("failed")
+        files = list(directory.iterdir())
+        if all(file.name.startswith(LOGS) for file in files):
+            for file in files:
+                file.unlink()
+            directory.rmdir()
+            if not any(directory.parent.iterdir()):
+                directory.parent.rmdir()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the results to `metrics.json` and to TensorBoard's HParams, and print them."""
+        directory = trainer.log_dir  # in every process: it is a collective operation
+        if not self.already_saved:
+            rank_zero_info(
+                "nothing is left to train: raise trainer.max_epochs (with --allow_changes true) to continue"
+            )
+        if not (self.already_saved and trainer.is_global_zero):
+            return
+        assert directory is not None
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(DURING)}
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, Checkpoints) and checkpoint.best_model_score is not None:
+                metrics[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
+        self._write_hparams(trainer, pl_module, metrics)
+        record: dict[str, Any] = {"epochs": trainer.current_epoch, **metrics}
+        line = "   ".join(f"{k} {v:.4g}" for k, v in record.items())
+        summary = getattr(pl_module, "summary", None)  # a module of the user's own may have none
+        if protocol := summary() if summary else "":
+            record["protocol"] = protocol
+            line += f"   ({protocol})"
+        (Path(directory) / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        rank_zero_info(f"{line}\n{_where(directory)}")
+
+    def _write_hparams(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
+        options = {"seed_everything": self.config.get("seed_everything"), "model": pl_module.hparams}
+        options["data"] = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+        for logger in _boards(trainer):
+            # The columns are those of one run: with the headlines, all runs have them.
+            for summary in hparams(_flat(options), dict.fromkeys((*HEADLINES, *metrics), 0.0)):
+                # Private: the public `add_hparams` opens a run of its own beside this one.
+                logger.experiment._get_file_writer().add_summary(summary)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Unlock the directory; after an evaluation, print where its log is, below its table."""
+        directory = trainer.log_dir  # in every process: it is a collective operation
+        if self._lock is not None:
+            (Path(trainer.default_root_dir) / LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+        if directory is not None and trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            rank_zero_info(_where(directory))
+
+
+class MetricsTable(CSVLogger):
+    """`metrics.csv` of a run. A resumed run keeps the rows before its first step.
+
+    Args:
+        directory: of the run.
+        step: the first to log.
+    """
+
+    def __init__(self, directory: str, step: int) -> None:
+        super().__init__(directory, name="", version="")
+        self._step = step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Return Lightning's writer; it deletes an existing table, so the rows to keep are written again."""
+        if self._experiment is None:
+            rows = self._rows_before()
+            writer: Any = super().experiment
+            writer.metrics = rows
+            writer.save()
+        return super().experiment
+
+    def _rows_before(self) -> list[dict[str, str]]:
+        path = Path(self.log_dir) / "metrics.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if int(row["step"]) < self._step]
+
+
+def _boards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _versions(trainer: Trainer) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    lines = [f"{package} {version(package)}" for package in PACKAGES]
+    lines += [f"python {platform.python_version()}", f"{trainer.world_size} process(es) on {device}"]
+    return "\n".join(lines)
+
+
+def _where(directory: str) -> str:
+    """Say where a run's log is, and how to look at it beside the others."""
+    return f"run: {directory}\nlook: tensorboard --logdir {Path(directory).parent.parent}"
+
+
+def _as_code(text: str) -> str:
+    """Return Markdown that keeps the lines of a text."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Return options by dotted name, in the types that TensorBoard's HParams shows."""
+    flat: dict[str, Any] = {}
+    for key, value in dict(options).items():
+        if key.startswith("_"):  # Lightning's own
+            continue
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[prefix + key] = value
+    return flat

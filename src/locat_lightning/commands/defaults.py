@@ -1,0 +1,117 @@
+"""What a run or an exported model records of itself, as the defaults of a command that is given no config."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from locat_lightning.backbones.weights import read_checkpoint
+from locat_lightning.commands.parsing import (
+    check_weights,
+    decisive_options,
+    exported_config,
+    record_of_run,
+    shipped_configs,
+)
+from locat_lightning.errors import InputError
+
+GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
+# A command with one of these needs no defaults: it has a config, or only prints.
+WITHOUT = {"--help", "-h", "--print_config", "--model.help", "--data.help"}
+
+
+def of_command(command: str, arguments: list[str]) -> dict[str, Any]:
+    """Return what the weights or the checkpoint record of themselves, by dotted option.
+
+    So `locat validate --weights runs/…/best.ckpt` and `locat fit --ckpt_path runs/…/last.ckpt` need no more.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        arguments: of the command.
+
+    Raises:
+        InputError: there is neither a config nor a record.
+    """
+    given = decisive_options(arguments)
+    if given.config or WITHOUT & {argument.partition("=")[0] for argument in arguments}:
+        return {}
+    checkpoint = _checkpoint(command, given)
+    if (record := record_of_run(checkpoint)) is not None:
+        return _of_run(command, yaml.safe_load(record.read_text()), checkpoint)
+    if given.weights is not None:
+        check_weights(given.weights)
+    if checkpoint.is_file():
+        read_checkpoint(checkpoint)  # report an unreadable file as such, before asking for a config
+    if given.model is not None or getattr(given, "model.class_path") is not None:
+        return {}
+    if given.weights is not None and (exported := exported_config(given.weights)):
+        return _of_export(command, exported)
+    if command != "fit" and given.weights is None:
+        raise InputError(
+            f"locat {command} needs --weights: a checkpoint of a run, or other weights with --config"
+        )
+    raise InputError(f"locat {command} needs --config, a file or one of {shipped_configs()}")
+
+
+def _checkpoint(command: str, given: Any) -> Path:
+    if command != "fit":
+        return Path(given.weights or "")
+    if given.ckpt_path is None:
+        return Path()
+    runs = Path(given.runs or "runs")
+    if given.ckpt_path == "last" and given.name is None:
+        names = sorted({path.parents[2].name for path in runs.glob("*/*/checkpoints/last.ckpt")})
+        known = f" ({', '.join(names)})" if names else ""
+        raise InputError(f"--ckpt_path last needs --name, the name of the run{known}, or its --config")
+    return checkpoint_to_resume(given.ckpt_path, runs, given.name)
+
+
+def checkpoint_to_resume(given: str, runs: str | Path, name: str | None) -> Path:
+    """Return the checkpoint that --ckpt_path names: by its path, or `last` of the newest run of a name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if given != "last":
+        path = Path(given)
+        if not path.is_file():
+            raise InputError(f"--ckpt_path: no such file: {path.absolute()}")
+        return path
+    directory = Path(runs) / str(name)
+    found = sorted(directory.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"--ckpt_path last: no run in {directory.absolute()} has a last.ckpt")
+    return found[-1]
+
+
+def _of_run(command: str, config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    keys = {"model", "data", "name", "runs"}
+    nested = {}
+    if command == "fit":
+        keys |= {"seed_everything", "weights"}
+        nested = {f"{group}.{key}": v for group in GROUPS for key, v in config.get(group, {}).items()}
+    else:
+        # The data of a run decide how many classes it has; the data to predict may have none.
+        arguments = config["model"]["init_args"]
+        known = read_checkpoint(checkpoint).get("hyper_parameters", {})
+        arguments |= {key: known[key] for key in arguments.keys() & known.keys()}
+    return {key: config[key] for key in keys if config.get(key) is not None} | nested
+
+
+def _of_export(command: str, config: dict[str, Any]) -> dict[str, Any]:
+    arguments = {"backbone": config["architecture"], "backbone_args": config.get("model_args", {})}
+    if command != "fit":
+        arguments |= {"num_classes": config["num_classes"], "class_names": config.get("label_names")}
+    return {
+        "model": {"class_path": "locat_lightning.tasks.Classification", "init_args": arguments},
+        "data": {"class_path": "locat_lightning.data.ImageData", "init_args": of_images(config)},
+    }
+
+
+def of_images(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what an exported model says of its images, by the names of data's options."""
+    known = config.get("pretrained_cfg", {})
+    names = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "interpolation": "eval_interpolation"}
+    found = {option: known[name] for name, option in names.items() if known.get(name) is not None}
+    size = config.get("model_args", {}).get("img_size") or known.get("input_size")
+    return found | ({"img_size": size[-1] if isinstance(size, list | tuple) else size} if size else {})
