@@ -13,14 +13,15 @@ from alternating import DEVICE, compare
 from torch import Tensor
 from torch.nn import functional as F
 
-from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_cross_entropy
+from locat_lightning.labels import IGNORE
+from locat_lightning.nn.decoder import MlpDecoder, upsampled_cross_entropy
 
 IMAGES, CLASSES, SIDE, GRID, WIDTH = 32, 150, 512, 32, 384
 
 
 def plain(logits: Tensor, masks: Tensor) -> Tensor:
     upsampled = F.interpolate(logits, masks.shape[-2:], mode="bilinear")
-    return F.cross_entropy(upsampled, masks.long(), ignore_index=IGNORED)
+    return F.cross_entropy(upsampled, masks.long(), ignore_index=IGNORE)
 
 
 LOSSES = {"plain": plain, "ours": upsampled_cross_entropy}

@@ -7,14 +7,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from locat_lightning.evaluation.iou import count_pixels, iou
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, painted, segmentation_figure
-from locat_lightning.nn.decoder import IGNORED
+from locat_lightning.labels import IGNORE
 
 COLOURS = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
 NAMES = ["sky", "road", "car"]
 
 
 def test_pixels_have_the_colours_of_their_classes_or_none():
-    classes = np.array([[0, 1, 2], [IGNORED, 0, IGNORED]])
+    classes = np.array([[0, 1, 2], [IGNORE, 0, IGNORE]])
     drawn = painted(classes, COLOURS)
     assert drawn[0].tolist() == [[*colour, round(0.6 * 255)] for colour in COLOURS.tolist()]
     assert drawn[1, :, 3].tolist() == [0, round(0.6 * 255), 0]
@@ -22,7 +22,7 @@ def test_pixels_have_the_colours_of_their_classes_or_none():
 
 def scene():
     images = [np.full((20, 30, 3), 0.5, np.float32), np.full((40, 20, 3), 0.5, np.float32)]
-    masks = [torch.zeros(20, 30, dtype=torch.uint8), torch.full((80, 40), IGNORED, dtype=torch.uint8)]
+    masks = [torch.zeros(20, 30, dtype=torch.uint8), torch.full((80, 40), IGNORE, dtype=torch.uint8)]
     predictions = [torch.zeros(20, 30, dtype=torch.int64), torch.full((80, 40), 2)]
     return images, masks, predictions
 
@@ -56,7 +56,7 @@ def test_annotation_and_prediction_lie_over_the_images():
 
 
 def scored():
-    annotations = torch.tensor([[0, 0, 0, 0, IGNORED, 1]])
+    annotations = torch.tensor([[0, 0, 0, 0, IGNORE, 1]])
     predictions = torch.tensor([[0, 0, 0, 1, 1, 1]])
     return iou(count_pixels(predictions, annotations, 3))
 

@@ -4,20 +4,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
+from locat_lightning.labels import IGNORE
+from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 
 
 def case(classes=5, images=3, small=(4, 6), size=(16, 23), dtype=torch.uint8):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(images, classes, *small, generator=generator, requires_grad=True)
     masks = torch.randint(classes, (images, *size), generator=generator, dtype=dtype)
-    masks[torch.rand(masks.shape, generator=generator) < 0.2] = IGNORED
+    masks[torch.rand(masks.shape, generator=generator) < 0.2] = IGNORE
     return logits, masks
 
 
 def plain(logits, masks):
     upsampled = F.interpolate(logits, masks.shape[-2:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(upsampled, masks.long(), ignore_index=IGNORED)
+    return F.cross_entropy(upsampled, masks.long(), ignore_index=IGNORE)
 
 
 def test_the_decoder_is_the_papers():
@@ -45,14 +46,14 @@ def test_loss_and_gradient_are_those_of_the_plain_expression(size, dtype, images
 
 def test_images_count_by_their_annotated_pixels():
     logits, masks = case()
-    masks[0] = IGNORED
-    masks[1, 2:] = IGNORED
+    masks[0] = IGNORE
+    masks[1, 2:] = IGNORE
     torch.testing.assert_close(upsampled_cross_entropy(logits, masks), plain(logits, masks))
 
 
 def test_without_an_annotated_pixel_there_is_nothing_to_learn():
     logits, masks = case()
-    loss = upsampled_cross_entropy(logits, masks.fill_(IGNORED))
+    loss = upsampled_cross_entropy(logits, masks.fill_(IGNORE))
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()

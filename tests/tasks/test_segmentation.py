@@ -12,7 +12,7 @@ from locat_lightning.backbones.create import create_backbone
 from locat_lightning.backbones.weights import DECODER_OF
 from locat_lightning.data.segmentation import MaskBatch, SegmentationData
 from locat_lightning.errors import InputError
-from locat_lightning.nn.decoder import IGNORED
+from locat_lightning.labels import IGNORE
 from locat_lightning.tasks import Segmentation
 
 BACKBONE = {
@@ -43,7 +43,7 @@ class Batches(LightningDataModule):
             labels = torch.randint(classes, (size, 2, 2), generator=generator)
             masks = F.interpolate(labels[:, None].float(), (side, side), mode="nearest-exact")[:, 0].byte()
             images = torch.randn(size, 3, side, side, generator=generator) * 0.3 + masks[:, None]
-            masks[:, :2] = IGNORED
+            masks[:, :2] = IGNORE
             self.items.append(MaskBatch(images, masks, torch.arange(size) + number * size))
 
     def train_dataloader(self):
@@ -126,7 +126,7 @@ def test_the_loss_is_the_plain_one_of_padded_images(tmp_path, weights):
         F.pad(images, (0, 2, 0, 2)), indices=1, norm=False, intermediates_only=True
     )[0]
     logits = F.interpolate(module.decoder(tokens), (20, 20), mode="bilinear", align_corners=False)
-    plain = F.cross_entropy(logits[..., :18, :18], masks.long(), ignore_index=IGNORED)
+    plain = F.cross_entropy(logits[..., :18, :18], masks.long(), ignore_index=IGNORE)
     torch.testing.assert_close(run.callback_metrics["train/loss"], plain.detach())
 
 
@@ -270,7 +270,7 @@ def test_predictions_have_the_size_of_the_annotation(tmp_path, weights):
     module = task(weights)
     run = fit(tmp_path, module)
     batch = Batches(batches=1).items[0]
-    batch = batch._replace(masks=torch.full((3, 31, 27), IGNORED, dtype=torch.uint8))
+    batch = batch._replace(masks=torch.full((3, 31, 27), IGNORE, dtype=torch.uint8))
     data = Batches()
     data.items = [batch]
     [(indices, maps)] = run.predict(module, datamodule=data)

@@ -13,7 +13,7 @@ from locat_lightning.backbones.locate import LOCATED, add_locat
 from locat_lightning.backbones.weights import (
     DECODER_OF,
     RANDOM,
-    Network,
+    Role,
     check_source,
     load_weights,
     pretrained,
@@ -139,7 +139,7 @@ def load_backbone(
     name: str | None = None,
     arguments: dict[str, Any] | None = None,
     *,
-    network: Network = "teacher",
+    network: Role = "teacher",
     any_size: bool = False,
     classifier: bool = False,
     contents: dict[str, Any] | None = None,
@@ -186,7 +186,7 @@ def load_backbone(
     return model
 
 
-def _classes_of(model: nn.Module, weights: str, network: Network, contents: dict[str, Any] | None) -> int:
+def _classes_of(model: nn.Module, weights: str, network: Role, contents: dict[str, Any] | None) -> int:
     """How many classes the classifier has that is in the weights of a timm model; 0 if there is none."""
     if weights == RANDOM:
         return 0

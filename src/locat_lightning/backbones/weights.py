@@ -23,7 +23,7 @@ DECODER_OF = "decoder_of"  # a checkpoint's key of the frozen backbone that its 
 # Where training scripts put the weights in their checkpoints, best first, besides DINO's two networks.
 CONTAINERS = ("state_dict_ema", "state_dict", "model_ema", "model")
 
-Network = Literal["teacher", "student"]
+Role = Literal["teacher", "student"]
 
 
 def load_weights(
@@ -31,7 +31,7 @@ def load_weights(
     weights: str,
     *,
     warm_start: bool = False,
-    network: Network = "teacher",
+    network: Role = "teacher",
     contents: dict[str, Any] | None = None,
 ) -> None:
     """Read weights into a timm model and say what matched.
@@ -80,7 +80,7 @@ def state_for(
     model: nn.Module,
     weights: str,
     *,
-    network: Network = "teacher",
+    network: Role = "teacher",
     contents: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors by the names that a timm model has for them, brought to its size as timm does it.
@@ -154,7 +154,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return contents
 
 
-def _read_state(weights: str, network: Network, contents: dict[str, Any] | None) -> dict[str, Tensor]:
+def _read_state(weights: str, network: Role, contents: dict[str, Any] | None) -> dict[str, Tensor]:
     """The tensors by name of a file or a timm name."""
     if Path(weights).is_file():
         contents = contents or read_checkpoint(weights)
@@ -188,7 +188,7 @@ def pretrained(name: str, **arguments: Any) -> nn.Module:
     return model
 
 
-def _below_prefix(state: dict[str, Tensor], model: nn.Module, network: Network) -> dict[str, Tensor]:
+def _below_prefix(state: dict[str, Tensor], model: nn.Module, network: Role) -> dict[str, Tensor]:
     """The part of a state dict beneath the prefix (`module.`, `backbone.`, …) that has most of the model."""
     own = list(model.state_dict())
     prefixes = {name.removesuffix(own[0]) for name in state if name.endswith(own[0])} | {""}

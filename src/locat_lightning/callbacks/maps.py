@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from locat_lightning.evaluation.features import frozen
-from locat_lightning.nn.decoder import IGNORED
+from locat_lightning.labels import IGNORE
 
 OPACITY = 0.6
 INK, FAINT, PAPER = "#1f2328", "#6e7781", "#ffffff"
@@ -98,11 +98,11 @@ def overlay(image: Image.Image, classes: np.ndarray, colours: np.ndarray) -> Ima
 
     Args:
         image: RGB.
-        classes: [H, W] of the same size, integers; `IGNORED` for none.
+        classes: [H, W] of the same size, integers; `IGNORE` for none.
         colours: [C, 3] uint8.
     """
-    labelled = (classes != IGNORED)[..., None]
-    painted = colours[np.where(classes == IGNORED, 0, classes)]
+    labelled = (classes != IGNORE)[..., None]
+    painted = colours[np.where(classes == IGNORE, 0, classes)]
     grey = np.asarray(image.convert("L"))[..., None]
     mixed = np.where(labelled, OPACITY * painted + (1 - OPACITY) * grey, np.asarray(image))
     return Image.fromarray(mixed.round().astype(np.uint8))

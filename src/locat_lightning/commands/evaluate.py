@@ -17,7 +17,7 @@ from torch import nn
 
 from locat.runs import claim
 from locat_lightning.backbones.create import load_backbone
-from locat_lightning.backbones.weights import Network
+from locat_lightning.backbones.weights import Role
 from locat_lightning.commands.defaults import of_images
 from locat_lightning.commands.parsing import (
     ConfigByName,
@@ -120,7 +120,7 @@ def _measure(command: str, arguments: list[str]) -> None:
 
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
-    network: Network = "student" if config.student else "teacher"
+    network: Role = "student" if config.student else "teacher"
     backbone = load_backbone(
         config.weights,
         config.backbone,

@@ -17,7 +17,7 @@ from torch import nn
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format, write_model
 from locat_lightning.backbones.locate import architecture_of
-from locat_lightning.backbones.weights import DECODER_OF, Network, read_checkpoint
+from locat_lightning.backbones.weights import DECODER_OF, Role, read_checkpoint
 from locat_lightning.commands.parsing import (
     add_backbone_options,
     check_weights,
@@ -85,7 +85,7 @@ def _export(arguments: list[str]) -> None:
     check_format(config.format)
     to = Path(config.to)
     _check_target(to, config.overwrite)
-    network: Network = "student" if config.student else "teacher"
+    network: Role = "student" if config.student else "teacher"
     read = read_checkpoint(config.weights) if Path(config.weights).is_file() else None
     model = load_backbone(
         config.weights, config.backbone, config.backbone_args, network=network, classifier=True, contents=read
@@ -164,7 +164,7 @@ def _beside(to: Path) -> "TemporaryDirectory[str]":
         raise InputError(f"--to: {existing} cannot be written to ({error.strerror})") from error
 
 
-def _what(model: nn.Module, contents: dict[str, Any], network: Network) -> str:
+def _what(model: nn.Module, contents: dict[str, Any], network: Role) -> str:
     """What is exported of the weights, in words."""
     state = contents.get("state_dict") or contents
     if DECODER_OF in contents:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.backbones.locate import architecture_of
-from locat_lightning.backbones.weights import RANDOM, Network
+from locat_lightning.backbones.weights import RANDOM, Role
 from locat_lightning.commands.parsing import (
     add_backbone_options,
     check_weights,
@@ -60,7 +60,7 @@ def _info(arguments: list[str]) -> None:
         model = create_backbone(config.model, config.backbone_args, num_classes=None)
     else:
         check_weights(config.model)
-        network: Network = "student" if config.student else "teacher"
+        network: Role = "student" if config.student else "teacher"
         model = load_backbone(
             local_dir(config.model), config.backbone, config.backbone_args, network=network, classifier=True
         )

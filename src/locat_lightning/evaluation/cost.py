@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from locat_lightning.evaluation.features import frozen, mixed_precision
+from locat_lightning.evaluation.features import autocast, frozen
 from locat_lightning.nn import GaussianAugmentation
 
 
@@ -81,7 +81,7 @@ def images_per_second(
     """
     wait: Callable[[], None] = torch.cuda.synchronize if images.is_cuda else lambda: None
     times: list[float] = []
-    with frozen(model), torch.inference_mode(), mixed_precision(images.device, autocast_dtype):
+    with frozen(model), torch.inference_mode(), autocast(images.device, autocast_dtype):
         model(images)
         while len(times) < 3 or sum(times) < seconds:
             wait()

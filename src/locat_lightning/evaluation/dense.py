@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import mixed_precision
+from locat_lightning.evaluation.features import autocast
 
 
 def patch_features(
@@ -44,7 +44,7 @@ def patch_features(
             f"{type(backbone).__name__} was built for images of {own[0]} × {own[1]} pixels and is given "
             f"{size[0]} × {size[1]}: build it with dynamic_img_size=True (Swin: strict_img_size=False)"
         )
-    with mixed_precision(images.device, autocast_dtype):
+    with autocast(images.device, autocast_dtype):
         (features,) = timm.forward_intermediates(
             images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
         )

@@ -13,7 +13,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.gather import first_process, gather_rows
 
 
-class LabelledImages(Protocol):
+class LabelledBatch(Protocol):
     """A batch of images with their labels and their places in the data set."""
 
     @property
@@ -37,10 +37,10 @@ AUTOCAST = {
     **dict.fromkeys(("16", "16-mixed", "16-true"), torch.float16),
 }
 
-Batch_co = TypeVar("Batch_co", bound=LabelledImages, covariant=True)
+Batch_co = TypeVar("Batch_co", bound=LabelledBatch, covariant=True)
 
 
-class ImageLoader(Protocol[Batch_co]):
+class Batches(Protocol[Batch_co]):
     """What is needed of a `DataLoader`: its length in batches, and the batches."""
 
     def __len__(self) -> int: ...
@@ -74,7 +74,7 @@ def autocast_type(precision: str | int | None) -> torch.dtype | None:
         raise InputError(f"precision {precision!r} is none that features are computed in: {known}") from None
 
 
-def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Autocast to `dtype`, or none at all, whatever there is around it."""
     # Without the cache: weights cast in here under inference mode must not meet a training step around us.
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
@@ -110,7 +110,7 @@ def image_features(
     Raises:
         InputError: `backbone` does not give one vector per image.
     """
-    with mixed_precision(images.device, autocast_dtype):
+    with autocast(images.device, autocast_dtype):
         timm: Any = backbone
         if hasattr(timm, "forward_head"):
             features = timm.forward_head(timm.forward_features(images), pre_logits=True)
@@ -150,7 +150,7 @@ def check_size(
 
 def extract_features(
     backbone: nn.Module,
-    loader: ImageLoader[LabelledImages],
+    loader: Batches[LabelledBatch],
     device: torch.device | str,
     *,
     autocast_dtype: torch.dtype | None = None,

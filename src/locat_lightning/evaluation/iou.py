@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from locat_lightning.errors import InputError
-from locat_lightning.nn.decoder import IGNORED
+from locat_lightning.labels import IGNORE
 
 
 @dataclass
@@ -90,9 +90,9 @@ def check_classes(num_classes: int) -> None:
     Raises:
         InputError: they cannot.
     """
-    if not 1 <= num_classes <= IGNORED:
+    if not 1 <= num_classes <= IGNORE:
         raise InputError(
-            f"{num_classes} classes: give 1 to {IGNORED} (a pixel annotated as {IGNORED} is ignored)"
+            f"{num_classes} classes: give 1 to {IGNORE} (a pixel annotated as {IGNORE} is ignored)"
         )
 
 
@@ -119,7 +119,7 @@ def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> 
     predicted, annotated = predictions.flatten().long(), annotations.flatten().long()
     known = (annotated >= 0) & (annotated < num_classes) & (predicted >= 0) & (predicted < num_classes)
     place = torch.where(known, annotated * num_classes + predicted, num_classes**2)
-    place = torch.where(annotated == IGNORED, num_classes**2 + 1, place)
+    place = torch.where(annotated == IGNORE, num_classes**2 + 1, place)
     # Not `bincount`, which waits for the device; on a CPU it takes as long.
     counts = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=place.device)
     return counts.scatter_add_(0, place, torch.ones_like(place))[:-1]
@@ -138,7 +138,7 @@ def iou(pixels: Tensor) -> IoU:
     if unknown := int(pixels[-1]):
         raise InputError(
             f"{unknown} pixels are of none of the classes 0..{num_classes - 1}: check the number of classes, "
-            f"and that pixels without one are annotated as {IGNORED}"
+            f"and that pixels without one are annotated as {IGNORE}"
         )
     confusion = pixels[:-1].view(num_classes, num_classes)
     right, annotated, predicted = (

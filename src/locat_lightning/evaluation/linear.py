@@ -13,8 +13,8 @@ from torch.utils.data import DistributedSampler
 
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import (
-    ImageLoader,
-    LabelledImages,
+    Batches,
+    LabelledBatch,
     extract_features,
     frozen,
     image_features,
@@ -48,8 +48,8 @@ class LinearSweep(NamedTuple):
 
 def train_linear(
     backbone: nn.Module,
-    train_loader: ImageLoader[LabelledImages],
-    val_loader: ImageLoader[LabelledImages],
+    train_loader: Batches[LabelledBatch],
+    val_loader: Batches[LabelledBatch],
     device: torch.device | str,
     *,
     num_classes: int,

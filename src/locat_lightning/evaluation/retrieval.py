@@ -22,13 +22,14 @@ from locat_lightning.evaluation.features import frozen
 from locat_lightning.evaluation.gather import distributed, first_process, first_seen, gather_rows
 from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
 from locat_lightning.evaluation.knn import VOTES, Neighbours, inverse_norms, nearest_neighbours
-from locat_lightning.nn.decoder import IGNORED, upsampled_argmax
+from locat_lightning.labels import IGNORE
+from locat_lightning.nn.decoder import upsampled_argmax
 
 Search = Literal["auto", "torch", "faiss"]
 PATCHES = 2**32  # more than an image has: the key of a patch is image · PATCHES + patch
 
 
-class MaskedImages(Protocol):
+class MaskedBatch(Protocol):
     """A batch of images with a class for every pixel, and their places in the data set."""
 
     @property
@@ -44,7 +45,7 @@ class MaskedImages(Protocol):
         """[B] int64: positions in the data set."""
 
 
-class MaskLoader(Protocol):
+class MaskedBatches(Protocol):
     """What is needed of a `DataLoader`: its data set's and its own length, and the batches."""
 
     @property
@@ -53,7 +54,7 @@ class MaskLoader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[MaskedImages]: ...
+    def __iter__(self) -> Iterator[MaskedBatch]: ...
 
 
 class Memory(NamedTuple):
@@ -68,8 +69,8 @@ class Memory(NamedTuple):
 
 def segment_by_retrieval(
     backbone: nn.Module,
-    train_loader: MaskLoader,
-    val_loader: MaskLoader,
+    train_loader: MaskedBatches,
+    val_loader: MaskedBatches,
     device: torch.device | str,
     *,
     num_classes: int,
@@ -155,7 +156,7 @@ def segment_by_retrieval(
 
 def build_memory(
     backbone: nn.Module,
-    loader: MaskLoader,
+    loader: MaskedBatches,
     device: torch.device | str,
     *,
     num_classes: int,
@@ -313,13 +314,13 @@ def patch_histograms(
     """
     (H, W), (height, width) = grid, patch
     below, beside = H * height - masks.shape[1], W * width - masks.shape[2]
-    masks = F.pad(masks, (0, beside, 0, below), value=IGNORED)
+    masks = F.pad(masks, (0, beside, 0, below), value=IGNORE)
     pixels = masks.view(-1, H, height, W, width).transpose(2, 3).flatten(3).flatten(1, 2).long()
-    unknown = ((pixels < 0) | (pixels >= num_classes)) & (pixels != IGNORED)
+    unknown = ((pixels < 0) | (pixels >= num_classes)) & (pixels != IGNORE)
     if unknown.any():
         raise InputError(
             f"a mask has a pixel of class {int(pixels[unknown][0])}, which is none of 0..{num_classes - 1}: "
-            f"check the number of classes, and that pixels without one are annotated as {IGNORED}"
+            f"check the number of classes, and that pixels without one are annotated as {IGNORE}"
         )
     counts = torch.zeros(*pixels.shape[:2], num_classes + 1, dtype=torch.int32, device=masks.device)
     counts.scatter_add_(2, pixels.clamp(max=num_classes), torch.ones_like(pixels, dtype=torch.int32))
@@ -347,7 +348,7 @@ def sample_patches(histograms: Tensor, number: int | None, seed: tuple[int, ...]
     return annotated[(scores * uniform).argsort()[:number]].sort().values
 
 
-def _histograms(backbone: nn.Module, batch: MaskedImages, maps: Tensor, num_classes: int) -> Tensor:
+def _histograms(backbone: nn.Module, batch: MaskedBatch, maps: Tensor, num_classes: int) -> Tensor:
     """Histograms [B, H · W, C] of the patches that `maps` [B, D, H, W] has features of, on the CPU."""
     (height, width), (mask_height, mask_width) = batch.images.shape[2:], batch.masks.shape[1:]
     if (mask_height, mask_width) != (height, width):

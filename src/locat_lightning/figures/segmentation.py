@@ -12,7 +12,7 @@ from locat_lightning.evaluation.iou import IoU
 from locat_lightning.figures.grid import DPI, FAINT, Box, Colour, Column, grid, image_column, show, show_grey
 from locat_lightning.figures.names import Names
 from locat_lightning.figures.validation import EMPTY, kernel_columns
-from locat_lightning.nn.decoder import IGNORED
+from locat_lightning.labels import IGNORE
 
 OPACITY = 0.6  # of the colours of classes over an image
 ROWS_OF_BARS = 40  # of a column of IoU by class
@@ -24,15 +24,15 @@ def painted(classes: np.ndarray | Tensor, colours: np.ndarray) -> np.ndarray:
     """Give each pixel the colour of its class, translucent; none to pixels without a class.
 
     Args:
-        classes: [H, W] integers; `IGNORED` for none.
+        classes: [H, W] integers; `IGNORE` for none.
         colours: [C, 3] uint8, by label.
 
     Returns:
         [H, W, 4] uint8, RGBA.
     """
     labels = np.asarray(classes)
-    opacity = np.where(labels == IGNORED, 0, round(255 * OPACITY))
-    return np.dstack([colours[np.where(labels == IGNORED, 0, labels)], opacity]).astype(np.uint8)
+    opacity = np.where(labels == IGNORE, 0, round(255 * OPACITY))
+    return np.dstack([colours[np.where(labels == IGNORE, 0, labels)], opacity]).astype(np.uint8)
 
 
 def class_column(
@@ -59,7 +59,7 @@ def class_legend(
 ) -> dict[str, Colour]:
     """Collect the colours of the classes that occur, by name, for `grid`."""
     occurring = sorted({label for each in classes for label in np.unique(np.asarray(each)).tolist()})
-    return {class_names[label]: tuple(colours[label].tolist()) for label in occurring if label != IGNORED}
+    return {class_names[label]: tuple(colours[label].tolist()) for label in occurring if label != IGNORE}
 
 
 def segmentation_figure(
@@ -76,7 +76,7 @@ def segmentation_figure(
 
     Args:
         images: [height, width, 3] each, from 0 to 1.
-        masks: [H, W] each, in a size of its own; `IGNORED` where not annotated.
+        masks: [H, W] each, in a size of its own; `IGNORE` where not annotated.
         predictions: of each mask's size.
         class_names: by label.
         colours: [C, 3] uint8, by label.

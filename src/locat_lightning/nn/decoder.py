@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORED = 255  # the label of a pixel that has none
+from locat_lightning.labels import IGNORE
+
 CLASSES_AT_ONCE = 16  # whose logits exist at full resolution while the largest is sought
 LOGITS_AT_ONCE = 2**24  # at full resolution while the loss is computed, but at least those of one image
 
@@ -43,7 +44,7 @@ def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
     Args:
         logits: [B, C, h, w].
-        masks: [B, H, W], integers: the class of each pixel, or `IGNORED`.
+        masks: [B, H, W], integers: the class of each pixel, or `IGNORE`.
 
     Returns:
         A scalar, float32; 0 where no pixel is annotated.
@@ -58,16 +59,16 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, masks: Tensor) -> Tensor:
         size = masks.shape[-2:]
-        pixels = (masks != IGNORED).sum().clamp_min(1)
+        pixels = (masks != IGNORE).sum().clamp_min(1)
         loss = torch.zeros((), device=logits.device)
         grad = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         some = max(1, LOGITS_AT_ONCE // (logits.shape[1] * masks[0].numel()))
         for part, (small, mask) in enumerate(zip(logits.split(some), masks.split(some), strict=True)):
             labels = mask.long()
             log_p = F.interpolate(small.float(), size, mode="bilinear").log_softmax(1)
-            loss += F.nll_loss(log_p, labels, ignore_index=IGNORED, reduction="sum")
+            loss += F.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="sum")
             if grad is not None:
-                annotated = (labels != IGNORED).unsqueeze(1)
+                annotated = (labels != IGNORE).unsqueeze(1)
                 target = labels.unsqueeze(1).where(annotated, 0)
                 difference = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))
                 grad[part * some : (part + 1) * some] = torch.ops.aten.upsample_bilinear2d_backward(

@@ -29,7 +29,8 @@ from locat_lightning.evaluation.iou import IoU, MeanIoU
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
 from locat_lightning.inspection import gaussian_kernels
-from locat_lightning.nn.decoder import IGNORED, MlpDecoder, upsampled_argmax, upsampled_cross_entropy
+from locat_lightning.labels import IGNORE
+from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
 from locat_lightning.tasks.base import Task, announce_learning_rate
 from locat_lightning.tasks.frozen import leave_out, put_back, read_weights
@@ -152,8 +153,8 @@ class Segmentation(Task):
         if hasattr(self, "backbone"):
             return
         classes = self.agree_on_classes("data.classes")
-        if not 2 <= classes <= IGNORED:
-            raise InputError(f"segmentation takes from 2 to {IGNORED} classes, not {classes}")
+        if not 2 <= classes <= IGNORE:
+            raise InputError(f"segmentation takes from 2 to {IGNORE} classes, not {classes}")
         self.backbone, decoder = self._read_weights()
         self.decoder = MlpDecoder(_width(self.backbone), classes, self.hp.hidden_dim)
         if (obstacle := _load(self.decoder, decoder)) and not self.trainer.training:
@@ -257,7 +258,7 @@ class Segmentation(Task):
         below, beside = (
             p - s for p, s in zip(padded_size(self.backbone, (height, width)), (height, width), strict=True)
         )
-        masks = F.pad(masks, (0, beside, 0, below), value=IGNORED)
+        masks = F.pad(masks, (0, beside, 0, below), value=IGNORE)
         loss = upsampled_cross_entropy(self.decoder(self.features(images)), masks)
         self.log("train/loss", loss, prog_bar=True)
         return loss

@@ -25,7 +25,7 @@ from locat_lightning.callbacks.pictures import (
 from locat_lightning.commands.study.plan import TRAIN
 from locat_lightning.commands.study.results import checkpoint_of, newest_run
 from locat_lightning.data import SegmentationData
-from locat_lightning.nn.decoder import IGNORED
+from locat_lightning.labels import IGNORE
 
 IMAGES, SIDE = 4, 120  # rows, and the shorter side of a tile in pixels
 
@@ -81,7 +81,7 @@ def draw_predictions(arms: Mapping[str, Path], masks: Path) -> Image.Image | Non
     ]
     drawn = table(columns, SIDE)
     shown = sorted(
-        {int(label) for of in maps.values() for each in of for label in np.unique(each)} - {IGNORED}
+        {int(label) for of in maps.values() for each in of for label in np.unique(each)} - {IGNORE}
     )
     key = legend(shown, data.class_names, data.colours, drawn.width, SIDE)
     whole = Image.new("RGB", (drawn.width, drawn.height + key.height), PAPER)
