@@ -111,7 +111,8 @@ def test_a_users_own_module_and_data_go_without(tmp_path):
     module = Own(None)
     module.layer = torch.nn.Linear(3 * 16 * 16, 1)
     loader = DataLoader([{"image": torch.rand(3, 16, 16)}] * 2)
-    trainer = Trainer(callbacks=[KernelWidths()], fast_dev_run=True, accelerator="cpu")
-    trainer.fit(module, loader, loader)
+    options = {"fast_dev_run": True, "accelerator": "cpu", "enable_progress_bar": False}
+    Trainer(callbacks=[KernelWidths()], **options).fit(module, loader, loader)
     module.backbone = locatvit()
-    trainer.fit(module, loader, loader)
+    with pytest.warns(UserWarning, match="no more kernel widths in this run: KeyError: 0"):
+        Trainer(callbacks=[KernelWidths()], **options).fit(module, loader, loader)

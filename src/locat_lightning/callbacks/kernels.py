@@ -1,6 +1,5 @@
 """How wide and how strong the Gaussian kernels of each block are, while a model trains."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from locat_lightning.callbacks.pictures import watched_samples
+from locat_lightning.callbacks.pictures import giving_up, watched_samples
 from locat_lightning.inspection import kernel_widths
 from locat_lightning.nn import GaussianAugmentation
 
@@ -30,7 +29,7 @@ class KernelWidths(Callback):
         """Find out whether there is anything to measure."""
         backbone = getattr(pl_module, "backbone", None)
         parts = backbone.modules() if isinstance(backbone, nn.Module) else ()
-        self._measures = trainer.is_global_zero and any(isinstance(p, GaussianAugmentation) for p in parts)
+        self.active = trainer.is_global_zero and any(isinstance(p, GaussianAugmentation) for p in parts)
         self._samples: Tensor | None = None
 
     def on_validation_batch_end(
@@ -45,19 +44,20 @@ class KernelWidths(Callback):
         """Measure after the first batch: averaged weights are still in place then."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or batch_idx or dataloader_idx:
             return
-        if self._measures and isinstance(batch, Sequence) and isinstance(batch[0], Tensor):
-            self._measure(pl_module, batch[0])
+        if self.active:
+            with giving_up(self, "kernel widths"):
+                self._measure(pl_module, batch[0])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure a module without validation."""
-        if trainer.enable_validation or not self._measures:
+        if trainer.enable_validation or not self.active:
             return
-        if self._samples is None:
-            images = [sample[0] for sample in watched_samples(trainer, self.images)]
-            images = [image for image in images if image.shape == images[0].shape]
-            self._samples = torch.stack(images) if images else torch.empty(0)
-        if len(self._samples):
-            self._measure(pl_module, self._samples.to(pl_module.device))
+        with giving_up(self, "kernel widths"):
+            if self._samples is None:
+                samples = watched_samples(trainer, self.images)
+                self._samples = torch.stack([sample[0] for sample in samples]) if samples else torch.empty(0)
+            if len(self._samples):
+                self._measure(pl_module, self._samples.to(pl_module.device))
 
     def _measure(self, module: LightningModule, images: Tensor) -> None:
         backbone: Any = module.backbone

@@ -1,6 +1,7 @@
 """Pictures of what a model does, for each logger that takes images: when, and of which samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
+from torch.utils.data import IterableDataset
 
 from locat_lightning.callbacks.maps import FAINT as FAINT
 from locat_lightning.callbacks.maps import INK as INK
@@ -20,7 +22,6 @@ from locat_lightning.callbacks.maps import patch_features as patch_features
 from locat_lightning.callbacks.maps import resized as resized
 from locat_lightning.callbacks.maps import table as table
 from locat_lightning.data.dataset import Failure
-from locat_lightning.data.sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import frozen
 from locat_lightning.inspection import pca_colours as pca_colours
@@ -59,8 +60,8 @@ class Pictures(Callback):
         """Forget the samples of an earlier run, and say so if nothing can be drawn."""
         self._samples: list[Any] | None = None
         self._loggers = [logger for logger in trainer.loggers if _takes_figures(logger)]
-        self._draws = bool(self.every_n_epochs and self._loggers and trainer.is_global_zero)
-        if self._draws and stage in ("fit", "validate") and not hasattr(pl_module, "pictures"):
+        self.active = bool(self.every_n_epochs and self._loggers and trainer.is_global_zero)
+        if self.active and stage in ("fit", "validate") and not hasattr(pl_module, "pictures"):
             name = type(pl_module).__name__
             rank_zero_info(f"no pictures: {name} has no method pictures(samples, data, side)")
 
@@ -68,7 +69,7 @@ class Pictures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Draw the first batch of a new run, as the model gets it; a resumed run has that picture already."""
-        if self._draws and not (trainer.current_epoch or batch_idx or trainer.ckpt_path):
+        if self.active and not (trainer.current_epoch or batch_idx or trainer.ckpt_path):
             self._log(trainer, "input_pictures", batch, self.side)
 
     def on_validation_batch_end(
@@ -96,17 +97,18 @@ class Pictures(Callback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether to draw now: any validation by itself, every n-th epoch of a training."""
-        if not self._draws or trainer.sanity_checking:
+        if not self.active or trainer.sanity_checking:
             return False
         return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _log_samples(self, trainer: Trainer) -> None:
         if not self._is_due(trainer) or not hasattr(trainer.lightning_module, "pictures"):
             return
-        if self._samples is None:
-            self._samples = watched_samples(trainer, self.images)
-        if self._samples:
-            self._log(trainer, "pictures", self._samples, trainer.datamodule, self.side)  # type: ignore[attr-defined]
+        with giving_up(self, "pictures"):
+            if self._samples is None:
+                self._samples = watched_samples(trainer, self.images)
+            if self._samples:
+                self._log(trainer, "pictures", self._samples, trainer.datamodule, self.side)  # type: ignore[attr-defined]
 
     def _log(self, trainer: Trainer, method: str, *arguments: Any) -> None:
         module = trainer.lightning_module
@@ -114,14 +116,20 @@ class Pictures(Callback):
         if draw is None:
             return
         step = max(0, trainer.global_step - 1)  # the step just taken, as for the scalars of a validation
-        try:
-            with isolate_rng(), frozen(module), torch.no_grad():
-                for name, figure in draw(*arguments).items():
-                    for logger in self._loggers:
-                        _log_figure(logger, f"pictures/{name}", figure, step)
-        except Exception as error:  # whatever it is, pictures are not worth a run
-            self._draws = False
-            rank_zero_warn(f"no more pictures in this run: {method} failed ({type(error).__name__}: {error})")
+        with giving_up(self, "pictures"), isolate_rng(), frozen(module), torch.no_grad():
+            for name, figure in draw(*arguments).items():
+                for logger in self._loggers:
+                    _log_figure(logger, f"pictures/{name}", figure, step)
+
+
+@contextmanager
+def giving_up(callback: Any, what: str) -> Iterator[None]:
+    """Turn an error into a warning and set `callback.active` to False: what nobody asked for ends no run."""
+    try:
+        yield
+    except Exception as error:
+        callback.active = False
+        rank_zero_warn(f"no more {what} in this run: {type(error).__name__}: {error}")
 
 
 def watched_samples(trainer: Trainer, count: int) -> list[Any]:
@@ -147,7 +155,7 @@ def spaced_items(loader: Any, count: int) -> list[Any]:
     """Read items of a loader's data set, evenly spaced (of a stream the first); leave unreadable ones out."""
     dataset = loader.dataset
     with isolate_rng():
-        if isinstance(dataset, Stream):
+        if isinstance(dataset, IterableDataset):
             items = list(islice(dataset, count))
         else:
             last = len(dataset) - 1
