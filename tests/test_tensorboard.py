@@ -121,7 +121,7 @@ def test_text(shown, task):
 def test_hyper_parameters_stand_beside_the_final_metrics(shown):
     experiment = shown("hparams/experiment", {"experimentName": ""})
     names = {each["name"] for each in experiment["hparamInfos"]}
-    assert {"backbone", "lr"} <= {name.split("/")[-1] for name in names}
+    assert {"model.backbone", "model.lr", "data.batch_size"} <= names
     assert not any(name.startswith("_") for name in names)
     columns = [each["name"] for each in experiment["metricInfos"]]
     request = {
