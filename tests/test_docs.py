@@ -14,10 +14,8 @@ from importlib import import_module
 from inspect import signature
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 import yaml
 
@@ -43,6 +41,11 @@ NAMED = re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", METHOD)
 def blocks(text, language):
     """The fenced blocks of a page in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def snippets(page):
+    """The blocks of Python of a page that are no files (`# own.py`)."""
+    return [block for block in blocks(TEXTS[page], "python") if not re.match(r"# \w+\.py\n", block)]
 
 
 def prose(text):
@@ -101,6 +104,12 @@ def test_every_page_is_in_the_navigation_of_the_site():
     )
 
 
+def test_every_file_of_contributing_is_there():
+    named = re.findall(r"`((?:src|tests|configs|benchmarks|docs)/[\w./]*)`", TEXTS["CONTRIBUTING.md"])
+    assert len(named) > 15
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
@@ -118,12 +127,12 @@ def test_the_readme_links_every_guide():
             assert f"({page})" in TEXTS["README.md"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(TEXTS[page], "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
 def test_every_snippet_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {"__name__": "__snippet__"}
-    for snippet in blocks(TEXTS[page], "python"):
+    for snippet in snippets(page):
         exec(compile(snippet, page, "exec"), names)
     if page == "docs/python.md":
         assert [each.shape for each in names["kernels"]] == [(2, 64, 8, 8)] * 12
@@ -132,11 +141,48 @@ def test_every_snippet_runs(page, tmp_path, monkeypatch):
         assert names["embeddings"].shape == (3, 384)
 
 
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """The files of the page on extensions, in the current directory, from which they can be imported."""
+    page = TEXTS["docs/extend.md"]
+    for block in blocks(page, "python"):
+        (tmp_path / re.match(r"# (\w+\.py)\n", block)[1]).write_text(block)
+    for name, config in zip(("own.yaml", "own_task.yaml"), blocks(page, "yaml"), strict=True):
+        (tmp_path / name).write_text(config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    commands = re.findall(r"^PYTHONPATH=\. locat (.*)$", page, flags=re.MULTILINE)
+    short = ["--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    short += ["--trainer.accelerator=cpu", "--data.num_workers=0", "--trainer.limit_train_batches=1"]
+    short += ["--trainer.limit_val_batches=1", "--pictures.every_n_epochs=0", "--knn.every_n_epochs=0"]
+    warmup = [[] if "own_task" in command else ["--model.warmup_epochs=0"] for command in commands]
+    return [
+        [*command.split(), *(short + more if command.startswith("fit") else [])]
+        for command, more in zip(commands, warmup, strict=True)
+    ]
+
+
+@pytest.mark.slow
+def test_every_extension_trains(own_files, tmp_path):
+    assert len(own_files) >= 4
+    for command in own_files:
+        main(command)
+    measured = json.loads((tmp_path / "runs/own_knn/version_0/metrics.json").read_text())
+    assert 0 < measured["knn/top1_k20"] < 1
+    heads = [path.read_text().splitlines()[0] for path in (tmp_path / "runs").rglob("metrics.csv")]
+    assert len(heads) == len(own_files) - 1
+    assert any("features/rank" in head for head in heads)
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_commands_name_commands_and_configs_that_there_are(page):
     text = TEXTS[page]
     for name in re.findall(r"--config ([\w.]+)(?![\w.…])", text):
-        assert name.removesuffix(".yaml") + ".yaml" in CONFIGS | {"probes.yaml", "own.yaml"}, name
+        assert name.removesuffix(".yaml") + ".yaml" in CONFIGS | {
+            "probes.yaml",
+            "own.yaml",
+            "own_task.yaml",
+        }, name
     lines = "\n".join(blocks(text, "bash"))
     assert set(re.findall(r"^locat (\w+)", lines, flags=re.MULTILINE)) <= set(COMMANDS)
 
@@ -247,20 +293,3 @@ def test_the_words_on_the_results_are_of_that_page():
     figures = re.findall(r"\d+\.\d\d", words)
     assert len(figures) == 5
     assert [figure for figure in figures if f"| {figure} ±" not in RESULTS] == []
-
-
-def test_the_callbacks_of_scaling_do_what_they_say():
-    (snippet,) = blocks(TEXTS["docs/scaling.md"], "python")
-    own = {}
-    exec(compile(snippet, "scaling.md", "exec"), own)
-    backbone = timm.create_model("locatvit_tiny", img_size=32, patch_size=16, depth=1, num_classes=0)
-    for task in (
-        SimpleNamespace(backbone=backbone),
-        SimpleNamespace(backbone=None, student=SimpleNamespace(backbone=backbone)),
-    ):
-        backbone.set_grad_checkpointing(False)
-        backbone._compiled_call_impl = None
-        own["Checkpointing"]().on_fit_start(None, task)
-        own["Compile"]().on_fit_start(None, task)
-        assert backbone.grad_checkpointing
-        assert backbone._compiled_call_impl is not None

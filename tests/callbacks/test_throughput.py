@@ -20,7 +20,7 @@ class Log(dict):
 
 
 def step(callback, clock, log, *, wait, work, images=8, processes=1):
-    trainer, batch = SimpleNamespace(world_size=processes), SimpleNamespace(indices=range(images))
+    trainer, batch = SimpleNamespace(world_size=processes), (None, range(images))
     clock.time += wait
     callback.on_train_batch_start(trainer, log, batch, 0)
     clock.time += work
@@ -36,6 +36,15 @@ def test_waiting_and_working(clock):
     assert log == {"train/images_per_s": 2.0, "train/data_wait": 0.25}
     step(callback, clock, log, wait=0, work=0.5, images=4, processes=3)
     assert log == {"train/images_per_s": 24.0, "train/data_wait": 0.0}
+
+
+def test_batches_of_another_kind_are_not_counted(clock):
+    callback, log = throughput.Throughput(), Log()
+    for _ in range(2):
+        callback.on_train_batch_start(None, log, {}, 0)
+        clock.time += 1
+        callback.on_train_batch_end(None, log, None, {}, 0)
+    assert log == {"train/data_wait": 0.0}
 
 
 @pytest.mark.parametrize("pause", ["on_validation_end", "on_train_epoch_start"])

@@ -33,7 +33,8 @@ class Throughput(Callback):
         now = perf_counter()
         if self._ended is not None:
             seconds = now - self._ended
-            images = len(batch.indices) * trainer.world_size
-            pl_module.log("train/images_per_s", images / seconds, prog_bar=True)
+            if isinstance(batch, list | tuple) and len(batch) > 1:  # else nobody knows how many images it has
+                images = len(batch[1]) * trainer.world_size
+                pl_module.log("train/images_per_s", images / seconds, prog_bar=True)
             pl_module.log("train/data_wait", self._waited / seconds)
         self._ended = now
