@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS ?= runs
-IMAGES ?= ../shared/data/cifar10.tar.gz
-MASKS ?= ../shared/data/camvid.tar
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "locat-lightning needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -46,9 +44,11 @@ segment: $(INSTALLED) ## after quickstart: what the patch features of its two mo
 	done
 	@echo; $(BIN)/locat runs $(RUNS)
 
-study: $(INSTALLED) ## write docs/results.md: the paper's arms on CIFAR-10, hours on a CPU (PRESET=cpu, gpu; IMAGES, MASKS)
-	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md \
-		$(if $(PRESET),--preset $(PRESET)) --images $(IMAGES) --masks $(MASKS)
+study: $(INSTALLED) ## write docs/results.md, hours on a CPU: make study IMAGES=cifar10.tar.gz MASKS=camvid.tar [PRESET=cpu]
+	@test -n "$(IMAGES)" -a -n "$(MASKS)" || { echo 'make study needs IMAGES=… (CIFAR-10: train/CLASS/*, test/CLASS/*)' \
+		'and MASKS=… (CamVid, as segment_folder.yaml reads it): folders, or .tar archives of them' >&2; exit 2; }
+	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md $(if $(PRESET),--preset $(PRESET)) \
+		--folders.images "$(IMAGES)" --folders.masks "$(MASKS)"
 
 bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO step, the segmentation head
 	$(BIN)/python benchmarks/backbones.py

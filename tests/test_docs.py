@@ -23,7 +23,7 @@ import locat_lightning
 from locat import configs
 from locat.command import COMMANDS, main
 from locat_lightning import data, methods, tasks
-from locat_lightning.commands.study.plan import MEASURES, Study
+from locat_lightning.commands.study.command import read_study
 from locat_lightning.commands.study.report import NOTHING
 
 ROOT = Path(__file__).parents[1]
@@ -199,6 +199,7 @@ def test_every_option_exists(page):
                 chosen = [config[group]["class_path"]] if group in config else []
                 known = known | options_of_classes(group, *chosen) | {f"--{group}.help"}
         for option in re.findall(r"--[a-z][\w.]*", rest.partition(" # ")[0]):
+            option = re.sub(r"--folders\.\w+", "--folders.NAME", option)
             assert words(option) in known, f"{command}: {option}"
     for option in re.findall(
         r"--(?:model|data|trainer|knn|linear|retrieval|pictures|checkpoint)\.\w+", TEXTS[page]
@@ -266,20 +267,16 @@ def test_every_function_of_the_method_is_there(file, names):
 
 
 def test_the_results_are_those_of_three_finished_seeds_of_every_arm():
-    config = yaml.safe_load((configs.config_directory() / "study_cifar.yaml").read_text())
     raw = json.loads((DOCS / "results.json").read_text())
-    preset = raw["results"][0]["preset"]
-    study = Study.of(config, preset)
-    assert f"--preset {preset}" in raw["command"]
+    study, _ = read_study(raw["command"].removeprefix("locat study ").split())
     assert len(study.seeds) >= 3
-    runs = [(result["arm"], result["seed"]) for result in raw["results"]]
-    assert sorted(runs) == sorted((arm, seed) for arm in study.arms for seed in study.seeds)
+    assert [(result["arm"], result["seed"]) for result in raw["results"]] == study.runs()
     assert raw["command"] in RESULTS
     for result in raw["results"]:
-        assert set(result["measures"]) == set(MEASURES)
+        assert set(result["measures"]) == set(study.measures)
     for arm in study.arms:
         (row,) = re.findall(rf"^\| {arm} \| {len(study.seeds)} \| (.*) \|$", RESULTS, flags=re.MULTILINE)
-        for name, cell in zip(MEASURES, row.split(" | "), strict=True):
+        for name, cell in zip(study.measures, row.split(" | "), strict=True):
             of_arm = (r["measures"][name] for r in raw["results"] if r["arm"] == arm)
             found = [100 * value for value in of_arm if value is not None]
             assert cell == (

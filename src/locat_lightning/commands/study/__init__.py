@@ -1,1 +1,1 @@
-"""A study: arms trained alike with several seeds, probed and reported, all by the commands of `locat`."""
+"""`locat study`: arms trained with several seeds, probed and compared, by the other commands of `locat`."""

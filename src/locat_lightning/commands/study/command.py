@@ -1,116 +1,103 @@
-"""`locat study`: every arm and seed by the commands of `locat`, each once, and the report after each."""
+"""`locat study`: run the steps of every arm and seed, each once, and write the report after each seed."""
 
-import json
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from locat_lightning.commands.messages import direct_messages
-from locat_lightning.commands.parsing import ConfigByName, command_parser, errors_in_a_line, parse
+from locat_lightning.commands.parsing import (
+    ConfigByName,
+    command_parser,
+    decisive_options,
+    errors_in_a_line,
+    parse,
+)
 from locat_lightning.commands.study.folders import some_of_each_class, unpacked
-from locat_lightning.commands.study.plan import PROBES, Options, Study
+from locat_lightning.commands.study.plan import Study
 from locat_lightning.commands.study.report import write_report
-from locat_lightning.commands.study.results import measure_arm, read_results, said_in, write_atomically
-from locat_lightning.errors import InputError
+from locat_lightning.commands.study.steps import output_to, read_results, run_step
+from locat_lightning.errors import InputError, near
 
 DESCRIPTION = (
-    "Train every arm of a study with every seed, probe the frozen backbones, and write a report. What is "
-    "finished is never done again: cut off, the same command goes on"
+    "Train every arm of a study with every seed, probe the models, and write a report. An interrupted study "
+    "resumes with the same command; finished steps are not repeated"
 )
-NOTE = "study.json"  # what a directory's results are of
 
 
 def main(arguments: list[str]) -> None:
     """Run `locat study …`."""
-    direct_messages(debug="--debug" in arguments)  # to the logs of the steps
-    with errors_in_a_line("--debug" in arguments):
-        _, *options = (argument for argument in arguments if argument != "--debug")
-        parser = _parser()
-        config = parse(parser, options)
-        if config.config is None:
-            raise InputError("locat study needs --config, as study_cifar.yaml")
-        _study(config)
+    debug = "--debug" in arguments
+    direct_messages(debug=debug)  # to the logs of the steps
+    with errors_in_a_line(debug):
+        _run(*read_study([argument for argument in arguments[1:] if argument != "--debug"]))
+
+
+def read_study(options: list[str]) -> tuple[Study, Namespace]:
+    """Return the study that a command line describes, and its options."""
+    parser = _parser()
+    if decisive_options(options).config is None and not {"-h", "--help"} & set(options):
+        raise InputError("locat study needs --config, for example study_digits.yaml")
+    config = parser.instantiate_classes(parse(parser, options))
+    study = Study(**{each.name: config[each.name] for each in fields(Study)})
+    if config.preset is None and study.presets:
+        config.preset = "gpu" if torch.cuda.is_available() else "cpu"
+    return (study.with_preset(config.preset) if config.preset else study), config
 
 
 def _parser() -> ArgumentParser:
     parser = command_parser("study", DESCRIPTION)
     add = parser.add_argument
     add("-c", "--config", action=ConfigByName, help="a file with any of these options, or a shipped config")
-    add(
-        "--preset",
-        type=str | None,
-        default=None,
-        help="one of the config's; by default gpu where there is a GPU, else cpu",
-    )
-    add("--to", type=str | None, default=None, help="directory of it all; by default runs/study_PRESET")
+    preset = "one of the config's presets; if it has any, by default gpu with a GPU, else cpu"
+    add("--preset", type=str | None, default=None, help=preset)
+    add("--to", type=str | None, default=None, help="directory of the runs; by default runs/CONFIG_PRESET")
     add("--report", type=str | None, default=None, help="the page to write; by default results.md in --to")
-    add("--images", type=str, default="data", help="folder of classes with train/ and test/, or a .tar of it")
-    add("--masks", type=str, default="data", help="folder of the masked images, or a .tar of it")
-    for name, help_ in (
-        ("recipes", "of training: options of locat fit, by name of the recipe"),
-        ("arms", "recipe, and options that differ, by name of the arm"),
-        ("probes", f"options of the probes: {', '.join(PROBES)}"),
-        ("presets", "by name: arms, seeds, images_per_class, and options of recipes and probes"),
-    ):
-        add(f"--{name}", type=dict[str, dict[str, Any]], default={}, help=help_)
-    add("--seeds", type=list[int], default=[0, 1, 2], help="of each arm")
+    folders = "--folders.NAME DIR gives the folder, or a .tar of it, for {NAME} in the options of the config"
+    add("--folders", type=dict[str, str], default={}, help=folders)
+    parser.add_class_arguments(Study)
     return parser
 
 
-def _study(config: Namespace) -> None:
-    preset = config.preset or ("gpu" if torch.cuda.is_available() else "cpu")
-    study = Study.of(vars(config), preset)
-    directory = Path(config.to or f"runs/study_{preset}")
-    images = unpacked(Path(config.images), directory / "data", "--images")
-    masks = unpacked(Path(config.masks), directory / "data", "--masks") if "masks" in study.probes else images
-    names = {"images": Path(config.images).name, "masks": Path(config.masks).name}
-    _claim(directory, study, names)
-    if study.images_per_class is not None:
-        chosen = directory / "data" / f"{study.images_per_class}_per_class"
-        images = some_of_each_class(images, study.images_per_class, chosen)
-    folders = {"images": str(images.absolute()), "masks": str(masks.absolute())}
-    report = Path(config.report) if config.report else directory / "results.md"
-    command = f"locat study --config {Path(str(config.config[-1])).name} --preset {preset}"
-    # Their names only: where they are is nobody else's concern.
-    command += f" --images {names['images']}"
-    command += f" --masks {names['masks']}" if "masks" in study.probes else ""
-    # Seed by seed, so that a study that is cut off has compared all arms with as many seeds as it has.
-    runs = [(arm, seed) for seed in study.seeds for arm in study.arms]
+def _run(study: Study, config: Namespace) -> None:
+    file = Path(str(config.config[-1]))
+    directory = Path(config.to or "_".join(filter(None, (f"runs/{file.stem}", config.preset))))
+    folders = _folders(study, config.folders, directory / "data")
+    command = f"locat study --config {file.name}" + (f" --preset {config.preset}" if config.preset else "")
+    for name, folder in config.folders.items():
+        command += f" --folders.{name} {Path(folder).name}"  # where they are stays private
+    page, runs = Path(config.report or directory / "results.md"), study.runs()
     for number, (arm, seed) in enumerate(runs, start=1):
         print(f"{arm}, seed {seed} ({number} of {len(runs)})", flush=True)
+        steps, own, news = study.steps(arm, seed), directory / arm / f"seed_{seed}", False
         try:
-            news = measure_arm(study, arm, seed, directory / arm / f"seed_{seed}", folders)
+            for place, step in enumerate(steps, start=1):
+                print(f"  {step.name} ({place} of {len(steps)})", flush=True)
+                news |= run_step(step, own, folders)
         except (SystemExit, KeyboardInterrupt):
-            print("cut off; the same command goes on", file=sys.stderr)
+            print("interrupted; the same command resumes the study", file=sys.stderr)
             raise
         if news or number == len(runs):
-            with said_in(directory / "report.log"):
-                write_report(report, study, read_results(study, directory), directory, folders, command)
-    print(f"report: {report}")
+            with output_to(directory / "report.log"):
+                write_report(page, study, read_results(study, directory), directory, folders, command)
+    print(f"report: {page}")
 
 
-def _claim(directory: Path, study: Study, names: dict[str, str]) -> None:
-    """Note what the directory's results are of, or see that it is this study of data of these names.
-
-    Seeds, arms and probes may have been added since: all else stays as it was measured.
-    """
-    own: Options = json.loads(json.dumps(vars(study) | names))
-    if (note := directory / NOTE).is_file():
-        there = json.loads(note.read_text())
-        if differing := ", ".join(key for key in own if not _holds(there.get(key), own[key])):
-            raise InputError(
-                f"{directory} has the results of another study ({differing} differ): give another --to"
-            )
-    write_atomically(note, own)
-
-
-def _holds(planned: Any, now: Any) -> bool:
-    """Whether something is as it was planned, or more."""
-    if isinstance(planned, dict) and isinstance(now, dict):
-        return planned.items() <= now.items()
-    if isinstance(planned, list) and isinstance(now, list):
-        return all(each in now for each in planned)
-    return bool(planned == now)
+def _folders(study: Study, given: dict[str, str], beneath: Path) -> dict[str, str]:
+    """Return the absolute path of each folder that the study reads, unpacked, with fewer images if asked."""
+    needed, folders = study.folders(), {}
+    if missing := [name for name in needed if name not in given]:
+        options = " ".join(f"--folders.{name} DIR" for name in missing)
+        raise InputError(f"the config reads {{{missing[0]}}}: add {options} (a folder, or a .tar of one)")
+    for name, source in given.items():
+        option = f"--folders.{name}"
+        if name not in needed:
+            raise InputError(f"{option}: the config does not read {{{name}}}{near(name, needed)}")
+        own = beneath / name
+        folder = unpacked(Path(source), own, option)
+        if (count := study.per_class.get(name)) is not None:
+            folder = some_of_each_class(folder, count, own, option)
+        folders[name] = str(folder.absolute())
+    return folders

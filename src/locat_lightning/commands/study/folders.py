@@ -1,7 +1,9 @@
-"""Where a study's images are: in folders, in archives of such folders, or only some of them."""
+"""The folders that a study reads: as given, unpacked from an archive, or with fewer images."""
 
 import shutil
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +12,15 @@ from locat_lightning.errors import InputError
 
 
 def unpacked(source: Path, beneath: Path, option: str) -> Path:
-    """A folder as it is, or what an archive of it holds, unpacked once.
+    """Return a folder as it is, or what an archive of it holds, unpacked once.
 
     Args:
         source: a folder, or a .tar, .tar.gz, …
-        beneath: where to unpack.
-        option: that says the source, for errors.
-
-    Returns:
-        The folder; of an archive with a single folder at the top, that.
+        beneath: directory to unpack into.
+        option: name of the option, for errors.
 
     Raises:
-        InputError: there is neither.
+        InputError: `source` is neither a folder nor an archive.
     """
     if source.is_dir():
         return source
@@ -29,42 +28,52 @@ def unpacked(source: Path, beneath: Path, option: str) -> Path:
         raise InputError(f"{option}: no such folder or archive: {source.absolute()}")
     folder = beneath / source.name.partition(".")[0]
     if not folder.is_dir():
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
         try:
-            with tarfile.open(source) as archive:
+            with _whole(folder) as part, tarfile.open(source) as archive:
                 archive.extractall(part, filter="data")
         except tarfile.TarError as error:
             raise InputError(f"{option}: {source} is neither a folder nor a .tar: {error}") from error
-        part.rename(folder)
     tops = list(folder.iterdir())
     return tops[0] if len(tops) == 1 else folder
 
 
-def some_of_each_class(root: Path, count: int, to: Path, *, seed: int = 0) -> Path:
-    """A folder of classes with fewer training images, as links: for all arms the same, chosen at random once.
+def some_of_each_class(root: Path, count: int, beneath: Path, option: str, *, seed: int = 0) -> Path:
+    """Return a folder with links to some training images of each class, chosen at random once.
 
     Args:
-        root: has `train/` with a folder per class, and others, which are linked as they are.
-        count: training images of each class; a class that has fewer keeps all.
-        to: the folder to make, unless it is there.
+        root: has `train/` with a folder for each class; whatever else it has is linked as it is.
+        count: images of each class; a class with fewer keeps all.
+        beneath: directory to make it in.
+        option: name of the option that gave `root`, for errors.
         seed: of the choice.
+
+    Raises:
+        InputError: `root` has no `train/`.
     """
-    if to.is_dir():
-        return to
+    chosen = beneath / f"{root.name}_{count}_per_class"
+    if chosen.is_dir():
+        return chosen
     if not (root / "train").is_dir():
-        raise InputError(f"--images: no train/ in {root}: it should hold a folder per class, with its images")
-    part = to.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"{option}: {root} has no train/ with a folder of images for each class")
     rng = np.random.default_rng(seed)
-    for folder in sorted(path for path in (root / "train").iterdir() if path.is_dir()):
-        files = sorted(folder.iterdir())
-        (part / "train" / folder.name).mkdir(parents=True)
-        for place in rng.permutation(len(files))[:count]:
-            file = files[place]
-            (part / "train" / folder.name / file.name).symlink_to(file.absolute())
-    for other in root.iterdir():
-        if other.name != "train":
-            (part / other.name).symlink_to(other.absolute())
-    part.rename(to)
-    return to
+    with _whole(chosen) as part:
+        for folder in sorted(path for path in (root / "train").iterdir() if path.is_dir()):
+            files = sorted(folder.iterdir())
+            own = part / "train" / folder.name
+            own.mkdir(parents=True)
+            for place in rng.permutation(len(files))[:count]:
+                (own / files[place].name).symlink_to(files[place].absolute())
+        for other in root.iterdir():
+            if other.name != "train":
+                (part / other.name).symlink_to(other.absolute())
+    return chosen
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Give a place to build a folder, which gets its name when it is complete."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    part.rename(folder)

@@ -1,102 +1,131 @@
-"""Patch features and predictions of several arms, side by side on the same images."""
+"""The pictures of a report: charts of the results, and all arms side by side on the same images."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from torch.nn import functional as F
-from torchvision.transforms.functional import to_pil_image
 
 from locat_lightning.backbones.create import load_backbone
-from locat_lightning.callbacks.maps import legend, overlay
-from locat_lightning.callbacks.pictures import (
-    PAPER,
-    Column,
-    patch_features,
-    pca_colours,
-    resized,
-    spaced_items,
-    table,
-)
-from locat_lightning.commands.study.plan import TRAIN
-from locat_lightning.commands.study.results import checkpoint_of, newest_run
-from locat_lightning.data import SegmentationData
-from locat_lightning.labels import IGNORE
+from locat_lightning.callbacks.pictures import spaced_items
+from locat_lightning.commands.study.plan import TRAIN, Step
+from locat_lightning.commands.study.steps import checkpoint_of
+from locat_lightning.evaluation.dense import patch_features
+from locat_lightning.figures.grid import feature_column, grid, image_column, rgb
+from locat_lightning.figures.segmentation import class_column, class_legend
 
 IMAGES, SIDE = 4, 120  # rows, and the shorter side of a tile in pixels
+Points = Sequence[tuple[float, float]]
 
 
-def draw_features(arms: Mapping[str, Path], masks: Path) -> Image.Image:
-    """The input, and for each arm the first three principal components of its patch features as colours.
+def points_figure(arms: Mapping[str, Points], x: str, y: str) -> Figure:
+    """Plot a circle for each point (x, y) of an arm and a dot for their mean.
+
+    Args:
+        arms: points by name; an arm without points still takes a colour.
+        x: title of the horizontal axis.
+        y: title of the vertical axis.
+    """
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (arm, points) in enumerate(arms.items()):
+        if points:
+            across, up = zip(*points, strict=True)
+            axes.scatter(across, up, 25, facecolors="none", edgecolors=f"C{number}")
+            axes.scatter(mean(across), mean(up), 90, f"C{number}", label=arm)
+    return _finished(figure, x, y)
+
+
+def lines_figure(arms: Mapping[str, Sequence[float]], x: str, y: str, *, level: float) -> Figure:
+    """Plot a line for each arm over 0, 1, 2, …, and a grey one at a level.
+
+    Args:
+        arms: values by name; an arm without values still takes a colour.
+        x: title of the horizontal axis.
+        y: title of the vertical axis, which begins at 0.
+        level: to compare the values with.
+    """
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.margins(y=0.2)
+    axes.axhline(level, color="grey")
+    for number, (arm, values) in enumerate(arms.items()):
+        if values:
+            axes.plot(values, f"C{number}o-", label=arm)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finished(figure, x, y)
+
+
+def features_figure(arms: Mapping[str, Path], step: Step, folders: Mapping[str, str]) -> Figure:
+    """Draw the first three principal components of each arm's patch features, as colours.
 
     Args:
         arms: directory of the runs of each arm.
-        masks: folder of the images of its probe.
+        step: whose validation images to draw them for.
+        folders: that the step reads.
     """
-    data = _data(next(iter(arms.values())), masks)
+    data = _data(next(iter(arms.values())) / step.run, step, folders)
     images = torch.stack([image for image, *_ in spaced_items(data.val_dataloader(), IMAGES)])
-    mean, std = (torch.tensor(data.normalisation[name]).view(3, 1, 1) for name in ("mean", "std"))
-    tiles = resized(images * std + mean, SIDE)
-    columns = [Column("input", "", [to_pil_image(tile) for tile in tiles])]
+    shown = list(rgb(images, data.normalisation))
+    columns = [image_column("input", shown)]
     for arm, directory in arms.items():
         backbone = load_backbone(str(checkpoint_of(directory, TRAIN)), any_size=True)
-        features = patch_features(backbone, images)
-        assert features is not None  # the probe has read them
-        colours = F.interpolate(pca_colours(features), tiles.shape[-2:], mode="nearest-exact")
-        columns.append(Column(arm, "PCA, last block", [to_pil_image(tile) for tile in colours]))
-    return table(columns, SIDE)
+        columns.append(feature_column(patch_features(backbone, images), arm))
+    return grid(columns, shown, SIDE)
 
 
-def draw_predictions(arms: Mapping[str, Path], masks: Path) -> Image.Image | None:
-    """The input, its annotation, and for each arm the prediction of its probe; None without predictions.
+def predictions_figure(
+    arms: Mapping[str, Path], predicted: Step, trained: Step, folders: Mapping[str, str]
+) -> Figure:
+    """Draw the label maps that each arm predicts for some validation images.
 
     Args:
         arms: directory of the runs of each arm.
-        masks: folder of the images of its probe.
+        predicted: the step that wrote the maps.
+        trained: the step that trained the segmentation.
+        folders: that they read.
     """
-    data = _data(next(iter(arms.values())), masks)
+    data = _data(next(iter(arms.values())) / trained.run, trained, folders)
     source = data.source("val")
-    items = spaced_items(data.val_dataloader(), IMAGES)
-    read = [source.read(index) for *_, index in items]
-    names = [Path(source.path(index)).stem for *_, index in items]
-    maps: dict[str, list[np.ndarray]] = {"annotation": [mask for _, mask in read]}
+    indices = [index for *_, index in spaced_items(data.val_dataloader(), IMAGES)]
+    images, masks = zip(*map(source.read, indices), strict=True)
+    shown = [np.asarray(image) / 255 for image in images]
+    maps = {"annotation": [np.array(mask) for mask in masks]}
     for arm, directory in arms.items():
-        run = newest_run(directory, "predictions_predict") / "predictions"
-        found = [next(run.rglob(f"{name}.png"), None) for name in names]
-        maps[arm] = [np.asarray(Image.open(file)) for file in found if file is not None]
-    if not all(len(each) == len(read) for each in maps.values()):
-        return None
-    columns = [Column("input", "", [_tile(image) for image, _ in read])]
-    columns += [
-        Column(
-            title,
-            "",
-            [_tile(overlay(image, each, data.colours)) for (image, _), each in zip(read, of, strict=True)],
-        )
-        for title, of in maps.items()
+        found = directory / predicted.run / "predictions"
+        files = [next(found.rglob(f"{Path(source.path(index)).stem}.png")) for index in indices]
+        maps[arm] = [np.array(Image.open(file)) for file in files]
+    columns = [class_column(title, shown, each, data.colours) for title, each in maps.items()]
+    legend = class_legend([each for of in maps.values() for each in of], data.class_names, data.colours)
+    return grid([image_column("input", shown), *columns], shown, SIDE, legend)
+
+
+def _finished(figure: Figure, x: str, y: str) -> Figure:
+    [axes] = figure.axes
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
+
+
+def _data(run: Path, step: Step, folders: Mapping[str, str]) -> Any:
+    """Return the data of a step as recorded by its run, from where the folders are now."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    recorded = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    moved = [
+        text
+        for text in step.arguments(folders)
+        if text.startswith("--data.") and text not in step.arguments({})
     ]
-    drawn = table(columns, SIDE)
-    shown = sorted(
-        {int(label) for of in maps.values() for each in of for label in np.unique(each)} - {IGNORE}
-    )
-    key = legend(shown, data.class_names, data.colours, drawn.width, SIDE)
-    whole = Image.new("RGB", (drawn.width, drawn.height + key.height), PAPER)
-    whole.paste(drawn, (0, 0))
-    whole.paste(key, (0, drawn.height))
-    return whole
-
-
-def _data(directory: Path, masks: Path) -> SegmentationData:
-    """The images of an arm's probe, where they are now."""
-    record = yaml.safe_load((newest_run(directory, "masks") / "config.yaml").read_text())
-    own: dict[str, Any] = record["data"]["init_args"] | {"root": str(masks), "num_workers": 0}
-    return SegmentationData(**own)
-
-
-def _tile(image: Image.Image) -> Image.Image:
-    shorter = min(image.size)
-    return image.resize((round(image.width * SIDE / shorter), round(image.height * SIDE / shorter)))
+    return parser.instantiate_classes(parser.parse_args([f"--data={json.dumps(recorded)}", *moved])).data

@@ -1,170 +1,201 @@
-"""What a study consists of: the commands of each arm and seed, from its config."""
+"""What a study consists of: the commands to run for each arm and seed, as its config says."""
 
 import json
+import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+from locat_lightning.commands import evaluate, fit
 from locat_lightning.errors import InputError, near
 
-TRAIN = "train"
-Options = dict[str, Any]  # by name, dotted as one types them
-PROBES = {  # of a frozen backbone, by the command that each is
-    "knn": "knn",
-    "linear": "linear",
-    "digits": "fit",
-    "digits_retrieve": "retrieve",
-    "masks": "fit",
-    "retrieve": "retrieve",
+Options = dict[str, Any]  # of a command, by dotted name
+
+TRAIN = "train"  # the first step of every arm and seed
+MEASURING = ("validate", "test", "predict")  # without training; their runs are named NAME_COMMAND
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    **dict.fromkeys(("fit", *MEASURING), fit.main),
+    **dict.fromkeys(("knn", "linear", "retrieve"), evaluate.main),
 }
-# Of every fit: as little beside the training as can be, and on one device.
-QUIET: Options = {
-    "trainer.devices": 1,
-    "trainer.enable_progress_bar": False,
-    "trainer.num_sanity_val_steps": 0,
-    "pictures.every_n_epochs": 0,
-}
+ON_ONE_DEVICE: Options = {"trainer.devices": 1, "trainer.enable_progress_bar": False}
+ONLY_TRAINING: Options = {"trainer.num_sanity_val_steps": 0, "pictures.every_n_epochs": 0}
+PLACEHOLDER = re.compile(r"\{(\w+)\}")  # stands for the folder of that name
 
 
-class Measure(NamedTuple):
-    """A figure of quality, between 0 and 1.
+@dataclass(frozen=True)
+class Step:
+    """One run of a command of `locat`."""
 
-    Attributes:
-        title: for people.
-        step: that measures it.
-        metric: its name in the step's `metrics.json`.
-    """
+    name: str  # of the run
+    command: str  # one of `COMMANDS`
+    options: Options  # all but weights, name and directory, with placeholders for folders
+    weights: str = ""  # the step whose last checkpoint it takes; "" for none
 
-    title: str
-    step: str
-    metric: str
+    @property
+    def run(self) -> Path:
+        """Directory of its run, beneath that of its arm and seed."""
+        return Path(f"{self.name}_{self.command}" if self.command in MEASURING else self.name) / "version_0"
 
-
-MEASURES = {
-    "top1": Measure("top-1", TRAIN, "val/top1"),
-    "knn": Measure("k-NN top-1", "knn", "knn/top1_k20"),
-    "linear": Measure("linear top-1", "linear", "linear/top1"),
-    "digits": Measure("probe mIoU (digit scenes)", "digits", "val/miou"),
-    "digits_retrieve": Measure("retrieval mIoU (digit scenes)", "digits_retrieve", "retrieval/miou"),
-    "masks": Measure("probe mIoU", "masks", "val/miou"),
-    "retrieve": Measure("retrieval mIoU", "retrieve", "retrieval/miou"),
-}
-
-
-class Step(NamedTuple):
-    """One command of `locat`.
-
-    Attributes:
-        name: of its run.
-        command: `fit`, `knn`, …
-        options: without weights, name and directory; `{images}` and `{masks}` stand for folders.
-        of: the step whose last checkpoint are its weights; "" where there is none.
-    """
-
-    name: str
-    command: str
-    options: Options
-    of: str = ""
-
-    def arguments(self, **folders: str) -> list[str]:
-        """The command as one types it.
-
-        Args:
-            folders: that stand for `{images}` and `{masks}`.
-        """
+    def arguments(self, folders: Mapping[str, str]) -> list[str]:
+        """Return the command and its options, with these folders for their placeholders."""
         given = [self.command]
         for option, value in self.options.items():
-            for name, folder in folders.items():
-                value = folder if value == f"{{{name}}}" else value
-            given.append(f"--{option}={value if isinstance(value, str) else json.dumps(value)}")
+            text = value if isinstance(value, str) else json.dumps(value)
+            given.append(f"--{option}={PLACEHOLDER.sub(lambda name: folders.get(name[1], name[0]), text)}")
         return given
 
     def typed(self) -> str:
-        """The command for people: beside the folders' names, that of a step stands for its checkpoint."""
-        weights = [f"--weights={{{self.of}}}"] if self.of else []
-        return shlex.join(["locat", *self.arguments(), *weights, f"--name={self.name}"])
+        """Return the command for people, with placeholders for folders and for checkpoints of steps."""
+        weights = [f"--weights={{{self.weights}}}"] if self.weights else []
+        return shlex.join(["locat", *self.arguments({}), *weights, f"--name={self.name}"])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things to compare."""
+
+    recipe: str
+    options: Options = field(default_factory=dict)  # that differ from the recipe's
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A step after the training."""
+
+    command: str
+    options: Options = field(default_factory=dict)
+    weights: str = TRAIN  # the earlier step whose last checkpoint it takes
+    seeds: list[int] | None = None  # None for all
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number between 0 and 1 to compare arms by; higher is better."""
+
+    title: str  # its column in the report
+    step: str
+    metric: str  # its name in the `metrics.json` of the step
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What to draw besides the widths of the kernels."""
+
+    quality: tuple[str, str] | None = None  # two measures, the second over the first
+    features: str | None = None  # a step; patch features of its validation images
+    predictions: str | None = None  # a step of `locat predict` that writes label maps
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Changes to a study; None leaves as it is."""
+
+    arms: list[str] | None = None  # only these
+    seeds: list[int] | None = None
+    per_class: dict[str, int] | None = None
+    pictures: Pictures | None = None
+    options: dict[str, Options] = field(default_factory=dict)  # more of recipes and probes, by name
 
 
 @dataclass(frozen=True)
 class Study:
-    """Arms that differ in little, and what is done with each.
+    """Arms that differ in a few options, and the steps to run for each.
 
-    Attributes:
-        preset: its name.
+    Args:
+        recipes: options of `locat fit`, by name of the recipe.
+        arms: by name, a recipe and the options that differ; the first of a recipe is the others' baseline.
+        probes: steps after the training by name: command, options, weights (a step), seeds.
+        measures: what to compare by name: title, step, metric in the step's metrics.json.
+        pictures: what to draw: quality (two measures), features (a step), predictions (a step).
         seeds: of each arm.
-        arms: options of each, beside those of its recipe.
-        recipe_of: the recipe of each arm. The first arm of a recipe is what the others are compared with.
-        recipes: options of the trainings.
-        probes: options of `PROBES`.
-        images_per_class: training images of each class; None takes all.
+        per_class: training images of each class to keep, by name of the folder.
+        notes: sentences for the report.
+        presets: by name: arms, seeds, per_class, pictures, and options by recipe or probe.
+
+    Raises:
+        InputError: something refers to a name that the study does not have.
     """
 
-    preset: str
-    seeds: list[int]
-    arms: dict[str, Options]
-    recipe_of: dict[str, str]
     recipes: dict[str, Options]
-    probes: dict[str, Options]
-    images_per_class: int | None
+    arms: dict[str, Arm]
+    probes: dict[str, Probe] = field(default_factory=dict)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    pictures: Pictures = field(default_factory=Pictures)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    per_class: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    presets: dict[str, Preset] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, config: Mapping[str, Any], preset: str) -> "Study":
-        """A study with the options of a preset, which hold where its config says something else.
+    def __post_init__(self) -> None:
+        for name, arm in self.arms.items():
+            _check(f"arms.{name}.recipe", arm.recipe, self.recipes)
+        steps = [TRAIN]
+        for name, probe in self.probes.items():
+            _check(f"probes.{name}.command", probe.command, COMMANDS)
+            _check(f"probes.{name}.weights", probe.weights, steps)
+            steps.append(name)
+        for name, measure in self.measures.items():
+            _check(f"measures.{name}.step", measure.step, steps)
+        for name in self.pictures.quality or ():
+            _check("pictures.quality", name, self.measures)
+        for step in filter(None, (self.pictures.features, self.pictures.predictions)):
+            _check("pictures", step, self.probes)
 
-        Args:
-            config: `seeds`, `arms`, `recipes`, `probes`, `presets`, as in the shipped `study_cifar.yaml`.
-            preset: name of one of its presets.
-
-        Raises:
-            InputError: a name is none of those that the config has.
-        """
-        own = dict(_known("preset", preset, config["presets"]))
-        changed = own.pop("options", {})
-        for name in changed:
-            _known(f"presets.{preset}.options", name, config["recipes"] | PROBES)
-        arms = {name: dict(_known("arms", name, config["arms"])) for name in own.pop("arms", config["arms"])}
-        if missing := [name for name, options in arms.items() if "recipe" not in options]:
-            raise InputError(f"arms.{missing[0]}: recipe is missing, one of {', '.join(config['recipes'])}")
-        recipe_of = {name: options.pop("recipe") for name, options in arms.items()}
-        for recipe in recipe_of.values():
-            _known("recipe", recipe, config["recipes"])
-        for probe in config["probes"]:
-            _known("probes", probe, PROBES)
-        recipes, probes = (
-            {name: options | changed.get(name, {}) for name, options in config[group].items()}
-            for group in ("recipes", "probes")
+    def with_preset(self, name: str) -> "Study":
+        """Return the study as one of its presets changes it."""
+        _check("preset", name, self.presets)
+        preset = self.presets[name]
+        for each in preset.options:
+            _check(f"presets.{name}.options", each, [*self.recipes, *self.probes])
+        for arm in preset.arms or ():
+            _check(f"presets.{name}.arms", arm, self.arms)
+        more = preset.options
+        return replace(
+            self,
+            recipes={key: options | more.get(key, {}) for key, options in self.recipes.items()},
+            probes={
+                key: replace(each, options=each.options | more.get(key, {}))
+                for key, each in self.probes.items()
+            },
+            arms={arm: self.arms[arm] for arm in preset.arms or self.arms},
+            pictures=preset.pictures or self.pictures,
+            seeds=preset.seeds or self.seeds,
+            per_class=preset.per_class or self.per_class,
         )
-        images_per_class, seeds = own.pop("images_per_class", None), own.pop("seeds", config["seeds"])
-        if own:
-            raise InputError(
-                f"presets.{preset} has no {next(iter(own))}: it takes arms, seeds, images_per_class, options"
-            )
-        return cls(preset, seeds, arms, recipe_of, recipes, probes, images_per_class)
 
-    def base_of(self, arm: str) -> str:
-        """The arm with which another is compared."""
-        return next(name for name, recipe in self.recipe_of.items() if recipe == self.recipe_of[arm])
+    def baseline_of(self, arm: str) -> str:
+        """Return the arm that another is compared with: the first of its recipe."""
+        return next(name for name, each in self.arms.items() if each.recipe == self.arms[arm].recipe)
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Return all arms with all seeds, seed by seed, so that an interrupted study can compare arms."""
+        return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def steps(self, arm: str, seed: int) -> list[Step]:
-        """What is done for an arm and a seed, in order; of the first seed also predictions to look at."""
-        recipe = self.recipes[self.recipe_of[arm]] | self.arms[arm]
-        steps = [Step(TRAIN, "fit", _seeded("fit", recipe, seed))]
-        for name, options in self.probes.items():
-            steps.append(Step(name, PROBES[name], _seeded(PROBES[name], options, seed), of=TRAIN))
-        if "masks" in self.probes and seed == self.seeds[0]:
-            quiet = {"trainer.devices": 1, "trainer.enable_progress_bar": False}
-            steps.append(Step("predictions", "predict", quiet, of="masks"))
-        return steps
+        """Return the steps of an arm and a seed, in order."""
+        recipe = self.recipes[self.arms[arm].recipe] | self.arms[arm].options
+        return [Step(TRAIN, "fit", _seeded("fit", recipe, seed))] + [
+            Step(name, probe.command, _seeded(probe.command, probe.options, seed), probe.weights)
+            for name, probe in self.probes.items()
+            if probe.seeds is None or seed in probe.seeds
+        ]
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders that the options of the steps have placeholders for."""
+        steps = (step for run in self.runs() for step in self.steps(*run))
+        texts = (text for step in steps for text in step.arguments({}))
+        return list(dict.fromkeys(name for text in texts for name in PLACEHOLDER.findall(text)))
 
 
 def _seeded(command: str, options: Options, seed: int) -> Options:
     if command == "fit":
-        return options | QUIET | {"seed_everything": seed, "data.seed": seed}
-    return options | {"seed": seed}
+        return options | ON_ONE_DEVICE | ONLY_TRAINING | {"seed_everything": seed, "data.seed": seed}
+    return options | (ON_ONE_DEVICE if command in MEASURING else {"seed": seed})
 
 
-def _known(option: str, name: str, known: Mapping[str, Any]) -> Any:
+def _check(option: str, name: str, known: Collection[str]) -> None:
+    """Check that a name is a known one."""
     if name not in known:
-        raise InputError(f"{option}: there is no {name!r} among {', '.join(known)}{near(name, known)}")
-    return known[name]
+        raise InputError(f"{option}: {name!r} is not one of {', '.join(known) or 'none'}{near(name, known)}")
