@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Trainer
 
 from locat_lightning.commands import resume
@@ -23,6 +24,12 @@ BEFORE = {"model": MODEL, "data": DATA | {"root": "a", "num_workers": 4, "views"
 
 def with_(group=None, **options):
     return BEFORE | {group: BEFORE[group] | options}
+
+
+def test_a_checkpoint_keeps_a_plain_seed():
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
+    assert type(resume.of_trainer(trainer, NonNegativeInt(7))["seed_everything"]) is int
+    assert resume.of_trainer(trainer, True)["seed_everything"] is True
 
 
 def test_what_is_the_same_is_no_change():

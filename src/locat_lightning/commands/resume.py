@@ -94,6 +94,8 @@ def of_trainer(trainer: Trainer, seed: Any) -> dict[str, Any]:
         trainer: of the run.
         seed: the option seed_everything.
     """
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seed = int(seed)  # jsonargparse's own kinds of int do not load with weights_only
     return {"seed_everything": seed} | {
         f"trainer.{option}": getattr(trainer, name) for name, option in TRAINER.items()
     }
