@@ -342,11 +342,11 @@ def test_a_mistake_in_the_config_is_told(options, message):
         ),
         (
             ["--config=study_digits.yaml", "--arms={other: {}}"],
-            "arms: the following arguments are required: rec",
+            "the following arguments are required: recipe",
         ),
         (
             ["--config=study_digits.yaml", "--presets={cpu: {seed: 1}}"],
-            "presets.seed: there is no such option",
+            "Option 'seed' is not accepted",
         ),
     ],
 )
@@ -356,7 +356,8 @@ def test_a_mistake_on_the_command_line_is_a_line(options, message, commands, tmp
         command.main(["study", *options])
     assert stopped.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"locat: error: {message}")
+    assert line.startswith("locat: error: ")
+    assert message in line
 
 
 def test_links_to_some_images_of_each_class_are_made_once(folder, tmp_path):
