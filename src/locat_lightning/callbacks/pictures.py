@@ -14,17 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from torch.utils.data import IterableDataset
 
-from locat_lightning.callbacks.maps import FAINT as FAINT
-from locat_lightning.callbacks.maps import INK as INK
-from locat_lightning.callbacks.maps import PAPER as PAPER
-from locat_lightning.callbacks.maps import Column as Column
-from locat_lightning.callbacks.maps import patch_features as patch_features
-from locat_lightning.callbacks.maps import resized as resized
-from locat_lightning.callbacks.maps import table as table
 from locat_lightning.data.dataset import Failure
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import frozen
-from locat_lightning.inspection import pca_colours as pca_colours
 
 
 class Pictures(Callback):
