@@ -105,10 +105,10 @@ def test_labels_are_kept_for_measuring(labelled):
     bank = list(images.eval_dataloader("train"))
     assert all(isinstance(batch, ImageBatch) for batch in bank)
     assert torch.cat([batch.labels for batch in bank]).tolist() == [0] * 4 + [1] * 4
-    [watched] = images.val_dataloader()
-    assert watched.images.shape == (4, 3, 16, 16)
-    assert watched.labels.tolist() == [0, 0, 1, 1]
-    assert images.on_after_batch_transfer(watched, 0) is watched
+    [measured] = images.eval_dataloader("val")
+    assert measured.images.shape == (4, 3, 16, 16)
+    assert measured.labels.tolist() == [0, 0, 1, 1]
+    assert images.on_after_batch_transfer(measured, 0) is measured
 
 
 def test_train_without_classes_is_unlabelled(labelled):
@@ -140,18 +140,7 @@ def test_training_needs_no_labels(labelled, caplog, lacking):
     assert images.class_names == []
     assert len(images.source("train")) == 8
     assert {label for batch in images.train_dataloader() for label in batch.labels.tolist()} == {-1}
-    assert {label for batch in images.val_dataloader() for label in batch.labels.tolist()} == {-1}
-
-
-def test_a_few_images_are_watched(tmp_path):
-    for number in range(70):
-        write(tmp_path / f"{number:02}.png", number, (8, 8))
-    images = data(tmp_path, batch_size=64)
-    [batch] = images.val_dataloader()
-    assert len(batch.images) == 32
-    paths = images.val_dataloader().dataset.source
-    assert paths.path(0).endswith("00.png")
-    assert paths.path(31).endswith("69.png")
+    assert {label for batch in images.eval_dataloader("val") for label in batch.labels.tolist()} == {-1}
 
 
 def test_digits_need_no_folder():

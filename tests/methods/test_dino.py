@@ -67,9 +67,6 @@ class Batches(LightningDataModule):
     def train_dataloader(self):
         return DataLoader(self.batches, batch_size=None)
 
-    def val_dataloader(self):
-        return self.train_dataloader()
-
 
 class Record(Callback):
     """Losses, and what each step is taken with."""

@@ -1,14 +1,13 @@
 """Images for self-distillation: some global and some local views of each, and labels where there are any."""
 
 import os
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data.base import SPLITS
@@ -23,7 +22,6 @@ from locat_lightning.errors import InputError
 __all__ = ["MultiViewData"]
 
 MULTI_CROP = MultiCrop()
-WATCHED = 32  # images that the validation shows to the callbacks
 
 
 class ViewImages(Images):
@@ -56,9 +54,8 @@ class MultiViewData(ImageData):
 
     In a folder, every image beneath `train/` is trained on, or beneath the root where there is no `train/`.
     They have labels where `train/` holds nothing but a folder per class, and `val/`, which is for measuring,
-    is as in `ImageData`. Training needs neither. A few images, of `val/` if they have labels, are what a
-    validation during training shows to the callbacks; those that measure more read it themselves
-    (`eval_dataloader`).
+    is as in `ImageData`. Training needs neither, and validates nothing: probes read the images that they
+    measure themselves (`eval_dataloader`).
 
     Args:
         root: the folder of the images.
@@ -113,6 +110,8 @@ class MultiViewData(ImageData):
             path = f"{type(views).__module__}.{type(views).__qualname__}"
             self.save_hyperparameters({"views": {"class_path": path, "init_args": asdict(views)}})
 
+    val_dataloader = LightningDataModule.val_dataloader  # none
+
     @cached_property
     def class_names(self) -> list[str]:
         """The classes in the order of their labels; none if the images have no labels."""
@@ -126,13 +125,6 @@ class MultiViewData(ImageData):
         assert not isinstance(source, Stream)
         images = ViewImages(source, self.views, self.seed)
         return self._shuffled(images, collate=self.views.collate)
-
-    def val_dataloader(self) -> ImageLoader:
-        """A few images to watch, evenly spaced over `val`, or over `train` where there is no `val`."""
-        source = self.source("val")
-        assert not isinstance(source, Stream)
-        places = np.linspace(0, len(source) - 1, min(WATCHED, len(source))).round().astype(int)
-        return self._loader(Selection(source, places.tolist()))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Finishes the colours of the views, on the device."""
@@ -175,26 +167,3 @@ class MultiViewData(ImageData):
             rank_zero_info(f"the images are taken without labels: {error}")
             return {}
         return found
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Some images of a source (a `Source`)."""
-
-    source: Source
-    places: list[int]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def path(self, index: int) -> str:
-        """Where the source has it."""
-        return self.source.path(self.places[index])
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Reads image `index`."""
-        return self.source.read(self.places[index])
-
-    def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
-        """Opens image `index`."""
-        return self.source.open(self.places[index])

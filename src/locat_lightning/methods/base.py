@@ -217,9 +217,6 @@ class Pretraining(Task):
         """Draw the views of the first images of a batch."""
         return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure nothing: without labels there is nothing to compare with."""
-
     def is_logged(self, batch_idx: int) -> bool:
         """Return whether a batch is one of those, `log_every_n_steps` apart, for which a GPU may wait."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
