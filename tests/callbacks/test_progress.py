@@ -1,120 +1,101 @@
-"""What stays on the screen of a terminal."""
+"""What the bar is asked to show, when it stops, and the lines that stand for it in a file."""
 
-import fcntl
-import os
-import pty
+import logging
 import re
-import struct
-import subprocess
-import sys
-import termios
 
 import pytest
+import rich
 
+from locat_lightning.callbacks.progress import ProgressBar
 from locat_lightning.commands.fit import main
-
-CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|(\r)|(\n)")
-
-
-def screen(output, width):
-    """The lines that a terminal shows of what was written to it, without styles."""
-    lines, row, column = [""], 0, 0
-
-    def write(text):
-        nonlocal row, column
-        for letter in text:
-            if column == width:
-                row, column = row + 1, 0
-                lines.extend([""] * (row + 1 - len(lines)))
-            lines[row] = lines[row][:column].ljust(column) + letter + lines[row][column + 1 :]
-            column += 1
-
-    output, end = re.sub(r"\x1b\[[\d;]*m", "", output), 0
-    for control in CONTROL.finditer(output):
-        write(output[end : control.start()])
-        end = control.end()
-        count, letter, back, down = control.groups()
-        if back:
-            column = 0
-        elif down:
-            row += 1
-            lines.extend([""] * (row + 1 - len(lines)))
-        elif letter == "A":
-            row -= int(count or 1)
-        elif letter == "K":
-            assert count == "2"
-            lines[row] = ""
-    write(output[end:])
-    return [line.rstrip() for line in lines]
-
-
-def on_a_terminal(arguments, width):
-    """The screen that `locat` leaves on a terminal of so many columns."""
-    terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "locat", *arguments],
-        stdin=end,
-        stdout=end,
-        stderr=end,
-        env=environment | {"OMP_NUM_THREADS": "1", "TERM": "xterm"},
-    )
-    os.close(end)
-    written = b""
-    try:
-        while part := os.read(terminal, 1 << 16):
-            written += part
-    except OSError:  # the other end is closed
-        pass
-    os.close(terminal)
-    assert process.wait(60) == 0, written.decode()
-    return screen(written.decode(), width)
-
-
-def test_the_replay_of_a_screen():
-    assert screen("one\r\ntwo\x1b[1A\r\x1b[2K\x1b[1;32mONE\x1b[0m\r\n", 80) == ["ONE", "two"]
-    assert screen("abcdef", 4) == ["abcd", "ef"]
 
 
 @pytest.fixture
-def shown(small):
+def shown(small, tmp_path, monkeypatch):
     """Options of a run in seconds, with the bar."""
-    at = small.index("--trainer.enable_progress_bar")
-    return small[:at] + small[at + 2 :]
-
-
-def test_in_a_file_an_epoch_is_a_line(shown, tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", "classify_tiny.yaml", *shown])
+    at = small.index("--trainer.enable_progress_bar")
+    return ["fit", "--config", "classify_tiny.yaml", *small[:at], *small[at + 2 :]]
+
+
+def test_in_a_file_an_epoch_is_a_line(shown, caplog, capsys):
+    """The line has what the probe measured in its epoch, and no metric that was not measured in it."""
+    main(
+        [
+            *shown,
+            "--trainer.max_epochs",
+            "3",
+            "--trainer.check_val_every_n_epoch",
+            "2",
+            "--knn.every_n_epochs",
+            "1",
+        ]
+    )
     lines = [line for line in caplog.messages if line.startswith("epoch ")]
-    assert [line.split("   ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
-    for line in lines:
-        assert re.search(r"   loss [\d.]+   lr \S+   images/s [\d.]+   val/top1 [\d.]+", line)
+    assert [line.split("   ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    for epoch, line in enumerate(lines, 1):
+        assert re.search(r"   loss [\d.]+   lr \S+   images/s [\d.]+", line)
+        assert ("   val/top1 " in line) == (epoch == 2)
+        assert "   knn/top1 " in line
     assert "Epoch" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [80, 150])
-def test_the_bar_is_a_line_and_the_closing_lines_stay_below_it(width, shown, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fit = on_a_terminal(["fit", "--config", "classify_tiny.yaml", *shown, "--knn.every_n_epochs", "1"], width)
-    text = "".join(fit)
-    [bar] = [place for place, line in enumerate(fit) if line.startswith("Epoch 2/2 ")]
-    assert "3/3" in fit[bar]
-    assert "loss: " in fit[bar]
-    assert "lr: " in fit[bar]
-    assert "images/s: " in fit[bar]
-    assert width < 150 or "val/top1: " in fit[bar]
-    assert not re.search("Seed set|[GT]PU available|estimate number", text)
-    assert fit[bar + 1].startswith("k-NN top-1 (knn/top1) ")
-    assert "epochs 2   val/loss" in text
-    assert [line for line in fit if line][-2:] == [
-        "run: runs/classify_tiny/version_0",
-        "look: tensorboard --logdir runs",
-    ]
+STYLES = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
 
-    weights = ["--weights", "runs/classify_tiny/version_0/checkpoints/best.ckpt"]
-    predict = [line for line in on_a_terminal(["predict", *weights], width) if line]
-    assert sum("Predicting" in line for line in predict) == 1
-    assert predict[-1] == "8 predictions: runs/classify_tiny_predict/version_0/predictions.csv"
+
+class Terminal(logging.Handler):
+    """Writes down in which order the bar stops and messages come."""
+
+    def __init__(self, monkeypatch, width):
+        super().__init__()
+        self.events, self.metrics = [], []
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as far as rich knows
+        monkeypatch.setattr(rich, "_console", None)
+        stop, get = ProgressBar._stop_progress, ProgressBar.get_metrics
+
+        def stop_progress(bar):
+            if not bar._progress_stopped:
+                self.events.append("stopped")
+            stop(bar)
+
+        def get_metrics(bar, *arguments):
+            self.metrics.append(get(bar, *arguments))
+            return self.metrics[-1]
+
+        monkeypatch.setattr(ProgressBar, "_stop_progress", stop_progress)
+        monkeypatch.setattr(ProgressBar, "get_metrics", get_metrics)
+        logging.getLogger("lightning.pytorch").addHandler(self)
+
+    def emit(self, record):
+        self.events.append(record.getMessage())
+
+    def place(self, beginning):
+        [place] = [place for place, event in enumerate(self.events) if event.startswith(beginning)]
+        return place
+
+
+@pytest.fixture
+def terminal(monkeypatch, request):
+    found = Terminal(monkeypatch, request.param)
+    yield found
+    logging.getLogger("lightning.pytorch").removeHandler(found)
+
+
+@pytest.mark.parametrize("terminal", [80, 150], indirect=True)
+def test_the_bar_shows_what_fits_and_stops_before_the_results(terminal, shown, capsys):
+    main([*shown, "--knn.every_n_epochs", "1"])
+    assert {"loss", "lr", "images/s"} <= terminal.metrics[-1].keys()
+    width = rich.get_console().width
+    assert width == 80 or "val/top1" in terminal.metrics[-1]
+    [bar] = [line for line in STYLES.sub("", capsys.readouterr().out).splitlines() if "Epoch 2/2 " in line][
+        -1:
+    ]
+    assert "3/3" in bar
+    assert len(bar.rstrip()) <= width
+    assert "v_num" not in terminal.metrics[-1]
+    assert terminal.place("stopped") < terminal.place("k-NN top-1 (knn/top1) ") < terminal.place("epochs 2 ")
+
+    terminal.events.clear()
+    main(["predict", "--weights", "runs/classify_tiny/version_0/checkpoints/best.ckpt"])
+    assert terminal.place("stopped") < terminal.place("8 predictions: runs/classify_tiny_predict/version_0/")
