@@ -39,6 +39,7 @@ class RunRecord(SaveConfigCallback):
         super().setup(trainer, pl_module, str(trainer.state.fn))
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             self._lock = lock(Path(trainer.default_root_dir))
+            rank_zero_info(_data(trainer))
         if self.config.trainer.log_every_n_steps is None:  # often enough for a small data set
             steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
             trainer.log_every_n_steps = min(trainer.log_every_n_steps, max(1, steps))  # type: ignore[attr-defined]
@@ -163,6 +164,19 @@ def _versions(trainer: Trainer) -> str:
 def _where(directory: str) -> str:
     """Say where a run's log is, and how to look at it beside the others."""
     return f"run: {directory}\nlook: tensorboard --logdir {Path(directory).parent.parent}"
+
+
+def _data(trainer: Trainer) -> str:
+    """Say how many images and classes the run has, as far as its data say so."""
+    loaders = {"training": trainer.train_dataloader, "validation": trainer.val_dataloaders}
+    found = []
+    for name, loader in loaders.items():
+        dataset: Any = getattr(loader, "dataset", None)
+        if hasattr(dataset, "__len__"):
+            found.append(f"{len(dataset):,} {name} images")
+    if classes := getattr(trainer.datamodule, "class_names", None):  # type: ignore[attr-defined]
+        found.append(f"{len(classes):,} classes")
+    return f"data: {', '.join(found) or 'of unknown size'}"
 
 
 def _as_code(text: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -41,23 +41,15 @@ from locat_lightning.commands.parsing import (
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
 
-# Of each command: what it does, and the arguments of the trainer's method that are not options. Weights come
-# from --weights alone; ckpt_path resumes.
-NO_OPTIONS = {"model", "datamodule", "dataloaders", "weights_only", "ckpt_path"}
-COMMANDS = {
-    "fit": ("train", {"model", "datamodule", "weights_only", "train_dataloaders", "val_dataloaders"}),
-    "validate": ("measure a trained model on the validation images", NO_OPTIONS),
-    "test": ("measure a trained model on the test images", NO_OPTIONS),
-    "predict": (
-        "write the classes of images as a CSV file, or of their pixels as PNG files",
-        NO_OPTIONS | {"return_predictions"},
-    ),
-}
+# Arguments of the trainer's methods that are not options.
+NO_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+NO_OPTIONS |= {"weights_only", "return_predictions"}
 # Lightning takes any of these numbers, and fails later.
 NUMBERS = {
     "accumulate_grad_batches": PositiveInt,
     "check_val_every_n_epoch": PositiveInt,
     "gradient_clip_val": NonNegativeFloat,
+    "limit_train_batches": PositiveFloat,
 }
 HELP_TO_OPTIONS = (
     "The options of model and data are those of their class: see locat fit --model.help Classification (or "
@@ -79,19 +71,20 @@ class LocatCLI(LightningCLI):
         if self._given.weights is not None:
             arguments = [*arguments, "--weights", local_dir(self._given.weights)]  # the last one counts
         options = {"exit_on_error": False, "allow_abbrev": False}
-        summary = f"{COMMANDS[self._command][0]}. {HELP_TO_OPTIONS}"
         super().__init__(
             save_config_callback=RunRecord,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs=options | {"prog": "locat", self._command: options | {"description": summary}},
+            parser_kwargs=options
+            | {"prog": "locat", self._command: options | {"description": HELP_TO_OPTIONS}},
             args=arguments,
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return only the command that is run: to build the parsers of the others takes time."""
-        return {self._command: COMMANDS[self._command][1]}
+        own = set() if self._command == "fit" else {"ckpt_path"}  # it resumes; weights come from --weights
+        return {self._command: NO_OPTIONS | own}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return LightningCLI's parser, with configs by name."""
@@ -147,8 +140,6 @@ class LocatCLI(LightningCLI):
                     type_(trainer[option])
             except ValueError as error:
                 raise InputError(f"trainer.{option}: {error}") from error
-        if self._command == "fit" and trainer.limit_train_batches == 0:
-            raise InputError("trainer.limit_train_batches: 0 leaves nothing to train (see locat validate)")
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a resumed run has the options that it is given, not those of its checkpoint."""

@@ -23,6 +23,7 @@ from locat_lightning.evaluation.dense import patch_features
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.validation import validation_figure
 from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
+from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 
 
 class Task(LightningModule):
@@ -314,5 +315,9 @@ def announce_learning_rate(lr: float, global_batch: int) -> None:
 
 
 def announce_size(name: str, model: nn.Module) -> None:
-    """Print how many parameters a model has."""
-    rank_zero_info(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    """Print how many parameters a model has, and what it lacks of LocAt if its name has it."""
+    parts: dict[str, tuple[type[nn.Module], ...]]
+    parts = {"GAug": (GaussianAugmentation, GaussianMixture), "PRR": (PatchRefinement,)}
+    lacking = [part for part, of in parts.items() if not any(isinstance(m, of) for m in model.modules())]
+    without = f" without {' and '.join(lacking)}" if lacking and name.startswith("locat") else ""
+    rank_zero_info(f"{name}{without}: {sum(p.numel() for p in model.parameters()):,} parameters")
