@@ -137,7 +137,7 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
     assert "- **vit**: supervised, `gaug: false`, `prr: false`.\n- **locat**: supervised, the recipe" in text
     assert "- 4 training images of each class of `{images}`" in text
     assert "- Four images of each class." in text
-    assert "- No top-9 yet: no near has `knn/top9`." in text
+    assert "- No top-9: step `near` has no `knn/top9`." in text
     assert "- **locat** compared with vit: no interval with one seed in top-1, 3-NN, mIoU." in text
     commands = text.partition("## Commands")[2]
     assert "- train: `locat fit --config=quickstart.yaml --trainer.max_epochs=2" in commands

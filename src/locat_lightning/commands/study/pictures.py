@@ -11,6 +11,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -24,38 +25,25 @@ from locat_lightning.figures.grid import feature_column, grid, image_column, rgb
 from locat_lightning.figures.segmentation import class_column, class_legend
 
 IMAGES, SIDE = 4, 120  # rows, and the shorter side of a tile in pixels
+LEGEND: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # beside the axes
 Points = Sequence[tuple[float, float]]
 
 
 def points_figure(arms: Mapping[str, Points], x: str, y: str) -> Figure:
-    """Plot a circle for each point (x, y) of an arm and a dot for their mean.
-
-    Args:
-        arms: points by name; an arm without points still takes a colour.
-        x: title of the horizontal axis.
-        y: title of the vertical axis.
-    """
-    figure = Figure((8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Plot a circle for each point (x, y) of an arm and a dot for their mean; `x` and `y` name the axes."""
+    figure, axes = _axes(x, y)
     for number, (arm, points) in enumerate(arms.items()):
         if points:
             across, up = zip(*points, strict=True)
             axes.scatter(across, up, 25, facecolors="none", edgecolors=f"C{number}")
             axes.scatter(mean(across), mean(up), 90, f"C{number}", label=arm)
-    return _finished(figure, x, y)
+    axes.legend(**LEGEND)
+    return figure
 
 
 def lines_figure(arms: Mapping[str, Sequence[float]], x: str, y: str, *, level: float) -> Figure:
-    """Plot a line for each arm over 0, 1, 2, …, and a grey one at a level.
-
-    Args:
-        arms: values by name; an arm without values still takes a colour.
-        x: title of the horizontal axis.
-        y: title of the vertical axis, which begins at 0.
-        level: to compare the values with.
-    """
-    figure = Figure((8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Plot a line for each arm over 0, 1, 2, …, and a grey one at a level; `x` and `y` name the axes."""
+    figure, axes = _axes(x, y)
     axes.margins(y=0.2)
     axes.axhline(level, color="grey")
     for number, (arm, values) in enumerate(arms.items()):
@@ -63,16 +51,17 @@ def lines_figure(arms: Mapping[str, Sequence[float]], x: str, y: str, *, level: 
             axes.plot(values, f"C{number}o-", label=arm)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finished(figure, x, y)
+    axes.legend(**LEGEND)
+    return figure
 
 
 def features_figure(arms: Mapping[str, Path], step: Step, folders: Mapping[str, str]) -> Figure:
-    """Draw the first three principal components of each arm's patch features, as colours.
+    """Draw the principal components of each arm's patch features on the validation images of a step.
 
     Args:
         arms: directory of the runs of each arm.
-        step: whose validation images to draw them for.
-        folders: that the step reads.
+        step: has the images.
+        folders: that it reads, by name.
     """
     data = _data(next(iter(arms.values())) / step.run, step, folders)
     images = torch.stack([image for image, *_ in spaced_items(data.val_dataloader(), IMAGES)])
@@ -110,12 +99,12 @@ def predictions_figure(
     return grid([image_column("input", shown), *columns], shown, SIDE, legend)
 
 
-def _finished(figure: Figure, x: str, y: str) -> Figure:
-    [axes] = figure.axes
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return figure
+    return figure, axes
 
 
 def _data(run: Path, step: Step, folders: Mapping[str, str]) -> Any:

@@ -85,7 +85,7 @@ def _head(study: Study, results: Results, command: str, raw: str) -> str:
         f"Written by `{command}`. All numbers, and the commands of each run, are in [{raw}]({raw}); "
         "[Commands](#commands) shows how each was measured.",
         "",
-        f"- **Arms**: {len(study.arms)}, with the seeds {', '.join(map(str, study.seeds))}. Arms of one "
+        f"- **Arms**: {len(study.arms)}, each with seeds {', '.join(map(str, study.seeds))}. Arms of one "
         "recipe differ only in the options below.",
         f"- **Machine**: {'; '.join(machines) or NOTHING}; {hours:.1f} hours of finished steps.",
         f"- **Versions**: {'; '.join(versions) or NOTHING}.",
@@ -98,7 +98,7 @@ def _head(study: Study, results: Results, command: str, raw: str) -> str:
     lines += [f"- {note}" for note in study.notes]
     if results:
         missing = [each for each in study.measures.values() if each.title not in _measured(study, results)]
-        lines += [f"- No {each.title} yet: no {each.step} has `{each.metric}`." for each in missing]
+        lines += [f"- No {each.title}: step `{each.step}` has no `{each.metric}`." for each in missing]
     finished = [(result["arm"], result["seed"]) for result in results]
     if left := [f"{arm} (seed {seed})" for arm, seed in study.runs() if (arm, seed) not in finished]:
         lines += ["", f"**Not finished.** Missing: {', '.join(left)}. The same command resumes the study."]
@@ -149,10 +149,9 @@ def _cost(study: Study, results: Results) -> str:
         for key in COST:
             if values := [r[key] for r in results if r["arm"] == arm and r.get(key) is not None]:
                 cost[key] = min(values)
-        if (step := cost.get("seconds_per_step")) and (
-            baseline := costs[study.baseline_of(arm)].get("seconds_per_step")
-        ):
-            cost["ratio"] = step / baseline
+        baseline = costs[study.baseline_of(arm)]
+        if "seconds_per_step" in cost and "seconds_per_step" in baseline:
+            cost["ratio"] = cost["seconds_per_step"] / baseline["seconds_per_step"]
     keys = [key for key in COST if any(key in cost for cost in costs.values())]
     rows = [[arm, *(_number(key, cost.get(key)) for key in keys)] for arm, cost in costs.items()]
     table = _table(["arm", *(COST[key][0] for key in keys)], rows)

@@ -38,7 +38,7 @@ def run_step(step: Step, directory: Path, folders: Mapping[str, str]) -> bool:
         folders: that it reads, by name.
 
     Returns:
-        Whether it was left to run.
+        Whether it had to run.
 
     Raises:
         InputError: the command refused its options, or the step was finished with others.
@@ -74,12 +74,7 @@ def run_step(step: Step, directory: Path, folders: Mapping[str, str]) -> bool:
 
 
 def read_results(study: Study, directory: Path) -> list[dict[str, Any]]:
-    """Read what came of the arms and seeds whose steps are all finished.
-
-    Args:
-        study: what was planned.
-        directory: of its runs.
-    """
+    """Read the results of the arms and seeds in a study's directory whose steps are all finished."""
     results = []
     for arm, seed in study.runs():
         own, steps = directory / arm / f"seed_{seed}", study.steps(arm, seed)
@@ -205,4 +200,5 @@ def _machine() -> str:
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
