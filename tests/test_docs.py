@@ -32,6 +32,7 @@ PAGES = [path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*.md")
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", *PAGES)}
 SHIPPED = sorted(configs.config_directory().rglob("*.yaml"))
 CONFIGS = {path.name for path in SHIPPED}
+OWN = {"own.yaml", "own_task.yaml", "probes.yaml", "loggers.yaml"}  # configs that a reader writes
 QUIET = {"NO_MKDOCS_2_WARNING": "1"}
 METHOD, RESULTS = TEXTS["docs/method.md"], TEXTS["docs/results.md"]
 # `file.py`: `name`, `name`
@@ -178,11 +179,7 @@ def test_every_extension_trains(own_files, tmp_path):
 def test_commands_name_commands_and_configs_that_there_are(page):
     text = TEXTS[page]
     for name in re.findall(r"--config ([\w.]+)(?![\w.…])", text):
-        assert name.removesuffix(".yaml") + ".yaml" in CONFIGS | {
-            "probes.yaml",
-            "own.yaml",
-            "own_task.yaml",
-        }, name
+        assert name.removesuffix(".yaml") + ".yaml" in CONFIGS | OWN, name
     lines = "\n".join(blocks(text, "bash"))
     assert set(re.findall(r"^locat (\w+)", lines, flags=re.MULTILINE)) <= set(COMMANDS)
 
@@ -206,6 +203,13 @@ def test_every_option_exists(page):
     ):
         known = options_of("fit") | options_of_classes("model") | options_of_classes("data")
         assert option in known | {"--model.help", "--data.help"}, option
+
+
+def test_the_study_that_is_shown_is_the_shipped_one():
+    (shown,) = blocks(TEXTS["docs/study.md"], "yaml")
+    assert yaml.safe_load(shown) == yaml.safe_load(
+        (configs.config_directory() / "study_digits.yaml").read_text()
+    )
 
 
 def test_make_targets_are_those_of_the_makefile():
