@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import multiprocessing
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that a test runs as processes of their own
+
 SMALL = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
 
 
