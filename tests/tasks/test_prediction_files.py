@@ -1,6 +1,7 @@
 """Predictions as files: order, names, numbers, pixels."""
 
 import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,36 +75,52 @@ def test_files_are_named_as_their_images_below_the_folder_that_holds_all():
     assert file_names(["/a/1.png", "/a/1.jpg"]) == ["1.png", "1.jpg"]  # none over the other
 
 
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+
+
 @pytest.fixture(scope="module")
-def predicted(tmp_path_factory):
-    """The directory of a prediction of a folder, by a segmentation that was trained for a step."""
-    root = tmp_path_factory.mktemp("segmentation")
-    pixels = np.random.default_rng(0).integers(256, size=(33, 57, 3), dtype=np.uint8)
-    (root / "mine" / "more").mkdir(parents=True)
-    for name in ("holiday.png", "holiday.jpg", "more/holiday.png"):
-        Image.fromarray(pixels).save(root / "mine" / name)
-    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--runs", str(root)]
-    small = [
-        *("--model.backbone_args", "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}"),
-        *("--weights", "random", "--model.backbone", "locatvit_tiny", "--model.hidden_dim", "16"),
-        *("--data.crop_size", "32", "--data.batch_size", "3", "--data.num_workers", "0"),
-        *(
-            "--trainer.max_steps",
-            "1",
-            "--trainer.val_check_interval",
-            "1",
-            "--trainer.limit_val_batches",
-            "1",
-        ),
-        *("--pictures.every_n_epochs", "0", "--name", "trained"),
-    ]
+def trained(tmp_path_factory):
+    """The directory of a segmentation that was trained for a step."""
+    runs = tmp_path_factory.mktemp("segmentation")
+    options = {
+        "model.backbone_args": "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 3}",
+        "model.backbone": "locatvit_tiny",
+        "model.hidden_dim": 16,
+        "weights": "random",
+        "data.crop_size": 32,
+        "data.batch_size": 3,
+        "data.num_workers": 0,
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.limit_val_batches": 1,
+        "pictures.every_n_epochs": 0,
+        "runs": runs,
+        "name": "trained",
+    }
     with pytest.warns(UserWarning, match="random: the model has not been trained"):
-        main(["fit", "--config", "segment_digits.yaml", *small, *quiet])
-    weights = root / "trained" / "version_0" / "checkpoints" / "best.ckpt"
-    data = ["--data.dataset", "folder", "--data.root", str(root / "mine"), "--data.eval_batch_size", "1"]
-    main(["predict", "--weights", str(weights), *data, *quiet])
-    [directory] = root.rglob("predictions")
+        main(["fit", "--config", "segment_digits.yaml", *(f"--{k}={v}" for k, v in options.items()), *QUIET])
+    return runs / "trained" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def predicted(trained, tmp_path_factory):
+    """The index PNGs of a folder of images."""
+    root = tmp_path_factory.mktemp("mine")
+    pixels = np.random.default_rng(0).integers(256, size=(33, 57, 3), dtype=np.uint8)
+    (root / "more").mkdir(parents=True)
+    for name in ("holiday.png", "holiday.jpg", "more/holiday.png"):
+        Image.fromarray(pixels).save(root / name)
+    data = ["--data.dataset", "folder", "--data.root", str(root), "--data.eval_batch_size", "1"]
+    main(["predict", "--weights", str(trained / "checkpoints" / "best.ckpt"), *data, *QUIET])
+    [directory] = trained.parents[1].rglob("predictions")
     return directory
+
+
+def test_measured_again_it_says_by_which_protocol(trained, caplog):
+    limit = ["--trainer.limit_val_batches", "1", "--pictures.every_n_epochs", "0"]
+    main(["validate", "--weights", str(trained / "checkpoints" / "best.ckpt"), *limit, *QUIET])
+    final = json.loads((trained / "metrics.json").read_text())["val/miou"]
+    assert f"val/miou {final:.4f} (whole image resized to fit 64 × 64)" in caplog.text
 
 
 def test_predictions_are_index_pngs_and_overlays_of_any_folder(predicted):
