@@ -61,7 +61,7 @@ def one_of_two(rank, port, function, arguments):
     function(rank, *arguments)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def two_processes():
     """Calls `function(rank, *arguments)` in two processes, which are those of a trainer with two devices."""
 

@@ -21,16 +21,26 @@ DROP_PATH = {
     "dino_tiny": 0.1,
     "dino_small": 0.1,
     "dino_digits": 0.0,
+    "distill_tiny": None,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
 }
 SEGMENTS = {"ade20k": 150, "coco_stuff": 171, "digits": 11, "folder": 3, "pascal_context": 59}
 # One key at a time: the others, rightly or wrongly spelt, stay as the config has them.
+TEACHER = "vit_base_patch14_reg4_dinov2"
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-DINO = {
-    "data": {"views.global_size": 32, "views.local_size": 16, "views.local_views": 2},
-    "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
-    "knn": {"every_n_epochs": 1},
+VIEWS = {"views.global_size": 32, "views.local_size": 16}
+# What makes a config of a kind small, by the beginning of its name.
+SMALL = {
+    "dino": {
+        "data": VIEWS | {"views.local_views": 2},
+        "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+        "knn": {"every_n_epochs": 1},
+    },
+    "distill": {
+        "data": VIEWS,
+        "model": {"teacher": "vit.pth", "teacher_backbone": TEACHER, "teacher_args": BACKBONE},
+    },
 }
 
 
@@ -50,7 +60,7 @@ def one_step(config, folder):
             "max_epochs": 1,
         },
     }
-    more = DINO if Path(config).name.startswith("dino_") else {"data": {"img_size": 32}}
+    more = SMALL.get(config.partition("_")[0], {"data": {"img_size": 32}})
     for group, keys in more.items():
         options[group] = options.get(group, {}) | keys
     given = (f"--{group}.{key}={value}" for group, keys in options.items() for key, value in keys.items())
@@ -104,10 +114,8 @@ def test_segmentation_runs_a_step_and_is_measured_again(name, scenes, tmp_path, 
 @pytest.mark.parametrize("config", [config for config in CONFIGS if Path(config).stem in DROP_PATH])
 def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    weights = []
-    if Path(config).stem == "adapt_pretrained":
-        torch.save(timm.create_model("vit_base_patch14_reg4_dinov2", **BACKBONE).state_dict(), "vit.pth")
-        weights = ["--weights", "vit.pth"]
+    torch.save(timm.create_model(TEACHER, **BACKBONE).state_dict(), "vit.pth")
+    weights = ["--weights", "vit.pth"] if config == "adapt_pretrained.yaml" else []
     main([*one_step(config, folder), *weights])
 
     [run] = (tmp_path / "runs").rglob("version_0")
@@ -117,12 +125,14 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
     model = last["hyper_parameters"]
     shipped = yaml.safe_load((configs.config_directory() / config).read_text())["model"]["init_args"]
     assert model["backbone"] == shipped["backbone"]
-    assert model["backbone_args"] == shipped["backbone_args"] | BACKBONE
-    assert model["backbone_args"]["drop_path_rate"] == DROP_PATH[Path(config).stem]
+    assert model["backbone_args"] == shipped.get("backbone_args", {}) | BACKBONE
+    assert model["backbone_args"].get("drop_path_rate") == DROP_PATH[Path(config).stem]
     with (run / "metrics.csv").open() as file:
         logged = set(file.readline().strip().split(","))
     if config.startswith("dino_"):
         assert {"train/loss", "train/teacher_entropy"} <= logged
+    elif config.startswith("distill_"):
+        assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:
         assert {"val/loss", "val/top1"} <= json.loads((run / "metrics.json").read_text()).keys()
 

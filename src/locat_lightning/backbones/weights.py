@@ -110,7 +110,7 @@ def state_for(
     return state
 
 
-def check_source(weights: str) -> None:
+def check_source(weights: str, option: str = "--weights") -> None:
     """See that there is such a source of weights; nothing is read yet.
 
     Raises:
@@ -119,7 +119,7 @@ def check_source(weights: str) -> None:
     remote = weights.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not (weights == RANDOM or remote or Path(weights).is_file() or timm.is_model(weights)):
         raise InputError(
-            f"--weights: no such file: {Path(weights).absolute()}; timm knows no such model either"
+            f"{option}: no such file: {Path(weights).absolute()}; timm knows no such model either"
             f"{near(weights, timm.list_models())}"
         )
 

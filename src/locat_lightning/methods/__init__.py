@@ -1,5 +1,6 @@
-"""Self-supervision: a file for each method."""
+"""Self-supervision: a file for each method, and what they share."""
 
 from locat_lightning.methods.dino import Dino
+from locat_lightning.methods.distillation import Distillation
 
-__all__ = ["Dino"]
+__all__ = ["Dino", "Distillation"]

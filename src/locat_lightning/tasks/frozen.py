@@ -113,6 +113,25 @@ def _digest(network: nn.Module) -> str:
     return found.hexdigest()
 
 
+def check_same(own: dict[str, str], recorded: dict[str, str], what: str, option: str) -> None:
+    """Check that a resumed run has the frozen network that it began with.
+
+    Args:
+        own: reference to the network that was read now.
+        recorded: the reference in the run's checkpoint.
+        what: the network, for the message.
+        option: the option that says where it is.
+
+    Raises:
+        InputError: it is another one.
+    """
+    if own["digest"] != recorded["digest"]:
+        raise InputError(
+            f"{own['weights']} is not {what} that the run began with ({recorded['weights']}): pass that one "
+            f"as {option}"
+        )
+
+
 def leave_out(checkpoint: dict[str, Any], prefix: str) -> None:
     """Remove the weights whose names begin with `prefix` from a checkpoint."""
     for state in _states_in(checkpoint):

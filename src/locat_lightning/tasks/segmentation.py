@@ -33,7 +33,7 @@ from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
 from locat_lightning.tasks.base import Task, announce_learning_rate
-from locat_lightning.tasks.frozen import leave_out, put_back, read_weights
+from locat_lightning.tasks.frozen import check_same, leave_out, put_back, read_weights
 from locat_lightning.tasks.prediction_files import file_names, write_classes
 from locat_lightning.tasks.windows import slide
 
@@ -222,11 +222,8 @@ class Segmentation(Task):
         super().on_load_checkpoint(checkpoint)
         if (reference := checkpoint.get(DECODER_OF)) is None:
             return
-        if self._reference and reference["digest"] != self._reference["digest"]:
-            raise InputError(
-                f"{self._reference['weights']} is not the backbone that the run began with "
-                f"({reference['weights']}): pass that one as --weights"
-            )
+        if self._reference:
+            check_same(self._reference, reference, "the backbone", "--weights")
         put_back(checkpoint, "backbone.", self.backbone)
 
     def features(self, images: Tensor) -> Tensor:

@@ -1,0 +1,160 @@
+"""Feature distillation: a student learns the [CLS] and patch features of a frozen teacher."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeFloat
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from locat_lightning.backbones.create import load_backbone
+from locat_lightning.backbones.weights import RANDOM, check_source
+from locat_lightning.data.views import ViewBatch
+from locat_lightning.errors import InputError
+from locat_lightning.methods.base import Output, Pretraining
+from locat_lightning.tasks.frozen import check_same, leave_out, put_back, reference_to
+
+DISTILLED_FROM = "distilled_from"  # a checkpoint's key of where the teacher is
+
+
+class Distillation(Pretraining):
+    """Train a timm model to give the features of a larger one, from images without labels.
+
+    Both see the same views. Where widths differ, a linear projection of the student's features learns the
+    teacher's; where patch grids differ, the teacher's are resampled. Checkpoints hold the student, and say
+    where the teacher is.
+
+    Args:
+        backbone: timm's name of the student.
+        teacher: where the teacher's weights come from: a checkpoint, a file or a timm name, as for --weights.
+        teacher_backbone: timm's name of the teacher; null takes the one that its weights name.
+        teacher_args: further arguments of the teacher, as in `timm.create_model`.
+        criterion: `cosine` (1 - cosine) or `smooth_l1` (per value) between features.
+        cls_weight: weight of the loss of the [CLS] features (of what a model without [CLS] pools).
+        patch_weight: weight of the loss of the patch features.
+        options: those of every pre-training (`Pretraining`).
+    """
+
+    def __init__(
+        self,
+        backbone: str = "locatvit_tiny",
+        *,
+        teacher: str,
+        teacher_backbone: str | None = None,
+        teacher_args: dict[str, Any] | None = None,
+        criterion: Literal["cosine", "smooth_l1"] = "cosine",
+        cls_weight: NonNegativeFloat = 1.0,
+        patch_weight: NonNegativeFloat = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, **options)
+
+    def check(self, trainer: Trainer, *, training: bool) -> None:
+        """Find mistakes that show without data or a model.
+
+        Raises:
+            InputError: see `Pretraining.check`; also, there is no such teacher, or nothing to learn from it.
+        """
+        super().check(trainer, training=training)
+        if self.hp.teacher == RANDOM:
+            raise InputError("model.teacher: a teacher with random weights has nothing to teach")
+        if not self.hp.cls_weight + self.hp.patch_weight > 0:
+            raise InputError("model.cls_weight and model.patch_weight are both 0: there is nothing to learn")
+        check_source(self.hp.teacher, "model.teacher")
+
+    def build(self, make_backbone: Callable[[], nn.Module]) -> None:
+        """Build the student with its projections, and read the teacher."""
+        hp = self.hp
+        self.backbone = make_backbone()
+        self.start(self.backbone)
+        self.teacher = load_backbone(hp.teacher, hp.teacher_backbone, hp.teacher_args, any_size=True)
+        self.teacher.requires_grad_(False).eval()
+        self._reference = reference_to(hp.teacher, self.teacher)
+        pairs = zip(widths(self.backbone), widths(self.teacher), strict=True)
+        self.project_cls, self.project_patches = (
+            nn.Identity() if own == taught else nn.Linear(own, taught) for own, taught in pairs
+        )
+        self._features = torch.compile(features) if hp.compile else features
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Return student and teacher."""
+        return {"student": self.backbone, "teacher": self.teacher}
+
+    def train(self, mode: bool = True) -> "Distillation":
+        """Set training mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self._built:
+            self.teacher.eval()
+        return self
+
+    def compute_loss(self, batch: ViewBatch) -> Output:
+        """Compare the features of all views."""
+        images = [views.crops.flatten(0, 1) for views in batch.views]
+        shares = [len(each) / sum(map(len, images)) for each in images]
+        terms = [self._compare(each) for each in images]
+        cls_loss, patch_loss = (
+            torch.stack([share * term[part] for share, term in zip(shares, terms, strict=True)]).sum()
+            for part in (0, 1)
+        )
+        loss = self.hp.cls_weight * cls_loss + self.hp.patch_weight * patch_loss
+        scalars = {"cls_loss": cls_loss.detach(), "patch_loss": patch_loss.detach()}
+        return Output(loss, scalars, terms[0][2])
+
+    def _compare(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of [CLS] and patches, and the student's [CLS], of images [N, 3, H, W]."""
+        with torch.no_grad():
+            cls, patches = self._features(self.teacher, images)
+        own_cls, own_patches = self._features(self.backbone, images)
+        with torch.autocast(images.device.type, enabled=False):
+            if patches.shape[-2:] != own_patches.shape[-2:]:
+                size = own_patches.shape[-2:]
+                patches = F.interpolate(patches.float(), size, mode="bilinear", antialias=True)
+            learnt = self.project_patches(own_patches.float().movedim(1, -1))
+            distance = DISTANCES[self.hp.criterion]
+            cls_loss = distance(self.project_cls(own_cls.float()), cls.float())
+            return cls_loss, distance(learnt, patches.float().movedim(1, -1)), own_cls.detach()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the teacher, and save where it is."""
+        super().on_save_checkpoint(checkpoint)
+        leave_out(checkpoint, "teacher.")
+        checkpoint[DISTILLED_FROM] = self._reference
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the teacher, which has been read already.
+
+        Raises:
+            InputError: it is not the one that the run began with.
+        """
+        super().on_load_checkpoint(checkpoint)
+        check_same(self._reference, checkpoint[DISTILLED_FROM], "the teacher", "model.teacher")
+        put_back(checkpoint, "teacher.", self.teacher)
+
+
+def features(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [CLS] [N, D] as a classifier reads it, and patch features [N, C, h, w] after the final norm.
+
+    Args:
+        backbone: any timm model with `forward_intermediates`.
+        images: [N, 3, H, W], normalised.
+    """
+    final, [patches] = backbone.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW")
+    return backbone.forward_head(final, pre_logits=True), patches
+
+
+def widths(backbone: Any) -> tuple[int, int]:
+    """Return the widths of `features`."""
+    return backbone.head_hidden_size, backbone.feature_info[-1]["num_chs"]
+
+
+def cosine_distance(learnt: Tensor, taught: Tensor) -> Tensor:
+    """Return the mean of 1 - cosine over vectors [..., D]."""
+    return 1 - F.cosine_similarity(learnt, taught, dim=-1).mean()
+
+
+DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": cosine_distance,
+    "smooth_l1": F.smooth_l1_loss,
+}

@@ -1,0 +1,368 @@
+"""What every method keeps: they are found in `locat_lightning.methods`, so that new ones are tested, too."""
+
+import contextlib
+import math
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from locat import configs
+from locat_lightning import methods
+from locat_lightning.callbacks.checkpoints import Checkpoints
+from locat_lightning.data import MultiViewData
+from locat_lightning.data.views import MultiCrop
+from locat_lightning.errors import InputError
+from locat_lightning.methods.base import Pretraining
+from tests.methods.runs import (
+    Batches,
+    Record,
+    Seen,
+    Spoil,
+    Stop,
+    copied,
+    fit,
+    images,
+    of_folder,
+    part_of,
+    random_batch,
+    same,
+    small,
+    trainer,
+)
+
+METHODS = sorted(methods.__all__)
+every_method = pytest.mark.parametrize("name", METHODS)
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")  # a frozen teacher's
+resuming = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return images(tmp_path_factory.mktemp("contract") / "images")
+
+
+@every_method
+def test_a_step(name):
+    task = small(name)
+    before = copied(task)
+    record = fit(task, [random_batch(4)], log_every_n_steps=1)
+    assert isinstance(task, Pretraining)
+    assert math.isfinite(record.losses[0])
+    trained = {id(p) for p in task.trained()}
+    for key, parameter in task.named_parameters():
+        if id(parameter) in trained and parameter.grad is not None and parameter.grad.any():
+            assert not torch.equal(parameter, before[key]), key
+    in_optimizer = {id(p) for group in task.optimizers().param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for p in task.trained() if p.requires_grad}
+    logged = {"loss", "lr", "weight_decay", "grad_norm", "feature_std", "effective_rank"}
+    assert {f"train/{key}" for key in logged} <= record.metrics[-1].keys()
+
+
+@every_method
+def test_its_networks_and_features(name):
+    task = small(name)
+    assert any(network is task.backbone for network in task.networks().values())
+    assert task(torch.randn(2, 3, 32, 32)).shape == (2, 24)
+    assert {"crops"} == task.input_pictures(random_batch(5), 32).keys()
+
+
+@every_method
+def test_it_has_a_config(name):
+    shipped = [yaml.safe_load(path.read_text()) for path in configs.config_directory().glob("*.yaml")]
+    own = [config["model"] for config in shipped if config.get("model", {}).get("class_path") == name]
+    assert own
+    for config in own:
+        assert getattr(methods, name)(**config["init_args"]).hparams.items() >= config["init_args"].items()
+
+
+@every_method
+def test_it_only_trains(name):
+    with pytest.raises(InputError, match=rf"{name} trains without classes, .*: measure its features with"):
+        small(name).check(trainer(), training=False)
+
+
+@every_method
+def test_accumulated_batches_are_one_large_batch(name):
+    whole = [random_batch(8, seed) for seed in range(4)]
+    parts = [part_of(batch, torch.arange(i, i + 2)) for batch in whole for i in range(0, 8, 2)]
+    large, accumulating = small(name), small(name)
+    one = fit(large, whole)
+    many = fit(accumulating, parts, accumulate_grad_batches=4)
+    of_steps = torch.tensor(many.losses).view(4, 4).mean(1)
+    torch.testing.assert_close(of_steps, torch.tensor(one.losses), atol=1e-6, rtol=1e-6)
+    assert many.steps == one.steps
+    trained = {key for key, parameter in large.named_parameters() if parameter.requires_grad}
+    for key, value in large.state_dict().items():
+        if key not in trained:  # where a gradient is 0 but for rounding, AdamW makes a whole step of it
+            torch.testing.assert_close(accumulating.state_dict()[key], value, atol=1e-6, rtol=0, msg=key)
+
+
+@every_method
+def test_what_is_logged_of_accumulated_batches_is_their_mean(name):
+    """11 batches: the last step of an epoch has two of them, and the next epoch begins anew."""
+    batches = [random_batch(2, seed) for seed in range(11)]
+    record = fit(small(name), batches, accumulate_grad_batches=3, max_epochs=2)
+    steps = [slice(i, min(i + 3, 11)) for i in (0, 3, 6, 9)]
+    steps += [slice(step.start + 11, step.stop + 11) for step in steps]
+    for step in steps:
+        logged = record.metrics[step][-1]
+        assert logged["train/loss"] == pytest.approx(sum(losses := record.losses[step]) / len(losses))
+    alone = [fit(small(name), [batch]).metrics[0]["train/feature_std"] for batch in batches[:3]]
+    assert record.metrics[2]["train/feature_std"] == pytest.approx(sum(alone) / 3)
+
+
+@every_method
+def test_options_of_the_trainer_that_do_not_fit(name):
+    with pytest.raises(InputError, match=r"model\.clip_grad"):
+        fit(small(name), [random_batch(2)], gradient_clip_val=1.0)
+    for precision in ("bf16-true", "16-true", "64-true"):
+        with pytest.raises(InputError, match=rf"trainer\.precision \({precision}\).*use bf16-mixed"):
+            fit(small(name), [random_batch(2)], precision=precision)
+    with pytest.raises(InputError, match="the whole run has only"):
+        fit(small(name, warmup_epochs=3), [random_batch(2)] * 2, max_epochs=2)
+
+
+@every_method
+def test_the_learning_rate_follows_the_global_batch(name):
+    record = fit(small(name, lr=None, base_lr=0.5), [random_batch(4)] * 2, accumulate_grad_batches=2)
+    assert record.steps[0][0][0] == 0.5 * 8 / 256
+
+
+@every_method
+def test_gradients_are_clipped_by_parameter(name):
+    class Norms(Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            found.extend(p.grad.norm().item() for p in module.trained() if p.grad is not None)
+
+    found = []
+    fit(small(name, clip_grad=1e-3), [random_batch(4)] * 3, Norms())
+    assert 0.9e-3 < max(found) < 1.001e-3
+    assert sum(norm > 0.9e-3 for norm in found) > 10
+
+
+@resuming
+@every_method
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, 2), (3, 0)])
+def test_an_interrupted_run_resumes_as_if_it_had_not_been(folder, tmp_path, name, accumulate, workers):
+    """11 batches an epoch; the last checkpoint is of epoch 1, and the run dies some batches later."""
+
+    def run(*callbacks, **options):
+        seen = Seen()
+        task = small(name, backbone_args={"drop_path_rate": 0.3}, warmup_epochs=1)
+        run = trainer(seen, *callbacks, max_epochs=3, accumulate_grad_batches=accumulate)
+        with contextlib.suppress(KeyError):
+            run.fit(task, of_folder(folder, num_workers=workers), **options)
+        return task, seen.batches
+
+    whole, expected = run()
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=6 // accumulate, save_top_k=-1, filename="{step}")
+    _, cut = run(saving, Stop(1, 9))
+    assert len(cut) < len(expected)
+    checkpoint = sorted(tmp_path.glob("*.ckpt"), key=os.path.getmtime)[-1]
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    resumed, seen = run(ckpt_path=str(checkpoint), weights_only=True)
+    before = {1: step, 3: 11 + 3 * (step - 4)}[accumulate]
+    assert 11 < before < 20
+    assert seen == expected[before:]
+    assert same(resumed.state_dict(), whole.state_dict())
+
+
+@resuming
+@every_method
+def test_a_run_interrupted_between_accumulated_batches_repeats_them(folder, tmp_path, name):
+    def run(*callbacks, **options):
+        task = small(name, backbone_args={"drop_path_rate": 0.3})
+        run = trainer(*callbacks, accumulate_grad_batches=4, max_epochs=2)
+        with contextlib.suppress(KeyError):
+            run.fit(task, of_folder(folder), **options)
+        return task
+
+    whole = run()
+    run(Checkpoints(tmp_path, save_last=True, save_on_exception=True), Stop(0, 6))
+    resumed = run(ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
+    assert same(resumed.state_dict(), whole.state_dict())
+
+
+@resuming
+@every_method
+def test_the_first_step_after_a_resume_has_its_own_schedule(tmp_path, name):
+    batches = [random_batch(2, seed) for seed in range(4)]
+    whole = fit(small(name), batches, max_epochs=2)
+    with pytest.raises(KeyError):
+        fit(small(name), batches, ModelCheckpoint(tmp_path, save_last=True), Stop(1, 0), max_epochs=2)
+    record = Record()
+    run = trainer(record, max_epochs=2)
+    run.fit(small(name), Batches(batches), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
+    assert record.steps == whole.steps[4:]
+    assert record.losses == whole.losses[4:]
+
+
+@every_method
+@pytest.mark.parametrize("looks", ["at every step", "when it saves"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, looks, name):
+    """On a GPU nobody looks at each loss; it comes out when a checkpoint is about to be written."""
+    if looks == "when it saves":
+        monkeypatch.setattr(Pretraining, "_has_to_look", lambda self, batch_idx: False)
+    batches = [random_batch(4, seed) for seed in range(4)]
+    batches[2].views[1].crops.fill_(float("nan"))
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, save_on_exception=True)
+    with pytest.raises(InputError, match=r"loss is nan at optimizer step 2 .*model\.lr.*last\.ckpt") as error:
+        fit(small(name), batches, saving)
+    assert "\n" not in str(error.value)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+@every_method
+@pytest.mark.parametrize(
+    "when", [{"every_n_train_steps": 1}, {"every_n_train_steps": 3}, {"every_n_epochs": 1}]
+)
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, when, name):
+    """Though no loss has shown it yet, and nothing is saved on the exception either."""
+    saving = Checkpoints(tmp_path, save_top_k=-1, save_last=True, save_on_exception=True, **when)
+    with pytest.raises(
+        InputError, match=r"a weight is not finite at optimizer step 3 .*last good checkpoint"
+    ):
+        fit(small(name), [random_batch(4, seed) for seed in range(3)], saving, Spoil())
+    saved = [torch.load(path, weights_only=True) for path in tmp_path.iterdir()]
+    expected = {1, 2} if when == {"every_n_train_steps": 1} else set()
+    assert {checkpoint["global_step"] for checkpoint in saved} == expected
+    assert all(value.isfinite().all() for each in saved for value in each["state_dict"].values())
+
+
+@every_method
+def test_a_run_interrupted_after_a_loss_that_is_not_finite_saves_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Pretraining, "_has_to_look", lambda self, batch_idx: False)
+    batches = [random_batch(4, seed) for seed in range(4)]
+    batches[1].views[1].crops.fill_(float("nan"))
+    saving = Checkpoints(tmp_path, save_last=True, save_on_exception=True)
+    with pytest.raises(InputError, match=r"loss is nan at optimizer step 1 .*last good checkpoint: none yet"):
+        fit(small(name), batches, saving, Stop(0, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def of_digits(name, world_size=1, **options):
+    """Losses and all weights but the student's, which no average smooths, after ten steps."""
+    record = Record()
+    views = MultiCrop(global_size=32, local_size=16, local_views=2)
+    data = MultiViewData(dataset="digits", views=views, num_workers=0, batch_size=8 // world_size)
+    run = trainer(record, max_steps=10, **options)
+    task = small(name, lr=1e-2)
+    run.fit(task, data)
+    return record.losses, copied(task)
+
+
+def train_until_nan(name, rank, folder, looks):
+    """Train until one process has a loss that is not finite; return what each said."""
+    batches = [random_batch(4, seed) for seed in range(4)]
+    if rank == 1:
+        batches[2].views[1].crops.fill_(float("nan"))
+    saving = Checkpoints(folder, every_n_train_steps=1, save_last=True, save_on_exception=True)
+    usual = Pretraining._has_to_look
+    if looks == "when it saves":
+        Pretraining._has_to_look = lambda self, batch_idx: False
+    try:
+        fit(small(name), batches, saving, devices=2, strategy="ddp", use_distributed_sampler=False)
+    except InputError as error:
+        return str(error)
+    finally:
+        Pretraining._has_to_look = usual
+    return ""
+
+
+class Told(Callback):
+    """Sends its own process SIGTERM, once, in the middle of a batch."""
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped_and_resumed(rank, folder, told):
+    """Weights of a run, and of one of which process `told` is told to stop, before and after it resumes."""
+
+    def run(*callbacks, **options):
+        run = trainer(*callbacks, devices=2, strategy="ddp", max_epochs=2)
+        task = small("Dino", backbone_args={"drop_path_rate": 0.3}, warmup_epochs=1, lr=1e-2)
+        stopped = False
+        try:
+            run.fit(task, of_folder(folder.parent / "images"), **options)
+        except SIGTERMException:
+            stopped = True
+        return {"stopped": stopped, "step": run.global_step, "state": copied(task)}
+
+    runs = {"whole": run()}
+    saving = Checkpoints(folder, save_last=True, save_on_exception=True)
+    runs["cut"] = run(saving, *([Told()] if rank == told else []))
+    runs["resumed"] = run(ckpt_path=str(folder / "last.ckpt"), weights_only=True)
+    return runs
+
+
+def in_two_processes(rank, folder):
+    """All that is tested of two processes: they take long to start."""
+    found = {
+        name: {
+            "digits": of_digits(name, 2, devices=2, strategy="ddp"),
+            "nan": {
+                looks: train_until_nan(name, rank, folder / f"{name} {looks}", looks)
+                for looks in ("at every step", "when it saves")
+            },
+        }
+        for name in METHODS
+    }
+    found["told"] = [stopped_and_resumed(rank, folder / f"told {told}", told) for told in range(2)]
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, two_processes):
+    """What two processes found, and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp("two")
+    images(folder / "images", 20)
+    two_processes(in_two_processes, folder)
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@every_method
+def test_two_processes_are_one(of_two, name):
+    losses, weights = of_digits(name)
+    halves = [found[name]["digits"] for found in of_two[1]]
+    mean = torch.tensor([half for half, _ in halves]).mean(0)
+    torch.testing.assert_close(mean, torch.tensor(losses), atol=1e-4, rtol=0)
+    assert same(halves[0][1], halves[1][1])
+    if name == "Dino":
+        torch.testing.assert_close(halves[0][1]["loss.center"], weights["loss.center"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@every_method
+@pytest.mark.parametrize("looks", ["at every step", "when it saves"])
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(of_two, name, looks):
+    folder, (one, other) = of_two
+    assert one[name]["nan"][looks] == other[name]["nan"][looks]
+    assert "the loss is nan at optimizer step 2" in one[name]["nan"][looks]
+    assert not list(folder.rglob("*.part"))
+    last = torch.load(folder / f"{name} {looks}" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_both_processes_stop_and_resume_if_one_is_told_to_stop(of_two, told):
+    folder, found = of_two
+    for runs in (each["told"][told] for each in found):
+        whole, cut, resumed = runs["whole"], runs["cut"], runs["resumed"]
+        assert whole["step"] == resumed["step"] == 10
+        assert cut["stopped"]
+        assert cut["step"] == 4
+        assert not same(cut["state"], whole["state"])
+        assert torch.load(folder / f"told {told}" / "last.ckpt", weights_only=True)["global_step"] == 4
+        assert same(resumed["state"], whole["state"])

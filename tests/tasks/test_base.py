@@ -1,0 +1,137 @@
+"""Options of every task: compiled backbones, recomputed blocks, averaged weights; ranges of numbers."""
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from locat_lightning.errors import InputError
+from locat_lightning.methods import Dino, Distillation
+from locat_lightning.tasks import Classification, Segmentation
+from tests.methods.runs import fit as pretrain
+from tests.methods.runs import random_batch, small, trainer
+from tests.tasks.test_classification import Batches, fit, task
+from tests.tasks.test_classification import trainer as of_classification
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
+]
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def trained(tmp_path, **options):
+    """A task after two steps; mixup would change the batches in memory."""
+    module = task(mixup=0, cutmix=0, **options)
+    fit(tmp_path, module, Batches(batches=2), max_epochs=1)
+    return module
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compile without a compiler, and note what is."""
+    compile_module, modules = torch.nn.Module.compile, []
+
+    def without_compiler(module, **options):
+        modules.append(module)
+        compile_module(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_compiler)
+    return modules
+
+
+def test_a_compiled_backbone_keeps_its_names_and_figures(tmp_path, compiled):
+    plain, fast = (trained(tmp_path, compile=compiles) for compiles in (False, True))
+    assert compiled == [fast.backbone]
+    assert plain.state_dict().keys() == fast.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_both_networks_of_self_distillation_are_compiled(compiled):
+    module = small(compile=True)
+    pretrain(module, [random_batch(2)])
+    assert compiled == [module.student.backbone, module.teacher.backbone]
+
+
+@pytest.mark.parametrize("name", ["Dino", "Distillation"])
+def test_recomputed_blocks_train_the_same(name):
+    plain, lean = (small(name, checkpoint_blocks=lean) for lean in (False, True))
+    losses = [pretrain(module, [random_batch(4)] * 2).losses for module in (plain, lean)]
+    assert losses[0] == losses[1]
+    assert lean.networks()["student"].grad_checkpointing
+    assert not lean.networks()["teacher"].grad_checkpointing
+
+
+def test_recomputed_blocks_classify_the_same(tmp_path):
+    plain, lean = (trained(tmp_path, checkpoint_blocks=lean) for lean in (False, True))
+    assert lean.backbone.grad_checkpointing
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, lean.state_dict()[name]), name
+
+
+def test_averaged_weights_are_saved_and_resumed(tmp_path):
+    class Watched(Classification):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            steps.append(state(self.backbone))
+
+    steps = []
+    options = {"lr": 0.1, "ema": 0.5, "mixup": 0, "cutmix": 0}
+    module = task(Watched, **options)
+    saving = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    run = fit(tmp_path, module, max_epochs=2, callbacks=[saving], enable_checkpointing=True)
+    assert any(isinstance(each, EMAWeightAveraging) for each in run.callbacks)
+    average = steps[0]
+    for step in steps[1:]:
+        average = {name: 0.5 * average[name] + 0.5 * value for name, value in step.items()}
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in average.items():
+        torch.testing.assert_close(saved[f"backbone.{name}"], value, msg=name)
+    again = task(Watched, **options)
+    of_classification(tmp_path, max_epochs=2).fit(
+        again, datamodule=Batches(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
+    )
+    for name, value in module.backbone.state_dict().items():
+        assert torch.equal(value, again.backbone.state_dict()[name]), name
+
+
+def test_a_second_average_is_refused():
+    with pytest.raises(InputError, match=r"model\.ema: the teacher is a moving average already"):
+        Dino(ema=0.99).check(trainer(max_epochs=20), training=True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "option"),
+    [
+        (Classification, "--mixup=-0.1"),
+        (Classification, "--cutmix=nan"),
+        (Classification, "--lr=-1"),
+        (Classification, "--warmup_epochs=-1"),
+        (Classification, "--label_smoothing=2"),
+        (Classification, "--mixup_prob=1.5"),
+        (Classification, "--ema=1.5"),
+        (Segmentation, "--lr=-1"),
+        (Segmentation, "--layer_decay=1.5"),
+        (Segmentation, "--hidden_dim=0"),
+        (Segmentation, "--stride=0"),
+        (Dino, "--lr=-1"),
+        (Dino, "--min_lr=nan"),
+        (Dino, "--weight_decay_end=-1"),
+        (Dino, "--out_dim=0"),
+        (Dino, "--momentum=1.5"),
+        (Dino, "--clip_grad=0"),
+        (Distillation, "--patch_weight=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_type(cls, option):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    given = [] if cls is not Distillation else ["--teacher=t"]
+    parser.parse_args(given)
+    with pytest.raises(Exception, match=option.partition("=")[0].removeprefix("--")):
+        parser.parse_args([*given, option])
