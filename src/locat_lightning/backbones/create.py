@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,11 @@ def load_backbone(
     of_itself = contents is None and weights != RANDOM  # which timm, or a model hub, knows all about
     if of_itself and (name is None or (classifier and name == weights)):
         check_source(weights)
-        return pretrained(weights, **({} if classifier else {"num_classes": 0}), **arguments)
+        arguments = ({} if classifier else {"num_classes": 0}) | arguments
+        if any_size:
+            with suppress(InputError):  # not every model takes the argument
+                return pretrained(weights, **{"dynamic_img_size": True} | arguments)
+        return pretrained(weights, **arguments)
     if name is None:
         raise InputError(
             f"{weights} does not say of which model it is: add --backbone, timm's name of it (of fit and its "

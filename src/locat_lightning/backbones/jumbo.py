@@ -132,6 +132,13 @@ class Jumbo(VisionTransformer):
             nn.init.constant_(self.head.bias, -math.log(num_classes))
             self.head.train(self.training)
 
+    def prune_intermediate_layers(self, *args: Any, prune_norm: bool = False, **kwargs: Any) -> list[int]:
+        """Drop what the given layers do not need; both parts of the final norm go together."""
+        kept: list[int] = super().prune_intermediate_layers(*args, prune_norm=prune_norm, **kwargs)
+        if prune_norm:
+            self.norm_patches = nn.Identity()
+        return kept
+
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """[CLS] of tokens [B, J + H·W, D], refined with PRR, as one vector [B, J·D]."""
         if isinstance(self.attn_pool, nn.Module):

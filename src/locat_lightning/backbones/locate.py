@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from timm.layers import AttentionPoolPrr
+from timm.models import get_model_args
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -75,10 +76,10 @@ def add_locat(
 
 
 def architecture_of(model: nn.Module) -> str:
-    """Timm's name of a built model, and of one to which LocAt was added that of the model which it was."""
+    """Return timm's name of a built model; "NAME with LocAt" if LocAt was added to it."""
     of_timm: Any = model
     name: str = of_timm.pretrained_cfg["architecture"]
-    return f"{of_timm._model_args['backbone']} with LocAt" if name == LOCATED else name
+    return f"{get_model_args(of_timm)['backbone']} with LocAt" if name == LOCATED else name
 
 
 def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]:
@@ -217,8 +218,9 @@ def _refined(pool: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _note(model: Any, locat: dict[str, Any]) -> None:
-    """Tell of LocAt where timm notes down how a built model is built again."""
+    """Record LocAt where timm records how to build a model again."""
     if hasattr(model, "pretrained_cfg"):
+        # `get_model_args` is public, but there is no public way to set them.
         made_by = {"backbone": model.pretrained_cfg["architecture"], "backbone_args": model._model_args}
         model._model_args = made_by | {"locat": locat}
         model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {"architecture": LOCATED}
