@@ -3,12 +3,9 @@
 import contextlib
 import io
 import json
-import os
 import re
 import runpy
 import statistics
-import subprocess
-import sys
 from functools import cache
 from importlib import import_module
 from inspect import signature
@@ -33,7 +30,6 @@ TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING
 SHIPPED = sorted(configs.config_directory().rglob("*.yaml"))
 CONFIGS = {path.name for path in SHIPPED}
 OWN = {"own.yaml", "own_task.yaml", "probes.yaml", "loggers.yaml"}  # configs that a reader writes
-QUIET = {"NO_MKDOCS_2_WARNING": "1"}
 METHOD, RESULTS = TEXTS["docs/method.md"], TEXTS["docs/results.md"]
 # `file.py`: `name`, `name`
 NAMED = re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)", METHOD)
@@ -109,17 +105,6 @@ def test_every_file_of_contributing_is_there():
     named = re.findall(r"`((?:src|tests|configs|benchmarks|docs)/[\w./]*)`", TEXTS["CONTRIBUTING.md"])
     assert len(named) > 15
     assert [path for path in named if not (ROOT / path).exists()] == []
-
-
-@pytest.mark.slow
-def test_the_site_builds(tmp_path):
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, env=os.environ | QUIET)
-    assert done.returncode == 0, done.stderr
-    pages = [page.removeprefix("docs/").removesuffix(".md") + ".html" for page in PAGES]
-    assert [page for page in pages if not (tmp_path / page).is_file()] == []
-    fetched = "\n".join(re.findall(r"<(?:script|link|img)\b[^>]*", (tmp_path / "index.html").read_text()))
-    assert "://" not in fetched  # it needs no network
 
 
 def test_the_readme_links_every_guide():
