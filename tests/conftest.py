@@ -1,7 +1,10 @@
 """What all tests share."""
 
+import contextlib
 import os
+import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +26,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def folder(tmp_path):
+def write_images(root):
     """A folder of three classes, 6 images each to train on and 3 (of the last: 2) to validate on."""
     generator = torch.Generator().manual_seed(0)
-    root = tmp_path / "images"
     for split, count in (("train", 6), ("val", 3)):
         for label, name in enumerate(("ant", "bee", "cat")):
             (root / split / name).mkdir(parents=True)
@@ -39,14 +40,45 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def small(folder):
-    """Options that make any config of classification run in seconds on `folder`."""
+def folder(tmp_path):
+    """The folder of `write_images`, for a test to change."""
+    return write_images(tmp_path / "images")
+
+
+def small_options(folder):
+    """Options that make any config of classification run in seconds on a folder."""
     return [
         *("--data.root", str(folder), "--data.img_size", "32", "--data.batch_size", "6"),
         *("--data.num_workers", "0", "--model.backbone_args", SMALL, "--model.warmup_epochs", "0"),
         *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--pictures.images", "2"),
         *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--pictures.side", "64"),
     ]
+
+
+@pytest.fixture
+def small(folder):
+    """The options of `small_options` for `folder`."""
+    return small_options(folder)
+
+
+@pytest.fixture(scope="session")
+def run_of_two_epochs(tmp_path_factory):
+    """A directory with `images` and with the run of classify_tiny.yaml on them, not to be changed."""
+    from locat_lightning.commands.fit import main
+
+    place = tmp_path_factory.mktemp("run_of_two_epochs")
+    with contextlib.chdir(place):
+        main(["fit", "--config", "classify_tiny.yaml", *small_options(write_images(place / "images"))])
+    return place
+
+
+@pytest.fixture
+def trained(run_of_two_epochs, small, folder):
+    """`small`, and a copy of the run of these options on `folder` in the working directory."""
+    shutil.copytree(run_of_two_epochs / "runs", "runs")
+    for record in Path("runs").rglob("*.yaml"):
+        record.write_text(record.read_text().replace(str(run_of_two_epochs / "images"), str(folder)))
+    return small
 
 
 def one_of_two(rank, port, function, arguments):

@@ -363,8 +363,7 @@ def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(small, monkey
         assert scalars(RUN, tag) == scalars("runs/whole/version_0", tag)
 
 
-def test_nothing_is_lost_where_nothing_can_go_on(small, capsys, caplog):
-    main([*FIT, *small])
+def test_nothing_is_lost_where_nothing_can_go_on(trained, capsys, caplog):
     record = {
         path: path.read_bytes() for path in RUN.rglob("*") if "tfevents" not in path.name and path.is_file()
     }
@@ -376,24 +375,22 @@ def test_nothing_is_lost_where_nothing_can_go_on(small, capsys, caplog):
         (["--ckpt_path", "last", "--model.lrr", "1"], "model.lrr"),
         (["--ckpt_path", "last", "--data.root", "/nowhere"], "no such folder"),
     ):
-        assert expected in refusal(capsys, [*FIT, *small, *options])
-    main([*FIT, *small, "--ckpt_path", "last"])
+        assert expected in refusal(capsys, [*FIT, *trained, *options])
+    main([*FIT, *trained, "--ckpt_path", "last"])
     assert "nothing is left to train" in caplog.text
     assert {path: path.read_bytes() for path in record} == record
     assert [step for step, _ in scalars(RUN, "train/loss")] == list(range(6))
 
 
-def test_a_folder_of_images_none_of_which_can_be_read_is_named(small, folder, capsys):
-    main([*FIT, *small, "--trainer.max_epochs", "1"])
+def test_a_folder_of_images_none_of_which_can_be_read_is_named(trained, folder, capsys):
     for path in (folder / "val").rglob("*.png"):
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    for command in ([*FIT, *small, "--name", "other"], ["validate", "--weights", str(LAST), *QUIET]):
+    for command in ([*FIT, *trained, "--name", "other"], ["validate", "--weights", str(LAST), *QUIET]):
         assert str(folder / "val") in refusal(capsys, command)
     assert list(Path("runs").iterdir()) == [RUN.parent]
 
 
-def test_there_are_no_predictions_of_images_none_of_which_can_be_read(small, tmp_path, capsys):
-    main([*FIT, *small, "--trainer.max_epochs", "1"])
+def test_there_are_no_predictions_of_images_none_of_which_can_be_read(trained, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
     images = ["--data.root", str(tmp_path / "broken"), "--data.max_unreadable", "9"]
@@ -466,8 +463,7 @@ def test_a_config_that_is_no_text_is_refused(capsys, tmp_path):
     assert said == f"--config: {config} is not UTF-8 text (byte 22)"
 
 
-def test_a_run_that_is_still_training_cannot_be_gone_on_with(small, capsys):
-    main([*FIT, *small, "--trainer.max_epochs", "1"])
+def test_a_run_that_is_still_training_cannot_be_gone_on_with(trained, capsys):
     assert not (RUN / LOCK).exists()
     (RUN / "metrics.json").unlink()
     record = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
@@ -477,13 +473,13 @@ def test_a_run_that_is_still_training_cannot_be_gone_on_with(small, capsys):
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as other:
         other.stdout.readline()
         assert list_runs(Path("runs")).splitlines()[1].split() == ["classify_tiny/version_0", "training", "0"]
-        assert refusal(capsys, [*FIT, *small, "--ckpt_path", "last"]) == (
+        assert refusal(capsys, [*FIT, *trained, "--ckpt_path", "last"]) == (
             f"--ckpt_path: another process is training in {RUN}: wait for its end, or stop it"
         )
         other.communicate(b"\n")
     assert {path: path.read_bytes() for path in record} == record
     assert list_runs(Path("runs")).splitlines()[1].split() == ["classify_tiny/version_0", "interrupted", "0"]
-    main([*FIT, *small, "--ckpt_path", "last", "--trainer.max_epochs", "2", "--allow_changes", "true"])
+    main([*FIT, *trained, "--ckpt_path", "last", "--trainer.max_epochs", "3", "--allow_changes", "true"])
     assert not (RUN / LOCK).exists()
 
 
@@ -501,16 +497,15 @@ def test_while_a_run_trains_its_directory_is_held(small, monkeypatch):
     assert held == ["True"]
 
 
-def test_the_last_run_of_a_name_goes_on_without_its_config(small, capsys):
-    assert refusal(capsys, ["fit", "--ckpt_path", "last"]) == (
+def test_the_last_run_of_a_name_goes_on_without_its_config(trained, capsys):
+    assert refusal(capsys, ["fit", "--ckpt_path", "last", "--runs", "none"]) == (
         "--ckpt_path last needs --name, the name of the run, or its --config"
     )
-    main([*FIT, *small, "--trainer.max_epochs", "1"])
     last = ["fit", "--ckpt_path", "last"]
     assert "the name of the run (classify_tiny), or" in refusal(capsys, last)
     assert "no run in" in refusal(capsys, [*last, "--name", "other"])
-    main([*last, "--name", "classify_tiny", "--trainer.max_epochs", "2", "--allow_changes", "true"])
-    assert torch.load(LAST, weights_only=True)["global_step"] == 6
+    main([*last, "--name", "classify_tiny", "--trainer.max_epochs", "3", "--allow_changes", "true"])
+    assert torch.load(LAST, weights_only=True)["global_step"] == 9
 
 
 def test_a_small_data_set_has_curves(small, recwarn):
@@ -537,8 +532,7 @@ def test_an_option_at_resuming_counts(small, capsys):
     assert scalars(RUN.parent / "version_1", "train/weight_decay")[0][1] == pytest.approx(0.2)
 
 
-def test_images_that_came_or_went_are_refused_at_resuming(small, folder, capsys, caplog):
-    main([*FIT, *small])
+def test_images_that_came_or_went_are_refused_at_resuming(trained, folder, capsys, caplog):
     before = LAST.read_bytes()
     (folder / "train" / "ant" / "0.png").unlink()
     longer = ["fit", "--ckpt_path", str(LAST), "--data.root", str(folder)]
@@ -556,8 +550,7 @@ def test_images_that_came_or_went_are_refused_at_resuming(small, folder, capsys,
     main(longer)
 
 
-def test_weights_of_a_run_are_measured_with_its_record(small, folder, caplog):
-    main([*FIT, *small])
+def test_weights_of_a_run_are_measured_with_its_record(trained, folder, caplog):
     top1 = json.loads((RUN / "metrics.json").read_text())["best val/top1"]
     for command in ("validate", "test"):
         main([command, "--weights", str(BEST), *QUIET])
@@ -583,8 +576,7 @@ def test_weights_of_a_run_are_measured_with_its_record(small, folder, caplog):
         assert row["class"] == max(shares, key=shares.get)
 
 
-def test_a_warm_start_leaves_a_head_of_another_size(small, capsys, caplog):
-    main([*FIT, *small])
+def test_a_warm_start_leaves_a_head_of_another_size(trained, capsys, caplog):
     digits = [
         "--data.dataset",
         "digits",
@@ -593,9 +585,9 @@ def test_a_warm_start_leaves_a_head_of_another_size(small, capsys, caplog):
         "--trainer.limit_val_batches",
         "1",
     ]
-    main([*FIT, *small, *digits, "--weights", str(BEST), "--name", "warm"])
+    main([*FIT, *trained, *digits, "--weights", str(BEST), "--name", "warm"])
     assert "of another shape (head.bias, head.weight)" in caplog.text
-    refused = ["validate", *FIT[1:], *small, *digits[:2], "--weights", str(BEST)]
+    refused = ["validate", *FIT[1:], *trained, *digits[:2], "--weights", str(BEST)]
     assert "weights do not fit (head.bias, head.weight)" in refusal(capsys, refused)
 
 
@@ -697,15 +689,13 @@ def test_two_processes_are_as_one(small, folder):
     assert len({row["path"] for row in rows}) == len(rows) == 7
 
 
-def test_weights_and_a_run_to_go_on_with_exclude_each_other(small, capsys):
-    main([*FIT, *small, "--trainer.max_epochs", "1"])
+def test_weights_and_a_run_to_go_on_with_exclude_each_other(trained, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--ckpt_path", str(LAST), "--weights", str(LAST)])
     assert "give only one of them" in capsys.readouterr().err
 
 
-def test_another_model_at_resuming_is_refused(small, capsys):
-    main([*FIT, *small, "--trainer.max_epochs", "1"])
+def test_another_model_at_resuming_is_refused(trained, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--ckpt_path", str(LAST), "--model.backbone_args.depth", "3"])
     assert stopped.value.code == 2
@@ -726,17 +716,16 @@ def test_a_metric_that_nobody_logs_is_answered_with_those_that_are(options, smal
     assert "val/top1" in said
 
 
-def test_classes_of_other_names_are_refused(small, folder, capsys):
+def test_classes_of_other_names_are_refused(trained, folder, capsys):
     """To measure, and to go on; a warm start takes the names of its data, whatever the weights are of."""
-    main([*FIT, *small, "--trainer.max_epochs", "1"])
     for split in ("train", "val"):
         (folder / split / "bee").rename(folder / split / "wasp")
     expected = "only the weights have bee; only the data have wasp"
     assert expected in refusal(capsys, ["validate", "--weights", str(BEST), *QUIET])
-    assert expected in refusal(capsys, ["validate", *FIT[1:], *small, "--weights", str(BEST)])
-    more = ["--trainer.max_epochs", "2", "--allow_changes", "true"]
+    assert expected in refusal(capsys, ["validate", *FIT[1:], *trained, "--weights", str(BEST)])
+    more = ["--trainer.max_epochs", "3", "--allow_changes", "true"]
     assert expected in refusal(capsys, ["fit", "--ckpt_path", str(LAST), *more])
-    main([*FIT, *small, "--trainer.max_epochs", "1", "--weights", str(BEST), "--name", "warm"])
+    main([*FIT, *trained, "--trainer.max_epochs", "1", "--weights", str(BEST), "--name", "warm"])
     warm = torch.load("runs/warm/version_0/checkpoints/last.ckpt", weights_only=True)
     assert warm["hyper_parameters"]["class_names"] == ["ant", "cat", "wasp"]
 

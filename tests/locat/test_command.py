@@ -1,5 +1,6 @@
 """The answers that need no torch."""
 
+import os
 import subprocess
 import sys
 
@@ -83,3 +84,20 @@ def test_an_unknown_command_imports_no_torch():
 
 def test_every_command_is_in_the_help():
     assert all(f"\n  {command} " in HELP for command in COMMANDS)
+
+
+def test_a_closed_pipe_ends_without_a_traceback():
+    command = f"{sys.executable} -m locat configs | true"
+    done = subprocess.run(
+        ["bash", "-c", f"sleep 0.2; {command}"], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+
+
+def test_threads_do_not_spin_while_they_wait_unless_the_user_says_so(monkeypatch, capsys):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    main(["configs"])
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    main(["configs"])
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -44,3 +44,7 @@ def test_a_directory_that_no_process_has_locked(tmp_path):
     assert runs.lock(tmp_path / "nowhere") is None
     assert not runs.is_locked(tmp_path / "nowhere")
     assert not runs.is_locked(tmp_path)
+
+
+def test_each_claim_gets_a_directory_of_its_own(tmp_path):
+    assert [runs.claim(tmp_path / "knn").name for _ in range(2)] == ["version_0", "version_1"]

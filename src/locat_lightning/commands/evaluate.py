@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import timm
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ from locat_lightning.backbones.weights import Role
 from locat_lightning.commands.defaults import of_images
 from locat_lightning.commands.parsing import (
     ConfigByName,
-    add_backbone_options,
+    add_weights_options,
     check_processes,
     check_root,
     check_weights,
@@ -52,8 +52,8 @@ from locat_lightning.evaluation.retrieval import Search, segment_by_retrieval
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
     "linear": "Accuracy of a linear classifier on a frozen backbone's features",
-    "retrieve": "mIoU of dense retrieval (Hummingbird): patches take the classes of those training patches "
-    "that are most like them, and nothing is trained",
+    "retrieve": "mIoU of dense retrieval (Hummingbird): each patch takes the classes of the training patches "
+    "most similar to it; nothing is trained",
 }
 # What an evaluation takes over from the data of a run of the same kind: which images, their size and their
 # normalisation, but not how strongly they were augmented.
@@ -143,19 +143,8 @@ def _measure(command: str, arguments: list[str]) -> None:
 def _parser(command: str) -> ArgumentParser:
     parser = command_parser(command, DESCRIPTIONS[command])
     add = parser.add_argument
-    add(
-        "-c",
-        "--config",
-        action=ConfigOfImages,
-        help="a file with any of these options, or a config of locat fit",
-    )
-    add(
-        "--weights",
-        type=str,
-        required=True,
-        help="a checkpoint of a run, a file (DINO's, timm's, a state dict), a timm name, or 'random'",
-    )
-    add_backbone_options(parser)
+    add("-c", "--config", action=ConfigOfImages, help="any of these options, or a config of locat fit")
+    add_weights_options(parser)
     if command == "retrieve":
         parser.add_class_arguments(SegmentationData, "data")
         add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
@@ -172,27 +161,12 @@ def _parser(command: str) -> ArgumentParser:
         add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
         add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
     if command == "linear":
-        add(
-            "--protocol",
-            type=Literal["paper", "sweep"],
-            default="paper",
-            help="paper: SGD on augmented images. sweep: a grid of learning rates at once, on features that "
-            "are extracted once and not augmented",
-        )
+        help_ = "paper: SGD on augmented images; sweep: many learning rates, on features extracted once"
+        add("--protocol", type=Literal["paper", "sweep"], default="paper", help=help_)
         add("--epochs", type=PositiveInt, default=100, help="passes over the training images")
-        add(
-            "--learning_rate",
-            type=PositiveFloat,
-            default=0.001,
-            help="of the paper's protocol, for 256 images",
-        )
-        add(
-            "--learning_rates",
-            type=PositiveFloat,
-            nargs="+",
-            default=list(DINOV2_LEARNING_RATES),
-            help="of the sweep, for 256 images",
-        )
+        add("--learning_rate", type=PositiveFloat, default=0.001, help="of paper, for 256 images a step")
+        rates, help_ = list(DINOV2_LEARNING_RATES), "of sweep, for 256 features a step"
+        add("--learning_rates", type=PositiveFloat, nargs="+", default=rates, help=help_)
         add("--sweep_batch_size", type=PositiveInt, default=1024, help="features per step of the sweep")
     add("--runs", type=str, default="runs", help="directory of all runs")
     add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
@@ -200,7 +174,7 @@ def _parser(command: str) -> ArgumentParser:
     add("--devices", type=int | str, default=1, help="as the trainer's")
     add("--strategy", type=str, default="auto", help="as the trainer's")
     add("--precision", type=str | None, default=mixed_precision(), help="as the trainer's")
-    add("--seed", type=int, default=0, help="of whatever is drawn, and of random weights")
+    add("--seed", type=NonNegativeInt, default=0, help="seed of everything that is drawn")
     return parser
 
 

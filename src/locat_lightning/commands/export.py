@@ -1,4 +1,4 @@
-"""`locat export`: a model in a format of the field, with a card that says how it came about."""
+"""`locat export`: a model in a common format, with a card that says how it was made."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import DECODER_OF, Role, read_checkpoint
 from locat_lightning.commands.parsing import (
-    add_backbone_options,
+    add_weights_options,
     check_weights,
     command_parser,
     errors_in_a_line,
@@ -30,8 +30,9 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import count_parameters
 
 DESCRIPTION = (
-    "Writes a model and its card into a folder: of a classification its backbone and classifier, of a DINO "
-    "run the teacher's backbone, of a segmentation its backbone. It is read again, and its outputs compared"
+    "Write a model and its card into a folder: for a classification the backbone and classifier, for a "
+    "self-supervised run the teacher's backbone, for a segmentation the backbone. What was written is loaded "
+    "again, and its outputs are compared"
 )
 CITATION = """@inproceedings{locatvit2026,
   title     = {Locality-Attending Vision Transformer},
@@ -126,23 +127,17 @@ def _export(arguments: list[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = command_parser("export", DESCRIPTION)
     add = parser.add_argument
-    add(
-        "--weights",
-        type=str,
-        required=True,
-        help="a checkpoint of a run, a file (DINO's, timm's, a state dict) or a timm name",
-    )
+    add_weights_options(parser)
     add("--to", type=str, required=True, help="folder for the files")
     add(
         "--format",
         type=Format,
         default="timm",
         help="timm: config.json and model.safetensors, as model hubs have them. onnx: model.onnx, opset "
-        f"{OPSET}. torchscript: model.pt. export: model.pt2, of torch.export. Of the last three the size of "
-        "the images is fixed and the batch is not",
+        f"{OPSET}. torchscript: model.pt. export: model.pt2, of torch.export. The last three take images of "
+        "one size, in batches of any size",
     )
     add("--overwrite", action="store_true", help="replace files of the same names in the folder")
-    add_backbone_options(parser)
     return parser
 
 
@@ -154,7 +149,7 @@ def _check_target(to: Path, overwrite: bool) -> None:
 
 
 def _beside(to: Path) -> "TemporaryDirectory[str]":
-    """A folder on the same disk, from which finished files are moved."""
+    """Create a folder on the same disk, from which finished files are moved."""
     existing = next(folder for folder in (to, *to.absolute().parents) if folder.is_dir())
     if existing == to:
         existing = to.absolute().parent
@@ -165,7 +160,7 @@ def _beside(to: Path) -> "TemporaryDirectory[str]":
 
 
 def _what(model: nn.Module, contents: dict[str, Any], network: Role) -> str:
-    """What is exported of the weights, in words."""
+    """Return what is exported, in words."""
     state = contents.get("state_dict") or contents
     if DECODER_OF in contents:
         return "the frozen backbone of a segmentation (its decoder stays behind)"
@@ -178,14 +173,14 @@ def _what(model: nn.Module, contents: dict[str, Any], network: Role) -> str:
 
 
 def _images(run: dict[str, Any]) -> dict[str, Any]:
-    """What a run's images were like, by timm's names for it."""
+    """Return how a run's images were normalised and resized, by timm's names."""
     data = run.get("data", {}).get("init_args", {})
     names = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolation": "interpolation"}
     return {names[key]: data[key] for key in names if data.get(key) is not None}
 
 
 def _card(model: nn.Module, form: Format, what: str, weights: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """What timm's `generate_readme` makes a model card of."""
+    """Return what timm's `generate_readme` makes a model card of."""
     of_timm: Any = model
     images = resolve_model_data_config(model) | _images(run)
     size = list(get_model_input_config(model)["input_size"])
@@ -216,7 +211,7 @@ def _card(model: nn.Module, form: Format, what: str, weights: Path, run: dict[st
 
 
 def _of_run(run: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Data, recipe and metrics of a run, as far as they are told of; no path of the machine is."""
+    """Return data, recipe and metrics of a run, without any path of the machine."""
     model, data = run["model"], run["data"]
     recipe = {"task": model["class_path"].rpartition(".")[2], **model["init_args"]}
     recipe |= {key: run.get("trainer", {}).get(key) for key in OF_TRAINER}

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -28,6 +28,7 @@ from locat_lightning.commands import defaults, resume
 from locat_lightning.commands.messages import direct_messages
 from locat_lightning.commands.parsing import (
     ConfigByName,
+    check_numbers,
     check_processes,
     check_root,
     check_writable,
@@ -44,13 +45,6 @@ from locat_lightning.tasks.base import Task
 # Arguments of the trainer's methods that are not options.
 NO_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
 NO_OPTIONS |= {"weights_only", "return_predictions"}
-# Lightning takes any of these numbers, and fails later.
-NUMBERS = {
-    "accumulate_grad_batches": PositiveInt,
-    "check_val_every_n_epoch": PositiveInt,
-    "gradient_clip_val": NonNegativeFloat,
-    "limit_train_batches": PositiveFloat,
-}
 HELP_TO_OPTIONS = (
     "The options of model and data are those of their class: see locat fit --model.help Classification (or "
     "Dino, Segmentation) and locat fit --data.help ImageData (or MultiViewData, SegmentationData)."
@@ -58,11 +52,7 @@ HELP_TO_OPTIONS = (
 
 
 class LocatCLI(LightningCLI):
-    """LightningCLI with a directory for each run, and weights from `--weights`.
-
-    Args:
-        arguments: of `locat`; the first is the command.
-    """
+    """LightningCLI with a directory for each run, and weights from `--weights`."""
 
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
@@ -71,13 +61,13 @@ class LocatCLI(LightningCLI):
         if self._given.weights is not None:
             arguments = [*arguments, "--weights", local_dir(self._given.weights)]  # the last one counts
         options = {"exit_on_error": False, "allow_abbrev": False}
+        usage = f"locat {self._command} --config CONFIG [options]"
+        own = options | {"usage": usage, "description": HELP_TO_OPTIONS}
         super().__init__(
             save_config_callback=RunRecord,
             save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_kwargs=options
-            | {"prog": "locat", self._command: options | {"description": HELP_TO_OPTIONS}},
+            parser_kwargs=options | {"prog": "locat", self._command: own},
             args=arguments,
         )
 
@@ -122,9 +112,7 @@ class LocatCLI(LightningCLI):
                 "checkpoint.save_last": True,
                 "checkpoint.save_on_exception": True,
                 "checkpoint.enable_version_counter": False,
-                "knn.every_n_epochs": 0,
-                "linear.every_n_epochs": 0,
-                "retrieval.every_n_epochs": 0,
+                **dict.fromkeys((f"{probe}.every_n_epochs" for probe in ("knn", "linear", "retrieval")), 0),
             }
             | self._defaults
         )
@@ -133,13 +121,7 @@ class LocatCLI(LightningCLI):
         """Parse; answer unknown options with similar ones, and check numbers that Lightning does not."""
         # Private: LightningCLI's parser of the command.
         self.config = parse(parser, args, self._subcommand_parsers[self._command])
-        trainer = self.config[self._command].trainer
-        for option, type_ in NUMBERS.items():
-            try:
-                if trainer[option] is not None:
-                    type_(trainer[option])
-            except ValueError as error:
-                raise InputError(f"trainer.{option}: {error}") from error
+        check_numbers(self.config[self._command].trainer)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a resumed run has the options that it is given, not those of its checkpoint."""
@@ -194,8 +176,7 @@ class LocatCLI(LightningCLI):
             before = resume.of_checkpoint(self._resumed)
             resume.check(before, now, allowed=config.allow_changes, checkpoint=self._resume_from)
             if isinstance(self.model, Task):
-                heavy = {"state_dict", "optimizer_states"}
-                self.model.resume({key: self._resumed[key] for key in self._resumed.keys() - heavy})
+                self.model.resume(self._resumed)
             self._resumed = {}  # the trainer has it, and frees it when it has taken it up
         if isinstance(self.model, Task):
             self.model.check(self.trainer, training=self.subcommand == "fit")
@@ -261,7 +242,6 @@ class LocatCLI(LightningCLI):
 
 def main(arguments: list[str]) -> None:
     """Run `locat fit …`, `validate`, `test` or `predict`."""
-    debug = "--debug" in arguments
-    direct_messages(debug=debug)
-    with errors_in_a_line(debug):
+    direct_messages(debug="--debug" in arguments)
+    with errors_in_a_line("--debug" in arguments):
         LocatCLI([argument for argument in arguments if argument != "--debug"])

@@ -39,8 +39,8 @@ from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.inspection import kernel_widths
 
 DESCRIPTION = (
-    "Parameters, multiply-adds, memory and throughput of a model, and, if it is trained, how wide its "
-    "Gaussian kernels are on two photographs that come with scikit-learn"
+    "Show parameters, multiply-adds, memory and throughput of a model and, if it is trained, how wide its "
+    "Gaussian kernels are on the two photographs of scikit-learn"
 )
 
 
@@ -72,10 +72,14 @@ def _info(arguments: list[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = command_parser("info", DESCRIPTION)
     add = parser.add_argument
-    add("model", type=str, help="timm's name of a model (without weights), or weights as of --weights")
+    add(
+        "model",
+        type=str,
+        help="timm's name of a model (without weights), or weights, as --weights elsewhere",
+    )
     add_backbone_options(parser)
     add("--batch_size", type=PositiveInt, default=16, help="images at once, for the throughput")
-    add("--device", type=str | None, default=None, help="as torch calls it; by default a GPU if there is one")
+    add("--device", type=str | None, default=None, help="torch's name of it; a GPU if there is one")
     add("--json", action="store_true", help="numbers for machines")
     return parser
 
@@ -83,13 +87,13 @@ def _parser() -> ArgumentParser:
 def measure(
     model: nn.Module, device: torch.device, *, batch_size: int = 16, trained: bool = False
 ) -> dict[str, Any]:
-    """What a timm model costs for images of the size that it is for.
+    """Measure what a timm model costs for images of its size.
 
     Args:
         model: on the device.
-        device: where it computes.
-        batch_size: images at once, for the throughput.
-        trained: whether its kernels are worth a look.
+        device: to compute on.
+        batch_size: of the throughput.
+        trained: whether to measure the kernels.
 
     Returns:
         `architecture`, `parameters` and `gaug_parameters`; `image_size` (C, height, width) and `grid` (rows,
@@ -135,7 +139,7 @@ def _cpu(device: torch.device) -> str:
 
 
 def _grid(model: nn.Module, size: tuple[int, ...]) -> tuple[int, int] | None:
-    """Rows and columns of patches; of a hierarchical model, in its last stage."""
+    """Return rows and columns of patches; of a hierarchical model, in its last stage."""
     info = getattr(model, "feature_info", None)
     if not info:
         return None
@@ -144,7 +148,7 @@ def _grid(model: nn.Module, size: tuple[int, ...]) -> tuple[int, int] | None:
 
 
 def _photographs(model: nn.Module, size: tuple[int, ...]) -> Tensor:
-    """Scikit-learn's two photographs [2, C, height, width], as a model takes its images."""
+    """Return scikit-learn's two photographs [2, C, height, width], as a model takes its images."""
     of_timm: Any = model
     pixels = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
     images = pixels.permute(0, 3, 1, 2).float() / 255

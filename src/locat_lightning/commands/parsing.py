@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -36,6 +37,12 @@ ALIASES = {
     "workers": "--data.num_workers",
     "resume": "--ckpt_path",
     "pretrained": "--weights",
+}
+NUMBERS = {
+    "accumulate_grad_batches": PositiveInt,
+    "check_val_every_n_epoch": PositiveInt,
+    "gradient_clip_val": NonNegativeFloat,
+    "limit_train_batches": PositiveFloat,
 }
 # How Lightning's errors about options begin that are not a MisconfigurationException.
 SAID_BY_LIGHTNING = ("`val_check_interval`", "Early stopping conditioned on metric")
@@ -118,6 +125,13 @@ def add_backbone_options(parser: ArgumentParser) -> None:
     add("--backbone", type=str | None, default=None, help="timm's name, where the weights do not say it")
     add("--backbone_args", type=dict[str, Any], default={}, help="further arguments of the backbone")
     add("--student", action="store_true", help="take the student of a DINO checkpoint, not the teacher")
+
+
+def add_weights_options(parser: ArgumentParser) -> None:
+    """Add `--weights`, and the options that say which model they are of."""
+    help_ = "a checkpoint, a file (DINO's, timm's, a state dict), an exported folder, a timm name, 'random'"
+    parser.add_argument("--weights", type=str, required=True, help=help_)
+    add_backbone_options(parser)
 
 
 def decisive_options(arguments: list[str]) -> argparse.Namespace:
@@ -210,6 +224,20 @@ def check_root(options: argparse.Namespace, dataset: str | None) -> None:
             f"data.root: {root} would not be read, because data.dataset is digits: for the images there add "
             "--data.dataset folder, for the digits leave data.root out"
         )
+
+
+def check_numbers(trainer: Namespace) -> None:
+    """Check the options of a trainer that Lightning takes whatever they are, and fails on later (`NUMBERS`).
+
+    Raises:
+        InputError: one is out of its range.
+    """
+    for option, type_ in NUMBERS.items():
+        try:
+            if trainer[option] is not None:
+                type_(trainer[option])
+        except ValueError as error:
+            raise InputError(f"trainer.{option}: {error}") from error
 
 
 def check_writable(option: str, directory: Path) -> None:
