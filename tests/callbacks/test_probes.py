@@ -3,17 +3,21 @@
 import csv
 import logging
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import cross_entropy
 
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
+from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.data import ImageData, MultiViewData
 from locat_lightning.data.dataset import Images
 from locat_lightning.data.views import MultiCrop
@@ -332,18 +336,43 @@ def test_nothing_in_a_fast_dev_run(folder):
 @pytest.mark.parametrize(
     ("probe", "wrong"),
     [
-        (KnnProbe, {"k": 0}),
-        (KnnProbe, {"temperature": 0.0}),
-        (KnnProbe, {"every_n_epochs": -1}),
-        (KnnProbe, {"images": 0}),
-        (LinearProbe, {"epochs": 0}),
-        (LinearProbe, {"batch_size": 0}),
-        (LinearProbe, {"learning_rates": ()}),
+        (KnnProbe, "--k=0"),
+        (KnnProbe, "--temperature=0"),
+        (KnnProbe, "--every_n_epochs=-1"),
+        (KnnProbe, "--images=0"),
+        (LinearProbe, "--epochs=0"),
+        (LinearProbe, "--batch_size=0"),
+        (LinearProbe, "--learning_rates=[0]"),
+        (RetrievalProbe, "--image_size=0"),
+        (RetrievalProbe, "--memory_size=-1"),
+        (RetrievalProbe, "--neighbours=0"),
     ],
 )
-def test_arguments_out_of_range(probe, wrong):
-    with pytest.raises(InputError, match=next(iter(wrong))):
-        probe(**wrong)
+def test_numbers_out_of_range_are_refused_by_their_type(probe, wrong):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(probe, skip={"data"})
+    with pytest.raises(ArgumentError, match=wrong.partition("=")[0].removeprefix("--")):
+        parser.parse_args([wrong])
+
+
+def test_a_model_without_a_backbone_switches_it_off_in_a_line(folder, caplog):
+    class Own(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Linear(3 * 16 * 16, 3)
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self.model(batch.images.flatten(1)), batch.labels)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    probe = KnnProbe()
+    with caplog.at_level(logging.INFO), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed in a `val_dataloader`")
+        fit(Own(), image_data(folder), probe)
+    assert "k-NN is not measured: Own has no backbone" in caplog.text
+    assert probe.last is None
 
 
 def of_digits(folder, **options):

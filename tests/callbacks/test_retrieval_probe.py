@@ -8,7 +8,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.data import ImageData, SegmentationData
-from locat_lightning.errors import InputError
 from locat_lightning.evaluation.retrieval import build_memory, segment_by_retrieval
 from locat_lightning.tasks import Classification
 
@@ -92,17 +91,3 @@ def test_data_without_masks_switch_it_off_in_a_line(folder, caplog):
     fit(folder, probe, epochs=1)
     assert "Dense retrieval is not measured: ImageData has no masks: set retrieval.data" in caplog.text
     assert probe.last is None
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"image_size": 0}, r"retrieval: image_size \(0\) must be at least 1"),
-        ({"memory_size": -1}, r"retrieval: memory_size \(-1\) must be at least 1"),
-        ({"neighbours": 0}, "0 neighbours"),
-        ({"every_n_epochs": -1}, r"retrieval: every_n_epochs \(-1\)"),
-    ],
-)
-def test_ranges(options, expected):
-    with pytest.raises(InputError, match=expected):
-        RetrievalProbe(**options)

@@ -92,7 +92,7 @@ def test_another_teacher_does_not_go_on(tmp_path):
     torch.save(other, tmp_path / "other.pt")
     task = small("Distillation", teacher=str(tmp_path / "other.pt"))
     with pytest.raises(
-        InputError, match=r"other\.pt is not the teacher that the run began with .* as model\.teacher"
+        InputError, match=r"other\.pt is not the one that the run began with .* as model\.teacher"
     ):
         trainer(max_epochs=2).fit(
             task, Batches([random_batch(2)] * 2), ckpt_path=tmp_path / "last.ckpt", weights_only=True

@@ -185,7 +185,7 @@ def test_a_moved_backbone_is_said(tmp_path, weights):
     saved(fit(tmp_path, module), tmp_path / "a.ckpt")
     moved = tmp_path / "moved.pt"
     (tmp_path / "backbone.pt").rename(moved)
-    with pytest.raises(InputError, match=r"backbone\.pt, which no longer exists: set"):
+    with pytest.raises(InputError, match=r"backbone\.pt, which does not exist: set"):
         trainer(tmp_path).validate(task(str(tmp_path / "a.ckpt")), datamodule=Batches())
     again = task(str(tmp_path / "a.ckpt"), backbone_weights=str(moved))
     trainer(tmp_path).validate(again, datamodule=Batches(), verbose=False)
@@ -197,7 +197,7 @@ def test_another_backbone_is_refused(tmp_path, weights):
     contents = torch.load(weights, weights_only=True)
     contents["state_dict"]["backbone.norm.bias"] += 1
     torch.save(contents, weights)
-    with pytest.raises(InputError, match=r"the decoder in .* was trained on another backbone than"):
+    with pytest.raises(InputError, match=r"is not the backbone that the decoder in .* was trained on"):
         trainer(tmp_path).validate(task(str(tmp_path / "a.ckpt")), datamodule=Batches())
 
 

@@ -1,4 +1,4 @@
-"""What all probes share: when a backbone is measured while it trains, on which images, and what is logged."""
+"""What all probes share: when a backbone is measured during training, on which images, and what is logged."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,13 +20,20 @@ Data = TypeVar("Data", bound=ImageModule[Any])
 
 
 class Probe(Callback, ABC, Generic[Data]):
-    """Measures `pl_module.backbone` on annotated images, before the first step and at the ends of epochs.
+    """Measure `pl_module.backbone` on annotated images, before the first step and at the ends of epochs.
+
+    Args:
+        data: the images; None takes the run's own.
+        every_n_epochs: epochs from one measurement to the next; 0 for never.
+        images: number of training images, see `choose`; None for all.
+        seed: seed of the choice of images.
+        name: what precedes the slash in the logged names.
 
     Attributes:
-        title: what it measures, in words.
+        title: what is measured, in words.
         figure: the headline, in words.
-        protocol: what the headline is to be compared by, in words, where the title does not say it.
-        metrics: what it logs, the headline first.
+        protocol: what the headline depends on, in words, where the title does not say it.
+        metrics: what is logged, the headline first.
         first: the headline before the first step; None if that was not measured.
         last: the headline as last measured.
     """
@@ -39,10 +46,6 @@ class Probe(Callback, ABC, Generic[Data]):
     def __init__(
         self, data: Data | None, every_n_epochs: int, images: int | None, seed: int, name: str
     ) -> None:
-        if every_n_epochs < 0:
-            raise InputError(f"{name}: every_n_epochs ({every_n_epochs}) must be at least 1, or 0 for never")
-        if images is not None and images < 1:
-            raise InputError(f"{name}: images ({images}) must be at least 1")
         self.data = data
         self.every_n_epochs = every_n_epochs
         self.images = images
@@ -56,36 +59,37 @@ class Probe(Callback, ABC, Generic[Data]):
 
     @abstractmethod
     def obstacle(self, data: Any) -> str:
-        """Say why these data cannot be measured; nothing if they can. They have been set up."""
+        """Return why these data, which have been set up, cannot be measured; nothing if they can."""
 
     @abstractmethod
     def measure(self, data: Data, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """Measure some or all of `metrics`, the headline among them, the same in every process."""
+        """Measure the headline and any other of `metrics`, the same in every process."""
 
     @property
     def headline(self) -> str:
-        """The logged name of the metric that counts."""
+        """Return the logged name of the headline."""
         return f"{self.name}/{self.metrics[0]}"
 
     @property
     def state_key(self) -> str:
-        """One for each name, so that probes of several data sets stand side by side."""
+        """Return a key of its own for each name, so that one run can have several such probes."""
         return f"{type(self).__name__}.{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures that the last line of the run reports."""
+        """Return the figures that the last line of the run reports."""
         return {"first": self.first, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with those of the run that is resumed."""
+        """Restore the figures of a resumed run."""
         self.first, self.last = state_dict["first"], state_dict["last"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the images, and see that they can be measured.
+        """Find the images, and check that they can be measured.
+
+        Data of the run that do not fit switch the probe off, in a line.
 
         Raises:
-            InputError: the probe's own data cannot (those of the run switch it off instead, in a line), or
-                not in the trainer's precision.
+            InputError: the probe's own data do not fit, or the trainer's precision is not supported.
         """
         if stage != "fit" or not self.every_n_epochs:
             return
@@ -101,12 +105,14 @@ class Probe(Callback, ABC, Generic[Data]):
         if obstacle := self.obstacle(data):
             if self.data is not None:
                 raise InputError(f"{self.name}: {obstacle}")
-            rank_zero_info(f"{self.title} is not measured: {obstacle}")
+            self._skip(obstacle)
         else:
             self._measured = data
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the untrained backbone; a run that is resumed has that behind it."""
+        """Measure the untrained backbone, unless the run is resumed."""
+        if self._measured is not None and not isinstance(getattr(pl_module, "backbone", None), nn.Module):
+            self._skip(f"{type(pl_module).__name__} has no backbone")
         if trainer.global_step == 0 and trainer.current_epoch == 0 and self.first is None:
             metrics = self._measure(trainer, pl_module)
             self.first = self.last
@@ -130,17 +136,21 @@ class Probe(Callback, ABC, Generic[Data]):
             trainer.callback_metrics.setdefault(self.headline, torch.tensor(torch.nan))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the training brought."""
+        """Print the headline before and after the training."""
         if self.last is not None:
             untrained = "" if self.first is None else f"{self.first:.4g} untrained -> "
             manner = f" ({self.protocol})" if self.protocol else ""
             rank_zero_info(f"{self.title} {self.figure} ({self.headline}) {untrained}{self.last:.4g}{manner}")
 
+    def _skip(self, obstacle: str) -> None:
+        self._measured = None
+        rank_zero_info(f"{self.title} is not measured: {obstacle}")
+
     def _active(self, trainer: Trainer) -> bool:
         return self._measured is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Metrics by the names they are logged under, the same in every process; none if switched off."""
+        """Return metrics by their logged names, the same in every process; none if the probe is off."""
         if self._measured is None or not self._active(trainer):
             return {}
         backbone: Any = pl_module.backbone
@@ -150,13 +160,13 @@ class Probe(Callback, ABC, Generic[Data]):
         return {f"{self.name}/{metric}": value for metric, value in metrics.items()}
 
     def choose(self, images: int) -> None:
-        """Choose at random, once, which of so many training images are measured."""
+        """Choose which of so many training images are measured, at random."""
         count = images if self.images is None else min(self.images, images)
         chosen = np.random.default_rng(self.seed).choice(images, count, replace=False)
         self._bank = sorted(chosen.tolist())
 
     def share(self, data: Data, whole: ImageLoader, *, training: bool) -> ImageLoader:
-        """This process's share of a loader's images, of those chosen if `training`; workers end with it."""
+        """Return a loader of this process's share of the images, of those chosen if `training`."""
         places: Sequence[int] = self._bank if training else range(len(whole.dataset))  # type: ignore[arg-type]
         trainer = data.trainer
         assert trainer is not None  # of the run

@@ -1,37 +1,36 @@
-"""What the backbone's patch features are worth while it trains: dense retrieval."""
+"""Dense retrieval with the backbone's patch features during training."""
 
 from typing import Any
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from locat_lightning.callbacks.probe import Probe
 from locat_lightning.data.segmentation import SegmentationData
-from locat_lightning.errors import InputError
 from locat_lightning.evaluation.retrieval import Search, check_search, segment_by_retrieval
 
 
 class RetrievalProbe(Probe[SegmentationData]):
-    """Logs the mIoU of dense retrieval (Hummingbird) while the backbone trains, as `retrieval/miou`.
+    """Log the mIoU of dense retrieval (Hummingbird) during training, as `retrieval/miou`.
 
-    Every patch of a validation image takes the classes of the training patches most like it; see
-    `evaluation.retrieval`. When it measures is as in `KnnProbe`, and training gives the same weights with and
-    without it.
+    Every patch of a validation image takes the classes of the training patches most like it (see
+    `evaluation.retrieval`). When and where it measures is as in `KnnProbe`.
 
     Args:
-        data: images and masks to measure on; null takes the run's own, where those have masks.
+        data: images and masks to measure on; null takes the run's own, if they have masks.
         every_n_epochs: epochs from one measurement to the next; 0 for never.
         images: training images in the memory, chosen at random once; null takes all.
         image_size: height and width to which the images are resized, in pixels.
         memory_size: patches in the memory; null keeps all of the images'.
         neighbours: patches of the memory that vote.
-        temperature: of the votes.
+        temperature: temperature of the votes.
         search: `auto` takes faiss on the CPU where it is installed; `torch`; `faiss`.
-        seed: of the choice of images and patches.
-        name: before the slash in the logged names; several probes need several names.
+        seed: seed of the choice of images and patches.
+        name: what precedes the slash in the logged names; several probes need several names.
 
     Raises:
-        InputError: an argument is out of its range, or `data` cannot be measured.
+        InputError: faiss is asked for, but not installed.
     """
 
     title = "Dense retrieval"
@@ -42,21 +41,18 @@ class RetrievalProbe(Probe[SegmentationData]):
         self,
         data: SegmentationData | None = None,
         *,
-        every_n_epochs: int = 10,
-        images: int | None = 1000,
-        image_size: int = 224,
-        memory_size: int | None = 100_000,
-        neighbours: int = 30,
-        temperature: float = 0.02,
+        every_n_epochs: NonNegativeInt = 10,
+        images: PositiveInt | None = 1000,
+        image_size: PositiveInt = 224,
+        memory_size: PositiveInt | None = 100_000,
+        neighbours: PositiveInt = 30,
+        temperature: PositiveFloat = 0.02,
         search: Search = "auto",
         seed: int = 0,
         name: str = "retrieval",
     ) -> None:
         super().__init__(data, every_n_epochs, images, seed, name)
         check_search(neighbours, temperature, search)
-        for option, value in (("image_size", image_size), ("memory_size", memory_size or 1)):
-            if value < 1:
-                raise InputError(f"{name}: {option} ({value}) must be at least 1")
         self.image_size = image_size
         self.memory_size = memory_size
         kept = "all patches" if memory_size is None else f"at most {memory_size:,} patches"
@@ -70,7 +66,7 @@ class RetrievalProbe(Probe[SegmentationData]):
         }
 
     def obstacle(self, data: Any) -> str:
-        """Choose the training images, or say why these data cannot be measured."""
+        """Choose the training images, or return why these data cannot be measured."""
         if not isinstance(data, SegmentationData):
             return f"{type(data).__name__} has no masks: set {self.name}.data to some that have"
         self.choose(len(data.source("train")))

@@ -14,12 +14,10 @@ from locat_lightning.backbones.weights import RANDOM, check_source
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output, Pretraining
-from locat_lightning.tasks.frozen import check_same, leave_out, put_back, reference_to
-
-DISTILLED_FROM = "distilled_from"  # a checkpoint's key of where the teacher is
+from locat_lightning.tasks.frozen import FrozenNetwork, reference_to
 
 
-class Distillation(Pretraining):
+class Distillation(Pretraining, FrozenNetwork):
     """Train a timm model to give the features of a larger one, from images without labels.
 
     Both see the same views. Where widths differ, a linear projection of the student's features learns the
@@ -36,6 +34,8 @@ class Distillation(Pretraining):
         patch_weight: weight of the loss of the patch features.
         options: those of every pre-training (`Pretraining`).
     """
+
+    frozen, recorded_as, read_from = "teacher", "distilled_from", "model.teacher"
 
     def __init__(
         self,
@@ -82,13 +82,6 @@ class Distillation(Pretraining):
         """Return student and teacher."""
         return {"student": self.backbone, "teacher": self.teacher}
 
-    def train(self, mode: bool = True) -> "Distillation":
-        """Set training mode; the teacher stays in evaluation mode."""
-        super().train(mode)
-        if self._built:
-            self.teacher.eval()
-        return self
-
     def compute_loss(self, batch: ViewBatch) -> Output:
         """Compare the features of all views."""
         images = [views.crops.flatten(0, 1) for views in batch.views]
@@ -115,22 +108,6 @@ class Distillation(Pretraining):
             distance = DISTANCES[self.hp.criterion]
             cls_loss = distance(self.project_cls(own_cls.float()), cls.float())
             return cls_loss, distance(learnt, patches.float().movedim(1, -1)), own_cls.detach()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out the teacher, and save where it is."""
-        super().on_save_checkpoint(checkpoint)
-        leave_out(checkpoint, "teacher.")
-        checkpoint[DISTILLED_FROM] = self._reference
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the teacher, which has been read already.
-
-        Raises:
-            InputError: it is not the one that the run began with.
-        """
-        super().on_load_checkpoint(checkpoint)
-        check_same(self._reference, checkpoint[DISTILLED_FROM], "the teacher", "model.teacher")
-        put_back(checkpoint, "teacher.", self.teacher)
 
 
 def features(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:

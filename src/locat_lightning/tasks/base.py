@@ -107,44 +107,24 @@ class Task(LightningModule):
         return {"validation": figure}
 
     def result_pictures(self, data: Any) -> dict[str, Figure]:
-        """Draw what a validation found, when it has ended.
-
-        Args:
-            data: the data module that was measured on.
-
-        Returns:
-            Figures by name; none where the metrics say it all.
-        """
+        """Draw what a validation on `data` found, when it has ended: figures by name."""
         return {}
 
     def input_pictures(self, batch: Any, side: int) -> dict[str, Figure]:
-        """Draw what a training batch holds.
-
-        Args:
-            batch: the first one of the training, on the device.
-            side: shorter side of an image in the picture, in pixels.
-
-        Returns:
-            Figures by name; none where images are trained on much as they are.
-        """
+        """Draw what the first training batch holds, images `side` pixels wide: figures by name."""
         return {}
 
     def write_predictions(self, prediction: Any, data: Any, directory: Path) -> None:
-        """Write the predictions of a batch as files, or keep them for `finish_predictions`.
+        """Write what `predict_step` returned for a batch as files, or keep it for `finish_predictions`.
 
         Args:
-            prediction: what `predict_step` returned.
+            prediction: of the batch.
             data: the data module that the images come from.
             directory: where files go; it may not exist yet.
         """
 
     def finish_predictions(self, data: Any, directory: Path) -> str:
-        """Write what `write_predictions` kept, and return the closing line. All processes call it.
-
-        Args:
-            data: the data module that the images come from.
-            directory: where files go; it may not exist yet.
-        """
+        """Write what `write_predictions` kept, and return the closing line. All processes call it."""
         return ""
 
     def summary(self) -> str:

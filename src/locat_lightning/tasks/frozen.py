@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,24 +10,18 @@ from torch import Tensor, nn
 from locat_lightning.backbones.create import load_backbone, model_of
 from locat_lightning.backbones.weights import DECODER_OF, RANDOM, read_checkpoint
 from locat_lightning.errors import InputError
+from locat_lightning.nn.decoder import MlpDecoder
+from locat_lightning.tasks.base import Task
 
 
 class Found(NamedTuple):
-    """What weights hold for a segmentation.
-
-    Attributes:
-        backbone: with its weights.
-        name: timm's name of the backbone, or the source of its weights where that says it all.
-        arguments: of the backbone.
-        decoder: the weights of a decoder; {} if there is none.
-        reference: see `reference_to`; {} where checkpoints hold the backbone.
-    """
+    """What weights hold for a segmentation."""
 
     backbone: nn.Module
-    name: str
-    arguments: dict[str, Any]
-    decoder: dict[str, Tensor]
-    reference: dict[str, str]
+    name: str  # timm's, or the source of the weights where that says it all
+    arguments: dict[str, Any]  # of the backbone
+    decoder: dict[str, Tensor]  # its weights; {} without one
+    reference: dict[str, str]  # see `reference_to`; {} where checkpoints hold the backbone
 
 
 def read_weights(
@@ -58,7 +52,12 @@ def read_weights(
     decoder = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
     source, recorded = weights, (contents or {}).get(DECODER_OF)
     if recorded is not None:
-        source = _find(recorded["weights"], moved, decoder=weights)
+        source = moved or recorded["weights"]
+        if Path(source).is_absolute() and not Path(source).is_file():
+            raise InputError(
+                f"{weights} is a decoder for the backbone in {source}, which does not exist: set "
+                "model.backbone_weights to where it is now"
+            )
         contents = contents_of(source)
         name, arguments = model_of(source, name, arguments, contents)
     backbone = load_backbone(
@@ -66,11 +65,9 @@ def read_weights(
     )
     left_out = not saved and source != RANDOM
     reference = reference_to(source, backbone) if left_out or recorded is not None else {}
-    if recorded is not None and reference["digest"] != recorded["digest"]:
-        raise InputError(
-            f"the decoder in {weights} was trained on another backbone than {source} (the weights differ): "
-            "set model.backbone_weights to that one"
-        )
+    if recorded is not None:
+        learnt = f"the backbone that the decoder in {weights} was trained on"
+        check_same(reference, recorded, learnt, "model.backbone_weights")
     return Found(backbone, name or source, arguments, decoder, reference if left_out else {})
 
 
@@ -79,27 +76,21 @@ def contents_of(weights: str) -> dict[str, Any] | None:
     return read_checkpoint(weights) if Path(weights).is_file() else None
 
 
-def _find(recorded: str, moved: str | None, *, decoder: str) -> str:
-    """Return where the weights of a decoder's backbone are now."""
-    source = moved or recorded
-    if not Path(source).is_file():
-        if source != recorded:
-            raise InputError(f"model.backbone_weights: no such file: {Path(source).absolute()}")
-        if Path(source).is_absolute():
-            raise InputError(
-                f"{decoder} is a decoder for the backbone in {source}, which no longer exists: set "
-                "model.backbone_weights to where it is now"
-            )
-    return source
+def load_decoder(decoder: MlpDecoder, state: dict[str, Tensor]) -> str:
+    """Load a decoder's weights, or return why they do not fit."""
+    if not state:
+        return "it holds no decoder"
+    own, given = (
+        {name: list(value.shape) for name, value in each.items()} for each in (decoder.state_dict(), state)
+    )
+    if own != given:
+        return f"its decoder has other features or classes ({given} instead of {own})"
+    decoder.load_state_dict(state)
+    return ""
 
 
 def reference_to(source: str, network: nn.Module) -> dict[str, str]:
-    """Return what a checkpoint holds in place of a frozen network: where its weights are, and their digest.
-
-    Args:
-        source: where its weights come from (see --weights).
-        network: the network with these weights.
-    """
+    """Return what a checkpoint holds in place of a network: the source of its weights, and a digest."""
     where = str(Path(source).absolute()) if Path(source).is_file() else source
     return {"weights": where, "digest": _digest(network)}
 
@@ -114,35 +105,72 @@ def _digest(network: nn.Module) -> str:
 
 
 def check_same(own: dict[str, str], recorded: dict[str, str], what: str, option: str) -> None:
-    """Check that a resumed run has the frozen network that it began with.
+    """Check that two references are to the same weights.
 
     Args:
         own: reference to the network that was read now.
-        recorded: the reference in the run's checkpoint.
-        what: the network, for the message.
+        recorded: the reference in a checkpoint.
+        what: the network that is needed, for the message.
         option: the option that says where it is.
 
     Raises:
-        InputError: it is another one.
+        InputError: they are not.
     """
     if own["digest"] != recorded["digest"]:
         raise InputError(
-            f"{own['weights']} is not {what} that the run began with ({recorded['weights']}): pass that one "
-            f"as {option}"
+            f"{own['weights']} is not {what} ({recorded['weights']}, the weights differ): pass that one as "
+            f"{option}"
         )
 
 
-def leave_out(checkpoint: dict[str, Any], prefix: str) -> None:
-    """Remove the weights whose names begin with `prefix` from a checkpoint."""
-    for state in _states_in(checkpoint):
-        for name in [name for name in state if name.startswith(prefix)]:
-            del state[name]
+class FrozenNetwork(Task):
+    """A task with a network that may be frozen, and that checkpoints leave out where `_reference` is set.
 
+    Attributes:
+        frozen: name of the attribute that holds the network.
+        recorded_as: a checkpoint's key of the reference to it.
+        read_from: the option that says where its weights are.
+    """
 
-def put_back(checkpoint: dict[str, Any], prefix: str, network: nn.Module) -> None:
-    """Add the weights of a network to a checkpoint that was saved without them."""
-    for state in _states_in(checkpoint):
-        state |= {prefix + name: value for name, value in network.state_dict().items()}
+    frozen: ClassVar[str]
+    recorded_as: ClassVar[str]
+    read_from: ClassVar[str]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._reference: dict[str, str] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; a frozen network stays in evaluation mode."""
+        super().train(mode)
+        network = getattr(self, self.frozen, None)
+        if network is not None and not any(parameter.requires_grad for parameter in network.parameters()):
+            network.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out the network, and save where its weights are."""
+        super().on_save_checkpoint(checkpoint)
+        if self._reference:
+            for state in _states_in(checkpoint):
+                for name in [name for name in state if name.startswith(f"{self.frozen}.")]:
+                    del state[name]
+            checkpoint[self.recorded_as] = self._reference
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the network, which has been read already.
+
+        Raises:
+            InputError: it is not the one that the run began with.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if (recorded := checkpoint.get(self.recorded_as)) is None:
+            return
+        if self._reference:
+            check_same(self._reference, recorded, "the one that the run began with", self.read_from)
+        own = getattr(self, self.frozen).state_dict()
+        for state in _states_in(checkpoint):
+            state |= {f"{self.frozen}.{name}": value for name, value in own.items()}
 
 
 def _states_in(checkpoint: dict[str, Any]) -> list[dict[str, Tensor]]:

@@ -24,7 +24,7 @@ from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
-from locat_lightning.evaluation.features import frozen
+from locat_lightning.evaluation.features import frozen as in_evaluation
 from locat_lightning.evaluation.iou import IoU, MeanIoU
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
@@ -32,13 +32,13 @@ from locat_lightning.inspection import gaussian_kernels
 from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
-from locat_lightning.tasks.base import Task, announce_learning_rate
-from locat_lightning.tasks.frozen import check_same, leave_out, put_back, read_weights
+from locat_lightning.tasks.base import announce_learning_rate
+from locat_lightning.tasks.frozen import FrozenNetwork, load_decoder, read_weights
 from locat_lightning.tasks.prediction_files import file_names, write_classes
 from locat_lightning.tasks.windows import slide
 
 
-class Segmentation(Task):
+class Segmentation(FrozenNetwork):
     """Train a decoder to name the class of each pixel from the patch features of a backbone.
 
     The defaults are the protocol of "Locality-Attending Vision Transformer" (ICLR 2026): the backbone is
@@ -76,6 +76,7 @@ class Segmentation(Task):
     """
 
     iou: IoU | None = None
+    frozen, recorded_as, read_from = "backbone", DECODER_OF, "--weights"
 
     def __init__(
         self,
@@ -103,7 +104,6 @@ class Segmentation(Task):
             raise InputError(f"model.stride ({stride}) must be at most model.window ({window})")
         self.backbone_weights = backbone_weights
         self._resumed = False
-        self._reference: dict[str, str] = {}  # to the backbone that checkpoints leave out
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model.
@@ -157,7 +157,7 @@ class Segmentation(Task):
             raise InputError(f"segmentation takes from 2 to {IGNORE} classes, not {classes}")
         self.backbone, decoder = self._read_weights()
         self.decoder = MlpDecoder(_width(self.backbone), classes, self.hp.hidden_dim)
-        if (obstacle := _load(self.decoder, decoder)) and not self.trainer.training:
+        if (obstacle := load_decoder(self.decoder, decoder)) and not self.trainer.training:
             raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
         if decoder and self.trainer.training:
             rank_zero_info(f"{self.weights}: {obstacle or 'training begins with its decoder'}")
@@ -166,7 +166,7 @@ class Segmentation(Task):
             self._freeze_what_is_not_read()
         else:
             self.backbone.requires_grad_(False)
-        self.val_iou, self.test_iou = MeanIoU(classes), MeanIoU(classes)
+        self.counts = MeanIoU(classes)
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.parameters())
         rank_zero_info(f"{self.hp.backbone}: {whole:,} parameters with the decoder, {trained:,} are trained")
@@ -176,7 +176,7 @@ class Segmentation(Task):
         """Freeze what follows the features (norm, pooling): DDP would wait for its gradients."""
         side: int = self.trainer.datamodule.crop_size  # type: ignore[attr-defined]
         weight = next(self.backbone.parameters())
-        with frozen(self.backbone), torch.enable_grad():
+        with in_evaluation(self.backbone), torch.enable_grad():
             images = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
             patch_features(self.backbone, images).sum().backward()
         for parameter in self.backbone.parameters():
@@ -198,33 +198,6 @@ class Segmentation(Task):
         )
         hp.backbone, hp.backbone_args, self._reference = found.name, found.arguments, found.reference
         return found.backbone, found.decoder
-
-    def train(self, mode: bool = True) -> "Segmentation":
-        """Set training mode; a frozen backbone stays in evaluation mode."""
-        super().train(mode)
-        if hasattr(self, "backbone") and not self.hp.train_backbone:
-            self.backbone.eval()
-        return self
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out a frozen backbone, and save where it is."""
-        super().on_save_checkpoint(checkpoint)
-        if self._reference:
-            leave_out(checkpoint, "backbone.")
-            checkpoint[DECODER_OF] = self._reference
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the frozen backbone, which has been read already.
-
-        Raises:
-            InputError: it is not the one that the run began with.
-        """
-        super().on_load_checkpoint(checkpoint)
-        if (reference := checkpoint.get(DECODER_OF)) is None:
-            return
-        if self._reference:
-            check_same(self._reference, reference, "the backbone", "--weights")
-        put_back(checkpoint, "backbone.", self.backbone)
 
     def features(self, images: Tensor) -> Tensor:
         """Return patch features [B, D, h, w] of images [B, 3, H, W], padded to whole patches."""
@@ -252,10 +225,8 @@ class Segmentation(Task):
         """Return the cross-entropy of the annotated pixels, at their own resolution."""
         images, masks, _ = batch
         height, width = images.shape[-2:]
-        below, beside = (
-            p - s for p, s in zip(padded_size(self.backbone, (height, width)), (height, width), strict=True)
-        )
-        masks = F.pad(masks, (0, beside, 0, below), value=IGNORE)
+        padded_height, padded_width = padded_size(self.backbone, (height, width))
+        masks = F.pad(masks, (0, padded_width - width, 0, padded_height - height), value=IGNORE)
         loss = upsampled_cross_entropy(self.decoder(self.features(images)), masks)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -266,40 +237,35 @@ class Segmentation(Task):
 
     def validation_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
         """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
-        return self._evaluate(batch, self.val_iou)
-
-    def test_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
-        """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
-        return self._evaluate(batch, self.test_iou)
-
-    def _evaluate(self, batch: MaskBatch, iou: MeanIoU) -> Tensor:
         height, width = batch.masks.shape[-2:]
         predicted = self.predicted(batch.images, (height, width))
-        iou.update(predicted, batch.masks)
+        self.counts.update(predicted, batch.masks)
         return predicted
+
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log IoU from one confusion matrix over the whole set, of all processes."""
-        self._conclude("val", self.val_iou)
+        self._conclude("val")
 
     def on_test_epoch_end(self) -> None:
         """Log IoU from one confusion matrix over the whole set, of all processes."""
-        self._conclude("test", self.test_iou)
+        self._conclude("test")
 
-    def _conclude(self, split: str, metric: MeanIoU) -> None:
+    def _conclude(self, split: str) -> None:
+        iou = self.counts.compute()
+        self.counts.reset()
         if self.trainer.sanity_checking:
-            metric.reset()
             return
-        self.iou = metric.compute()
-        metric.reset()
+        self.iou = iou
         for name in IoU.SCALARS:
-            self.log(f"{split}/{name}", getattr(self.iou, name), prog_bar=name == "miou", sync_dist=True)
-        by_class = zip(self.class_names, self.iou.per_class.tolist(), strict=True)
+            self.log(f"{split}/{name}", getattr(iou, name), prog_bar=name == "miou", sync_dist=True)
+        by_class = zip(self.class_names, iou.per_class.tolist(), strict=True)
         shares = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
         for logger in self.trainer.loggers:
             logger.log_metrics(shares, step=max(0, self.global_step - 1))
         if self.trainer.state.fn != TrainerFn.FITTING:
-            rank_zero_info(f"{split}/miou {float(self.iou.miou):.4f} ({self.summary()})")
+            rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B], and classes [B, H, W] uint8 at the image's own size."""
@@ -380,16 +346,3 @@ def _width(backbone: Any) -> int:
         )
     channels: int = widths[-1]["num_chs"]
     return channels
-
-
-def _load(decoder: MlpDecoder, state: dict[str, Tensor]) -> str:
-    """Load the decoder's weights, or return why they do not fit."""
-    if not state:
-        return "it holds no decoder"
-    own, given = (
-        {name: list(value.shape) for name, value in each.items()} for each in (decoder.state_dict(), state)
-    )
-    if own != given:
-        return f"its decoder has other features or classes ({given} instead of {own})"
-    decoder.load_state_dict(state)
-    return ""
