@@ -104,6 +104,7 @@ class Segmentation(FrozenNetwork):
             raise InputError(f"model.stride ({stride}) must be at most model.window ({window})")
         self.backbone_weights = backbone_weights
         self._resumed = False
+        self._file_names: list[str] = []  # of the images that are predicted
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
         """Find mistakes that show without data or a model.
@@ -272,12 +273,9 @@ class Segmentation(FrozenNetwork):
         height, width = batch.masks.shape[-2:]
         return batch.indices, self.predicted(batch.images, (height, width)).byte()
 
-    def on_predict_start(self) -> None:
-        """Name a file for each image."""
-        self._file_names = file_names(self.trainer.datamodule.predict_paths)  # type: ignore[attr-defined]
-
     def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
         """Write the classes of each image as PNGs: their indices, and their colours over the image."""
+        self._file_names = self._file_names or file_names(data.predict_paths)
         colours = data.colours if len(data.colours) else distinct_colours(self.hp.num_classes)
         indices, maps = prediction
         for index, classes in zip(indices.tolist(), maps.cpu().numpy(), strict=True):
@@ -286,6 +284,7 @@ class Segmentation(FrozenNetwork):
 
     def finish_predictions(self, data: Any, directory: Path) -> str:
         """Return where the files are."""
+        self._file_names = []
         return f"predictions and overlays: {directory}"
 
     def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
