@@ -48,7 +48,7 @@ def test_a_compiled_backbone_keeps_its_names_and_figures(tmp_path, monkeypatch):
 
 def test_both_networks_of_self_distillation_are_compiled(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     module = small(compile=True)
     pretrain(module, [random_batch(2)])
     assert compiled == [module.student.backbone, module.teacher.backbone]
