@@ -9,8 +9,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.dense import padded
-from locat_lightning.evaluation.features import frozen
 from locat_lightning.nn import GaussianAugmentation, GaussianSelfAttention, gaussian_kernel
 
 OUTLIERS = 0.01  # share of the patches at either end of a principal component that saturates

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from locat_lightning.data.dataset import Failure
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import frozen
+from locat_lightning.evaluation.batches import frozen
 
 
 class Pictures(Callback):

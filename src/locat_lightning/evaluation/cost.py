@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from locat_lightning.evaluation.features import autocast, frozen
+from locat_lightning.evaluation.batches import frozen
+from locat_lightning.evaluation.features import autocast
 from locat_lightning.nn import GaussianAugmentation
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters of a model, and those of them that are GAug's."""
+    """Count the parameters of a model, and those of GAug among them."""
     gaugs = (module for module in model.modules() if isinstance(module, GaussianAugmentation))
     of_gaug = {id(p): p.numel() for gaug in gaugs for p in gaug.parameters()}
     return sum(p.numel() for p in model.parameters()), sum(of_gaug.values())
 
 
 def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    """Multiply-adds of a forward pass in matrix products, convolutions and attention.
+    """Count the multiply-adds of a forward pass in matrix products, convolutions and attention.
 
-    Half of the FLOPs of torch's counter, in the convention of the papers' tables. As in torch's counter,
-    neither norms nor what is elementwise is in it, GAug's kernel and softmax among that.
+    Half of the FLOPs of torch's counter, as in the papers' tables. As there, norms and elementwise operations
+    do not count, so GAug's kernel and softmax do not.
 
     Args:
         model: is in the same mode afterwards.
@@ -41,16 +42,16 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 
 def _baddbmm(to: Any, a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """FLOPs of a batched product [B, n, m] [B, m, p] that is added to what there is, from its shapes."""
+    """Return the FLOPs of a batched product [B, n, m] [B, m, p] that is added to a tensor, from its shapes."""
     batch, n, m = a
     return 2 * batch * n * m * b[-1]
 
 
 def activation_bytes(model: nn.Module, images: Tensor) -> int:
-    """Bytes that autograd keeps from a training forward pass for the backward pass, without the parameters.
+    """Count the bytes that autograd keeps for the backward pass, without the parameters.
 
     Args:
-        model: stays as it is.
+        model: is not changed.
         images: [B, C, height, width]; they count if they are kept.
     """
     model = deepcopy(model).train()
@@ -71,7 +72,7 @@ def activation_bytes(model: nn.Module, images: Tensor) -> int:
 def images_per_second(
     model: nn.Module, images: Tensor, *, seconds: float = 2.0, autocast_dtype: torch.dtype | None = None
 ) -> float:
-    """Images per second of the forward pass, from the median of repetitions.
+    """Measure images per second of the forward pass, from the median of repetitions.
 
     Args:
         model: on the device of the images; is in the same mode afterwards.

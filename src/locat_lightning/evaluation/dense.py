@@ -14,12 +14,11 @@ from locat_lightning.evaluation.features import autocast
 def patch_features(
     backbone: nn.Module, images: Tensor, *, autocast_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The patch tokens of the last block (for a hierarchical model, stage) as a map.
+    """Return the patch tokens of the last block (for a hierarchical model, stage) as a map.
 
-    They are taken before the final norm, and neither prefix tokens nor PRR have a part in them. Images whose
-    sides are no multiple of the patch are padded at right and bottom with zeros, the mean of normalised
-    images; the map covers the padded image, `padded_size`: what is upsampled from it has to be cut. An
-    autocast context around this call has no effect inside it.
+    They are taken before the final norm and PRR, without prefix tokens. Images are `padded` to a multiple of
+    the patch, and the map covers the padded image: what is upsampled from it has to be cut. An autocast
+    context around this call has no effect inside it.
 
     Args:
         backbone: any timm model with `forward_intermediates`.
@@ -53,22 +52,22 @@ def patch_features(
 
 
 def padded(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Pads images [B, 3, height, width] at right and bottom with zeros, to `padded_size`."""
+    """Pad images [B, 3, height, width] at right and bottom with zeros, their mean, to `padded_size`."""
     height, width = images.shape[-2:]
     size = padded_size(backbone, (height, width))
     return F.pad(images, (0, size[1] - width, 0, size[0] - height))
 
 
 def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
-    """The size of the image that the map of `patch_features` covers.
+    """Return the size of the image that the map of `patch_features` covers.
 
     Args:
         backbone: any timm model with `forward_intermediates`.
         size: (height, width) of the images, in pixels.
 
     Returns:
-        (height, width), each the next multiple of the patch; for a hierarchical model, of its last stage's.
-        The one size that a model takes stays as it is.
+        (height, width), each the next multiple of the patch (for a hierarchical model, of its last stage's).
+        The only size that a model takes stays as it is.
 
     Raises:
         InputError: `backbone` has no patch features.

@@ -1,51 +1,20 @@
 """Features of a frozen backbone: every image of a data set once, in its order, by any number of processes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
-from rich.progress import track
 from torch import Tensor, nn
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.gather import first_process, gather_rows
+from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen, measuring, tracked
+from locat_lightning.evaluation.gather import gather_rows
 
-
-class LabelledBatch(Protocol):
-    """A batch of images with their labels and their places in the data set."""
-
-    @property
-    def images(self) -> Tensor:
-        """[B, 3, H, W]."""
-
-    @property
-    def labels(self) -> Tensor:
-        """[B] int64; -1 is "no label"."""
-
-    @property
-    def indices(self) -> Tensor:
-        """[B] int64: positions in the data set."""
-
-
-# By the names that Lightning has for precision. Autocast also brings images and weights of one kind of half
-# precision ("bf16-true") together.
+# By Lightning's names. Autocast also serves weights in half precision ("bf16-true"), whatever type images have.
 AUTOCAST = {
     **dict.fromkeys(("32", "32-true", "None")),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), torch.bfloat16),
     **dict.fromkeys(("16", "16-mixed", "16-true"), torch.float16),
 }
-
-Batch_co = TypeVar("Batch_co", bound=LabelledBatch, covariant=True)
-
-
-class Batches(Protocol[Batch_co]):
-    """What is needed of a `DataLoader`: its length in batches, and the batches."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch_co]: ...
 
 
 class Features(NamedTuple):
@@ -56,13 +25,7 @@ class Features(NamedTuple):
 
 
 def autocast_type(precision: str | int | None) -> torch.dtype | None:
-    """The `autocast_dtype` below that serves one of Lightning's precisions.
-
-    Args:
-        precision: `bf16-mixed`, `16-mixed`, `bf16-true`, `16-true`, `32-true`, their short names, or None.
-
-    Returns:
-        The type of half precision; None for float32.
+    """Return the type of half precision of one of Lightning's precisions (or None); None for float32.
 
     Raises:
         InputError: features are not computed in that precision.
@@ -71,31 +34,21 @@ def autocast_type(precision: str | int | None) -> torch.dtype | None:
         return AUTOCAST[str(precision)]
     except KeyError:
         known = ", ".join(name for name in AUTOCAST if "-" in name)
-        raise InputError(f"precision {precision!r} is none that features are computed in: {known}") from None
+        raise InputError(
+            f"precision {precision!r} is not supported for features: use one of {known}"
+        ) from None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to `dtype`, or none at all, whatever there is around it."""
-    # Without the cache: weights cast in here under inference mode must not meet a training step around us.
+    """Autocast to `dtype`, or not at all for None, whatever is set around it."""
+    # Without the cache: weights cast here, in inference mode, must not reach a training step around it.
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
-
-
-@contextmanager
-def frozen(backbone: nn.Module) -> Iterator[None]:
-    """Put `backbone` in evaluation mode; afterwards every submodule has its own training flag again."""
-    training = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def image_features(
     backbone: nn.Module, images: Tensor, *, autocast_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """One vector per image: what a timm model hands to its classifier, or the output of any other module.
+    """Return a vector per image: the input of a timm model's classifier, or the output of any other module.
 
     For LocAt models that is PRR's [CLS]. An autocast context around this call has no effect inside it.
 
@@ -128,7 +81,7 @@ def image_features(
 def check_size(
     backbone: nn.Module, size: int, device: torch.device | str, *, advice: str, name: str = "the backbone"
 ) -> None:
-    """See that a backbone takes square images of a size, by a black one.
+    """Check that a backbone takes square images of a size, by a black one.
 
     Args:
         backbone: see `image_features`; already on `device`.
@@ -160,7 +113,7 @@ def extract_features(
 
     With `torch.distributed` initialised, each process brings its part of the data set and all get the whole;
     parts may differ in size or overlap (`DistributedSampler` repeats images). A training around this call is
-    not touched: training flags and the states of the random number generators are put back.
+    not touched.
 
     Args:
         backbone: see `image_features`; already on `device`.
@@ -177,9 +130,8 @@ def extract_features(
     """
     device = torch.device(device)
     features, labels, indices = [], [], []
-    show = progress and first_process()
-    with isolate_rng(), frozen(backbone), torch.inference_mode():
-        for batch in track(loader, "Extracting features", total=len(loader), disable=not show):
+    with measuring(backbone):
+        for batch in tracked(loader, "Extracting features", progress):
             images = batch.images.to(device, non_blocking=True)
             features.append(image_features(backbone, images, autocast_dtype=autocast_dtype).cpu())
             labels.append(batch.labels)

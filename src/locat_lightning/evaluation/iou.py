@@ -37,12 +37,11 @@ class IoU:
 class MeanIoU(Metric):
     """IoU of all pixels of a data set, as mmsegmentation defines it.
 
-    Not `torchmetrics.segmentation.MeanIoU`, which averages over images. Its `MulticlassConfusionMatrix`
-    counts the same, but takes a sort or copies of the annotated pixels at each update, with a wait for the
-    GPU, and with deterministic algorithms a table of C² entries for each pixel.
+    `torchmetrics.segmentation.MeanIoU` averages over images instead. Torchmetrics' `MulticlassConfusionMatrix`
+    counts the same, but sorts or copies the annotated pixels at each update and waits for the GPU.
 
-    Pixels are counted in int64, and processes are summed up: how images are spread over batches and
-    processes does not matter. An update does not make the host wait for the device.
+    Pixels are counted in int64 and summed over processes: how images are spread over batches and processes
+    does not matter.
 
     Args:
         num_classes: C, 1 to 255.
@@ -76,20 +75,12 @@ class MeanIoU(Metric):
         self.pixels += count_pixels(predictions, annotations, self.num_classes)
 
     def compute(self) -> IoU:
-        """IoU of all pixels counted so far.
-
-        Raises:
-            InputError: a pixel was annotated with, or predicted as, something that is none of the classes.
-        """
+        """Return the IoU of all pixels counted so far; see `iou`."""
         return iou(self.pixels)
 
 
 def check_classes(num_classes: int) -> None:
-    """See that annotations of 8 bits can tell so many classes apart.
-
-    Raises:
-        InputError: they cannot.
-    """
+    """Check that annotations of 8 bits can hold so many classes: `InputError` if not."""
     if not 1 <= num_classes <= IGNORE:
         raise InputError(
             f"{num_classes} classes: give 1 to {IGNORE} (a pixel annotated as {IGNORE} is ignored)"
@@ -126,10 +117,7 @@ def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> 
 
 
 def iou(pixels: Tensor) -> IoU:
-    """IoU and accuracies of counted pixels.
-
-    Args:
-        pixels: [C · C + 1], sum of what `count_pixels` gives for each image.
+    """Compute IoU and accuracies of pixels [C · C + 1], the sum of `count_pixels` over images.
 
     Raises:
         InputError: a pixel was annotated with, or predicted as, something that is none of the classes.

@@ -68,8 +68,8 @@ def knn_classify(
         )
     if temperature <= 0:
         raise InputError(f"k-NN temperature is {temperature}: give a positive number, DINO's is 0.07")
-    _check_labelled(train_features, train_labels, "training")
-    _check_labelled(test_features, test_labels, "test")
+    check_labelled(train_features, train_labels, "training")
+    check_labelled(test_features, test_labels, "test")
     size, device = len(train_features), train_features.device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
@@ -134,11 +134,11 @@ def nearest_neighbours(
 
 
 def inverse_norms(features: Tensor, role: str) -> Tensor:
-    """Factors that normalise features.
+    """Return factors that normalise features.
 
     Args:
         features: [N, D].
-        role: what the features are of, for the message.
+        role: what the features belong to, for the message.
 
     Returns:
         [N, 1] float32; a zero row stays zero.
@@ -159,7 +159,7 @@ def inverse_norms(features: Tensor, role: str) -> Tensor:
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Number of classes placed before the label's, as a stable descending sort of the scores places them.
+    """Count the classes that a stable descending sort of the scores places before the label.
 
     Args:
         scores: [..., C]. A label whose own score is NaN ranks C, behind all.
@@ -177,7 +177,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int, bank_chunk: int) -> Neighbours:
-    """Neighbours of one chunk of normalised queries [Q, D]; `scales` [N, 1] normalises the bank."""
+    """Find the neighbours of normalised queries [Q, D]; `scales` [N, 1] normalises the bank."""
     best = queries.new_full((len(queries), k), -torch.inf)
     best_index = torch.zeros_like(best, dtype=torch.int64)
     chunks = min(bank_chunk, len(bank))
@@ -206,7 +206,7 @@ def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int, bank_chunk: i
 
 @contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, TF32 or bfloat16 in float32 products, whatever is set for the training around us."""
+    """Compute products in full float32 (no autocast, TF32 or bfloat16), whatever a training around has set."""
     with torch.autocast(device.type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
             mkldnn: Any = torch.backends.mkldnn
@@ -228,7 +228,8 @@ def _full_float32(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(legacy)
 
 
-def _check_labelled(features: Tensor, labels: Tensor, split: str) -> None:
+def check_labelled(features: Tensor, labels: Tensor, split: str) -> None:
+    """Check that there are features, each with a label: `InputError` if not."""
     if len(features) == 0 or len(features) != len(labels):
         raise InputError(
             f"{len(features)} {split} features with {len(labels)} labels: give one or more, each labelled"

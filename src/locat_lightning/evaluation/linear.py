@@ -12,15 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import (
-    Batches,
-    LabelledBatch,
-    extract_features,
-    frozen,
-    image_features,
-)
+from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen
+from locat_lightning.evaluation.features import extract_features, image_features
 from locat_lightning.evaluation.gather import distributed, first_process
-from locat_lightning.evaluation.knn import label_ranks
+from locat_lightning.evaluation.knn import check_labelled, inverse_norms, label_ranks
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
@@ -156,33 +151,21 @@ def sweep_linear(
             class, or no learning rate or epoch.
     """
     device = train_features.device
-    for features, labels, split in (
-        (train_features, train_labels, "training"),
-        (val_features, val_labels, "validation"),
-    ):
-        if len(features) == 0 or len(features) != len(labels):
-            raise InputError(
-                f"{len(features)} {split} features with {len(labels)} labels: give one label for each image"
-            )
-        # A sum is finite only if its terms are, and takes no memory.
-        if features.ndim != 2 or not features.sum(dtype=torch.float64).isfinite():
-            raise InputError(
-                f"{split} features of shape {list(features.shape)} are not a table of finite numbers: "
-                "check the weights, or extract without mixed precision"
-            )
-    if train_features.shape[1] != val_features.shape[1]:
+    check_labelled(train_features, train_labels, "training")
+    check_labelled(val_features, val_labels, "validation")
+    if train_features.ndim != 2 or train_features.shape[1:] != val_features.shape[1:]:
         raise InputError(
-            f"training features have {train_features.shape[1]} dimensions, validation features "
-            f"{val_features.shape[1]}: extract both with the same backbone"
+            f"features of shape {list(train_features.shape)} and {list(val_features.shape)} cannot be "
+            "compared: extract both with the same backbone"
         )
+    inverse_norms(train_features, "training")  # for its check that they are finite
+    inverse_norms(val_features, "validation")
     if not learning_rates or epochs < 1 or batch_size < 1:
         raise InputError(
             f"a linear sweep with {len(learning_rates)} learning rates, {epochs} epochs and batches of "
             f"{batch_size} trains nothing: give at least one of each"
         )
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
-    _check_labels(train_labels, "training", num_classes)
-    _check_labels(val_labels, "validation", num_classes)
     if len(train_labels.unique()) < 2:
         raise InputError("all training images are of one class: a linear classifier needs two or more")
 
@@ -227,7 +210,7 @@ class _Heads:
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features [B, D] to logits [B, G, C]: one matrix product for all heads."""
+        """Map features [B, D] to logits [B, G, C]: one matrix product for all heads."""
         with torch.autocast(features.device.type, enabled=False):
             flat: Tensor = torch.addmm(self.bias.flatten(), features.float(), self.weight.flatten(0, 1).T)
         return flat.view(len(features), *self.bias.shape)
@@ -236,7 +219,7 @@ class _Heads:
     def step(
         self, features: Tensor, labels: Tensor, rates: Tensor, *, average_processes: bool = False
     ) -> None:
-        """One step of each head at its own learning rate, `rates` [G], on features [B, D] and labels [B]."""
+        """Take a step of each head at its own rate, `rates` [G], on features [B, D] and labels [B]."""
         residual = self.logits(features).softmax(-1)
         residual[torch.arange(len(labels), device=labels.device), :, labels] -= 1
         with torch.autocast(features.device.type, enabled=False):
@@ -254,7 +237,7 @@ class _Heads:
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> list[list[float]]:
-        """(top-1, top-5) of each head, as shares of the images."""
+        """Return (top-1, top-5) of each head, as shares of the images."""
         hits = torch.zeros(len(self.bias), 2, dtype=torch.int64, device=features.device)
         chunk = max(1, 2**24 // self.bias.numel())
         for part, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
@@ -269,7 +252,7 @@ class _Heads:
         features: Tensor,
         labels: Tensor,
     ) -> tuple[LinearResult, ...]:
-        """One result for each head, measured on features [M, D] and labels [M]."""
+        """Measure each head on features [M, D] and labels [M]."""
         accuracy = self.accuracy(features, labels)
         return tuple(
             LinearResult(rate, effective, top1, top5, _linear(weight, bias))

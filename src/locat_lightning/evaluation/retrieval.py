@@ -6,20 +6,18 @@ Source: "Towards In-context Scene Understanding" (Balažević et al., NeurIPS 20
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.seed import isolate_rng
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.batches import Batches, MaskedBatch, measuring, tracked
 from locat_lightning.evaluation.dense import padded_size, patch_features
-from locat_lightning.evaluation.features import frozen
-from locat_lightning.evaluation.gather import distributed, first_process, first_seen, gather_rows
+from locat_lightning.evaluation.gather import distributed, first_seen, gather_rows
 from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
 from locat_lightning.evaluation.knn import VOTES, Neighbours, inverse_norms, nearest_neighbours
 from locat_lightning.labels import IGNORE
@@ -27,34 +25,6 @@ from locat_lightning.nn.decoder import upsampled_argmax
 
 Search = Literal["auto", "torch", "faiss"]
 PATCHES = 2**32  # more than an image has: the key of a patch is image · PATCHES + patch
-
-
-class MaskedBatch(Protocol):
-    """A batch of images with a class for every pixel, and their places in the data set."""
-
-    @property
-    def images(self) -> Tensor:
-        """[B, 3, H, W], normalised."""
-
-    @property
-    def masks(self) -> Tensor:
-        """[B, H', W'] uint8; 255 is "no class"."""
-
-    @property
-    def indices(self) -> Tensor:
-        """[B] int64: positions in the data set."""
-
-
-class MaskedBatches(Protocol):
-    """What is needed of a `DataLoader`: its data set's and its own length, and the batches."""
-
-    @property
-    def dataset(self) -> Any:
-        """All images, of all processes: their number is its length."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[MaskedBatch]: ...
 
 
 class Memory(NamedTuple):
@@ -69,8 +39,8 @@ class Memory(NamedTuple):
 
 def segment_by_retrieval(
     backbone: nn.Module,
-    train_loader: MaskedBatches,
-    val_loader: MaskedBatches,
+    train_loader: Batches[MaskedBatch],
+    val_loader: Batches[MaskedBatch],
     device: torch.device | str,
     *,
     num_classes: int,
@@ -85,10 +55,9 @@ def segment_by_retrieval(
 ) -> IoU:
     """Measure how well patch features alone tell the classes of pixels: build a memory, then `retrieve`.
 
-    The scores of patches are upsampled bilinearly to the size of the annotation, and the class of the largest
-    is the prediction. With `torch.distributed` initialised, each process brings its part of both data sets,
-    an image that several bring counts once, and all get the whole result. A training around this call is not
-    touched.
+    Scores of patches are upsampled bilinearly to the size of the annotation; the largest is the prediction.
+    With `torch.distributed` initialised, each process brings its part of both data sets, an image that
+    several bring counts once, and all get the whole result. A training around this call is not touched.
 
     Args:
         backbone: see `dense.patch_features`; already on `device`.
@@ -124,9 +93,8 @@ def segment_by_retrieval(
     )
     memory = Memory(*(table.to(device) for table in memory))
     indices, counts = [], []
-    show = progress and first_process()
-    with isolate_rng(), frozen(backbone), torch.inference_mode():
-        for batch in track(val_loader, "Segmenting by retrieval", total=len(val_loader), disable=not show):
+    with measuring(backbone):
+        for batch in tracked(val_loader, "Segmenting by retrieval", progress):
             images = batch.images.to(device, non_blocking=True)
             features = patch_features(backbone, images, autocast_dtype=autocast_dtype)
             scores = retrieve(memory, features, neighbours=neighbours, temperature=temperature, search=search)
@@ -138,7 +106,7 @@ def segment_by_retrieval(
                 counts.append(count_pixels(predicted, annotated, num_classes).to_sparse().cpu())
             indices.append(batch.indices)
     with torch.inference_mode(False):
-        # Only now is it known which images other processes have, too.
+        # Which images other processes have, too, is known only now.
         mine = first_seen(torch.cat([torch.empty(0, dtype=torch.int64), *indices]), device)
         total = torch.zeros(num_classes**2 + 1, dtype=torch.int64)
         for of_image, first in zip(counts, mine.tolist(), strict=True):
@@ -156,7 +124,7 @@ def segment_by_retrieval(
 
 def build_memory(
     backbone: nn.Module,
-    loader: MaskedBatches,
+    loader: Batches[MaskedBatch],
     device: torch.device | str,
     *,
     num_classes: int,
@@ -201,9 +169,8 @@ def build_memory(
     device, images = torch.device(device), len(loader.dataset if places is None else places)
     # Keys, features and histograms of each batch, which say at last how large the memory is.
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    show = progress and first_process()
-    with isolate_rng(), frozen(backbone), torch.inference_mode():
-        for batch in track(loader, "Building the memory", total=len(loader), disable=not show):
+    with measuring(backbone):
+        for batch in tracked(loader, "Building the memory", progress):
             maps = patch_features(backbone, batch.images.to(device), autocast_dtype=autocast_dtype)
             histograms = _histograms(backbone, batch, maps, num_classes)
             rows, keys = [], []
@@ -279,15 +246,11 @@ def retrieve(
 
 
 def check_search(neighbours: int, temperature: float, search: Search) -> None:
-    """See that `retrieve` can work with these settings.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Check the settings of `retrieve`: `InputError` if it cannot work with them."""
     if neighbours < 1 or temperature <= 0:
         raise InputError(
-            f"retrieval from {neighbours} neighbours at temperature {temperature}: both have to be positive, "
-            "as Hummingbird's 30 and 0.02"
+            f"retrieval from {neighbours} neighbours at temperature {temperature}: both must be positive, like "
+            "Hummingbird's 30 and 0.02"
         )
     if search == "faiss" and find_spec("faiss") is None:
         raise InputError(
@@ -349,7 +312,7 @@ def sample_patches(histograms: Tensor, number: int | None, seed: tuple[int, ...]
 
 
 def _histograms(backbone: nn.Module, batch: MaskedBatch, maps: Tensor, num_classes: int) -> Tensor:
-    """Histograms [B, H · W, C] of the patches that `maps` [B, D, H, W] has features of, on the CPU."""
+    """Return histograms [B, H · W, C] of the patches of `maps` [B, D, H, W], on the CPU."""
     (height, width), (mask_height, mask_width) = batch.images.shape[2:], batch.masks.shape[1:]
     if (mask_height, mask_width) != (height, width):
         raise InputError(
@@ -363,7 +326,7 @@ def _histograms(backbone: nn.Module, batch: MaskedBatch, maps: Tensor, num_class
 
 
 def _faiss_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]:
-    """What `nearest_neighbours` gives, by faiss's exact search of inner products; `bank` is normalised."""
+    """Do what `nearest_neighbours` does by faiss's exact search; `bank` is normalised."""
     import faiss
 
     queries = queries * inverse_norms(queries, "query")

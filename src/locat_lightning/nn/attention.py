@@ -47,17 +47,7 @@ def gaussian_attention(
 
     S has to exist as a whole under `torch.compile`, `torch.export` and `torch.jit.trace`, with dropout or a
     bias, and for kernels that are not a product of two factors. Everything else is `chunked_attention`.
-
-    Args:
-        q: Queries [B, h, N, d].
-        k: Keys [B, h, N, d].
-        v: Values [B, h, N, d].
-        gaussians: Kernels of the queries, or S itself.
-        bias: As for `gaussian_augmented_attention`.
-        dropout: Probability of dropping an attention weight.
-
-    Returns:
-        [B, h, N, d] in the type of v.
+    `gaussians` are the kernels of the queries, or S itself; the result has the type of v.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
     if isinstance(gaussians, Gaussians):

@@ -29,19 +29,10 @@ from locat_lightning.nn.gaussian import Gaussians, distances, factors
 
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians) -> Tensor:
-    """Compute `gaussian_augmented_attention` for kernels that are a product of two factors.
+    """Compute `gaussian_augmented_attention` [B, h, N, d] for kernels without `cross`; B is at least 1.
 
     The attention weights P are kept for the backward pass only on a CPU, in float32 and for at most 4 d
     patches: they are then about as large as q, k, v and the output together.
-
-    Args:
-        q: Queries [B, h, N, d], B at least 1.
-        k: Keys [B, h, N, d].
-        v: Values [B, h, N, d].
-        gaussians: Kernels of the queries, without `cross`.
-
-    Returns:
-        [B, h, N, d].
     """
     slope, alpha, grid, cap, _ = gaussians
     out: Tensor = _ChunkedAttention.apply(q, k, v, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap)
@@ -49,19 +40,11 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians) -> 
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """`chunked_attention` with slope [2, B·h, N] and alpha [B·h, N]."""
+    """`chunked_attention` of q, k, v, slope [2, B·h, N], alpha [B·h, N], grid and cap."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slope: Tensor,
-        alpha: Tensor,
-        grid: tuple[int, int],
-        cap: int,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        q, k, v, slope, alpha, grid, cap = inputs
         if _is_short(q, alpha, grid):
             q, k, v = (t.contiguous() for t in (q, k, v))
             *squares, y, x = _of_tokens(slope, grid, cap)
@@ -89,16 +72,8 @@ class _ChunkedAttention(torch.autograd.Function):
         scale = q.shape[-1] ** -0.5
         alpha_y = y * alpha.unsqueeze(-2)
         sum_x, t_x = torch.empty_like(y), torch.empty_like(x)
-        by_query = (
-            q.mT,
-            alpha_y.unsqueeze(2),
-            x.unsqueeze(1),
-            grad.mT,
-            grad_q.mT,
-            sum_x,
-            t_x,
-            *kept,
-        )
+        factors_ = alpha_y.unsqueeze(2), x.unsqueeze(1)
+        by_query = (q.mT, *factors_, grad.mT, grad_q.mT, sum_x, t_x, *kept)
         size = _chunk_size(q)
         rooms = [y.new_empty(math.prod(size) * q.shape[1]) for _ in range(2)]
         for first, q_, alpha_y_, x_, d_out, d_q, sum_x_, t_x_, *p_, k_, v_, d_k, d_v in _chunks(

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from locat_lightning.labels import IGNORE
 
-CLASSES_AT_ONCE = 16  # whose logits exist at full resolution while the largest is sought
-LOGITS_AT_ONCE = 2**24  # at full resolution while the loss is computed, but at least those of one image
+CLASSES_AT_ONCE = 16  # upsampled at a time by `upsampled_argmax`
+LOGITS_AT_ONCE = 2**24  # upsampled at a time by the loss, but at least those of one image
 
 
 class MlpDecoder(nn.Sequential):
@@ -23,8 +23,8 @@ class MlpDecoder(nn.Sequential):
 
     Args:
         features: Width D of the patch features.
-        classes: How many classes there are.
-        hidden: Width in between.
+        classes: Number of classes.
+        hidden: Width of the hidden layer.
     """
 
     def __init__(self, features: int, classes: int, hidden: int = 512) -> None:
@@ -37,10 +37,10 @@ class MlpDecoder(nn.Sequential):
 
 
 def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Mean cross-entropy of the annotated pixels, with logits upsampled bilinearly to the masks' size.
+    """Return the mean cross-entropy of annotated pixels, with logits upsampled bilinearly to the masks' size.
 
-    The same as `interpolate` and `cross_entropy`, but only one image (or a few small ones) has logits of full
-    size at a time: their gradient at the small size is known as soon as their loss is.
+    The same as `interpolate` and `cross_entropy`, but logits of full size exist for one image (or a few small
+    ones) at a time: their gradient at the small size is computed together with their loss.
 
     Args:
         logits: [B, C, h, w].
@@ -82,19 +82,19 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # Cast at last: half precision takes these numbers only when the loss has been scaled up.
+        # Cast last: half precision holds these numbers only after the loss has been scaled up.
         return (ctx.saved_tensors[0] * grad).to(ctx.dtype), None
 
 
 def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The likeliest class of each pixel, with logits upsampled bilinearly, a few classes at a time.
+    """Return the likeliest class of each pixel, with logits upsampled bilinearly, a few classes at a time.
 
     Args:
         logits: [B, C, h, w].
         size: (H, W) of the result.
 
     Returns:
-        [B, H, W] int64; of several equal logits the first class.
+        [B, H, W] int64; the first of classes with equal logits.
     """
     best: Tensor | None = None
     for start in range(0, logits.shape[1], CLASSES_AT_ONCE):
