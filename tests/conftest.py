@@ -4,13 +4,14 @@ import contextlib
 import os
 import shutil
 import socket
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import multiprocessing
+from torch.multiprocessing import start_processes
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that a test runs as processes of their own
 
@@ -95,13 +96,17 @@ def one_of_two(rank, port, function, arguments):
 
 @pytest.fixture(scope="session")
 def two_processes():
-    """Calls `function(rank, *arguments)` in two processes, which are those of a trainer with two devices."""
+    """Calls `function(rank, *arguments)` in two processes, which are those of a trainer with two devices.
+
+    They are forked from a server that imports the libraries once for all tests.
+    """
+    set_forkserver_preload(["lightning.pytorch", "locat_lightning.tasks", "locat_lightning.methods"])
 
     def run(function, *arguments):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        multiprocessing.spawn(one_of_two, (port, function, arguments), nprocs=2)
+        start_processes(one_of_two, (port, function, arguments), nprocs=2, start_method="forkserver")
 
     return run
 

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -150,8 +149,8 @@ def probe(places, labelled, batch_size):
     )  # fmt: skip
 
 
-def process(rank, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def process(rank, out):
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         unequal = [[8, 0, 5, 2, 3, 3, 1], [4, 7, 6]][rank]
         one_empty = [[], [2, 0, 1]][rank]
@@ -167,8 +166,8 @@ def process(rank, store, out):
         dist.destroy_process_group()
 
 
-def test_two_processes_with_unequal_parts_both_get_the_whole(tmp_path):
-    mp.spawn(process, (tmp_path / "store", tmp_path / "out"), nprocs=2)
+def test_two_processes_with_unequal_parts_both_get_the_whole(two_processes, tmp_path):
+    two_processes(process, tmp_path / "out")
     alone = probe(range(8), range(7), 4)
     for rank in range(2):
         first, second, top1, weight = torch.load(tmp_path / f"out{rank}")

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -255,8 +254,8 @@ def test_the_training_around_it_is_untouched():
     assert not result.per_class.is_inference()
 
 
-def process(rank, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def process(rank, out):
+    dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         train = Scenes(5, places=[[4, 0, 1], [2, 1, 3, 3]][rank])
         nothing_here = Scenes(5, places=[[], [0, 1, 2, 3, 4]][rank])
@@ -271,8 +270,8 @@ def process(rank, store, out):
         dist.destroy_process_group()
 
 
-def test_two_processes_with_unequal_parts_both_get_the_whole(tmp_path):
-    mp.spawn(process, (tmp_path / "store", tmp_path / "out"), nprocs=2)
+def test_two_processes_with_unequal_parts_both_get_the_whole(two_processes, tmp_path):
+    two_processes(process, tmp_path / "out")
     alone = [
         list(remembered(Scenes(5), memory_size=20)),
         list(remembered(Scenes(5))),

@@ -42,7 +42,7 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 
 def _baddbmm(to: Any, a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Return the FLOPs of a batched product [B, n, m] [B, m, p] that is added to a tensor, from its shapes."""
+    """Return the FLOPs of adding a batched product [B, n, m] [B, m, p] to a tensor, from its shapes."""
     batch, n, m = a
     return 2 * batch * n * m * b[-1]
 

@@ -9,7 +9,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen, measuring, tracked
 from locat_lightning.evaluation.gather import gather_rows
 
-# By Lightning's names. Autocast also serves weights in half precision ("bf16-true"), whatever type images have.
+# By Lightning's names. Autocast also serves weights in half precision ("bf16-true") with images in float32.
 AUTOCAST = {
     **dict.fromkeys(("32", "32-true", "None")),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), torch.bfloat16),

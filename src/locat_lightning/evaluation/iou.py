@@ -37,8 +37,8 @@ class IoU:
 class MeanIoU(Metric):
     """IoU of all pixels of a data set, as mmsegmentation defines it.
 
-    `torchmetrics.segmentation.MeanIoU` averages over images instead. Torchmetrics' `MulticlassConfusionMatrix`
-    counts the same, but sorts or copies the annotated pixels at each update and waits for the GPU.
+    `torchmetrics.segmentation.MeanIoU` averages over images instead. `MulticlassConfusionMatrix` of
+    torchmetrics counts the same, but sorts or copies annotated pixels at each update, waiting for the GPU.
 
     Pixels are counted in int64 and summed over processes: how images are spread over batches and processes
     does not matter.

@@ -206,7 +206,7 @@ def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int, bank_chunk: i
 
 @contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """Compute products in full float32 (no autocast, TF32 or bfloat16), whatever a training around has set."""
+    """Compute products in full float32 (no autocast, TF32 or bfloat16), whatever else is set."""
     with torch.autocast(device.type, enabled=False):
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
             mkldnn: Any = torch.backends.mkldnn

@@ -249,8 +249,8 @@ def check_search(neighbours: int, temperature: float, search: Search) -> None:
     """Check the settings of `retrieve`: `InputError` if it cannot work with them."""
     if neighbours < 1 or temperature <= 0:
         raise InputError(
-            f"retrieval from {neighbours} neighbours at temperature {temperature}: both must be positive, like "
-            "Hummingbird's 30 and 0.02"
+            f"retrieval from {neighbours} neighbours at temperature {temperature}: both must be "
+            "positive, like Hummingbird's 30 and 0.02"
         )
     if search == "faiss" and find_spec("faiss") is None:
         raise InputError(
