@@ -23,8 +23,8 @@ from locat_lightning.backbones.weights import DECODER_OF, RANDOM, check_source
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.batches import frozen as in_evaluation
+from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.iou import IoU, MeanIoU
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
