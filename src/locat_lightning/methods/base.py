@@ -81,7 +81,7 @@ class Pretraining(Task):
         super().__init__(**options)
         self._built = False
         self._losses: list[tuple[int, Tensor]] = []  # not yet known to be finite, with their steps
-        self._accumulated: list[dict[str, Tensor]] = []  # scalars of the batches of this step so far
+        self._accumulated: list[Tensor] = []  # scalars of the batches of this step so far
 
     def build(self, make_backbone: Callable[[], nn.Module]) -> None:
         """Build the networks as attributes, so that `backbone` is one of them.
@@ -181,13 +181,14 @@ class Pretraining(Task):
         super().on_fit_start()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         sizes = getattr(getattr(data, "views", None), "sizes", ())
-        for network in self.networks().values():
+        for part, network in self.networks().items():
+            name = self.hp.get(part) or self.hp.backbone  # a teacher that is an option has a name of its own
             for option, size in zip(("global_size", "local_size"), dict.fromkeys(sizes), strict=False):
                 advice = (
                     f"set data.views.{option} to one that it takes, or choose a model that takes any, as "
                     "vit_… and locatvit_… do"
                 )
-                check_size(network, size, self.device, advice=advice, name=self.hp.backbone)
+                check_size(network, size, self.device, advice=advice, name=name)
 
     def training_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
         """Return the method's loss, and log it with its scalars and signs of collapse.
@@ -200,15 +201,13 @@ class Pretraining(Task):
         self._losses.append((self.global_step, loss))
         if self._has_to_look(batch_idx):
             self._stop_unless_finite()
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:  # where it is written: a GPU waits
+        if self.is_logged(self.global_step + 1):  # where it is written: a GPU waits
             self.log("train/effective_rank", effective_rank(output.features))
         spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
         scalars = {"loss": loss, "feature_std": spread, **output.scalars}
-        self._accumulated.append({k: v for k, v in scalars.items() if isinstance(v, Tensor)})
-        means = {
-            k: torch.stack([each[k] for each in self._accumulated]).mean(0) for k in self._accumulated[0]
-        }
+        tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+        self._accumulated.append(torch.stack(list(tensors.values())))
+        means = dict(zip(tensors, torch.stack(self._accumulated).mean(0).unbind(), strict=True))
         for name, value in (scalars | means).items():
             self.log(f"train/{name}", value, prog_bar=name == "loss")
         return output.loss
@@ -217,10 +216,10 @@ class Pretraining(Task):
         """Draw the views of the first images of a batch."""
         return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
 
-    def is_logged(self, batch_idx: int) -> bool:
-        """Return whether a batch is one of those, `log_every_n_steps` apart, for which a GPU may wait."""
+    def is_logged(self, number: int) -> bool:
+        """Return whether a batch or step is one of every `log_every_n_steps`, for which a GPU may wait."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and batch_idx % every == 0
+        return every > 0 and number % every == 0
 
     def configure_gradient_clipping(
         self,
