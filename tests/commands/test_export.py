@@ -141,6 +141,7 @@ def test_a_state_dict_and_a_folder_of_the_hub():
     exported = export("a.pth", "--backbone", "vit_tiny_patch16_224", "--backbone_args", json.dumps(SIZES))
     assert torch.equal(exported(IMAGES), model(IMAGES))
     assert torch.equal(export("local-dir:out", to="again")(IMAGES), model(IMAGES))
+    assert torch.equal(export("again", to="once_more")(IMAGES), model(IMAGES))
     assert "Recipe" not in Path("out/README.md").read_text()
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 
 from locat_lightning.callbacks.checkpoints import CheckpointFiles, Checkpoints
+from locat_lightning.commands.fit import main
 
 IMAGES, BATCH, EPOCHS = 22, 2, 3
 BATCHES = IMAGES // BATCH
@@ -58,10 +59,10 @@ def options(tmp_path_factory):
     ]
 
 
-def locat(folder, *arguments, kill_at=""):
-    """`locat` in a process of its own, in a folder."""
+def killed_at(folder, *arguments, place):
+    """`locat fit` in a process of its own, in a folder, until it is killed."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    own = {"OMP_NUM_THREADS": "1", "TEST_KILL_AT": kill_at, "PYTHONPATH": path}
+    own = {"OMP_NUM_THREADS": "1", "TEST_KILL_AT": place, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, "-m", "locat", "fit", *arguments],
         cwd=folder,
@@ -96,21 +97,22 @@ def differences(a, b, at=""):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(options, tmp_path):
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(options, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    done = locat(whole, *options)
-    assert done.returncode == 0, done.stdout
+    monkeypatch.chdir(whole)
+    main(["fit", *options])
 
-    dead = locat(killed, *options, kill_at=f"{KILLED[0]},{KILLED[1]}")
+    dead = killed_at(killed, *options, place=f"{KILLED[0]},{KILLED[1]}")
     assert dead.returncode == -signal.SIGKILL, dead.stdout
     assert torch.load(last(killed), weights_only=True)["global_step"] == BEFORE
     begun = KILLED[0] * BATCHES + KILLED[1] + 1
     assert batches(killed) == batches(whole)[:begun]
 
-    done = locat(killed, *options, "--ckpt_path", "last")
-    assert done.returncode == 0, done.stdout
+    monkeypatch.chdir(killed)
+    main(["fit", *options, "--ckpt_path", "last"])
     assert [path.name for path in last(killed).parents[2].iterdir()] == ["version_0"]
     assert batches(killed)[begun:] == batches(whole)[BEFORE:]
     assert len(set(batches(killed))) == len(batches(whole)) == EPOCHS * BATCHES

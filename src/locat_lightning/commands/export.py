@@ -23,6 +23,7 @@ from locat_lightning.commands.parsing import (
     check_weights,
     command_parser,
     errors_in_a_line,
+    local_dir,
     parse,
     record_of_run,
 )
@@ -83,6 +84,7 @@ def _export(arguments: list[str]) -> None:
     parser = _parser()
     config = parse(parser, arguments)
     check_weights(config.weights)
+    config.weights = local_dir(config.weights)
     check_format(config.format)
     to = Path(config.to)
     _check_target(to, config.overwrite)
