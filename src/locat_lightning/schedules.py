@@ -4,7 +4,7 @@ import math
 
 
 def linear_rule(base_lr: float, global_batch: int, reference_batch: int) -> float:
-    """The learning rate for a global batch, proportional to it: base_lr at `reference_batch` images a step.
+    """Return a learning rate proportional to the batch: `base_lr` at `reference_batch` images a step.
 
     Source: Goyal et al., "Accurate, Large Minibatch SGD" (2017).
     """
@@ -12,9 +12,9 @@ def linear_rule(base_lr: float, global_batch: int, reference_batch: int) -> floa
 
 
 def warmup_then_linear(step: int, *, steps: int, warmup: int, peak: float, start: float, end: float) -> float:
-    """The paper's supervised schedule: from `start` up to `peak` in `warmup` steps, then down to `end`.
+    """Return a value of the paper's supervised schedule: linear from `start` to `peak`, then to `end`.
 
-    Both parts are linear. `peak` is the value of step `warmup`, `end` that of the last step, `steps` − 1.
+    Step `warmup` has the value `peak`, the last step, `steps` - 1, the value `end`.
     """
     if step < warmup:
         return start + (peak - start) * step / warmup
@@ -24,9 +24,9 @@ def warmup_then_linear(step: int, *, steps: int, warmup: int, peak: float, start
 def one_cycle(
     step: int, *, steps: int, peak: float, up: float = 0.25, div: float = 1e4, final_div: float = 1e4
 ) -> float:
-    """One cycle of two lines: from `peak` / `div` up to `peak`, then down to `peak` / (`div` · `final_div`).
+    """Return a value of one cycle: linear from `peak` / `div` to `peak`, then to `peak` / `div` / `final_div`.
 
-    The ascent takes the share `up` of all steps, and the last step has the last value.
+    The ascent takes the share `up` of all steps; the last step has the last value.
 
     Source: `torch.optim.lr_scheduler.OneCycleLR`, `anneal_strategy="linear"`, without its cycle of momentum.
     """
@@ -38,12 +38,12 @@ def one_cycle(
 
 
 def cosine(step: int, *, steps: int, start: float, end: float) -> float:
-    """Half a cosine from `start` at step 0 towards `end`, which step `steps` would have."""
+    """Return a value of half a cosine from `start` at step 0 towards `end`, which step `steps` would have."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def warmup_then_cosine(step: int, *, steps: int, warmup: int, peak: float, end: float) -> float:
-    """DINO's schedule: linear from 0 up to `peak` in `warmup` steps, then half a cosine towards `end`.
+    """Return a value of DINO's schedule: linear from 0 to `peak`, then half a cosine towards `end`.
 
     The last step of the warm-up and the first after it both have the peak.
 
@@ -55,5 +55,5 @@ def warmup_then_cosine(step: int, *, steps: int, warmup: int, peak: float, end: 
 
 
 def linear_warmup(epoch: int, *, warmup: int, start: float, end: float) -> float:
-    """From `start` in epoch 0 to `end` in epoch `warmup` - 1, in equal steps; `end` from then on."""
+    """Return a value from `start` in epoch 0 to `end` in epoch `warmup` - 1, in equal steps, then `end`."""
     return start + (end - start) * epoch / (warmup - 1) if epoch < warmup - 1 else end

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError
@@ -114,6 +114,19 @@ def test_a_given_rate_is_taken(tmp_path):
     module = task(lr=0.25)
     fit(tmp_path, module, max_epochs=1)
     assert module.rates[0] == 0.25
+
+
+def test_plain_loaders_of_tuples_will_do(tmp_path):
+    images, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 6
+    loader = DataLoader(TensorDataset(images, labels), batch_size=6)
+    module = task(num_classes=6)
+    run = trainer(tmp_path)
+    run.fit(module, loader, loader)
+    assert module.rates[0] == pytest.approx(5e-4 * 6 / 512)
+    assert 0 <= run.callback_metrics["val/top1"] <= 1
+    with pytest.raises(InputError, match="how large a batch is: give the data module a batch_size"):
+        unknown = DataLoader(Batches().items, batch_size=None)
+        trainer(tmp_path).fit(task(num_classes=6), unknown, unknown)
 
 
 @pytest.mark.parametrize(("clip", "clipped"), [(None, False), (1e-3, True)])

@@ -189,9 +189,18 @@ class Task(LightningModule):
         return list(getattr(getattr(self._trainer, "datamodule", None), "class_names", ()))
 
     def global_batch_size(self) -> int:
-        """Return the images per optimizer step, over all processes and accumulated batches."""
-        images: int = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        return images * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        """Return the images per optimizer step, over all processes and accumulated batches.
+
+        Raises:
+            InputError: neither the data module nor its loader has a `batch_size`.
+        """
+        trainer: Any = self.trainer
+        trainer.fit_loop.setup_data()  # makes the loader
+        sources = (trainer.datamodule, trainer.train_dataloader)
+        images = next((size for each in sources if (size := getattr(each, "batch_size", None))), None)
+        if images is None:
+            raise InputError("the data do not say how large a batch is: give the data module a batch_size")
+        return int(images * trainer.world_size * trainer.accumulate_grad_batches)
 
     def optimizer_steps(self) -> int:
         """Return the optimizer steps of the whole run."""
@@ -232,7 +241,7 @@ class Task(LightningModule):
                 try:
                     network.set_grad_checkpointing()  # type: ignore[operator]
                 except (AssertionError, AttributeError) as error:
-                    raise InputError(f"model.checkpoint_blocks: {self.hp.backbone} {error}") from error
+                    raise InputError(f"model.checkpoint_blocks: {self.hp.backbone}: {error}") from error
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed drop path and mixup by seed, epoch and batch: a resumed run draws the same numbers."""
