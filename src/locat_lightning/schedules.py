@@ -24,7 +24,7 @@ def warmup_then_linear(step: int, *, steps: int, warmup: int, peak: float, start
 def one_cycle(
     step: int, *, steps: int, peak: float, up: float = 0.25, div: float = 1e4, final_div: float = 1e4
 ) -> float:
-    """Return a value of one cycle: linear from `peak` / `div` to `peak`, then to `peak` / `div` / `final_div`.
+    """Return a value of one cycle: linear from `peak` / `div` to `peak`, to `peak` / `div` / `final_div`.
 
     The ascent takes the share `up` of all steps; the last step has the last value.
 

@@ -124,8 +124,8 @@ def test_plain_loaders_of_tuples_will_do(tmp_path):
     run.fit(module, loader, loader)
     assert module.rates[0] == pytest.approx(5e-4 * 6 / 512)
     assert 0 <= run.callback_metrics["val/top1"] <= 1
+    unknown = DataLoader(Batches().items, batch_size=None)
     with pytest.raises(InputError, match="how large a batch is: give the data module a batch_size"):
-        unknown = DataLoader(Batches().items, batch_size=None)
         trainer(tmp_path).fit(task(num_classes=6), unknown, unknown)
 
 
