@@ -15,3 +15,8 @@ def near(name: str, known: Iterable[str], n: int = 3) -> str:
     """Return the end of a message that suggests up to `n` similar names; empty if there are none."""
     found = get_close_matches(name, known, n)
     return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return an exception's message without line breaks; its type if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

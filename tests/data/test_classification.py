@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
@@ -258,8 +259,12 @@ def test_a_trainer_goes_through_every_image_in_each_epoch_in_another_order(root,
 @with_a_trainer
 def test_a_trainer_predicts_each_image_once_and_skips_what_it_cannot_read(root, trainer, caplog):
     (root / "val" / "cat" / "1.jpg").write_bytes(b"nothing like a picture")
-    predicted = trainer.predict(Recorder(), data(root, max_unreadable=1))
+    images = data(root)
+    predicted = trainer.predict(Recorder(), images)
     assert torch.cat(predicted).tolist() == [0, 1, 2, 4]
+    assert "1 image could not be read and was skipped (1 in all):" in caplog.text
+    with pytest.raises(InputError, match=r"cannot read image .*1\.jpg"):
+        list(images.val_dataloader())
     assert f"{root}/val/cat/1.jpg: not an image, or of an unknown format" in caplog.text
 
 
@@ -348,13 +353,34 @@ def test_an_augmentation_that_timm_does_not_know(root):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "data.batch_size (0) must be at least 1"),
-        ({"num_workers": -1}, "data.num_workers (-1) must be at least 0"),
         ({"crop_pct": 1.5}, "data.crop_pct (1.5) must be above 0 and at most 1"),
+        ({"scale": (2, 0.1)}, "data.scale (2, 0.1) must be two numbers, 0 < low <= high <= 1"),
+        ({"ratio": (2, 0.5)}, "data.ratio (2, 0.5) must be two numbers, 0 < low <= high"),
+        ({"std": (1, 0, 1)}, "data.std (1, 0, 1) must be three numbers above 0"),
     ],
 )
 def test_arguments_out_of_range(root, options, message):
     assert error_of(root=root, **options) == message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("batch_size=0", "num_workers=-1", "img_size=0", "classes=0", "max_unreadable=-1", "seed=-1"),
+        *("hflip=3", "random_erasing=-1", "color_jitter=-1", "eval_interpolation=random", "batchsize=1"),
+    ],
+)
+def test_the_parser_checks_the_options(option, parsed):
+    with pytest.raises(ArgumentError, match=option.partition("=")[0]):
+        parsed(ImageData, f"--data.{option}")
+
+
+def test_all_arguments_are_options_and_kept(parsed):
+    options = {"root": "here", "img_size": 32, "hflip": 0.1, "batch_size": 3, "crop_pct": 1.0, "seed": 5}
+    made = parsed(ImageData, *[f"--data.{name}={value}" for name, value in options.items()])
+    assert options.items() <= made.hparams.items()
+    assert made.hparams.keys() == ImageData(**options).hparams.keys()
+    assert len(made.hparams) == 20
 
 
 @pytest.mark.parametrize(

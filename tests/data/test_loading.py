@@ -20,7 +20,7 @@ from locat_lightning.data.dataset import Failure, Images
 from locat_lightning.data.decoding import read_image, to_rgb
 from locat_lightning.data.loading import ImageLoader, UnreadableImages
 from locat_lightning.data.sampling import EvaluationOrder, TrainOrder
-from locat_lightning.data.workers import _leave_the_end_to_the_run
+from locat_lightning.data.workers import end_with_the_run
 from locat_lightning.errors import InputError
 
 
@@ -306,7 +306,7 @@ def test_reading_warns_of_nothing():
 
 
 def work(ready):
-    _leave_the_end_to_the_run(0)
+    end_with_the_run(0)
     ready.set()
     time.sleep(60)
 
@@ -328,7 +328,7 @@ def test_a_worker_heeds_the_sigterm_of_its_run_and_no_other():
 
 
 def hand_over(ready):
-    _leave_the_end_to_the_run(0)
+    end_with_the_run(0)
     ready.put([DupFd(1)._id, DupFd(1)._id])
     ready.get()
     sys.excepthook(ValueError, ValueError("another matter"), None)

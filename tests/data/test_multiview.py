@@ -10,9 +10,9 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from locat_lightning.data import MultiViewData
-from locat_lightning.data.classification import ImageData
 from locat_lightning.data.dataset import ImageBatch
-from locat_lightning.data.sources import Stream
+from locat_lightning.data.labelled import LabelledData
+from locat_lightning.data.timm_sources import Stream
 from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
 
@@ -135,7 +135,7 @@ def test_training_needs_no_labels(labelled, caplog, lacking):
     with caplog.at_level("INFO"):
         images.setup("fit")
     [line] = [record.getMessage() for record in caplog.records]
-    assert re.match(f"the images are taken without labels: {why}", line)
+    assert re.match(f"training without labels: {why}", line)
     assert "\n" not in line
     assert images.class_names == []
     assert len(images.source("train")) == 8
@@ -196,19 +196,13 @@ def test_a_bug_in_cutting_is_no_unreadable_image(unlabelled, monkeypatch):
         list(data(unlabelled, max_unreadable=9).train_dataloader())
 
 
-def parsed(*options):
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(MultiViewData, "data")
-    return parser.instantiate_classes(parser.parse_args(["--data=MultiViewData", *options])).data
-
-
-def test_views_are_a_class_in_the_config():
+def test_views_are_a_class_in_the_config(parsed):
     config = {"class_path": "MultiCrop", "init_args": {"global_size": 32, "local_views": 2}}
-    by_config = parsed(f"--data.views={json.dumps(config)}", "--data.views.local_views=5")
+    by_config = parsed(MultiViewData, f"--data.views={json.dumps(config)}", "--data.views.local_views=5")
     assert by_config.views == MultiCrop(32, local_views=5)
     assert by_config.img_size == by_config.views.size == 32
-    assert parsed("--data.views.local_size=16").views == MultiCrop(local_size=16)
-    assert parsed().views == MultiViewData().views == MultiCrop()
+    assert parsed(MultiViewData, "--data.views.local_size=16").views == MultiCrop(local_size=16)
+    assert parsed(MultiViewData).views == MultiViewData().views == MultiCrop()
 
 
 def test_a_checkpoint_keeps_the_views_as_plain_values():
@@ -219,18 +213,20 @@ def test_a_checkpoint_keeps_the_views_as_plain_values():
 
 
 @pytest.mark.parametrize(
-    "option", ["global_size=0", "local_size=0", "local_views=-1", "hflip=3", "colour_on=gpu", "local_view=2"]
+    "option",
+    [
+        *("views.global_size=0", "views.local_size=0", "views.local_views=-1", "views.hflip=3"),
+        *("views.colour_on=gpu", "views.local_view=2", "batch_size=0", "seed=-1"),
+        *("img_size=32", "hflip=0.5", "auto_augment=null", "mean=[0,0,0]"),  # of images, not of views
+    ],
 )
-def test_the_parser_checks_the_options_of_the_views(option):
-    with pytest.raises(jsonargparse.ArgumentError, match=option.partition("=")[0]):
-        parsed(f"--data.views.{option}")
+def test_the_parser_checks_the_options(option, parsed):
+    with pytest.raises(jsonargparse.ArgumentError, match=option.partition("=")[0].split(".")[-1]):
+        parsed(MultiViewData, f"--data.{option}")
 
 
 def test_mistakes_are_named(tmp_path, labelled):
-    for options, message in (
-        ({"root": tmp_path / "none"}, "no such folder"),
-        ({"root": tmp_path, "batch_size": 0}, "batch_size"),
-    ):
+    for options, message in (({"root": tmp_path / "none"}, "no such folder"),):
         with pytest.raises(InputError, match=message):
             data(**options).setup("fit")
     (tmp_path / "empty").mkdir()
@@ -239,6 +235,6 @@ def test_mistakes_are_named(tmp_path, labelled):
 
 
 def test_a_stream_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageData, "_find", lambda self, split: object.__new__(Stream))
+    monkeypatch.setattr(LabelledData, "_find", lambda self, split: object.__new__(Stream))
     with pytest.raises(InputError, match="stream"):
         data(tmp_path, dataset="wds/x").setup("fit")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torchvision.transforms.v2.functional import resize, to_image
@@ -322,25 +323,33 @@ def test_setup_finds_mistakes(root, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"dataset": "ade"},
-            "unknown data set 'ade': use folder, digits, ade20k, pascal_context, coco_stuff",
-        ),
-        ({"crop_size": 0}, "data.crop_size (0) must be at least 1"),
-        ({"eval_batch_size": 0}, "data.eval_batch_size (0) must be at least 1"),
-        ({"batch_size": 0}, "data.batch_size (0) must be at least 1"),
-        ({"seed": -1}, "data.seed (-1) must be at least 0"),
-        ({"scale": (0, 512)}, "data.scale (0, 512) must be two numbers of pixels, at least 1"),
         ({"ratio": (2, 0.5)}, "data.ratio (2, 0.5) must be two numbers, 0 < low <= high"),
         ({"cat_max_ratio": 0}, "data.cat_max_ratio (0) must be above 0 and at most 1"),
-        ({"hflip": 1.5}, "data.hflip (1.5) must be from 0 to 1"),
         ({"std": (1, 0, 1)}, "data.std (1, 0, 1) must be three numbers above 0"),
         ({"ignore_index": 256}, "data.ignore_index (256) must be from 0 to 255"),
         (
             {"images": "pictures"},
-            "data.images ('pictures') or data.splits (None) must contain {split}, or train and val are one",
+            "data.images ('pictures') or data.splits (None) must contain {split}, or train and val are equal",
         ),
     ],
 )
 def test_arguments_out_of_range(root, options, message):
     assert error_of(root=root, **options) == message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("dataset=ade", "crop_size=0", "eval_batch_size=0", "batch_size=0", "seed=-1", "scale=[0,512]"),
+        *("hflip=1.5", "ignore_index=-1"),
+    ],
+)
+def test_the_parser_checks_the_options(option, parsed):
+    with pytest.raises(ArgumentError, match=option.partition("=")[0]):
+        parsed(SegmentationData, f"--data.{option}")
+
+
+def test_all_arguments_are_options_and_kept(parsed):
+    made = parsed(SegmentationData, "--data.crop_size=32", "--data.seed=3", "--data.classes=[a,b]")
+    assert made.hparams.keys() == SegmentationData().hparams.keys()
+    assert (made.crop_size, made.seed, made.class_names, len(made.hparams)) == (32, 3, ["a", "b"], 23)

@@ -9,8 +9,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from locat_lightning.callbacks.probe import Probe
-from locat_lightning.data.classification import ImageData
-from locat_lightning.data.sources import Stream
+from locat_lightning.data.labelled import LabelledData
+from locat_lightning.data.timm_sources import Stream
 from locat_lightning.evaluation.features import Features, extract_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear
@@ -18,7 +18,7 @@ from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linea
 __all__ = ["KnnProbe", "LinearProbe"]
 
 
-class _FeatureProbe(Probe[ImageData]):
+class _FeatureProbe(Probe[LabelledData]):
     """Measure one vector per image, on images with a class each."""
 
     figure = "top-1"
@@ -30,7 +30,7 @@ class _FeatureProbe(Probe[ImageData]):
 
     def obstacle(self, data: Any) -> str:
         """Choose the training images, or return why these data cannot be measured."""
-        if not isinstance(data, ImageData):
+        if not isinstance(data, LabelledData):
             return f"{type(data).__name__} has no images with a class each"
         if len(data.class_names) < 2:
             return "the images have no labels" if not data.class_names else "the images are of one class"
@@ -47,7 +47,7 @@ class _FeatureProbe(Probe[ImageData]):
             )
         return ""
 
-    def measure(self, data: ImageData, backbone: nn.Module, device: torch.device) -> dict[str, float]:
+    def measure(self, data: LabelledData, backbone: nn.Module, device: torch.device) -> dict[str, float]:
         """Extract the features of both splits, and score them."""
         # Lightning's progress bar is on the screen: rich has no room for a second one.
         parts = [
@@ -91,7 +91,7 @@ class KnnProbe(_FeatureProbe):
 
     def __init__(
         self,
-        data: ImageData | None = None,
+        data: LabelledData | None = None,
         *,
         every_n_epochs: NonNegativeInt = 1,
         images: PositiveInt | None = 50_000,
@@ -134,7 +134,7 @@ class LinearProbe(_FeatureProbe):
 
     def __init__(
         self,
-        data: ImageData | None = None,
+        data: LabelledData | None = None,
         *,
         every_n_epochs: NonNegativeInt = 10,
         images: PositiveInt | None = 50_000,

@@ -1,4 +1,4 @@
-"""timm's augmentation, made to run with Pillow 13."""
+"""timm's augmentation for training, mended for Pillow 13."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torchvision.transforms import Compose
 
 
 def train_transform(img_size: int, **options: Any) -> Compose:
-    """Makes timm's augmentation of an RGB image; `options` are those of `timm.data.create_transform`."""
+    """Make timm's augmentation of an RGB image; `options` are those of `timm.data.create_transform`."""
     transform = create_transform(img_size, is_training=True, **options)
     for step in transform.transforms:
         # RandAugment and AugMix have operations, AutoAugment a policy, which is a list of lists of them.
@@ -21,5 +21,5 @@ def train_transform(img_size: int, **options: Any) -> Compose:
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """Posterizes as timm, which may keep 0 bits: black up to Pillow 12, an error from Pillow 13 on."""
+    """Posterize like timm, which may keep 0 bits: black up to Pillow 12, an error since Pillow 13."""
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)

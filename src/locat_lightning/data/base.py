@@ -1,28 +1,32 @@
-"""What the data modules share: where the splits are found once, and loaders for every process."""
+"""What every data module here shares: splits that are found once, and loaders for every process.
+
+A data module of your own needs none of it: see `locat_lightning.data.contract`.
+"""
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from math import inf
+from math import inf, isfinite
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from locat_lightning.data.dataset import Images
 from locat_lightning.data.loading import ImageLoader, ResumableLoader, UnreadableImages
 from locat_lightning.data.sampling import EvaluationOrder, TrainOrder
 from locat_lightning.errors import InputError
 
-# Where each split is looked for, in this order.
+# The names under which each split is looked for, in this order.
 SPLITS = {
     "train": ("train",),
     "val": ("val", "validation", "test"),
     "test": ("test", "val", "validation"),
 }
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-
 
 Found = TypeVar("Found")
 
@@ -32,87 +36,107 @@ class ImageModule(LightningDataModule, Generic[Found]):
 
     Args:
         batch_size: images per training batch in each process.
-        num_workers: processes that read images, for each process that trains; 0 reads in that process itself,
-            null takes the available processors but one (16 at most).
-        mean: of each channel (RGB, 0 to 1), subtracted.
-        std: of each channel (RGB, 0 to 1), divided by.
-        seed: of the order and the augmentation of training.
-        max_unreadable: images that may turn out unreadable, in each process, before the run stops.
+        num_workers: processes that read images, for each training process; 0 reads in the training process,
+            null uses all available processors but one (at most 16).
+        mean: channel means (RGB, 0 to 1), subtracted from the pixels.
+        std: channel standard deviations (RGB, 0 to 1), by which the pixels are divided.
+        seed: seed for shuffling and augmentation.
+        max_unreadable: unreadable images to tolerate, in each process, before the run stops. They are skipped
+            and listed at the end of the epoch.
 
     Raises:
-        InputError: an argument is out of its range.
+        InputError: an argument is out of range.
     """
 
     def __init__(
         self,
         *,
-        batch_size: int,
-        num_workers: int | None,
-        mean: Sequence[float],
-        std: Sequence[float],
-        seed: int,
-        max_unreadable: int,
+        batch_size: PositiveInt = 128,
+        num_workers: NonNegativeInt | None = None,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        seed: NonNegativeInt = 0,
+        max_unreadable: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        check_least(1, batch_size=batch_size)
-        check_least(0, num_workers=num_workers or 0, max_unreadable=max_unreadable)
+        self.save_hyperparameters()  # of the subclass as well
         if not all(0 < deviation < inf for deviation in std):
             raise InputError(f"data.std {tuple(std)} must be three numbers above 0")
-        if not all(-inf < value < inf for value in mean):
+        if not all(isfinite(value) for value in mean):
             raise InputError(f"data.mean {tuple(mean)} must be three finite numbers")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.normalisation = {"mean": tuple(mean), "std": tuple(std)}
         self.seed = seed
         self.unreadable = UnreadableImages(max_unreadable)
-        # A rank without an image to evaluate is no mistake: the images are shared out, not padded.
+        # Evaluation shares the images out without padding, so that a rank may have none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._sources: dict[str, Found] = {}
 
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """The classes in the order of their labels; [] if the images have none."""
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0 if the images have none."""
+        return len(self.class_names)
+
+    @property
+    def predict_paths(self) -> list[str]:
+        """The path of each image to predict, which the indices of a batch count."""
+        source: Any = self.source("predict")
+        return [source.path(index) for index in range(len(source))]
+
     def source(self, split: str) -> Found:
-        """Finds the images of `train`, `val`, `test` or `predict`, once.
+        """Find the images of `train`, `val`, `test` or `predict`, once.
 
         Raises:
-            InputError: they are not as they should be.
+            InputError: there are none, or they are not laid out as they should be.
         """
         if split not in self._sources:
             self._sources[split] = self._find(split)
         return self._sources[split]
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds and checks the images of a stage, once.
+        """Find the images of a stage and their classes, once.
 
         Args:
-            stage: `fit`, `validate`, `test` or `predict`; all but the last if None.
+            stage: `fit`, `validate`, `test` or `predict`; None for all but the last.
 
         Raises:
-            InputError: the images are not as they should be.
+            InputError: there are none, or they are not laid out as they should be.
         """
         for split in STAGES[stage] if stage else SPLITS:
             self.source(split)
+        if stage != "predict":
+            _ = self.class_names
 
     @abstractmethod
     def _find(self, split: str) -> Found:
-        """Finds and checks the images of a split."""
+        """Find and check the images of a split."""
 
     @abstractmethod
     def eval_dataloader(self, split: str) -> ImageLoader:
-        """The images of any split (also `train`) in order, not augmented, each in one process once."""
+        """Return the images of any split (also `train`) in order, not augmented, each in one process once."""
 
     def val_dataloader(self) -> ImageLoader:
-        """The images of `val`, each in one process once."""
+        """Return the images of `val`, each in one process once."""
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> ImageLoader:
-        """The images of `test` (of `val`, if there is none), each in one process once."""
+        """Return the images of `test` (of `val` if there is none), each in one process once."""
         return self.eval_dataloader("test")
 
     def predict_dataloader(self) -> ImageLoader:
-        """The images of `predict_paths`, each in one process once."""
-        return self.eval_dataloader("predict")
+        """Return the images of `predict_paths`, each in one process once; skip and list unreadable ones."""
+        loader = self.eval_dataloader("predict")
+        loader.unreadable = UnreadableImages(limit=None)
+        return loader
 
     def _shuffled(self, images: Images, **options: Any) -> ResumableLoader:
-        """Batches of these images in random order, the same number for every process."""
+        """Return batches of these images in random order, the same number for every process."""
         order = TrainOrder(images, *self._processes(), seed=self.seed)
         return ResumableLoader(
             images,
@@ -124,10 +148,10 @@ class ImageModule(LightningDataModule, Generic[Found]):
         )
 
     def _in_order(self, images: Images, **options: Any) -> ImageLoader:
-        """Batches of these images in order, each in one process once."""
+        """Return batches of these images in order, each in one process once."""
         processes, rank = self._processes()
         if self.trainer is not None and len(images) < processes:
-            # Lightning leaves a process without images out of what all have to do together.
+            # All processes have to evaluate together, but Lightning skips one that has no images.
             raise InputError(
                 f"{len(images)} images for {processes} processes: use --trainer.devices {len(images)}"
             )
@@ -135,7 +159,7 @@ class ImageModule(LightningDataModule, Generic[Found]):
         return ImageLoader(images, sampler=order, **(self._loader_options(training=False) | options))
 
     def _processes(self) -> tuple[int, int]:
-        """How many processes share the images, and which this one is."""
+        """Return how many processes share the images, and which this one is."""
         if self.trainer:
             return self.trainer.world_size, self.trainer.global_rank
         distributed = dist.is_available() and dist.is_initialized()
@@ -156,35 +180,23 @@ class ImageModule(LightningDataModule, Generic[Found]):
         }
 
 
-def check_least(smallest: int, **arguments: int) -> None:
-    """Checks that arguments are at least so large.
+def check_share(name: str, share: float) -> None:
+    """Check that an option is a share that cannot be 0.
 
     Raises:
-        InputError: one is smaller.
+        InputError: it is not above 0 and at most 1.
     """
-    for name, value in arguments.items():
-        if value < smallest:
-            raise InputError(f"data.{name} ({value}) must be at least {smallest}")
+    if not 0 < share <= 1:
+        raise InputError(f"data.{name} ({share}) must be above 0 and at most 1")
 
 
-def check_share(**arguments: float) -> None:
-    """Checks that arguments are from 0 to 1.
+def check_span(name: str, span: Sequence[float], most: float = inf) -> None:
+    """Check that an option is two numbers, 0 < low <= high <= most.
 
     Raises:
-        InputError: one is not.
+        InputError: it is not.
     """
-    for name, value in arguments.items():
-        if not 0 <= value <= 1:
-            raise InputError(f"data.{name} ({value}) must be from 0 to 1")
-
-
-def check_span(most: float = inf, **arguments: Sequence[float]) -> None:
-    """Checks that arguments are two numbers, 0 < low <= high <= most.
-
-    Raises:
-        InputError: one is not.
-    """
-    for name, (low, high) in arguments.items():
-        if not 0 < low <= high <= most:
-            limit = f" <= {most:g}" if most < inf else ""
-            raise InputError(f"data.{name} ({low}, {high}) must be two numbers, 0 < low <= high{limit}")
+    low, high = span
+    if not 0 < low <= high <= most:
+        limit = f" <= {most:g}" if most < inf else ""
+        raise InputError(f"data.{name} ({low}, {high}) must be two numbers, 0 < low <= high{limit}")

@@ -15,8 +15,8 @@ import numpy as np
 
 from locat_lightning.data.decoding import reason
 from locat_lightning.errors import InputError
+from locat_lightning.labels import IGNORE
 
-MOST = 255  # classes that 8 bits hold besides 255, which marks pixels of none
 HEADER = ["name", "red", "green", "blue"]
 
 
@@ -79,8 +79,8 @@ def named_classes(names: Sequence[str], colours: np.ndarray | None = None, where
     Raises:
         InputError: there are no names or too many, or one is empty or there twice.
     """
-    if not 0 < len(names) <= MOST:
-        raise InputError(f"{where}: there must be from 1 to {MOST} classes, not {len(names)}")
+    if not 0 < len(names) <= IGNORE:
+        raise InputError(f"{where}: there must be from 1 to {IGNORE} classes, not {len(names)}")
     if repeated := sorted({name for name in names if not name or names.count(name) > 1}):
         raise InputError(f"{where}: every class needs a name of its own, but not so {repeated[0]!r}")
     colours = distinct_colours(len(names)) if colours is None else colours.astype(np.uint8)

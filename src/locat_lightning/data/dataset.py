@@ -1,4 +1,4 @@
-"""Images of a source as a data set: transformed, each with random numbers of its own."""
+"""The images of a source as a data set: read, transformed, each with random numbers of its own."""
 
 import random
 from collections.abc import Callable
@@ -34,10 +34,10 @@ class Failure(NamedTuple):
     """An image that could not be read.
 
     Attributes:
-        path: the image's.
-        reason: what was wrong, in a line.
-        mistake: whether the reason is a mistake that a person has to put right, so that it stops the run
-            however many unreadable images are allowed.
+        path: of the image.
+        reason: what is wrong, in a line.
+        mistake: whether it is a mistake that the user has to correct. It stops the run, however many
+            unreadable images are allowed.
     """
 
     path: str
@@ -49,31 +49,31 @@ Label = TypeVar("Label", covariant=True)
 
 
 class Source(Protocol[Label]):
-    """Where images and what is known of each come from: its class (-1 if unknown), or a mask."""
+    """A source of images and of what is known of each: its class (-1 if unknown), or its mask."""
 
     def __len__(self) -> int: ...
 
     def path(self, index: int) -> str:
-        """The name by which a person finds image `index`."""
+        """Return the name by which a person finds image `index`."""
 
     def read(self, index: int) -> tuple[Image.Image, Label]:
-        """Image `index` in RGB, and its label."""
+        """Read image `index` in RGB, and its label."""
 
     def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, Label]]:
-        """Image `index` in RGB, perhaps still undecoded (see `open_image`), and its label."""
+        """Open image `index` in RGB, perhaps without decoding it (see `open_image`), and read its label."""
         return nullcontext(self.read(index))
 
 
 class Images(Dataset):
     """The images of a source, transformed.
 
-    Item `epoch · len + index` is image `index` as epoch `epoch` sees it, so `images[index]` is what the first
-    epoch sees. Each item has its own random numbers, and those of the process are left as they were.
+    Item `epoch · len + index` is image `index` as epoch `epoch` sees it. Its random numbers follow from
+    (seed, epoch, index), and those of the process stay as they were.
 
     Args:
-        source: where the images come from.
-        transform: makes a tensor (or several, for several views) of an RGB image.
-        seed: of the transform's random numbers.
+        source: of the images.
+        transform: turns an RGB image into a tensor.
+        seed: seed of the transform's random numbers.
     """
 
     def __init__(self, source: Source, transform: Callable[..., Any], seed: int = 0) -> None:
@@ -90,9 +90,7 @@ class Images(Dataset):
             image, label = self.source.read(index)
         except InputError as error:
             return Failure(self.source.path(index), str(error), mistake=True)
-        except (
-            Exception
-        ) as error:  # decoders raise anything; a worker that raises would hide which image it was
+        except Exception as error:  # decoders raise anything; raised on, it would not name the image
             return Failure(self.source.path(index), reason(error))
         with isolate_rng(include_cuda=False):
             random.seed(f"{self.seed} {epoch} {index}")
@@ -101,5 +99,5 @@ class Images(Dataset):
             return *self.transformed(image, label), index
 
     def transformed(self, image: Image.Image, label: Any) -> tuple[Any, Any]:
-        """Transforms an image, and its label where that goes with it."""
+        """Transform an image, and its label if the transform changes that too."""
         return self.transform(image), label

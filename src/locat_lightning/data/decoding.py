@@ -1,4 +1,4 @@
-"""Decode image files to the RGB that a viewer shows."""
+"""Image files decoded to the RGB that a viewer shows, and why one cannot be."""
 
 import logging
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from locat_lightning.errors import in_a_line
+
 log = logging.getLogger(__name__)
 
 # Modes of more than 8 bits a channel, and the value that they show as white.
@@ -16,7 +18,7 @@ WHITE = {"I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 655
 
 
 def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
-    """Reads an image as a viewer shows it: RGB, 8 bits, upright, transparent parts on white.
+    """Read an image as a viewer shows it: RGB, 8 bits, upright, transparent parts on white.
 
     Args:
         file: a path, or an open binary file.
@@ -31,7 +33,7 @@ def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
 
 @contextmanager
 def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
-    """Opens an image as `read_image` shows it; a plain JPEG is not decoded yet, so it can be a draft.
+    """Open an image like `read_image`, but without decoding a plain JPEG yet, which allows a draft of it.
 
     Args:
         file: a path, or an open binary file.
@@ -44,7 +46,7 @@ def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether the head of the file tells that `to_rgb` would return the image as it is (and decode it)."""
+    """Return whether the head of the file shows that `to_rgb` would only decode the image."""
     if image.format != "JPEG" or image.mode != "RGB":
         return False
     try:
@@ -54,15 +56,13 @@ def _is_plain(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns an image of any mode into the RGB that a viewer shows; may turn `image` itself upright.
+    """Convert an image of any mode to the RGB that a viewer shows; may turn `image` itself upright.
 
     A plain RGB image is returned as it is, not copied. Colour profiles (ICC) are not applied.
     """
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except (
-        Exception
-    ) as error:  # the parser raises anything on broken EXIF data; the pixels are sound all the same
+    except Exception as error:  # the parser raises anything on broken EXIF data; the pixels are sound
         log.debug("broken EXIF data, orientation not applied: %s", error)
     if image.mode in WHITE:
         values = np.asarray(image, np.float64)
@@ -77,9 +77,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """Says in a line what was wrong with an image."""
+    """Say in a line what is wrong with an image that cannot be read."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or of an unknown format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return in_a_line(error)

@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1,797 real images that come with a dependency and need no download."""
+"""Scikit-learn's handwritten digits: 1,797 real images, which need no download."""
 
 import numpy as np
 from PIL import Image
@@ -9,7 +9,7 @@ from locat_lightning.data.dataset import Source
 from locat_lightning.data.decoding import to_rgb
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
-EVALUATED = 360  # of 1,797 images; the split is part of the data set, so its seed is no setting
+EVALUATED = 360  # of 1,797 images; the split is part of the data set, so its seed is fixed
 
 
 class Digits(Source[int]):
@@ -32,9 +32,9 @@ class Digits(Source[int]):
         return len(self.labels)
 
     def path(self, index: int) -> str:
-        """Names the digit by its row in `sklearn.datasets.load_digits()`."""
+        """Name the digit by its row in `sklearn.datasets.load_digits()`."""
         return f"digits/{self.rows[index]}"
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Gives the image (RGB, 8 x 8) and its digit."""
+        """Return the image (RGB, 8 x 8) and its digit."""
         return to_rgb(Image.fromarray(self.pixels[index])), self.labels[index]

@@ -1,5 +1,6 @@
-"""Batches of the images that can be read, and a list of the others."""
+"""Data loaders: batches of the images that can be read, a list of the others, and where a run resumes."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
@@ -11,36 +12,37 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from locat_lightning.data.dataset import Failure, ImageBatch, Images
-from locat_lightning.data.decoding import log
 from locat_lightning.data.sampling import TrainOrder
-from locat_lightning.data.workers import _leave_the_end_to_the_run
+from locat_lightning.data.workers import end_with_the_run
 from locat_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class UnreadableImages:
-    """The images that this process could not read: counted once each, listed, and at some point too many.
+    """Counts and lists the images that this process could not read, until there are too many.
 
     Args:
-        limit: the run stops when there are more.
+        limit: how many to tolerate; None for any number.
     """
 
     LISTED = 10
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self.reasons: dict[str, str] = {}
         self._reported = 0
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Takes note of failures, but for the one that is too many: that is not skipped.
+        """Record failures.
 
         Raises:
-            InputError: there are more than `limit` by now, or one is a mistake.
+            InputError: there are more than `limit` by now, or one is the user's mistake.
         """
         for path, reason, mistake in failures:
             if mistake:
                 raise InputError(reason)
-            if path not in self.reasons and len(self.reasons) >= self.limit:
+            if self.limit is not None and path not in self.reasons and len(self.reasons) >= self.limit:
                 skipped = f" and {self.limit} more before" if self.limit else ""
                 raise InputError(
                     f"cannot read image {path} ({reason}){skipped}: repair or remove it, or allow more"
@@ -49,7 +51,7 @@ class UnreadableImages:
             self.reasons[path] = reason
 
     def report(self) -> None:
-        """Lists what was noted since the last report."""
+        """List the failures since the last report in a warning."""
         new = list(self.reasons.items())[self._reported :]
         if new:
             self._reported += len(new)
@@ -57,28 +59,29 @@ class UnreadableImages:
             if len(new) > self.LISTED:
                 lines.append(f"  and {len(new) - self.LISTED} more")
             count = f"{len(new)} image{'s' * (len(new) > 1)} could not be read"
-            total = f"{len(self.reasons)} in all, the run stops at more than {self.limit}"
-            log.warning(
-                "\n".join([f"{count} and {'were' if len(new) > 1 else 'was'} skipped ({total}):", *lines])
-            )
+            total = f"{len(self.reasons)} in all"
+            if self.limit is not None:
+                total += f", the run stops at more than {self.limit}"
+            verb = "were" if len(new) > 1 else "was"
+            log.warning("\n".join([f"{count} and {verb} skipped ({total}):", *lines]))
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader of `ImageBatch`es that leaves out what cannot be read.
+    """A DataLoader that skips the images that cannot be read.
 
-    In training a batch keeps its size by repeating its readable images, in evaluation it shrinks. The
-    unreadable ones are listed with the last batch, or when the iteration is given up.
+    In training a batch keeps its size by repeating its readable images; in evaluation it shrinks. The
+    unreadable ones are listed with the last batch, or when the iteration ends early.
 
     Args:
         dataset: `Images`, or an iterable data set of the same items.
         training: whether batches keep their size.
-        unreadable: takes note of what could not be read.
-        collate: makes a batch of the items that could be read.
+        unreadable: records what could not be read.
+        collate: makes a batch of the items that could be read; an `ImageBatch` by default.
         options: the DataLoader's.
 
     Raises:
-        InputError: while iterating, when too many images, or all of a training batch, cannot be read, or when
-            something read, or `collate`, tells of a mistake.
+        InputError: while iterating: too many images, or all of a training batch, cannot be read, or an item
+            or `collate` reports a mistake of the user.
     """
 
     def __init__(
@@ -94,14 +97,14 @@ class ImageLoader(DataLoader):
         super().__init__(
             dataset,
             collate_fn=partial(_collate, refill=training, collate=self.collate),
-            worker_init_fn=_leave_the_end_to_the_run,
+            worker_init_fn=end_with_the_run,
             **options,
         )
         self.training = training
         self.unreadable = unreadable
 
     def seen(self) -> int:
-        """Batches that this iteration leaves out at the beginning."""
+        """Return how many batches this iteration skips at its beginning."""
         return 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -124,8 +127,8 @@ class ImageLoader(DataLoader):
                         f" {failures[0].path} ({failures[0].reason}): repair or remove them"
                     )
         except InputError:
-            # Whoever shows the error holds the iterator by its traceback: left to the end of the process, its
-            # workers would delay that by seconds.
+            # The error's traceback keeps the iterator alive: its workers would delay the end of the process
+            # by seconds. Torch has no public way to end them.
             if isinstance(batches, _MultiProcessingDataLoaderIter):
                 batches._shutdown_workers()
                 self._iterator = None
@@ -135,11 +138,11 @@ class ImageLoader(DataLoader):
 
 
 class ResumableLoader(ImageLoader):
-    """An `ImageLoader` of training images that a resumed run takes up where it was cut off.
+    """An `ImageLoader` of training images that a resumed run continues where it was interrupted.
 
     Args:
         dataset: `Images`; the sampler, among the options, is their `TrainOrder`.
-        trainer: knows how many batches of the epoch it has behind it; None iterates from the beginning.
+        trainer: knows how many batches of the epoch are done; None iterates from the beginning.
         options: those of `ImageLoader`.
     """
 
@@ -148,17 +151,17 @@ class ResumableLoader(ImageLoader):
         self.trainer = trainer
 
     def seen(self) -> int:
-        """Batches of this epoch that the trainer has behind it; 0 for anyone else who iterates a loader."""
+        """Return how many batches of this epoch the trainer has done; 0 for anyone else's iteration."""
         if self.trainer is None or self.trainer.train_dataloader is not self:
             return 0
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing besides the trainer's progress; Lightning calls a loader with these methods resumable."""
+        """Return nothing: the trainer's progress says it all. Lightning asks for it in mid-epoch."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: see `state_dict`."""
+        """Restore nothing: see `state_dict`."""
 
 
 def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
@@ -172,10 +175,10 @@ def _collate(
     refill: bool,
     collate: Callable[[Sequence[Any]], Any],
 ) -> tuple[Any, list[Failure]]:
-    """Makes a batch of what was read, which is None if nothing was.
+    """Make a batch of the items that were read, None if there are none, and list the failures.
 
-    A mistake that `collate` tells of goes to the process that trains as a failure: raised, it would arrive
-    with a worker's traceback in its message.
+    A mistake that `collate` reports travels as a failure: raised, it would reach the training process with a
+    worker's traceback in its message.
     """
     failures = [item for item in items if isinstance(item, Failure)]
     read = [item for item in items if not isinstance(item, Failure)]

@@ -10,9 +10,9 @@ from PIL import Image
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Source
 from locat_lightning.data.decoding import read_image, reason
-from locat_lightning.data.mask_transforms import VOID
-from locat_lightning.data.sources import EXTENSIONS, files_beneath, images_beneath, listed
+from locat_lightning.data.files import EXTENSIONS, files_beneath, images_beneath, listed
 from locat_lightning.errors import InputError
+from locat_lightning.labels import IGNORE
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class MaskValues:
     """
 
     num_classes: int
-    ignore_index: int = VOID
+    ignore_index: int = IGNORE
     reduce_zero_label: bool = False
 
     def classes(self, values: np.ndarray, file: str) -> np.ndarray:
@@ -181,11 +181,11 @@ class MaskValues:
             InputError: a value is no class.
         """
         first = int(self.reduce_zero_label)
-        table = np.full(256, VOID, np.uint8)
+        table = np.full(256, IGNORE, np.uint8)
         table[first : first + self.num_classes] = np.arange(self.num_classes)
-        table[[self.ignore_index, VOID]] = VOID
+        table[[self.ignore_index, IGNORE]] = IGNORE
         known = np.zeros(256, bool)
-        known[: first + self.num_classes] = known[[self.ignore_index, VOID]] = True
+        known[: first + self.num_classes] = known[[self.ignore_index, IGNORE]] = True
 
         if values.dtype != np.uint8:
             if values.min() < 0 or values.max() > 255:
@@ -199,7 +199,7 @@ class MaskValues:
 
     def _unknown(self, value: int, file: str) -> InputError:
         first = int(self.reduce_zero_label)
-        void = " and ".join(map(str, sorted({self.ignore_index, VOID, *range(first)})))
+        void = " and ".join(map(str, sorted({self.ignore_index, IGNORE, *range(first)})))
         return InputError(
             f"value {value} in mask {file} is no class: {first} to {first + self.num_classes - 1} are, {void}"
             " no class; correct the mask or classes, ignore_index, reduce_zero_label"
@@ -263,7 +263,7 @@ class Pairs(Source[np.ndarray]):
         """
         for index in range(len(self)):
             try:
-                if (self.mask(index) != VOID).any():
+                if (self.mask(index) != IGNORE).any():
                     return
             except OSError:  # it is counted among the unreadable when its turn comes
                 pass
@@ -289,4 +289,4 @@ class Unannotated(Source[np.ndarray]):
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Reads image `index`; its mask has 255 everywhere."""
         image, _ = self.source.read(index)
-        return image, np.full((image.height, image.width), VOID, np.uint8)
+        return image, np.full((image.height, image.width), IGNORE, np.uint8)

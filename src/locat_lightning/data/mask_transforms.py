@@ -29,8 +29,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Mask
 
 from locat_lightning.data.colour import turn_hue
-
-VOID = 255  # in a mask: of no class, ignored by loss and measure
+from locat_lightning.labels import IGNORE
 
 ATTEMPTS = 10  # at a crop that shows more than one class
 
@@ -239,7 +238,7 @@ class PadTo(Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Pads the image or the mask."""
         below, right = (max(0, self.size - side) for side in inpt.shape[-2:])
-        return F.pad(inpt, [0, 0, right, below], fill=VOID if isinstance(inpt, Mask) else 0)
+        return F.pad(inpt, [0, 0, right, below], fill=IGNORE if isinstance(inpt, Mask) else 0)
 
 
 def fitted_size(size: Sequence[int], scale: Sequence[int]) -> list[int]:
@@ -260,7 +259,7 @@ def is_varied(mask: Tensor, cat_max_ratio: float) -> bool:
         mask: uint8 [H, W], 255 where there is no class.
         cat_max_ratio: the share.
     """
-    counts = mask.flatten().bincount(minlength=256)[:VOID]
+    counts = mask.flatten().bincount(minlength=256)[:IGNORE]
     return bool(counts.count_nonzero() > 1 and counts.max() < cat_max_ratio * counts.sum())
 
 

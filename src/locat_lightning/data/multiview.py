@@ -1,4 +1,4 @@
-"""Images for self-distillation: some global and some local views of each, and labels where there are any."""
+"""Images for self-supervision: several views of each, and labels if there are any."""
 
 import os
 from dataclasses import asdict
@@ -6,16 +6,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data.base import SPLITS
-from locat_lightning.data.classification import ImageData
 from locat_lightning.data.dataset import Failure, Images, Source
 from locat_lightning.data.decoding import reason
+from locat_lightning.data.files import Files, labelled_files, unlabelled_files
+from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
-from locat_lightning.data.sources import Files, Stream, labelled_files, unlabelled_files
+from locat_lightning.data.timm_sources import Stream
 from locat_lightning.data.views import MultiCrop, ViewBatch, Views, ViewTransform
 from locat_lightning.errors import InputError
 
@@ -25,14 +28,12 @@ MULTI_CROP = MultiCrop()
 
 
 class ViewImages(Images):
-    """The images of a source, each cut into views.
-
-    The views follow from (seed, epoch, index) alone. Images are decoded no larger than the views need.
+    """The images of a source, each cut into views, which follow from (seed, epoch, index) alone.
 
     Args:
-        source: where the images come from.
-        transform: cuts the views.
-        seed: of the views.
+        source: of the images.
+        transform: makes the views.
+        seed: seed of the views.
     """
 
     transform: ViewTransform
@@ -42,68 +43,36 @@ class ViewImages(Images):
         try:
             with self.source.open(index) as (image, label):
                 decoded = self.transform.decode(image, np.random.default_rng([self.seed, epoch, index]))
-        except (
-            Exception
-        ) as error:  # decoders raise anything; a worker that raises would hide which image it was
+        except Exception as error:  # decoders raise anything; raised on, it would not name the image
             return Failure(self.source.path(index), reason(error))
         return self.transform.cut(decoded), label, index
 
 
-class MultiViewData(ImageData):
+class MultiViewData(LabelledData):
     """Images with or without labels, in several views each for training.
 
-    In a folder, every image beneath `train/` is trained on, or beneath the root where there is no `train/`.
-    They have labels where `train/` holds nothing but a folder per class, and `val/`, which is for measuring,
-    is as in `ImageData`. Training needs neither, and validates nothing: probes read the images that they
-    measure themselves (`eval_dataloader`).
+    In a folder, every image beneath `train/` is trained on, or beneath the root if there is no `train/`. They
+    have labels if `train/` holds nothing but a folder per class; `val/`, which probes measure on, is then as
+    in `ImageData`. Training needs neither, and has no validation.
 
     Args:
-        root: the folder of the images.
-        dataset: `folder`; `digits` (scikit-learn's handwritten digits, which need no root); or a name of
-            timm's: `torch/cifar10`, `hfds/timm/mini-imagenet`, ….
-        download: whether a timm data set may be downloaded to root.
-        classes: the number of classes of a timm data set that does not know it.
-        views: how views are made of an image; their `size` is that of the images in evaluation.
-        batch_size: images per batch in each process.
-        num_workers: processes that read images, for each process that trains; 0 reads in that process itself,
-            null takes the available processors but one (16 at most).
-        eval_interpolation: of the resizing in evaluation.
-        crop_pct: share of the resized image's shorter side that the central crop in evaluation keeps.
-        seed: of the order and the views.
-        max_unreadable: images that may turn out unreadable, in each process, before the run stops. They are
-            skipped and listed at the end of the epoch.
+        views: makes the views of an image; the images in evaluation have the size of its first view.
+        batch_size: images per training batch in each process.
+        kwargs: those of `LabelledData` and `ImageModule`.
 
     Raises:
-        InputError: an argument is out of its range.
+        InputError: an argument is out of range.
     """
 
     def __init__(
-        self,
-        *,
-        root: str = "data",
-        dataset: str = "folder",
-        download: bool = False,
-        classes: int | None = None,
-        views: ViewTransform = MULTI_CROP,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        eval_interpolation: str = "bicubic",
-        crop_pct: float = 0.875,
-        seed: int = 0,
-        max_unreadable: int = 0,
+        self, *, views: ViewTransform = MULTI_CROP, batch_size: PositiveInt = 64, **kwargs: Any
     ) -> None:
         super().__init__(
-            root=root,
-            dataset=dataset,
-            download=download,
-            classes=classes,
-            img_size=views.size,
             batch_size=batch_size,
-            num_workers=num_workers,
-            eval_interpolation=eval_interpolation,
-            crop_pct=crop_pct,
-            seed=seed,
-            max_unreadable=max_unreadable,
+            img_size=views.size,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            **kwargs,
         )
         self.views = views
         if self.hparams["views"] is views:  # not given by a config: checkpoints hold plain values alone
@@ -114,20 +83,20 @@ class MultiViewData(ImageData):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The classes in the order of their labels; none if the images have no labels."""
+        """The classes in the order of their labels; [] if the images have no labels."""
         if self.dataset == "folder" and not self._labelled:
             return []
         return super().class_names
 
     def train_dataloader(self) -> ImageLoader:
-        """The views of the images in random order, the same number of images for every process."""
+        """Return the images' views in random order, the same number of images for every process."""
         source = self.source("train")
         assert not isinstance(source, Stream)
         images = ViewImages(source, self.views, self.seed)
         return self._shuffled(images, collate=self.views.collate)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Finishes the colours of the views, on the device."""
+        """Augment the colours of the views, on the device."""
         if isinstance(batch, ViewBatch):
             return batch._replace(views=[views.coloured() for views in batch.views])
         return batch
@@ -146,14 +115,14 @@ class MultiViewData(ImageData):
         source = super()._find(split)
         if isinstance(source, Stream):
             raise InputError(
-                f"data set {self.dataset!r} is a stream, where no image has a position that could fix its "
-                "views: use a folder, torch/… or hfds/…"
+                f"data set {self.dataset!r} is a stream, whose images have no positions to fix their views: "
+                "use a folder, torch/… or hfds/…"
             )
         return source
 
     @cached_property
     def _labelled(self) -> dict[str, Files]:
-        """The images of `train`, and of `val` where it is there, if those have labels; else nothing."""
+        """The images of `train`, and of `val` if it exists, if they have labels; else {}."""
         folder = self.root / "train"
         entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."] if folder.is_dir() else []
         names = sorted(entry.name for entry in entries if entry.is_dir())
@@ -164,6 +133,6 @@ class MultiViewData(ImageData):
             if any((self.root / name).is_dir() for name in SPLITS["val"]):
                 found["val"] = labelled_files(self._split_folder("val"), names, "train", complete=False)
         except InputError as error:
-            rank_zero_info(f"the images are taken without labels: {error}")
+            rank_zero_info(f"training without labels: {error}")
             return {}
         return found

@@ -1,4 +1,4 @@
-"""The order of images: shuffled for training, as it is for evaluation."""
+"""The order of images: shuffled for training, unchanged for evaluation; shared out among processes."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -7,10 +7,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class TrainOrder(DistributedSampler):
-    """The items of `Images` for one epoch, shuffled anew in each and shared out evenly among processes.
+    """The items of `Images` for one epoch, shuffled anew each epoch and shared evenly among processes.
 
     Attributes:
-        skip: so many items of this process are left out at the beginning.
+        skip: how many items of this process to skip at the beginning.
     """
 
     skip = 0
@@ -21,9 +21,9 @@ class TrainOrder(DistributedSampler):
 
 
 class EvaluationOrder(DistributedSampler):
-    """Every image once, in order: process r of n reads r, r + n, …, and nobody pads.
+    """Every image once, in order and without padding: process r of n reads r, r + n, ….
 
-    Lightning leaves subclasses of DistributedSampler alone; any other it would replace by one that pads.
+    Lightning keeps a subclass of DistributedSampler; any other sampler it would replace by one that pads.
     """
 
     def __iter__(self) -> Iterator[int]:

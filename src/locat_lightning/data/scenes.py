@@ -38,11 +38,11 @@ class Scenes(Source[np.ndarray]):
         return self.count
 
     def path(self, index: int) -> str:
-        """Names scene `index`."""
+        """Name scene `index`."""
         return f"scenes/{'train' if self.train else 'val'}/{index}"
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Composes scene `index`: the image (RGB) and its mask, uint8 [64, 64]."""
+        """Compose scene `index`: the image (RGB) and its mask, uint8 [64, 64]."""
         rng = np.random.default_rng([int(self.train), index])
         scene = ground(rng)
         mask = np.zeros((SIDE, SIDE), np.uint8)
@@ -66,7 +66,7 @@ class Scenes(Source[np.ndarray]):
 
 
 def ground(rng: np.random.Generator) -> np.ndarray:
-    """Makes a ground to write on, float [64, 64, 3]: a colour that runs to another, with blotches."""
+    """Make a ground to write on, float [64, 64, 3]: a gradient between two colours, with blotches."""
     start, end = rng.uniform(*GROUND, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]

@@ -1,33 +1,28 @@
-"""Images with a class for every pixel, for semantic segmentation: from a folder, or digits that need none."""
+"""Images with a class for every pixel: a folder of masks, a known data set, or scenes of digits."""
 
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_image
 from torchvision.tv_tensors import Mask
 
 from locat_lightning.data import scenes
-from locat_lightning.data.base import (
-    SPLITS,
-    ImageModule,
-    check_least,
-    check_share,
-    check_span,
-)
+from locat_lightning.data.base import SPLITS, ImageModule, check_share, check_span
 from locat_lightning.data.class_lists import Classes, known_classes, named_classes, read_classes
 from locat_lightning.data.dataset import Images, Source
+from locat_lightning.data.files import Files, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
-from locat_lightning.data.mask_transforms import VOID, joint_augmentation, joint_evaluation, joint_square
-from locat_lightning.data.sources import Files, unlabelled_files
+from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation, joint_square
 from locat_lightning.errors import InputError
+from locat_lightning.labels import IGNORE
 
 __all__ = ["MaskBatch", "SegmentationData"]
 
@@ -53,7 +48,7 @@ class MaskedImages(Images):
     """The images of a source and their masks, transformed together."""
 
     def transformed(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Transforms an image and its mask."""
+        """Transform an image and its mask."""
         made: tuple[Tensor, Tensor] = self.transform(to_image(image), Mask(label))
         return made
 
@@ -80,11 +75,11 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
 
     Training crops them at random. Evaluation takes whole images, and masks of the annotation's own size.
 
-    What a person has to put right is found by `setup` where names of files and the first mask of a split tell
-    it, otherwise when the image is read: an image or a mask alone, a mask of another size or with colours or
-    a value that is no class, a split without any annotated pixel.
+    `setup` finds the mistakes that file names and the first mask of a split show: an image or a mask alone, a
+    split without annotated pixels. Others are found when an image is read: a mask of another size, in
+    colours, or with a value that is not a class.
 
-    The data sets known by name lie as mmsegmentation's guide prepares them. Root is their folder or holds it:
+    The data sets known by name are laid out as mmsegmentation's guide prepares them; root is or holds:
 
         ade20k          ADEChallengeData2016/{images,annotations}/{training,validation}
         pascal_context  VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext}, with
@@ -92,98 +87,72 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         coco_stuff      coco_stuff164k/{images,annotations}/{train2017,val2017}
 
     Args:
-        root: the folder of the data set; for `predict` also any folder of images.
+        root: folder of the data set; for `predict`, also any folder of images.
         dataset: `folder`; `ade20k` (150 classes); `pascal_context` (59); `coco_stuff` (164k images, 171); or
             `digits` (scenes of scikit-learn's handwritten digits, 64 x 64 pixels, which need no root).
-        images: of `folder`: the images' folder in root, where `{split}` stands for train, and for one of val,
+        images: folder of the images in root, for `folder`; `{split}` stands for train, and for one of val,
             validation, test.
-        masks: of `folder`: the masks' folder in root.
-        splits: of `folder`: a text file in root with the images of a split, a name without ending a line;
+        masks: folder of the masks in root, for `folder`. A mask has its image's name with another ending.
+        splits: text file in root with the images of a split, for `folder`: a name without ending per line;
             null takes all images.
-        image_suffix: of `folder`: how the images' names end, where that is more than `.jpg` or the like.
-        mask_suffix: of `folder`: how the masks' names end that begin as the images'.
-        classes: of `folder`: their names in the order of their labels; or a file with a class a line, `name`
-            or `name,red,green,blue`, found from here or from root.
-        ignore_index: of `folder`: a value in the masks for pixels without a class; 255 always is one.
-        reduce_zero_label: of `folder`: whether 0 in the masks means no class, and 1 the first class.
-        crop_size: height and width of the crops in training, in pixels.
-        scale: longer and shorter side, in pixels, within which images are resized.
-        ratio: smallest and largest factor of scale in training.
+        image_suffix: ending of the images' names, for `folder`, if it is more than `.jpg` or the like.
+        mask_suffix: ending of the masks' names, for `folder`.
+        classes: names of the classes in the order of their labels, for `folder`; or a file with a class per
+            line, `name` or `name,red,green,blue`, relative to the working directory or root.
+        ignore_index: value of pixels without a class in the masks, for `folder`, besides 255.
+        reduce_zero_label: whether 0 in the masks means no class, and 1 the first class, for `folder`.
+        crop_size: height and width of the training crops in pixels.
+        scale: longer and shorter side in pixels within which images are resized.
+        ratio: smallest and largest random factor of scale in training.
         cat_max_ratio: share of a crop's annotated pixels that no class should reach; 1 takes any crop.
         hflip: probability of a horizontal flip.
         distortion: whether brightness, contrast, saturation and hue are changed at random.
-        batch_size: images per batch in each process in training.
-        eval_batch_size: the same in evaluation; more than 1 needs images that are of one size.
-        num_workers: processes that read images, for each process that trains; 0 reads in that process itself,
-            null takes the available processors but one (16 at most).
-        mean: of each channel (RGB, 0 to 1), subtracted.
-        std: of each channel (RGB, 0 to 1), divided by.
-        seed: of the order and the augmentation of training.
-        max_unreadable: images that may turn out unreadable, in each process, before the run stops. They are
-            skipped and listed at the end of the epoch.
+        batch_size: images per training batch in each process.
+        eval_batch_size: images per evaluation batch in each process; more than 1 needs images of one size.
+        kwargs: those of `ImageModule`.
 
     Raises:
-        InputError: an argument is out of its range.
+        InputError: an argument is out of range.
     """
 
     def __init__(
         self,
         *,
         root: str = "data",
-        dataset: str = "folder",
+        dataset: Literal["folder", "digits", "ade20k", "pascal_context", "coco_stuff"] = "folder",
         images: str = "images/{split}",
         masks: str = "annotations/{split}",
         splits: str | None = None,
         image_suffix: str = "",
         mask_suffix: str = ".png",
         classes: list[str] | str | None = None,
-        ignore_index: int = VOID,
+        ignore_index: NonNegativeInt = IGNORE,
         reduce_zero_label: bool = False,
-        crop_size: int = 512,
-        scale: tuple[int, int] = (2048, 512),
+        crop_size: PositiveInt = 512,
+        scale: tuple[PositiveInt, PositiveInt] = (2048, 512),
         ratio: tuple[float, float] = (0.5, 2.0),
         cat_max_ratio: float = 0.75,
-        hflip: float = 0.5,
+        hflip: ClosedUnitInterval = 0.5,
         distortion: bool = True,
-        batch_size: int = 32,
-        eval_batch_size: int = 1,
-        num_workers: int | None = None,
-        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
-        seed: int = 0,
-        max_unreadable: int = 0,
+        batch_size: PositiveInt = 32,
+        eval_batch_size: PositiveInt = 1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            num_workers=num_workers,
-            mean=mean,
-            std=std,
-            seed=seed,
-            max_unreadable=max_unreadable,
-        )
-        self.save_hyperparameters()
-        if dataset not in ("folder", "digits", *LAYOUTS):
-            raise InputError(f"unknown data set {dataset!r}: use folder, digits, {', '.join(LAYOUTS)}")
-        check_least(1, crop_size=crop_size, eval_batch_size=eval_batch_size)
-        check_least(0, seed=seed)
-        check_share(hflip=hflip)
-        check_span(ratio=ratio)
-        if min(scale) < 1:
-            raise InputError(f"data.scale {tuple(scale)} must be two numbers of pixels, at least 1")
-        if not 0 < cat_max_ratio <= 1:
-            raise InputError(f"data.cat_max_ratio ({cat_max_ratio}) must be above 0 and at most 1")
-        if not 0 <= ignore_index <= VOID:
-            raise InputError(f"data.ignore_index ({ignore_index}) must be from 0 to {VOID}")
+        super().__init__(batch_size=batch_size, **kwargs)
+        check_span("ratio", ratio)
+        check_share("cat_max_ratio", cat_max_ratio)
+        if ignore_index > IGNORE:
+            raise InputError(f"data.ignore_index ({ignore_index}) must be from 0 to {IGNORE}")
         if "{split}" not in (splits or images):
             raise InputError(
                 f"data.images ({images!r}) or data.splits ({splits!r}) must contain {{split}}, or train and "
-                "val are one"
+                "val are equal"
             )
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
         self.layout = LAYOUTS.get(dataset) or Layout(images, masks, mask_suffix, splits, image_suffix)
         self.given_classes = classes
-        self.ignore_index = ignore_index if dataset == "folder" else VOID
+        self.ignore_index = ignore_index if dataset == "folder" else IGNORE
         self.reduce_zero_label = (
             reduce_zero_label if dataset == "folder" else dataset in ("ade20k", "pascal_context")
         )
@@ -191,9 +160,9 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         self.crop_size = crop_size
         self.eval_batch_size = eval_batch_size
         self.augmentation = joint_augmentation(
-            crop_size, scale, ratio, cat_max_ratio, hflip, distortion, mean, std
+            crop_size, scale, ratio, cat_max_ratio, hflip, distortion, **self.normalisation
         )
-        self.evaluation = joint_evaluation(scale, mean, std)
+        self.evaluation = joint_evaluation(scale, **self.normalisation)
 
     @cached_property
     def classes(self) -> Classes:
@@ -221,37 +190,26 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
 
     @property
     def class_names(self) -> list[str]:
-        """The classes in the order of their labels; none if root is a folder of images to predict only."""
+        """The classes in the order of their labels; [] if root has images to predict only."""
         return self.classes.names
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are; 0 if root is a folder of images to predict only."""
-        return len(self.class_names)
 
     @property
     def colours(self) -> np.ndarray:
         """The classes' colours, RGB, uint8 [C, 3]; distinct ones where none are given."""
         return self.classes.colours
 
-    @property
-    def predict_paths(self) -> list[str]:
-        """The path of each image that `predict` reads: what the indices of its batches count."""
-        source = self.source("predict")
-        return [source.path(index) for index in range(len(source))]
-
     def train_dataloader(self) -> ImageLoader:
-        """Augmented crops in random order, the same number for every process."""
+        """Return augmented crops in random order, the same number for every process."""
         images = MaskedImages(self.source("train"), self.augmentation, self.seed)
         return self._shuffled(images, collate=collate_masks)
 
     def eval_dataloader(self, split: str) -> ImageLoader:
-        """The images of any split (also `train`) in order, not augmented, each in one process once."""
+        """Return the images of any split (also `train`) in order, not augmented, each in one process once."""
         images = MaskedImages(self.source(split), self.evaluation, self.seed)
         return self._in_order(images, collate=collate_masks, batch_size=self.eval_batch_size)
 
     def square_dataloader(self, split: str, side: int) -> ImageLoader:
-        """The images of a split in order, resized to squares, as dense retrieval takes them.
+        """Return the images of a split in order, resized to squares, as dense retrieval takes them.
 
         Args:
             split: the masks of `train` are resized as well; those of others keep the annotation's own size.
@@ -279,7 +237,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         return pairs
 
     def _is_unlabelled(self) -> bool:
-        """Whether the root is a folder that holds no splits."""
+        """Return whether the root is a folder that holds no splits."""
         return self.dataset != "digits" and (
             self.root.is_dir() and not any(self.layout.name(self.root, split) for split in SPLITS)
         )

@@ -1,4 +1,4 @@
-"""Signals in the processes that read images."""
+"""When a process that reads images ends: with its run, whoever else gets a signal."""
 
 import os
 import signal
@@ -8,14 +8,18 @@ from threading import Thread
 from types import TracebackType
 
 
-def _leave_the_end_to_the_run(worker: int) -> None:
-    """A scheduler sends SIGTERM to all processes of a job: a worker heeds only the one that trains.
+def end_with_the_run(worker: int) -> None:
+    """Have a worker obey a SIGTERM only of the process that trains.
 
-    A worker that heeded nobody would keep alive a process that ends while it holds an unfinished iterator. On
-    macOS and Windows, where the sender cannot be told, a worker heeds all.
+    A scheduler sends SIGTERM to all processes of a job, and the training process still needs its workers to
+    save a checkpoint. A worker that ignored the signal altogether would keep alive a training process that
+    ends while it holds an unfinished iterator. On macOS and Windows, where the sender of a signal is unknown,
+    a worker obeys every SIGTERM.
 
-    A run that is interrupted while it takes a batch says so itself: its worker, which hands batches over from
-    a thread, does not complain as well.
+    A worker whose run ends while a batch is on its way is silent about it: the run itself reports the reason.
+
+    Args:
+        worker: number of the worker.
     """
     sys.excepthook = _unless_the_receiver_left
     parent = parent_process()

@@ -1,0 +1,161 @@
+"""Images with a label each: found in a folder, among timm's data sets, or scikit-learn's digits."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from timm.data import create_transform
+
+from locat_lightning.data import digits
+from locat_lightning.data.base import SPLITS, ImageModule, check_share
+from locat_lightning.data.dataset import Images, Source
+from locat_lightning.data.files import class_folders, labelled_files, subfolders, unlabelled_files
+from locat_lightning.data.loading import ImageLoader
+from locat_lightning.data.timm_sources import Stream, TimmSource, timm_source
+from locat_lightning.errors import InputError
+
+ROOT = "data"  # where none is given
+
+
+class LabelledData(ImageModule[Source | Stream]):
+    """Images with a label each, in batches for evaluation and prediction; subclasses add the training.
+
+    Mistakes of layout (a folder without images, a class that `train/` lacks) are found by `setup`, before
+    anything is trained.
+
+    Args:
+        root: folder of the images: `train/` and one of `val/`, `validation/`, `test/`, each with a folder per
+            class; without training, no `train/`. For `predict`, also any folder of images without these.
+        dataset: `folder`; `digits` (scikit-learn's handwritten digits, which need no root); or a data set by
+            timm's name: `torch/cifar10`, `hfds/timm/mini-imagenet`, `wds/…`.
+        download: whether a timm data set may be downloaded to root.
+        classes: number of classes, for a timm data set that does not know it.
+        img_size: height and width of the images in pixels, after the transforms.
+        eval_interpolation: how images are resized in evaluation.
+        crop_pct: share of the resized image's shorter side that the central crop in evaluation keeps.
+        kwargs: those of `ImageModule`.
+
+    Raises:
+        InputError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str = ROOT,
+        dataset: str = "folder",
+        download: bool = False,
+        classes: PositiveInt | None = None,
+        img_size: PositiveInt = 224,
+        eval_interpolation: Literal[
+            "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"
+        ] = "bicubic",
+        crop_pct: float = 0.875,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_share("crop_pct", crop_pct)
+        self.root = Path(root).expanduser().absolute()
+        self.dataset = dataset
+        self.download = download
+        self.classes = classes
+        self.img_size = img_size
+        self.resizing = {"interpolation": eval_interpolation, "crop_pct": crop_pct}
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The classes in the order of their labels; [] if the root has images to predict only.
+
+        Raises:
+            InputError: the classes cannot be found.
+        """
+        if self.dataset == "folder":
+            return [] if self._is_unlabelled() else class_folders(self._class_folder())
+        if self.dataset == "digits":
+            return digits.CLASS_NAMES
+        source = self.source("train")
+        assert isinstance(source, TimmSource | Stream)
+        known = source.class_names or [str(label) for label in range(self.classes or 0)]
+        if not known:
+            raise InputError(
+                f"data set {self.dataset!r} does not know its classes: set --data.classes to their number"
+            )
+        return known
+
+    def prepare_data(self) -> None:
+        """Download what may be downloaded; Lightning calls it once per machine."""
+        if self.download and self.dataset not in ("folder", "digits"):
+            for split in ("train", "val"):
+                self._timm_source(split, download=True)
+
+    def eval_transform(self) -> Callable[[Image.Image], Any]:
+        """Make the transform of evaluation: resize, central crop, normalise."""
+        return create_transform(self.img_size, **self.normalisation, **self.resizing)  # type: ignore[no-any-return]
+
+    def eval_dataloader(self, split: str) -> ImageLoader:
+        """Return the images of any split (also `train`) in order, not augmented, each in one process once."""
+        source, transform = self.source(split), self.eval_transform()
+        if isinstance(source, Stream):
+            return ImageLoader(source.transformed(transform), **self._loader_options(training=False))
+        return self._in_order(Images(source, transform, self.seed))
+
+    def _find(self, split: str) -> Source | Stream:
+        if split == "predict":
+            if self.dataset == "folder" and not self.root.is_dir():
+                raise InputError(f"{self._without_root()} a folder of images")
+            if self.dataset == "folder" and self._is_unlabelled():
+                return unlabelled_files(self.root)
+            if isinstance(source := self.source("test"), Stream):
+                raise InputError(f"data set {self.dataset!r} is a stream without paths, which predict needs")
+            return source
+        if self.dataset == "folder":
+            folder = self._split_folder(split)
+            if split == "test" != folder.name:
+                rank_zero_info(f"no test/ in {self.root}: using {folder.name}/")
+            names = self.class_names or class_folders(folder)
+            return labelled_files(folder, names, self._class_folder().name, complete=split == "train")
+        if self.dataset == "digits":
+            return digits.Digits(train=split == "train")
+        return self._timm_source(split, download=False)
+
+    def _is_unlabelled(self) -> bool:
+        """Return whether the root is a folder that holds no splits, that is, none with folders of classes."""
+        return self.root.is_dir() and not any(
+            subfolders(self.root / name) for name in ("train", *SPLITS["val"]) if (self.root / name).is_dir()
+        )
+
+    def _class_folder(self) -> Path:
+        """Return the folder whose folders are the classes: `train`, or that of `val` without one."""
+        train = self.root / "train"
+        return train if train.is_dir() else self._split_folder("val")
+
+    def _split_folder(self, split: str) -> Path:
+        if not self.root.is_dir():
+            raise InputError(f"{self._without_root()} the folder that holds train/ and val/")
+        for name in SPLITS[split]:
+            if (self.root / name).is_dir():
+                return self.root / name
+        wanted = " or ".join(f"{name}/" for name in SPLITS[split])
+        raise InputError(f"no {wanted} in {self.root}: it should hold a folder per class, with its images")
+
+    def _without_root(self) -> str:
+        """Say what is wrong with a root that is not a folder, up to what it should be."""
+        if self.hparams["root"] == ROOT and not self.root.exists():
+            return f"data.root is not given, and there is no folder {self.root}: set --data.root to"
+        what = "not a folder" if self.root.exists() else "no such folder"
+        return f"{what}: {self.root}; set --data.root to"
+
+    def _timm_source(self, split: str, download: bool) -> TimmSource | Stream:
+        return timm_source(
+            self.dataset,
+            self.root,
+            split,
+            SPLITS[split],
+            download=download,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
