@@ -58,7 +58,7 @@ def test_locat_is_added_once():
 
 
 def test_random_weights_do_not_say_of_which_model_they_are():
-    with pytest.raises(InputError, match=r"add --backbone, .* \(of fit and its like: --model.backbone\)"):
+    with pytest.raises(InputError, match=r"add --backbone .* \(--model.backbone for fit"):
         load_backbone("random")
 
 

@@ -75,8 +75,8 @@ def test_patches_are_normed_with_locat_alone():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"jumbo_multiplier": 0}, "jumbo_multiplier has to be at least 1"),
-        ({"global_pool": "avg"}, "global_pool has to be 'token'"),
+        ({"jumbo_multiplier": 0}, "jumbo_multiplier must be at least 1"),
+        ({"global_pool": "avg"}, "global_pool must be 'token'"),
         ({"reg_tokens": 4}, "no registers"),
     ],
     ids=str,

@@ -185,7 +185,7 @@ def test_variants_of_the_kernel_train(family, gaug):
 
 
 def test_what_is_no_model_is_an_error():
-    with pytest.raises(TypeError, match=r"has to be a built one, .* not 'vit_tiny_patch16_224'"):
+    with pytest.raises(TypeError, match=r"must be a module .* not 'vit_tiny_patch16_224'"):
         add_locat("vit_tiny_patch16_224")
 
 
@@ -246,7 +246,7 @@ def test_a_model_whose_grid_is_elsewhere_is_an_error(name):
         ({"mixture": 0}, "mixture is the number of Gaussians, 1 or more; got 0"),
         ({"mixture": True}, "1 or more; got True"),
         ({"mixture": 2, "isotropic": True}, "mixture alone, not mixture, isotropic"),
-        (None, "gaug has to be true, false, or arguments of a kernel, not None"),
+        (None, "gaug must be true, false, or arguments of a kernel, not None"),
         ("rotated", "not 'rotated'"),
     ],
     ids=str,

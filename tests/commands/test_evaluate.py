@@ -238,12 +238,12 @@ def test_commands_repeat_themselves(named):
     [
         ([], "locat knn needs --weights"),
         (["--weights", "nowhere.pth"], "no such file"),
-        (["--weights", "net.pth"], "does not say of which model it is: add --backbone"),
+        (["--weights", "net.pth"], "does not record its model: add --backbone"),
         (["--weights", "net.pth", "--backbone", "locatvit_tyni"], "did you mean locatvit_tiny"),
-        (["--weights", "net.pth", "--backbone", "resnet18"], "too poor a match"),
+        (["--weights", "net.pth", "--backbone", "resnet18"], "less than half of the model matched"),
         (["--weights", "net.pth", "NAMED", "--student"], "holds no student"),
         (["--weights", "net.pth", "NAMED", "--k", "0"], '"k" element 1'),
-        (["--weights", "net.pth", "NAMED", "--precision", "64-true"], "precision '64-true' is none"),
+        (["--weights", "net.pth", "NAMED", "--precision", "64-true"], "precision '64-true' is not supported"),
         (["--weights", "net.pth", "NAMED", "--data.img_size", "33"], "does not take images of 33 pixels"),
         (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
         (

@@ -176,7 +176,7 @@ def test_a_folder_with_something_in_it_is_left_alone(capsys):
 def test_nothing_is_left_of_an_export_that_differs(capsys, monkeypatch):
     weights = of_run({"state_dict": beneath("backbone", backbone())})
     monkeypatch.setattr("locat_lightning.backbones.formats._difference", lambda *_: 0.5)
-    assert "gives other outputs" in refused(capsys, "--weights", weights, "--to", "new/out")
+    assert "differ from the model's" in refused(capsys, "--weights", weights, "--to", "new/out")
     assert [path.name for path in Path().iterdir()] == ["runs"]
 
 

@@ -1,4 +1,4 @@
-"""Backbones by timm's name, or by nothing but their weights."""
+"""Build backbones by timm's name, or from their weights alone."""
 
 import argparse
 from collections.abc import Mapping
@@ -26,27 +26,17 @@ from locat_lightning.errors import InputError, near
 WEIGHTS_OF_TIMM = ("pretrained", "checkpoint_path")  # arguments of `timm.create_model` that read weights
 
 
-def check_name(name: str) -> None:
-    """See that timm knows a model.
-
-    Raises:
-        InputError: it does not; the message has names like it.
-    """
-    if not timm.is_model(name):
-        raise InputError(f"model.backbone: timm knows no model {name!r}{near(name, timm.list_models(), n=5)}")
-
-
 def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
-    """See that timm knows a model and that it takes these arguments, without memory for its weights.
+    """Check that timm knows a model and that it takes these arguments, without memory for its weights.
 
     Raises:
-        InputError: it does not. A model that cannot be built without memory is not looked at.
+        InputError: it does not. Models that cannot be built on the meta device are not checked.
     """
     try:
         with torch.device("meta"):
             create_backbone(name, arguments, num_classes=0)
     except (InputError, RuntimeError) as error:
-        if "meta" in str(error):  # what torch says of an operation that needs the values of a tensor
+        if "meta" in str(error):  # torch's message for an operation that needs a tensor's values
             return
         if isinstance(error, InputError):
             raise
@@ -54,22 +44,22 @@ def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
 
 
 def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: int | None) -> nn.Module:
-    """A timm model by name, with random weights; without `num_classes` it has as many as timm's.
+    """Build a timm model with random weights.
 
     Args:
         name: timm's.
-        arguments: of the model; beside them `locat`, arguments of `add_locat`.
-        num_classes: of its classifier; 0 for none.
+        arguments: of the model; also `locat`, the arguments of `add_locat`.
+        num_classes: of its classifier; 0 for none, None for timm's default.
 
     Raises:
-        InputError: timm knows no such model, the model does not take these arguments, or they are to bring
-            weights.
+        InputError: timm knows no such model, it does not take these arguments, or they ask for weights.
     """
-    check_name(name)
+    if not timm.is_model(name):
+        raise InputError(f"model.backbone: timm knows no model {name!r}{near(name, timm.list_models(), n=5)}")
     if given := [key for key in WEIGHTS_OF_TIMM if (arguments or {}).get(key)]:
         raise InputError(f"model.backbone_args.{given[0]}: use --weights, which says where weights come from")
     own = dict(arguments or {})
-    # Unlike dropout, timm's drop path finds out when it first draws.
+    # Unlike dropout, timm's drop path only fails when it first draws.
     if isinstance(rate := own.get("drop_path_rate"), int | float) and not 0 <= rate <= 1:
         raise InputError(f"model.backbone_args.drop_path_rate: {rate} is not between 0 and 1")
     locat = None if name == LOCATED else own.pop("locat", None)
@@ -79,7 +69,7 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
         model: nn.Module = timm.create_model(name, **own)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"model.backbone_args do not fit {name}: {str(error) or arguments}") from error
-    except (KeyError, ArithmeticError) as error:  # which alone say nothing
+    except (KeyError, ArithmeticError) as error:  # whose messages alone say nothing
         raise InputError(f"model.backbone_args do not fit {name}: {error!r} of {arguments}") from error
     if locat is None:
         return model
@@ -90,19 +80,15 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
 
 
 def create_for_any_size(name: str, arguments: dict[str, Any] | None) -> nn.Module:
-    """A timm model without classifier, which takes images of any size if it has to be told so.
-
-    Raises:
-        InputError: as for `create_backbone`.
-    """
+    """Build a timm model without classifier for images of any size; errors are those of `create_backbone`."""
     try:
         return create_backbone(name, {"dynamic_img_size": True} | (arguments or {}), num_classes=0)
-    except InputError:  # a model that needs no such argument, unless the given ones are at fault
+    except InputError:  # the model has no such argument, unless others are wrong
         return create_backbone(name, arguments, num_classes=0)
 
 
 def noted_arguments(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What `create_backbone` takes, of a task's hyper-parameters: `backbone_args`, and `locat` if any."""
+    """Return the arguments of `create_backbone` in a task's hyper-parameters: `backbone_args` and `locat`."""
     locat = hyper_parameters.get("locat")
     return (hyper_parameters.get("backbone_args") or {}) | ({} if locat is None else {"locat": locat})
 
@@ -110,12 +96,12 @@ def noted_arguments(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
 def model_of(
     weights: str, name: str | None, arguments: dict[str, Any] | None, contents: dict[str, Any] | None
 ) -> tuple[str | None, dict[str, Any]]:
-    """Name and arguments of the timm model that weights are of, as far as anybody says.
+    """Return name and arguments of the timm model that weights belong to, as far as they are known.
 
     Args:
         weights: as for `load_weights`.
-        name: timm's name of the model; None takes what the weights say of themselves.
-        arguments: of the model, beside or instead of those that the weights name.
+        name: timm's name of the model; None takes the one that is recorded in the weights.
+        arguments: of the model, in addition to or instead of those recorded in the weights.
         contents: of the weights' file, if they are in one.
     """
     arguments = arguments or {}
@@ -145,20 +131,20 @@ def load_backbone(
     classifier: bool = False,
     contents: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a timm model from any source of weights, and say what matched.
+    """Build a timm model from any source of weights, and report what matched.
 
     Args:
-        weights: as for `load_weights`; a decoder of a frozen backbone leads to that.
-        name: timm's name of the model; None takes what the weights say of themselves.
-        arguments: of the model, beside or instead of those that the weights name.
-        network: of a checkpoint with a teacher and a student, the one to take.
-        any_size: whether it has to take images of other sizes than it was built for, where timm can.
-        classifier: whether it has the classifier that the weights have, if they have one.
-        contents: of the weights' file, where `read_checkpoint` has read it already.
+        weights: as for `load_weights`; the decoder of a frozen backbone leads to that backbone.
+        name: as for `model_of`.
+        arguments: as for `model_of`.
+        network: which network of a checkpoint with a teacher and a student.
+        any_size: take images of other sizes than the model was built for, where timm can.
+        classifier: keep the classifier that the weights have, if they have one.
+        contents: of the weights' file, if `read_checkpoint` has read it already.
 
     Raises:
-        InputError: the weights do not say of which model they are, timm does not know it or it does not take
-            the arguments, or the weights cannot be read or do not fit.
+        InputError: the model is not recorded in the weights, timm does not know it or it does not take the
+            arguments, or the weights cannot be read or do not fit.
     """
     if contents is None and Path(weights).is_file():
         contents = read_checkpoint(weights)
@@ -168,8 +154,8 @@ def load_backbone(
         check_source(weights)
         contents = read_checkpoint(weights) if Path(weights).is_file() else None
     name, arguments = model_of(weights, name, arguments, contents)
-    of_itself = contents is None and weights != RANDOM  # which timm, or a model hub, knows all about
-    if of_itself and (name is None or (classifier and name == weights)):
+    known_to_timm = contents is None and weights != RANDOM  # or to a model hub
+    if known_to_timm and (name is None or (classifier and name == weights)):
         check_source(weights)
         arguments = ({} if classifier else {"num_classes": 0}) | arguments
         if any_size:
@@ -178,8 +164,8 @@ def load_backbone(
         return pretrained(weights, **arguments)
     if name is None:
         raise InputError(
-            f"{weights} does not say of which model it is: add --backbone, timm's name of it (of fit and its "
-            "like: --model.backbone)"
+            f"{weights} does not record its model: add --backbone with timm's name of it (--model.backbone "
+            "for fit, validate, test and predict)"
         )
     if any_size:
         model = create_for_any_size(name, arguments)
@@ -192,7 +178,7 @@ def load_backbone(
 
 
 def _classes_of(model: nn.Module, weights: str, network: Role, contents: dict[str, Any] | None) -> int:
-    """How many classes the classifier has that is in the weights of a timm model; 0 if there is none."""
+    """Return the number of classes of the classifier in weights of a timm model; 0 if there is none."""
     if weights == RANDOM:
         return 0
     of_timm: Any = model

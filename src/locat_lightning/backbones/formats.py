@@ -1,4 +1,4 @@
-"""A timm model as files that others read, each checked against the model that it was made from."""
+"""Write a timm model in formats that other tools read, each checked against the model."""
 
 import logging
 import warnings
@@ -29,11 +29,7 @@ TOLERANCE = 1e-4  # of a format that computes in its own way, relative to the la
 
 
 def check_format(form: Format) -> None:
-    """See that a format can be written here.
-
-    Raises:
-        InputError: packages are not installed.
-    """
+    """Check that the packages for a format are installed: `InputError` if not."""
     if form == "onnx" and (absent := [name for name in ONNX if find_spec(name) is None]):
         raise InputError(
             f"--format onnx needs {', '.join(absent)}: pip install 'locat-lightning[onnx]', or take another "
@@ -56,17 +52,17 @@ def write_model(
     - `torchscript`: model.pt, for `torch.jit.load`.
     - `export`: model.pt2, for `torch.export.load(…).module()`.
 
-    Of the last three the batch is dynamic, and the size of the images is not.
+    In the last three, the batch is dynamic and the size of images is fixed.
 
     Args:
-        model: as timm made it; it is in evaluation mode afterwards, and float32.
-        directory: takes the files; it is there.
+        model: built by timm; afterwards it is in evaluation mode, and float32.
+        directory: of the files; it exists.
         form: one of these.
         classes: names of the classes, for `config.json`.
-        images: what its images are like (`mean`, `std`, `crop_pct`, `interpolation`), for `config.json`.
+        images: preprocessing (`mean`, `std`, `crop_pct`, `interpolation`), for `config.json`.
 
     Returns:
-        The largest difference of an output from the model's; 0 for timm's format.
+        The largest relative difference of an output from the model's; 0 for timm's format.
 
     Raises:
         InputError: a package is not installed, the format cannot hold the model, or its outputs differ.
@@ -83,20 +79,20 @@ def write_model(
                 read_again = _PROGRAMS[form](model, file)
         except InputError:
             raise
-        except Exception as error:  # each exporter has its own ways to fail
+        except Exception as error:  # each exporter has its own exceptions
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{type(model).__name__} cannot be written as {form}: {reason}") from error
         difference = max(_difference(model, read_again, _images(model, batch)) for batch in (1, 3))
     if difference > (0 if form == "timm" else TOLERANCE):
         raise InputError(
-            f"what was written as {form} gives other outputs than the model (by {difference:.2g} of the "
-            "largest): nothing is kept of it"
+            f"outputs of the {form} file differ from the model's by {difference:.2g} of the largest: "
+            "it is not kept"
         )
     return difference
 
 
 def _images(model: nn.Module, batch: int) -> Tensor:
-    """Noise [batch, C, height, width] of the size that a model is for."""
+    """Return noise [batch, C, height, width] of the size that a model takes."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, *get_model_input_config(model)["input_size"], generator=generator)
 
@@ -124,7 +120,7 @@ def _timm(
 
 
 def _unshare(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """Give each name of shared weights (Jumbo's MLP) a tensor of its own, as safetensors wants it."""
+    """Copy shared weights (Jumbo's MLP), so that each name has a tensor of its own, as safetensors needs."""
     seen: set[int] = set()
     for name, value in state.items():
         if value.data_ptr() in seen:
@@ -133,7 +129,7 @@ def _unshare(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: 
 
 
 def _program(model: nn.Module) -> torch.export.ExportedProgram:
-    """A model as a graph, for any batch; without the places in the source, which are of this machine."""
+    """Export a model for any batch, without the stack traces, which name paths of this machine."""
     batch = torch.export.Dim("batch")
     program = torch.export.export(model, (_images(model, 2),), dynamic_shapes=({0: batch},))
     for graph in program.graph_module.modules():
@@ -181,7 +177,7 @@ _PROGRAMS: dict[Format, Callable[[nn.Module, Path], Callable[[Tensor], Tensor]]]
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What exporters tell of their inner life goes nowhere."""
+    """Silence warnings and logs of the exporters."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

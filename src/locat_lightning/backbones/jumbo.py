@@ -19,8 +19,8 @@ from locat_lightning.nn import PatchRefinement
 class JumboBlock(Block):
     """timm's block for J [CLS] tokens and patches: one attention, two MLPs.
 
-    After the attention the J tokens are one vector of J·D, with a norm, an MLP, a layer scale and a drop path
-    of its own; the patches go through the block's usual MLP.
+    After the attention, the J tokens are one vector of J·D with its own norm, MLP, layer scale and drop path;
+    the patches go through the block's usual MLP.
 
     Args:
         jumbo_mlp: of the J·D vector, shared by all blocks.
@@ -40,7 +40,7 @@ class JumboBlock(Block):
         self.drop_path3 = DropPath(kwargs["drop_path"]) if kwargs["drop_path"] > 0 else nn.Identity()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """From tokens [B, J + H·W, D] to tokens."""
+        """Map tokens [B, J + H·W, D] to tokens."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         cls, patches = x[:, : self.class_tokens], x[:, self.class_tokens :]
         patches = patches + self.drop_path2(self.ls2(self.mlp(self.norm2(patches))))
@@ -53,7 +53,7 @@ class JumboNorm(nn.LayerNorm):
     """The final norm: one over the J·D of [CLS], and that of the patches if they have one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """From tokens [B, J + H·W, D] to tokens."""
+        """Map tokens [B, J + H·W, D] to tokens."""
         J = self.normalized_shape[0] // x.shape[-1]
         cls, patches = x[:, :J], x[:, J:]
         of_patches: nn.Module = self.__dict__["of_patches"]
@@ -84,10 +84,10 @@ class Jumbo(VisionTransformer):
         **kwargs: Any,
     ) -> None:
         if jumbo_multiplier < 1:
-            raise ValueError(f"jumbo_multiplier has to be at least 1, not {jumbo_multiplier}")
+            raise ValueError(f"jumbo_multiplier must be at least 1, not {jumbo_multiplier}")
         if global_pool not in (("token", "prr") if prr else ("token",)):  # timm notes the latter down
             raise ValueError(
-                f"Jumbo pools its [CLS] tokens: global_pool has to be 'token', not '{global_pool}'"
+                f"Jumbo pools its [CLS] tokens: global_pool must be 'token', not '{global_pool}'"
             )
         if kwargs.get("reg_tokens", 0) or not kwargs.get("class_token", True):
             raise ValueError(
@@ -120,7 +120,7 @@ class Jumbo(VisionTransformer):
             self.global_pool, self.pool_include_prefix = "prr", True
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of that many classes: weights of 0, biases of -ln(classes)."""
+        """Make a new head, with weights of 0 and biases of -ln(classes)."""
         super().reset_classifier(0, global_pool)
         self.num_classes = num_classes
         if num_classes > 0:
@@ -140,7 +140,7 @@ class Jumbo(VisionTransformer):
         return kept
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """[CLS] of tokens [B, J + H·W, D], refined with PRR, as one vector [B, J·D]."""
+        """Return [CLS] of tokens [B, J + H·W, D], refined with PRR, as one vector [B, J·D]."""
         if isinstance(self.attn_pool, nn.Module):
             refined: Tensor = self.attn_pool(x)
             return refined

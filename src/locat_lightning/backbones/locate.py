@@ -1,4 +1,4 @@
-"""Put LocAt into a built timm model: GAug into its self-attention, PRR before its pooling."""
+"""Add LocAt to a built timm model: GAug to its self-attention, PRR before its pooling."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from locat_lightning.nn.refinement import PatchRefinement
 Model = TypeVar("Model", bound=nn.Module)
 Kernel = GaussianAugmentation | GaussianMixture
 VARIANTS = {"query_dependent", "isotropic", "learned_alpha", "rotated", "mixture"}  # arguments of a kernel
-LOCATED = "located"  # timm's name of a model to which LocAt was added (see `registry`)
+LOCATED = "located"  # registered name of a model to which LocAt was added (see `registry`)
 
 
 def add_locat(
@@ -33,37 +33,35 @@ def add_locat(
     prr: bool = True,
     start: Literal["paper", "identity"] = "paper",
 ) -> Model:
-    """Put LocAt into a timm model, which keeps its weights.
+    """Add LocAt to a timm model in place; the model keeps its weights.
 
-    Knows the attention of timm's ViT (so DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP, with registers or
-    without), RoPE-ViT, EVA, DINOv3 and Swin. The model is changed in place: to keep it, pass a copy. An error
-    leaves it as it was.
+    Supports the attention of timm's ViT (so DeiT, AugReg, DINO, DINOv2, CLIP and SigLIP, with registers or
+    without), RoPE-ViT, EVA, DINOv3 and Swin. After an error the model is as it was.
 
     Args:
         model: From `timm.create_model`.
-        gaug: Whether its attention gets Gaussian kernels; arguments of `GaussianAugmentation` make a variant,
-            and `{"mixture": m}` is Gaussian mixture mask attention with m components instead.
-        prr: Whether its final tokens are refined before they are pooled. Where the model normalises what it
-            has pooled (`fc_norm`), they are refined as they are pooled: before the norm.
-        start: "paper" begins as a model that is trained from scratch. "identity" begins with the outputs of
-            the model as it is: every kernel's strength, and the refinement, have a learned gate that is
-            (nearly) shut. For models that are trained already.
+        gaug: Whether to add Gaussian kernels to its attention; arguments of `GaussianAugmentation` make a
+            variant, and `{"mixture": m}` is Gaussian mixture mask attention with m components instead.
+        prr: Whether to refine its final tokens before they are pooled (and before `fc_norm`, if it has that).
+        start: "paper" starts like a model that is trained from scratch. "identity", for trained models,
+            starts with the outputs of the model as it is: every kernel's strength, and the refinement, are
+            behind a learned gate that is (nearly) closed.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model's attention or pooling is none that LocAt can be put into, or it drops patches.
-        TypeError: the model is none, `gaug` is of another type, or there is no such variant of a kernel.
+        ValueError: LocAt does not support the model's attention or pooling, or it drops patches.
+        TypeError: `model` is not a model, `gaug` is of another type, or there is no such variant.
 
     Source: "Locality-Attending Vision Transformer" (ICLR 2026); `start="identity"` is ours.
     """
     if start not in ("paper", "identity"):
-        raise ValueError(f"start has to be 'paper' or 'identity', not {start!r}")
+        raise ValueError(f"start must be 'paper' or 'identity', not {start!r}")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model has to be a built one, as timm.create_model gives it, not {model!r}")
+        raise TypeError(f"model must be a module that timm.create_model returned, not {model!r}")
     if not isinstance(gaug, bool | Mapping):
-        raise TypeError(f"gaug has to be true, false, or arguments of a kernel, not {gaug!r}")
+        raise TypeError(f"gaug must be true, false, or arguments of a kernel, not {gaug!r}")
     gated = start == "identity"
     options = {} if isinstance(gaug, bool) else dict(gaug)
     kernels = {} if gaug is False else _kernels(model, options, gated)
@@ -83,18 +81,17 @@ def architecture_of(model: nn.Module) -> str:
 
 
 def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]:
-    """How many times as large a model's kernels have to be beside those of weights of another grid.
+    """Return the factors by which a model's kernels have to be wider than those of weights of another grid.
 
-    The ratio of the grids' shorter sides, as `GaussianAugmentation` has it for images of another grid. Its
-    logarithm, added to the bias, does so as long as a variance is small beside the square of the grid.
+    It is the ratio of the grids' shorter sides, as for images of another grid. Its logarithm, added to the
+    bias, has that effect as long as a variance is small beside the square of the grid.
 
     Args:
-        state: The weights as they are. Position embeddings, or Swin's bias tables, tell their grid; without
-            them nothing does.
-        model: In which kernels are.
+        state: The weights. Their grid is known from position embeddings or Swin's bias tables only.
+        model: With kernels.
 
     Returns:
-        The ratio by the name of the bias, of kernels that change.
+        The ratio by the name of the bias, for kernels that change.
     """
     found = {}
     for name, layer in model.named_modules():
@@ -116,7 +113,7 @@ def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]
 
 
 def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kernel]:
-    """The kernels of a model by the layers that they are for; the model stays as it is."""
+    """Make the kernels of a model, by layer; the model is not changed."""
     if any(isinstance(layer, GaussianSelfAttention | GaussianWindowAttention) for layer in model.modules()):
         raise ValueError(f"gaug=True: this {type(model).__name__} has it already: pass gaug=False")
     if not VARIANTS.issuperset(options) or ("mixture" in options and len(options) > 1):
@@ -131,7 +128,7 @@ def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kern
         if name.endswith("attn") and type(layer) not in ATTENTIONS
     }
     if not others and not isinstance(model, VisionTransformer | Eva | SwinTransformer):
-        others = {_full_name(type(model))}  # its tokens are none of these models', whatever its attention
+        others = {_full_name(type(model))}  # whose tokens may be anything, whatever its attention
     if others or not layers:
         blocks = {_full_name(type(block)) for block in getattr(model, "blocks", [])}
         raise ValueError(
@@ -156,7 +153,7 @@ def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kern
 
 
 def _full_name(of: type) -> str:
-    """With its module: timm has several classes of one name."""
+    """Return the name with its module: timm has several classes of one name."""
     return f"{of.__module__}.{of.__name__}"
 
 
@@ -208,7 +205,7 @@ def _add_prr(model: Any, gated: bool) -> None:
 
 
 def _refine_before(pool: nn.Module, dim: int, attention: Any, gated: bool) -> None:
-    """Let a pooling module take refined tokens."""
+    """Make a pooling module refine its input first."""
     pool.refinement = PatchRefinement(dim, attention.num_heads, "", gated=gated, **_place(attention))
     pool.register_forward_pre_hook(_refined)
 

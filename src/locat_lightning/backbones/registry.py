@@ -1,7 +1,7 @@
 """The paper's backbones under their published names, for `timm.create_model`.
 
-All take `gaug` and `prr`, which say what of LocAt is in them (see `add_locat`), beside the arguments of the
-timm model that they are made of. RegViT is `reg_tokens=4`; a ViT without position embedding is
+All take `gaug` and `prr`, which choose the parts of LocAt (see `add_locat`), and the arguments of the timm
+model that they are based on. RegViT is `reg_tokens=4`; a ViT without position embedding is
 `pos_embed="none"`. `located` is any other model with LocAt in it.
 """
 
@@ -79,7 +79,7 @@ def _create(
     prr: bool | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a model as timm's own entry points do; without LocAt by default if it is a plain counterpart."""
+    """Build a model as timm's own entry points do; a plain counterpart has no LocAt by default."""
     if "depths" in defaults:
         features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True}
     else:
@@ -144,7 +144,7 @@ for _name in MODELS:
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """What timm does with weights of a model of this kind before it loads them; kernels follow the grid."""
+    """Convert weights as timm does for a model of this kind, and kernels to its grid."""
     widening = kernel_widening(state, model)
     for made_by in type(model).__mro__:
         if (filter_ := getattr(sys.modules[made_by.__module__], "checkpoint_filter_fn", None)) is not None:
@@ -162,14 +162,14 @@ def located(
     locat: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Another model of timm's with LocAt in it: how timm builds what `add_locat` made, from its config.json.
+    """Build another timm model with LocAt: how timm rebuilds what `add_locat` made, from its config.json.
 
     Args:
-        pretrained: as timm has it: whether to load the weights beside the config.
+        pretrained: whether to load the weights beside the config.
         backbone: timm's name of the model.
         backbone_args: of the model.
         locat: arguments of `add_locat`.
-        **kwargs: of the model as well; these go before `backbone_args`.
+        **kwargs: also of the model; they override `backbone_args`.
     """
     if kwargs.get("global_pool") == "prr":  # which LocAt made of the backbone's own
         del kwargs["global_pool"]

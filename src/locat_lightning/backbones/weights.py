@@ -1,4 +1,4 @@
-"""Weights into a model, from every kind of checkpoint, safely: nothing in a file is executed."""
+"""Load weights into a model from every kind of checkpoint, without executing anything in a file."""
 
 import argparse
 import pickle
@@ -18,9 +18,9 @@ from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefin
 
 RANDOM = "random"
 
-DECODER_OF = "decoder_of"  # a checkpoint's key of the frozen backbone that its decoder reads
+DECODER_OF = "decoder_of"  # key of a decoder's checkpoint: the frozen backbone that it was trained on
 
-# Where training scripts put the weights in their checkpoints, best first, besides DINO's two networks.
+# Keys of the weights in the checkpoints of training scripts, best first; DINO's two networks come before.
 CONTAINERS = ("state_dict_ema", "state_dict", "model_ema", "model")
 
 Role = Literal["teacher", "student"]
@@ -34,21 +34,21 @@ def load_weights(
     network: Role = "teacher",
     contents: dict[str, Any] | None = None,
 ) -> None:
-    """Read weights into a timm model and say what matched.
+    """Load weights into a timm model and report what matched.
 
     Args:
-        model: Takes the weights.
-        weights: `random` (leaves the model as it is), a file (a checkpoint of Lightning's, timm's or DINO's,
-            a plain state dict, safetensors), or a name for timm (`vit_small_patch16_224.augreg_in21k`,
+        model: Gets the weights.
+        weights: `random` (leaves the model as it is), a file (checkpoint of Lightning, timm or DINO, plain
+            state dict, safetensors), or a name that timm knows (`vit_small_patch16_224.augreg_in21k`,
             `hf-hub:…`, `local-dir:…`).
-        warm_start: Whether what the weights cannot have is left as it is: a classifier of another size, and
-            LocAt's parameters where a model without LocAt was trained.
-        network: Of a checkpoint with a teacher and a student, the one to take.
-        contents: Of the file, where `read_checkpoint` has read it already.
+        warm_start: Keep what the weights cannot have: a classifier of another size, and LocAt's parameters
+            where a model without LocAt was trained.
+        network: Which network of a checkpoint with a teacher and a student.
+        contents: Of the file, if `read_checkpoint` has read it already.
 
     Raises:
-        InputError: there is no such file or name, the file holds no weights that can be read safely, or less
-            than half of the model is in it.
+        InputError: there is no such file or name, the file cannot be read safely, or it holds less than half
+            of the model.
     """
     if weights == RANDOM:
         rank_zero_warn(f"--weights {RANDOM}: the model has not been trained")
@@ -69,7 +69,7 @@ def load_weights(
     if warm_start and state.keys().isdisjoint(of_locat := _locat_parameters(model)):
         new |= of_locat
     if 2 * len(matched) < len(own):
-        raise InputError(f"too poor a match: {summary}; is it a checkpoint of another model?")
+        raise InputError(f"less than half of the model matched: {summary}; is it of another model?")
     if wrong := [k for k in (*missing, *other_shape) if k not in new]:
         raise InputError(f"weights do not fit ({', '.join(wrong[:3])}): {summary}")
     model.load_state_dict(matched, strict=False)
@@ -83,19 +83,10 @@ def state_for(
     network: Role = "teacher",
     contents: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors by the names that a timm model has for them, brought to its size as timm does it.
+    """Return weights by the names that a timm model has for them, converted to its size.
 
-    That is: position embeddings to its grid, the patch embedding to its patches and channels, and what else
-    timm does with weights of a model of this kind; and GAug's kernels to its grid.
-
-    Args:
-        model: for which they are; it stays as it is.
-        weights: as for `load_weights`, but not `random`.
-        network: as for `load_weights`.
-        contents: as for `load_weights`.
-
-    Raises:
-        InputError: as for `load_weights`.
+    Position embeddings and GAug's kernels follow its grid, the patch embedding its patches and channels. The
+    model is not changed; other arguments and errors are those of `load_weights`, without `random`.
     """
     state = _below_prefix(_read_state(weights, network, contents), model, network)
     try:
@@ -111,11 +102,7 @@ def state_for(
 
 
 def check_source(weights: str, option: str = "--weights") -> None:
-    """See that there is such a source of weights; nothing is read yet.
-
-    Raises:
-        InputError: there is not.
-    """
+    """Check that there is such a source of weights, without reading it: `InputError` if not."""
     remote = weights.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not (weights == RANDOM or remote or Path(weights).is_file() or timm.is_model(weights)):
         raise InputError(
@@ -125,7 +112,7 @@ def check_source(weights: str, option: str = "--weights") -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's contents on the CPU, of which nothing is executed.
+    """Read a checkpoint to the CPU without executing anything in it.
 
     Raises:
         InputError: the file is missing, broken, or holds more than tensors and plain values.
@@ -146,7 +133,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 "state dict alone, or as safetensors"
             ) from error
         raise InputError(f"{path} is not a checkpoint that can be read safely") from error
-    except Exception as error:  # what is no pickle, read as one, fails in any way
+    except Exception as error:  # of any kind, if the file is not a pickle
         reason = str(error).partition(". ")[0] or "it is empty"
         raise InputError(f"{path} cannot be read (truncated, or no checkpoint?): {reason}") from error
     if not isinstance(contents, dict):
@@ -155,7 +142,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read_state(weights: str, network: Role, contents: dict[str, Any] | None) -> dict[str, Tensor]:
-    """The tensors by name of a file or a timm name."""
+    """Return the tensors of a file, or of a name that timm knows, by name."""
     if Path(weights).is_file():
         contents = contents or read_checkpoint(weights)
         for container in (network, *CONTAINERS):
@@ -171,25 +158,17 @@ def _read_state(weights: str, network: Role, contents: dict[str, Any] | None) ->
 
 
 def pretrained(name: str, **arguments: Any) -> nn.Module:
-    """A model of timm's with its pretrained weights.
-
-    Args:
-        name: `vit_small_patch16_224.augreg_in21k`, `hf-hub:…`, `local-dir:…`.
-        arguments: of the model.
-
-    Raises:
-        InputError: timm cannot load it.
-    """
+    """Build a timm model with its pretrained weights by name (`hf-hub:…`, …); `InputError` if timm cannot."""
     try:
         model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
-    except Exception as error:  # each source has its own way to say that there is nothing
+    except Exception as error:  # each source has its own exceptions
         reason = " ".join(str(error).split())
         raise InputError(f"--weights: timm cannot load {name}: {reason}") from error
     return model
 
 
 def _below_prefix(state: dict[str, Tensor], model: nn.Module, network: Role) -> dict[str, Tensor]:
-    """The part of a state dict beneath the prefix (`module.`, `backbone.`, …) that has most of the model."""
+    """Return the part of a state dict below the prefix (`module.`, `backbone.`, …) with most of the model."""
     own = list(model.state_dict())
     prefixes = {name.removesuffix(own[0]) for name in state if name.endswith(own[0])} | {""}
     best = max(
@@ -200,7 +179,7 @@ def _below_prefix(state: dict[str, Tensor], model: nn.Module, network: Role) -> 
 
 
 def _head_parameters(model: nn.Module) -> set[str]:
-    """Names of the classifier's parameters."""
+    """Return the names of the classifier's parameters."""
     classifier = model.get_classifier()  # type: ignore[operator]
     modules = set(classifier.modules()) if isinstance(classifier, nn.Module) else set()
     return {
@@ -212,7 +191,7 @@ def _head_parameters(model: nn.Module) -> set[str]:
 
 
 def _locat_parameters(model: nn.Module) -> set[str]:
-    """Names of what LocAt added to a model's parameters, and of the buffers that a variant has instead."""
+    """Return the names of LocAt's parameters, and of the buffers that a variant has instead."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()

@@ -105,8 +105,8 @@ def nearest_neighbours(
 ) -> Iterator[Neighbours]:
     """Find the k rows of `bank` with the largest cosine to each query, exactly.
 
-    The bank passes by in chunks. Similarities are taken in groups of eight, and only groups whose maximum
-    beats the query's k-th best so far are looked into: at most k of them can matter, and soon few do.
+    The bank is read in chunks. Similarities are taken in groups of eight; only groups whose maximum beats the
+    query's k-th best so far are searched: at most k of them can matter, and soon few do.
 
     Args:
         bank: [N, D]; need not be normalised, and is not copied.

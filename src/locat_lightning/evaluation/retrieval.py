@@ -145,17 +145,8 @@ def build_memory(
     With `torch.distributed` initialised, each process brings its part of the images, and all get the whole.
     While it is built, the memory takes twice its size.
 
-    Args:
-        backbone: see `dense.patch_features`; already on `device`.
-        loader: batches whose masks are of the images' size; the length of its data set is the number of
-            images, among all of which a limited memory is shared.
-        device: where the backbone computes.
-        num_classes: C, 1 to 255.
-        memory_size: most patches to keep; None keeps all.
-        places: ascending positions in the data set of the images that the processes bring; None for all.
-        seed: of the sample.
-        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
-        progress: show a progress bar (on the first process only).
+    Arguments are those of `segment_by_retrieval`; `loader` is that of the training images, the length of
+    whose data set is the number of images that share a limited memory (`places` if given).
 
     Returns:
         The memory in the order of images and patches, on the CPU.

@@ -52,7 +52,8 @@ def gaussian_attention(
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
     if isinstance(gaussians, Gaussians):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if gaussians.cross is None and bias is None and dropout == 0 and len(q) and not traced:
+        # `traced` comes first: a look at the number of images would fix it in an exported program.
+        if not traced and gaussians.cross is None and bias is None and dropout == 0 and len(q):
             return chunked_attention(q, k, v, gaussians)
         gaussians = gaussian_kernel(gaussians)
     return gaussian_augmented_attention(q, k, v, gaussians, bias=bias, dropout=dropout)

@@ -147,11 +147,7 @@ class GaussianAugmentation(nn.Module):
     def variance_and_alpha(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Compute σ² and α of queries [B, h, N, d] in float32.
-
-        Returns:
-            σ² [2, B, h, N] (vertical, horizontal; in squared patches) and α [B, h, N].
-        """
+        """Compute σ² [2, B, h, N] (vertical, horizontal; squared patches) and α [B, h, N] in float32."""
         weight = torch.cat([self.log_var.weight, self.log_alpha.weight])
         bias = torch.cat([self.log_var.bias, self.log_alpha.bias])
         # F.linear would put a query's three numbers side by side: what follows would take strides of three.
@@ -167,13 +163,7 @@ class GaussianAugmentation(nn.Module):
         return var.expand(2, *alpha.shape), alpha
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
-        """Compute the kernels of the queries.
-
-        Args:
-            q: Queries [B, h, N, d] after q-norm, before rotary embedding; the patches' are the last H·W.
-            grid: (H, W) of these images.
-            built_for: (H0, W0).
-        """
+        """Compute the kernels of queries [B, h, N, d], taken after q-norm and before rotary embedding."""
         kind = q.device.type
         mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         # Turning it off takes as long as three of these operations, even where it is off.
@@ -236,17 +226,9 @@ class GaussianMixture(nn.Module):
 def distances(
     grid: tuple[int, int], cap: int, device: torch.device, *, prefix: int = 0, keys: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """Return (i − i')² of all tokens and rows of a grid, and (j − j')² of all tokens and columns.
+    """Return (i − i')² [N, H] of tokens and rows of a grid, and (j − j')² [N, W] of tokens and columns.
 
-    Args:
-        grid: (H, W).
-        cap: Upper bound of a squared distance.
-        device: Where to make them.
-        prefix: How many tokens come before the patches; their distances mean nothing.
-        keys: The dimension of the rows and columns: -1, or -2 for the transposed.
-
-    Returns:
-        [N, H] and [N, W], or [H, N] and [W, N], of prefix + H·W tokens; float32.
+    Both are float32, at most `cap`, and transposed for keys = -2. Those of prefix tokens mean nothing.
     """
     height, width = grid
     token = torch.arange(-prefix, height * width, dtype=torch.float32, device=device)
@@ -264,15 +246,8 @@ def factors(slope: Tensor, squares: tuple[Tensor, Tensor], *, keys: int = -1) ->
     """Compute the kernel's two exponentials: S[p, (i, j)] = α[p] · y[p, i] · x[p, j].
 
     The exponential of a sum is a product: this takes H + W exponentials a query instead of H · W, and
-    nothing of size [B, h, N, N, 2].
-
-    Args:
-        slope: [2, .., N].
-        squares: `distances` of the grid.
-        keys: The dimension of the keys' rows and columns, as in `distances`.
-
-    Returns:
-        y [.., N, H] and x [.., N, W], or y [.., H, N] and x [.., W, N].
+    nothing of size [B, h, N, N, 2]. With slope [2, .., N] and `distances`, y is [.., N, H] and x [.., N, W];
+    for keys = -2, [.., H, N] and [.., W, N].
     """
     y, x = (
         (each.unsqueeze(keys) * d).clamp_min_(_LEAST_EXPONENT).exp_()
