@@ -9,15 +9,30 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
-from locat_lightning import methods
+import locat_lightning.methods  # noqa: F401 - all methods, by way of their base
 from locat_lightning.backbones.create import create_for_any_size
 from locat_lightning.data import MultiViewData
 from locat_lightning.data.views import MultiCrop, ViewBatch, Views
+from locat_lightning.methods.base import Pretraining
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TEACHER = BACKBONE | {"embed_dim": 32, "num_heads": 2, "patch_size": 4}
+
+
+def subclasses(of):
+    """Return all classes that derive from a class, at any depth."""
+    return {each for own in of.__subclasses__() for each in (own, *subclasses(own))}
+
+
+# Every method in `locat_lightning.methods`: a class that says what its loss is.
+METHODS = {
+    each.__name__: each
+    for each in sorted(subclasses(Pretraining), key=lambda each: each.__name__)
+    if each.__module__.startswith("locat_lightning.methods.") and "compute_loss" in vars(each)
+}
 # What makes each method small; beside that a teacher is needed where `teacher` is an option.
 TINY = {
     "Dino": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
@@ -40,7 +55,7 @@ def small(name="Dino", seed=0, backbone_args=None, **options):
         plain["teacher"] = teacher()
     seed_everything(seed, verbose=False)
     arguments = BACKBONE | (backbone_args or {})
-    task = getattr(methods, name)("locatvit_tiny", backbone_args=arguments, **(plain | options))
+    task = METHODS[name]("locatvit_tiny", backbone_args=arguments, **(plain | options))
     task.configure_model()
     return task
 
@@ -52,6 +67,17 @@ def random_batch(images, seed=0):
         for count, size in ((2, 32), (3, 16))
     ]
     return ViewBatch(views, torch.full((images,), -1), torch.arange(images))
+
+
+def spoil(batch):
+    """Make every view of a batch not a number."""
+    for each in batch.views:
+        each.crops.fill_(float("nan"))
+
+
+def couples_images(task):
+    """Return whether what a network makes of an image depends on the others of its batch."""
+    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in task.modules())
 
 
 def part_of(batch, images):

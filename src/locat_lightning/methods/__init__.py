@@ -1,6 +1,15 @@
-"""Self-supervision: a file for each method, and what they share."""
+"""Self-supervision: a file for each method, and what they share.
+
+Every file here is imported, so that a config finds a new method by the name of its class.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from locat_lightning.methods.dino import Dino
 from locat_lightning.methods.distillation import Distillation
 
 __all__ = ["Dino", "Distillation"]
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

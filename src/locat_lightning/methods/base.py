@@ -83,7 +83,7 @@ class Pretraining(Task):
         self._losses: list[tuple[int, Tensor]] = []  # not yet known to be finite, with their steps
         self._accumulated: list[Tensor] = []  # scalars of the batches of this step so far
 
-    def build(self, make_backbone: Callable[[], nn.Module]) -> None:
+    def build(self, make_backbone: Callable[[], Any]) -> None:
         """Build the networks as attributes, so that `backbone` is one of them.
 
         Args:

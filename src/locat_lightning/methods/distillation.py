@@ -64,7 +64,7 @@ class Distillation(Pretraining, FrozenNetwork):
             raise InputError("model.cls_weight and model.patch_weight are both 0: there is nothing to learn")
         check_source(self.hp.teacher, "model.teacher")
 
-    def build(self, make_backbone: Callable[[], nn.Module]) -> None:
+    def build(self, make_backbone: Callable[[], Any]) -> None:
         """Build the student with its projections, and read the teacher."""
         hp = self.hp
         self.backbone = make_backbone()

@@ -111,7 +111,7 @@ class SelfDistillation(Pretraining):
         if self.hp.ema is not None:
             raise InputError("model.ema: the teacher is a moving average already (see model.momentum)")
 
-    def build(self, make_backbone: Callable[[], nn.Module]) -> None:
+    def build(self, make_backbone: Callable[[], Any]) -> None:
         """Build student and teacher with the same weights."""
         self.student, self.teacher = (self._network(make_backbone()) for _ in range(2))
         for module in self.teacher.modules():
