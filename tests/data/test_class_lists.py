@@ -54,7 +54,7 @@ def test_distinct_colours_are_distinct():
         ("a,1,2\n", "line 1: "),
         ("a,1,2,256\n", "line 1: "),
         ("a,1,2,-3\n", "line 1: "),
-        ("a\nb\na\n", "every class needs a name of its own, but not so 'a'"),
+        ("a\nb\na\n", "every class needs a name of its own; got 'a'"),
         ("", "must be from 1 to 255 classes, not 0"),
     ],
 )

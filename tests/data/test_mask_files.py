@@ -58,11 +58,19 @@ def test_values_become_classes(values, expected, dtype):
 @pytest.mark.parametrize(
     ("values", "value", "message"),
     [
-        (MaskValues(3), 3, "value 3 in mask a.png is no class: 0 to 2 are, 255 no class; correct"),
-        (MaskValues(3, 11), 12, "value 12 in mask a.png is no class: 0 to 2 are, 11 and 255 no class;"),
-        (MaskValues(3, 255, True), 4, "value 4 in mask a.png is no class: 1 to 3 are, 0 and 255 no class;"),
-        (MaskValues(3), 256, "value 256 in mask a.png is no class"),
-        (MaskValues(3), -1, "value -1 in mask a.png is no class"),
+        (MaskValues(3), 3, "value 3 in mask a.png is not a class (classes: 0 to 2, no class: 255): correct"),
+        (
+            MaskValues(3, 11),
+            12,
+            "value 12 in mask a.png is not a class (classes: 0 to 2, no class: 11 and 255)",
+        ),
+        (
+            MaskValues(3, 255, True),
+            4,
+            "value 4 in mask a.png is not a class (classes: 1 to 3, no class: 0 and 255)",
+        ),
+        (MaskValues(3), 256, "value 256 in mask a.png is not a class"),
+        (MaskValues(3), -1, "value -1 in mask a.png is not a class"),
     ],
 )
 def test_values_that_are_no_class(values, value, message):
@@ -289,7 +297,7 @@ def test_two_images_for_one_mask(tmp_path):
     tree(tmp_path, "a")
     write(tmp_path / "images/train/a.png", (0, 0, 0), mode="RGB")
     assert error_of(lambda: Layout().pairs(tmp_path, "train")) == (
-        f"{tmp_path}/images/train/a.jpg and {tmp_path}/images/train/a.png are images of one name, with one"
+        f"{tmp_path}/images/train/a.jpg and {tmp_path}/images/train/a.png have the same name, and so the same"
         " mask: rename one"
     )
 

@@ -271,7 +271,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen(root, tmp_path, workers):
     ("kind", "message"),
     [
         ("size", "has 6 x 5 pixels, but its image"),
-        ("value", "value 7 in mask {} is no class: 0 to 2 are, 255 no class; correct"),
+        ("value", "value 7 in mask {} is not a class (classes: 0 to 2, no class: 255): correct"),
         ("picture", "mask {} is a picture (RGB), not one class a pixel: write the index"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Names and colours of the classes of a segmentation: those of the well-known data sets, or a person's own.
+"""Names and colours of the classes of a segmentation: of the well-known data sets, or the user's own.
 
 The lists of ADE20K, PASCAL Context (59 classes) and COCO-Stuff 164k are in the order of the labels that
 mmsegmentation's converters write, with the colours that it draws (`METAINFO` in `mmseg/datasets/{ade,
@@ -33,20 +33,20 @@ class Classes(NamedTuple):
 
 
 def known_classes(dataset: str) -> Classes:
-    """Looks up the classes of `ade20k`, `pascal_context` or `coco_stuff`."""
+    """Return the classes of `ade20k`, `pascal_context` or `coco_stuff`."""
     with resources.as_file(resources.files("locat_lightning.data") / "classes" / f"{dataset}.csv") as file:
         return read_classes(file)
 
 
 def read_classes(file: Path) -> Classes:
-    """Reads the classes of a text or CSV file.
+    """Read the classes from a text or CSV file.
 
     Args:
-        file: a class a line in the order of the labels, `name` or `name,red,green,blue` with colours from 0
-            to 255; a header of these words and blank lines are skipped.
+        file: a class per line in the order of the labels, `name` or `name,red,green,blue` with colours from 0
+            to 255. A header of these words and blank lines are skipped.
 
     Raises:
-        InputError: the file cannot be read, or a line is not as it should be.
+        InputError: the file cannot be read, or a line has another form.
     """
     try:
         lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))
@@ -69,26 +69,21 @@ def read_classes(file: Path) -> Classes:
 
 
 def named_classes(names: Sequence[str], colours: np.ndarray | None = None, where: str = "classes") -> Classes:
-    """Makes classes of names, with distinct colours where none are given.
-
-    Args:
-        names: of C classes.
-        colours: [C, 3], RGB from 0 to 255.
-        where: the names come from, for errors.
+    """Make classes of C names and their colours, [C, 3] from 0 to 255, or else distinct ones.
 
     Raises:
-        InputError: there are no names or too many, or one is empty or there twice.
+        InputError: there are no names or too many, or one is empty or given twice; it begins with `where`.
     """
     if not 0 < len(names) <= IGNORE:
         raise InputError(f"{where}: there must be from 1 to {IGNORE} classes, not {len(names)}")
     if repeated := sorted({name for name in names if not name or names.count(name) > 1}):
-        raise InputError(f"{where}: every class needs a name of its own, but not so {repeated[0]!r}")
+        raise InputError(f"{where}: every class needs a name of its own; got {repeated[0]!r} twice or empty")
     colours = distinct_colours(len(names)) if colours is None else colours.astype(np.uint8)
     return Classes(list(names), colours)
 
 
 def distinct_colours(count: int) -> np.ndarray:
-    """Makes up to 255 colours, the first as different as can be, none black: uint8 [count, 3].
+    """Return up to 255 colours, the first ones as different as possible, none black: uint8 [count, 3].
 
     Source: the colour map of PASCAL VOC from its second colour on. The bits of the label become, three at a
     time, the high bits of red, green and blue.

@@ -6,8 +6,10 @@ from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import posterize
+from torchvision.transforms import Compose
 
-from locat_lightning.data.augmentation import train_transform
 from locat_lightning.data.base import check_span
 from locat_lightning.data.dataset import Images
 from locat_lightning.data.labelled import LabelledData
@@ -72,7 +74,7 @@ class ImageData(LabelledData):
             InputError: timm does not know the policy or the interpolation.
         """
         try:
-            return train_transform(self.img_size, **self.normalisation, **self.augmentation)  # type: ignore[no-any-return]
+            return timm_augmentation(self.img_size, **self.normalisation, **self.augmentation)  # type: ignore[no-any-return]
         except (AssertionError, KeyError, ValueError) as error:
             policy, interpolation = self.augmentation["auto_augment"], self.augmentation["interpolation"]
             raise InputError(
@@ -86,3 +88,20 @@ class ImageData(LabelledData):
         if isinstance(source, Stream):
             return ImageLoader(source.transformed(transform), **self._loader_options(training=True))
         return self._shuffled(Images(source, transform, self.seed))
+
+
+def timm_augmentation(img_size: int, **options: Any) -> Compose:
+    """Make timm's augmentation of an RGB image by the options of `timm.data.create_transform`."""
+    transform = create_transform(img_size, is_training=True, **options)
+    for step in transform.transforms:
+        # RandAugment and AugMix have operations, AutoAugment a policy, which is a list of lists of them.
+        for operations in [step.ops] if hasattr(step, "ops") else getattr(step, "policy", []):
+            for operation in operations:
+                if operation.aug_fn is posterize:
+                    operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Posterize like timm, which may keep 0 bits: black up to Pillow 12, an error since Pillow 13."""
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)

@@ -87,12 +87,12 @@ def apply_colour(
 
 
 def _beside(crops: Tensor, x: Tensor) -> Tensor:
-    """Move x to where the crops are, without a wait on CUDA only: its stream keeps copy and use in order."""
+    """Move x to the crops' device; only CUDA, whose stream keeps copy and use in order, need not wait."""
     return x.to(crops.device, non_blocking=crops.is_cuda)
 
 
 def _steps(parameters: list[float]) -> list[tuple[int, int]]:
-    """The operations on one crop: (step, column), first the jitter in its order."""
+    """Return the operations on one crop as (step, column), first the jitter in its order."""
     columns = (*JITTER_ORDERS[int(parameters[ORDER])], GRAYSCALE, SIGMA, SOLARIZE)
     return [(step, column) for step, column in enumerate(columns) if parameters[column] != NEUTRAL[column]]
 
@@ -135,7 +135,7 @@ def _augment_together(crops: Tensor, parameters: Tensor, mean: Tensor, std: Tens
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Brightness as the eye sees it: [N, 3, H, W] -> [N, 1, H, W]."""
+    """Compute the brightness that the eye sees: [N, 3, H, W] -> [N, 1, H, W]."""
     red, green, blue = x.chunk(3, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -154,7 +154,7 @@ def _saturation(x: Tensor, factor: Tensor) -> None:
 
 
 def turn_hue(x: Tensor, turns: Tensor) -> None:
-    """HSV there and back with the hue turned by at most 1/6; saturation and value need not be computed.
+    """Turn the hue of HSV by at most 1/6 of a turn, without computing saturation and value.
 
     Args:
         x: RGB from 0 to 1, [N, 3, H, W], changed in place.
@@ -188,7 +188,7 @@ def _blur(x: Tensor, band: Tensor) -> None:
 
 
 def _banded_product(band: Tensor, x: Tensor, out: Tensor) -> None:
-    """Multiply by matrices [N, S, S] that are 0 beyond `BLUR_REACH` of their diagonals: skip most zeros."""
+    """Multiply by matrices [N, S, S] that are 0 beyond `BLUR_REACH` of their diagonals; skip most zeros."""
     for start in range(0, band.shape[-1], BLOCK):
         rows = slice(start, start + BLOCK)
         near = slice(max(0, start - BLUR_REACH), start + BLOCK + BLUR_REACH)
@@ -196,9 +196,9 @@ def _banded_product(band: Tensor, x: Tensor, out: Tensor) -> None:
 
 
 def _blur_bands(size: int, sigma: Tensor) -> Tensor:
-    """The blur of a line of pixels as a banded matrix: [N, 1, 1, 1] -> [N, 1, size, size].
+    """Return the blur of a line of pixels as a banded matrix: [N, 1, 1, 1] -> [N, 1, size, size].
 
-    As PIL's `GaussianBlur`, but without its rounding: three box blurs, the border pixels extended before
+    It is PIL's `GaussianBlur` without its rounding: three box blurs, the border pixels extended before
     each. A box reaches `whole` pixels to each side, and one more with weight `part` (Gwosdek et al.,
     "Theoretical foundations of Gaussian convolution by extended box filtering", 2011).
     """

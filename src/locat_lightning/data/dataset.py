@@ -49,7 +49,10 @@ Label = TypeVar("Label", covariant=True)
 
 
 class Source(Protocol[Label]):
-    """A source of images and of what is known of each: its class (-1 if unknown), or its mask."""
+    """A source of images and of what is known of each: its class (-1 if unknown), or its mask.
+
+    A subclass has `read` or `open`; each is made of the other.
+    """
 
     def __len__(self) -> int: ...
 
@@ -58,6 +61,9 @@ class Source(Protocol[Label]):
 
     def read(self, index: int) -> tuple[Image.Image, Label]:
         """Read image `index` in RGB, and its label."""
+        with self.open(index) as (image, label):
+            image.load()
+            return image, label
 
     def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, Label]]:
         """Open image `index` in RGB, perhaps without decoding it (see `open_image`), and read its label."""

@@ -9,13 +9,16 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from locat_lightning.data.decoding import open_image, read_image
+from locat_lightning.data.dataset import Source
+from locat_lightning.data.decoding import open_image
 from locat_lightning.errors import InputError
+
+EXTENSIONS = f"files ending in {', '.join(IMG_EXTENSIONS)} count"
 
 
 @dataclass(frozen=True)
-class Files:
-    """Image files and their labels (a `Source`)."""
+class Files(Source[int]):
+    """Image files and their labels."""
 
     paths: list[str]
     labels: list[int]
@@ -26,10 +29,6 @@ class Files:
     def path(self, index: int) -> str:
         """Return the file of image `index`."""
         return self.paths[index]
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Read image `index`."""
-        return read_image(self.paths[index]), self.labels[index]
 
     @contextmanager
     def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:
@@ -107,9 +106,6 @@ def files_beneath(folder: Path, endings: tuple[str, ...]) -> list[str]:
         for name in names
         if name.lower().endswith(endings) and name[0] != "."
     )
-
-
-EXTENSIONS = f"files ending in {', '.join(IMG_EXTENSIONS)} count"
 
 
 def listed(names: list[str], most: int = 10) -> str:

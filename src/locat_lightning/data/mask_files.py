@@ -1,4 +1,4 @@
-"""Images with a mask each: how they lie in folders, what the values mean, and what can be wrong with them."""
+"""Images with a mask each: their layout in folders, the values of the masks, and mistakes in both."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,12 @@ class Layout:
 
     Attributes:
         images: folder of the images.
-        masks: folder of the masks. Each is named as its image but for the ending.
+        masks: folder of the masks. A mask has its image's name with another ending.
         mask_suffix: ending of the masks' names.
-        splits: text file with the images of a split, a name without ending a line; None takes all.
+        splits: text file with the images of a split, a name without ending per line; None takes all.
         image_suffix: ending of the images' names; "" takes all images, whose ending begins at the last dot.
-        names: of each split, in the order in which they are looked for.
-        home: the data set's folder, where root is not that but one above it.
+        names: names of each split, in the order in which they are looked for.
+        home: path of the data set's folder, as far as root may be above it.
     """
 
     images: str = "images/{split}"
@@ -38,24 +38,24 @@ class Layout:
     home: str = ""
 
     def folder(self, root: Path) -> Path:
-        """The data set's folder: root, or one beneath it."""
+        """Return the data set's folder: root, or one beneath it."""
         parts = Path(self.home).parts
         candidates = [root.joinpath(*parts[start:]) for start in range(len(parts), -1, -1)]
         top = Path(self.masks).parts[0]
         return next((folder for folder in candidates if (folder / top).is_dir()), root)
 
     def name(self, root: Path, split: str) -> str | None:
-        """The first name of a split under which there are images; None if there is none."""
+        """Return the first name of a split that exists; None if there is none."""
         pattern, folder = self.splits or self.images, self.folder(root)
         return next(
             (name for name in self.names[split] if (folder / pattern.replace("{split}", name)).exists()), None
         )
 
     def images_of(self, root: Path, split: str) -> dict[str, str]:
-        """Finds the images of a split: the path of each by its name without ending.
+        """Return the path of each image of a split by its name without ending.
 
         Raises:
-            InputError: there are none, or one that is listed is not there.
+            InputError: there are none, or a listed one is missing.
         """
         if not root.is_dir():
             raise InputError(f"no such folder: {root}; set --data.root to the folder of the data set")
@@ -74,7 +74,7 @@ class Layout:
             stem = path[len(str(folder)) + 1 : -len(suffix) if suffix else path.rindex(".")]
             if stem in images:
                 raise InputError(
-                    f"{images[stem]} and {path} are images of one name, with one mask: rename one"
+                    f"{images[stem]} and {path} have the same name, and so the same mask: rename one"
                 )
             images[stem] = path
         if self.splits:
@@ -92,10 +92,7 @@ class Layout:
         return images
 
     def pairs(self, root: Path, split: str) -> tuple[list[str], list[str]]:
-        """Finds the images of a split and their masks.
-
-        Returns:
-            The paths of the images, and of their masks.
+        """Return the paths of the images of a split, and those of their masks.
 
         Raises:
             InputError: there are none, or an image or a mask is alone.
@@ -158,8 +155,8 @@ class MaskValues:
     """What the values in mask files mean.
 
     Attributes:
-        num_classes: values from 0 on (from 1 on with reduce_zero_label) are the classes.
-        ignore_index: besides 255, the value of pixels that have no class.
+        num_classes: how many values, from 0 on (from 1 on with reduce_zero_label), are classes.
+        ignore_index: value of pixels without a class, besides 255.
         reduce_zero_label: whether 0 means no class, and class c has value c + 1.
     """
 
@@ -168,17 +165,10 @@ class MaskValues:
     reduce_zero_label: bool = False
 
     def classes(self, values: np.ndarray, file: str) -> np.ndarray:
-        """Turns the values of a file into classes.
-
-        Args:
-            values: integers [H, W].
-            file: for errors.
-
-        Returns:
-            uint8 [H, W], 255 where there is no class.
+        """Turn the values of a file, integers [H, W], into classes, uint8 [H, W].
 
         Raises:
-            InputError: a value is no class.
+            InputError: a value is not a class.
         """
         first = int(self.reduce_zero_label)
         table = np.full(256, IGNORE, np.uint8)
@@ -200,9 +190,10 @@ class MaskValues:
     def _unknown(self, value: int, file: str) -> InputError:
         first = int(self.reduce_zero_label)
         void = " and ".join(map(str, sorted({self.ignore_index, IGNORE, *range(first)})))
+        last = first + self.num_classes - 1
         return InputError(
-            f"value {value} in mask {file} is no class: {first} to {first + self.num_classes - 1} are, {void}"
-            " no class; correct the mask or classes, ignore_index, reduce_zero_label"
+            f"value {value} in mask {file} is not a class (classes: {first} to {last}, no class: {void}):"
+            f" correct the mask or classes, ignore_index, reduce_zero_label"
         )
 
 
@@ -218,14 +209,14 @@ class Pairs(Source[np.ndarray]):
         return len(self.images)
 
     def path(self, index: int) -> str:
-        """The file of image `index`."""
+        """Return the file of image `index`."""
         return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Reads image `index` and its mask, uint8 [H, W].
+        """Read image `index` and its mask, uint8 [H, W].
 
         Raises:
-            InputError: the mask is not one, or not of this image.
+            InputError: the mask is not a mask, or not of this image's size.
         """
         image, mask = read_image(self.images[index]), self.mask(index)
         if image.size != mask.shape[::-1]:
@@ -236,10 +227,10 @@ class Pairs(Source[np.ndarray]):
         return image, mask
 
     def mask(self, index: int) -> np.ndarray:
-        """Reads mask `index`, uint8 [H, W].
+        """Read mask `index`, uint8 [H, W].
 
         Raises:
-            InputError: it is coloured, or has a value that is no class.
+            InputError: it is coloured, or has a value that is not a class.
             OSError: it cannot be read.
         """
         file = self.masks[index]
@@ -256,16 +247,16 @@ class Pairs(Source[np.ndarray]):
         return self.values.classes(values.astype(np.uint8) if values.dtype == bool else values, file)
 
     def check_annotated(self) -> None:
-        """Checks that some pixel has a class: reads masks until one is found, mostly the first.
+        """Check that some pixel has a class, by reading masks until one has, mostly the first.
 
         Raises:
-            InputError: there is none, or a mask read is not as it should be.
+            InputError: none has, or a mask has a mistake.
         """
         for index in range(len(self)):
             try:
                 if (self.mask(index) != IGNORE).any():
                     return
-            except OSError:  # it is counted among the unreadable when its turn comes
+            except OSError:  # counted as unreadable when its turn comes
                 pass
         raise InputError(
             f"no pixel has a class in {self.masks[0]} and the other masks of its split ({len(self)} in all):"
@@ -283,10 +274,10 @@ class Unannotated(Source[np.ndarray]):
         return len(self.source)
 
     def path(self, index: int) -> str:
-        """The name of image `index`."""
+        """Return the name of image `index`."""
         return self.source.path(index)
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Reads image `index`; its mask has 255 everywhere."""
+        """Read image `index`; its mask has no class anywhere."""
         image, _ = self.source.read(index)
         return image, np.full((image.height, image.width), IGNORE, np.uint8)

@@ -1,8 +1,8 @@
-"""Transforms of an image together with its mask: torchvision's, and our own where mmsegmentation has others.
+"""Transforms of an image together with its mask: torchvision's, and ours where mmsegmentation's differ.
 
 They take a `tv_tensors.Image`, uint8 [3, H, W], and a `tv_tensors.Mask`, uint8 [H, W], and draw from torch's
-global random numbers, as torchvision's do. An image of `to_image` keeps a pixel's channels together in
-memory, for which torchvision resizes fastest.
+global random numbers, like torchvision's. `to_image` keeps a pixel's channels together in memory, which
+torchvision resizes fastest.
 
 Source: `RandomResize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion` and `Pad` in
 `mmseg/datasets/transforms` of github.com/open-mmlab/mmsegmentation, with the settings of its
@@ -44,21 +44,10 @@ def joint_augmentation(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Transform:
-    """Resizes, crops, flips, distorts the colours, normalises and pads, at random.
+    """Resize, crop, flip, distort the colours, normalise and pad, at random: see `SegmentationData`.
 
-    Args:
-        crop_size: height and width of the result in pixels.
-        scale: longer and shorter side in pixels within which the image is resized.
-        ratio: smallest and largest factor of `scale`.
-        cat_max_ratio: share of the crop's annotated pixels that no class should reach; 1 takes any crop.
-        hflip: probability of a horizontal flip.
-        distortion: whether the colours are distorted.
-        mean: of each channel (RGB, 0 to 1), subtracted.
-        std: of each channel (RGB, 0 to 1), divided by.
-
-    Returns:
-        Makes the image, float32 [3, crop_size, crop_size], with 0 on the right and below where it is smaller;
-        and its mask, uint8 [crop_size, crop_size], with 255 there.
+    The image becomes float32 [3, crop_size, crop_size], its mask uint8 [crop_size, crop_size]. Padding, on
+    the right and below, is 0 in the image and 255 in the mask.
     """
     return Compose(
         [
@@ -75,52 +64,27 @@ def joint_augmentation(
 
 
 def joint_evaluation(scale: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Resizes and normalises the image; leaves its mask as large as it was annotated.
-
-    Args:
-        scale: longer and shorter side in pixels within which the image is resized.
-        mean: of each channel (RGB, 0 to 1), subtracted.
-        std: of each channel (RGB, 0 to 1), divided by.
-
-    Returns:
-        Makes the image, float32 [3, h, w], and the mask, uint8 [H, W].
-    """
+    """Resize the image within a scale and normalise it; leave the mask at its own size."""
     return Compose(
         [Resize(scale, with_mask=False), ToFloat(), Normalize(mean, std, inplace=True), ToPureTensor()]
     )
 
 
 def joint_square(side: int, with_mask: bool, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Resizes the image to a square, whatever its shape, and normalises it; the mask where it is told to.
-
-    Args:
-        side: height and width of the result in pixels.
-        with_mask: whether the mask is resized, too.
-        mean: of each channel (RGB, 0 to 1), subtracted.
-        std: of each channel (RGB, 0 to 1), divided by.
-
-    Returns:
-        Makes the image, float32 [3, side, side], and the mask, uint8.
-    """
-    return Compose(
-        [
-            Resize((side, side), keep_ratio=False, with_mask=with_mask),
-            ToFloat(),
-            Normalize(mean, std, inplace=True),
-            ToPureTensor(),
-        ]
-    )
+    """Resize the image to a square, whatever its shape, and normalise it; resize the mask if told to."""
+    resize = Resize((side, side), keep_ratio=False, with_mask=with_mask)
+    return Compose([resize, ToFloat(), Normalize(mean, std, inplace=True), ToPureTensor()])
 
 
 class Resize(Transform):
-    """Resizes the image (bilinear, antialiased) and its mask (nearest neighbours, of the pixels' centres).
+    """Resize the image (bilinear, antialiased) and its mask (nearest neighbours, of the pixels' centres).
 
     Args:
         scale: longer and shorter side in pixels, in either order.
         ratio: smallest and largest factor of `scale`, drawn uniformly.
-        keep_ratio: whether the result keeps its shape and just fits within the scale; otherwise its height
-            and width are the scale.
-        with_mask: whether the mask is resized, too.
+        keep_ratio: whether to keep the shape and just fit within the scale; else height and width are the
+            scale.
+        with_mask: whether to resize the mask, too.
     """
 
     def __init__(
@@ -137,20 +101,20 @@ class Resize(Transform):
         self.with_mask = with_mask
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draws the size, [height, width]."""
+        """Draw the size, [height, width]."""
         ratio = torch.empty(()).uniform_(*self.ratio).item()
         size = [int(side * ratio) for side in self.scale]
         return {"size": fitted_size(query_size(flat_inputs), size) if self.keep_ratio else size}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resizes the image or the mask."""
+        """Resize the image or the mask."""
         if isinstance(inpt, Mask):
             return F.resize(inpt, params["size"], InterpolationMode.NEAREST_EXACT) if self.with_mask else inpt
         return F.resize(inpt, params["size"])
 
 
 class VariedCrop(Transform):
-    """Crops at random until the mask shows enough variety, after ten attempts anyhow.
+    """Crop at random until the mask shows enough variety, or ten attempts have failed.
 
     Args:
         crop_size: greatest height and width of the crop.
@@ -163,7 +127,7 @@ class VariedCrop(Transform):
         self.cat_max_ratio = cat_max_ratio
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draws the crop: its top, left, height and width."""
+        """Draw the crop: its top, left, height and width."""
         mask = next(each for each in flat_inputs if isinstance(each, Mask)).as_subclass(Tensor)
         height, width = (min(side, self.crop_size) for side in mask.shape)
         for attempt in range(ATTEMPTS + 1):
@@ -177,18 +141,17 @@ class VariedCrop(Transform):
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crops the image or the mask."""
+        """Crop the image or the mask."""
         return F.crop(inpt, **params)
 
 
 class PhotometricDistortion(RandomPhotometricDistort):
-    """Changes brightness, contrast, saturation and hue of float pixels in place, each with probability 1/2.
+    """Change brightness, contrast, saturation and hue of float pixels in place, each with probability 1/2.
 
-    torchvision draws the changes; they are made as mmsegmentation makes them. torchvision would multiply the
-    brightness, change contrast and saturation about grey values, and permute the channels.
-
-    Brightness is added, contrast and saturation are factors, the hue is turned by a share of a turn.
-    mmsegmentation gives the ranges as 32 (of 255) and 18 (of 180, OpenCV's scale of the hue).
+    torchvision draws the changes, which are applied as mmsegmentation does: brightness is added, contrast
+    and saturation are factors, the hue is turned. torchvision would multiply the brightness, change contrast
+    and saturation about grey values, and permute the channels. mmsegmentation gives the ranges as 32 (of
+    255) and 18 (of 180, OpenCV's scale of the hue).
     """
 
     def __init__(self) -> None:
@@ -197,7 +160,7 @@ class PhotometricDistortion(RandomPhotometricDistort):
         )
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Distorts an image, RGB from 0 to 1, [3, H, W]; leaves a mask."""
+        """Distort an image, RGB from 0 to 1, [3, H, W]; leave a mask as it is."""
         if isinstance(inpt, Mask):
             return inpt
         pixels, contrast = inpt.as_subclass(Tensor), params["contrast_factor"]
@@ -215,61 +178,42 @@ class PhotometricDistortion(RandomPhotometricDistort):
 
 
 class ToFloat(Transform):
-    """Turns uint8 pixels into float32 from 0 to 1, a channel after the other in memory; leaves a mask."""
+    """Convert uint8 pixels to float32 from 0 to 1, one channel after the other in memory; leave a mask."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Converts the image."""
+        """Convert the image."""
         if isinstance(inpt, Mask):
             return inpt
         return inpt.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 class PadTo(Transform):
-    """Pads on the right and below, the image with 0, the mask with 255.
-
-    Args:
-        size: height and width of the result in pixels, if it is not larger anyway.
-    """
+    """Pad on the right and below to a height and width in pixels, the image with 0, the mask with 255."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Pads the image or the mask."""
+        """Pad the image or the mask."""
         below, right = (max(0, self.size - side) for side in inpt.shape[-2:])
         return F.pad(inpt, [0, 0, right, below], fill=IGNORE if isinstance(inpt, Mask) else 0)
 
 
 def fitted_size(size: Sequence[int], scale: Sequence[int]) -> list[int]:
-    """Finds the [height, width] of an image of a size that just fits within a scale.
-
-    Args:
-        size: height and width.
-        scale: what the longer and the shorter side may have at most, in either order.
-    """
+    """Return the largest [height, width] in the shape of a size whose sides are within a scale."""
     factor = min(max(scale) / max(size), min(scale) / min(size))
     return [max(1, int(side * factor + 0.5)) for side in size]
 
 
 def is_varied(mask: Tensor, cat_max_ratio: float) -> bool:
-    """Whether a mask shows more than one class, and none on as much as a share of its annotated pixels.
-
-    Args:
-        mask: uint8 [H, W], 255 where there is no class.
-        cat_max_ratio: the share.
-    """
+    """Return whether a mask shows more than one class, each on less than a share of its annotated pixels."""
     counts = mask.flatten().bincount(minlength=256)[:IGNORE]
     return bool(counts.count_nonzero() > 1 and counts.max() < cat_max_ratio * counts.sum())
 
 
 def scale_saturation(pixels: Tensor, factor: float) -> None:
-    """Multiplies the saturation of HSV, up to its limit: a pixel's channels part from the largest of them.
-
-    Args:
-        pixels: RGB from 0 to 1, [3, H, W], changed in place.
-        factor: of the saturation.
-    """
+    """Multiply the saturation of HSV in RGB pixels from 0 to 1, [3, H, W], in place, up to its limit."""
     value = pixels.amax(0, keepdim=True)
     chroma = value - pixels.amin(0, keepdim=True)
     most = value / chroma.clamp_(min=1 / 1024)  # the factor that makes the smallest channel 0

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
+from locat_lightning.data.dataset import Source
 from locat_lightning.data.decoding import open_image, to_rgb
 from locat_lightning.errors import InputError, in_a_line
 
@@ -17,8 +18,11 @@ KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
 @dataclass(frozen=True)
-class TimmSource:
-    """A data set of torchvision, or one that a reader of timm's reads (a `Source`)."""
+class TimmSource(Source[int]):
+    """A data set of torchvision, or one that a reader of timm's reads.
+
+    Timm's own data set is passed over: it would replace an unreadable image by another.
+    """
 
     dataset: Any
     name: str
@@ -34,12 +38,6 @@ class TimmSource:
     def path(self, index: int) -> str:
         """Name image `index` by the data set and its position there."""
         return f"{self.name}/{index}"
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Read image `index` past timm's data set, which would replace an unreadable image by another."""
-        with self.open(index) as (image, label):
-            image.load()
-            return image, label
 
     @contextmanager
     def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:

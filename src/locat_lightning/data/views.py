@@ -44,23 +44,17 @@ class Views:
         self.colour = colour
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Views":
-        """The views with their crops on a device.
-
-        Args:
-            device: the device.
-            non_blocking: as for a tensor; None only for CUDA, elsewhere crops could be read before they are
-                there.
-        """
+        """Move the crops to a device; by default only CUDA is not waited for, elsewhere that is unsafe."""
         if non_blocking is None:
             non_blocking = torch.device(device).type == "cuda"
         return Views(self.crops.to(device, non_blocking=non_blocking), self.colour)
 
     def pin_memory(self) -> "Views":
-        """The views with their crops in pinned memory (DataLoader calls it)."""
+        """Return the views with their crops in pinned memory (DataLoader calls it)."""
         return Views(self.crops.pin_memory(), self.colour)
 
     def coloured(self) -> "Views":
-        """The views with their colours augmented and normalised, on the device where the crops are."""
+        """Augment the colours and normalise, on the device of the crops."""
         if self.colour is None:
             return self
         crops = apply_colour(self.crops.flatten(0, -4), self.colour.flatten(0, -2))
