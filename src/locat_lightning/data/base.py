@@ -1,6 +1,9 @@
 """What every data module here shares: splits that are found once, and loaders for every process.
 
-A data module of your own needs none of it: see `locat_lightning.data.contract`.
+A data module of your own needs none of it. Of any LightningDataModule a task asks for loaders whose batches
+begin with images, float32 [B, 3, H, W], and labels, int64 [B] (tuples will do), and for the number of
+classes: a list `class_names`, or the option `model.num_classes`. Where the loader has no `batch_size`, the
+data module needs one.
 """
 
 from abc import abstractmethod
