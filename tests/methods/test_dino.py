@@ -280,6 +280,9 @@ def test_a_teacher_that_is_certain_of_each_image_has_not_collapsed():
         ({"student_temp": 0}, r"student_temp \(0\)"),
         ({"momentum": 1.5}, r"model.momentum \(1.5\) must be from 0 to 1"),
         ({"teacher_temp": -0.1}, r"model.teacher_temp \(-0.1\) must be above 0"),
+        ({"teacher_temp": float("inf")}, r"model.teacher_temp \(inf\) must be a finite number"),
+        ({"lr": float("inf")}, r"model.lr \(inf\) must be a finite number"),
+        ({"weight_decay_end": float("nan")}, r"model.weight_decay_end \(nan\) must be a finite number"),
     ],
 )
 def test_what_cannot_be_is_an_error(options, message):

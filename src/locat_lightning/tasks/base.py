@@ -1,7 +1,7 @@
 """What all tasks share: a backbone with its weights, the size of the run, and the scalars of every step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, inf
+from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Task(LightningModule):
             keeping them: less memory, longer steps.
         ema: decay of a moving average of all weights, 0.9999 for example, which is validated and saved in
             their place; null for none.
+
+    Raises:
+        InputError: an option is not a finite number.
     """
 
     backbone: nn.Module
@@ -51,6 +54,9 @@ class Task(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["weights", "backbone_weights"])
+        for name, value in self.hparams.items():
+            if isinstance(value, float) and not isfinite(value):
+                raise InputError(f"model.{name} ({value}) must be a finite number")
         self.weights = weights
 
     @property
