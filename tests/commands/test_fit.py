@@ -566,7 +566,7 @@ def test_weights_of_a_run_are_measured_with_its_record(trained, folder, caplog):
         assert not [name for name in row if name.startswith("gaug_")]
         where = f"run: runs/classify_tiny_{command}/version_0\nlook: tensorboard --logdir runs\n"
         assert caplog.text.endswith(where)
-        assert (f"no test/ in {folder}: taking val/\n" in caplog.text) == (command == "test")
+        assert (f"no test/ in {folder}: using val/\n" in caplog.text) == (command == "test")
 
     some = folder.parent / "some"
     some.mkdir()

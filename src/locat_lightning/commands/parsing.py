@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from yaml.representer import SafeRepresenter
 
 from locat import configs
 from locat_lightning.backbones.weights import check_source
@@ -46,6 +47,10 @@ NUMBERS = {
 }
 # How Lightning's errors about options begin that are not a MisconfigurationException.
 SAID_BY_LIGHTNING = ("`val_check_interval`", "Early stopping conditioned on metric")
+# jsonargparse writes a config again when its class is replaced by another, but its restricted numbers are of
+# subclasses, which YAML by itself does not write.
+yaml.SafeDumper.add_multi_representer(int, SafeRepresenter.represent_int)
+yaml.SafeDumper.add_multi_representer(float, SafeRepresenter.represent_float)
 LONGEST = 400  # characters of a message of jsonargparse's
 
 
