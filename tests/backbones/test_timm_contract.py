@@ -69,19 +69,22 @@ def test_structure(name):
         absent = getattr(model, pattern, None) is None
         assert absent or any(fnmatch.fnmatch(each, pattern) for each in names), pattern
 
-    x = torch.zeros(1, *config["input_size"], device="meta")
-    features = model.forward_features(x)
-    assert features.shape[-1] == model.num_features
-    pooled = model.forward_head(features, pre_logits=True).shape
-    assert pooled == (1, model.head_hidden_size)
-    assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
-    model.float().reset_classifier(0)
-    assert model.num_classes == 0
-    assert model(x).shape == timm.create_model(name, num_classes=0, **meta)(x).shape == pooled
-
     model.to(torch.float64).reset_classifier(2)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
     assert {module.training for module in model.modules()} == {False}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_widths_of_features_and_heads(name):
+    model = small(name).eval()
+    features = model.forward_features(images(model))
+    assert features.shape[-1] == model.num_features
+    pooled = model.forward_head(features, pre_logits=True).shape
+    assert pooled == (2, model.head_hidden_size)
+    assert model.to(torch.bfloat16)(images(model).bfloat16()).dtype == torch.bfloat16
+    model.float().reset_classifier(0)
+    assert model.num_classes == 0
+    assert model(images(model)).shape == small(name, num_classes=0)(images(model)).shape == pooled
 
 
 # What timm's interpolation of Swin's positions does is not as torch wants it.
