@@ -116,7 +116,7 @@ class Pictures(Callback):
 
 @contextmanager
 def giving_up(callback: Any, what: str) -> Iterator[None]:
-    """Turn an error into a warning and set `callback.active` to False: what nobody asked for ends no run."""
+    """Turn an error into a warning and set `callback.active` to False: a failed picture stops no training."""
     try:
         yield
     except Exception as error:

@@ -69,7 +69,7 @@ def first_seen(keys: Tensor, device: torch.device) -> Tensor:
 def parts(part: Tensor, device: torch.device) -> Iterator[Tensor]:
     """The part [n, ...] of each process in turn, one at a time and without padding, in CPU memory.
 
-    All processes call it, and go on to the end.
+    All processes must call it and exhaust it.
 
     Args:
         part: on the CPU; only n differs from process to process, and without rows the rest may, too.

@@ -16,6 +16,7 @@ from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen
 from locat_lightning.evaluation.features import extract_features, image_features
 from locat_lightning.evaluation.gather import distributed, first_process
 from locat_lightning.evaluation.knn import check_labelled, inverse_norms, label_ranks
+from locat_lightning.schedules import cosine
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
@@ -106,7 +107,7 @@ def train_linear(
                 with torch.inference_mode():
                     images = batch.images.to(device, non_blocking=True)
                     features = image_features(backbone, images, autocast_dtype=autocast_dtype)
-                rates = torch.tensor([_cosine(effective, step, steps)])
+                rates = torch.tensor([cosine(step, steps=steps, start=effective, end=0.0)])
                 heads.step(features, batch.labels.to(device), rates, average_processes=distributed())
                 step += 1
                 bar.advance(task)
@@ -181,7 +182,7 @@ def sweep_linear(
         task = bar.add_task(f"Training {len(learning_rates)} linear classifiers", total=steps)
         for _ in range(epochs):
             for rows in torch.randperm(images, generator=generator).to(device).split(batch_size):
-                rates = torch.tensor([_cosine(rate, step, steps) for rate in effective])
+                rates = torch.tensor([cosine(step, steps=steps, start=rate, end=0.0) for rate in effective])
                 heads.step(train_features[rows].float(), train_labels[rows], rates)
                 step += 1
                 bar.advance(task)
@@ -268,10 +269,6 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
         head.weight.data.copy_(weight)
         head.bias.data.copy_(bias)
     return head
-
-
-def _cosine(rate: float, step: int, steps: int) -> float:
-    return rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _check_labels(labels: Tensor, split: str, num_classes: int) -> None:
