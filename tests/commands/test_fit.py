@@ -115,6 +115,13 @@ def test_a_config_is_a_local_file_first(tmp_path):
         find_config("run")
 
 
+NEGATIVE_LR = (
+    'Parser key "lr": Does not validate against any of the Union subtypes Subtypes: '
+    "[NonNegativeFloat, NoneType] Errors: - Not of type NonNegativeFloat: "
+    "does not conform to restriction v>=0 - Expected a NoneType Given value type: str Given value: -1"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -184,10 +191,21 @@ def test_a_config_is_a_local_file_first(tmp_path):
         (["predict", *FIT[1:]], "locat predict needs --weights"),
         ([*FIT, "--ckpt_path", "last"], "has a last.ckpt"),
         ([*FIT, "--ckpt_path", "nowhere.ckpt"], "--ckpt_path: no such file"),
-        ([*FIT, "--model.mixup", "-1"], 'Parser key "mixup"'),
-        ([*FIT, "--model.lr=-1"], 'Parser key "lr"'),
-        ([*FIT, "--model.label_smoothing", "2"], 'Parser key "label_smoothing"'),
-        ([*FIT, "--model.warmup_epochs", "-1"], 'Parser key "warmup_epochs"'),
+        (
+            [*FIT, "--model.mixup", "-1"],
+            'Parser key "mixup": Not of type NonNegativeFloat: -1 does not conform to restriction v>=0',
+        ),
+        ([*FIT, "--model.lr=-1"], NEGATIVE_LR),
+        (
+            [*FIT, "--model.label_smoothing", "2"],
+            'Parser key "label_smoothing": Not of type '
+            "ClosedUnitInterval: 2 does not conform to restriction v>=0 and v<=1",
+        ),
+        (
+            [*FIT, "--model.warmup_epochs", "-1"],
+            'Parser key "warmup_epochs": Not of type '
+            "NonNegativeFloat: -1 does not conform to restriction v>=0",
+        ),
         ([*FIT, "--model.optimizer", "lbfgs"], "timm knows no optimizer 'lbfgs'"),
         ([*FIT, "--data.std", "[0,0,0]"], "std (0.0, 0.0, 0.0) must be three numbers above 0"),
         ([*DINO, "--data.views.hflip", "3"], 'Parser key "hflip": Not of type ClosedUnitInterval: '),
@@ -219,7 +237,7 @@ def test_a_config_is_a_local_file_first(tmp_path):
             [*FIT, "--model.backbone_args", "{pretrained: true}"],
             "model.backbone_args.pretrained: use --weights",
         ),
-        (["fit", "--config", "dino_tiny.yaml", "--model.lr=-1"], 'Parser key "lr"'),
+        (["fit", "--config", "dino_tiny.yaml", "--model.lr=-1"], NEGATIVE_LR),
     ],
 )
 def test_options_are_refused_before_anything_is_read_or_built(arguments, expected, capsys, monkeypatch):

@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
+from locat import configs
 from locat_lightning.backbones.weights import read_checkpoint
 from locat_lightning.commands.parsing import (
     check_weights,
     decisive_options,
     exported_config,
     record_of_run,
-    shipped_configs,
 )
 from locat_lightning.errors import InputError
 
@@ -50,7 +50,7 @@ def of_command(command: str, arguments: list[str]) -> dict[str, Any]:
         raise InputError(
             f"locat {command} needs --weights: a checkpoint of a run, or other weights with --config"
         )
-    raise InputError(f"locat {command} needs --config, a file or one of {shipped_configs()}")
+    raise InputError(f"locat {command} needs --config, a file or one of {', '.join(configs.names())}")
 
 
 def _checkpoint(command: str, given: Any) -> Path:

@@ -208,11 +208,6 @@ def _similar(option: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(found[:3])}?"
 
 
-def shipped_configs() -> str:
-    """Return the names that `--config` knows, in a line."""
-    return ", ".join(configs.names())
-
-
 def check_root(options: argparse.Namespace, dataset: str | None) -> None:
     """Check that `data.root` is used by the chosen data set.
 
