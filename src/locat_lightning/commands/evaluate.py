@@ -19,6 +19,7 @@ from locat.runs import claim
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
 from locat_lightning.commands.defaults import of_images
+from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import (
     ConfigByName,
     add_weights_options,
@@ -28,7 +29,6 @@ from locat_lightning.commands.parsing import (
     check_writable,
     command_parser,
     decisive_options,
-    errors_in_a_line,
     exported_config,
     find_config,
     local_dir,
@@ -91,14 +91,10 @@ class ConfigOfImages(ConfigByName):
         ActionConfigFile.__call__(self, parser, cfg, text, option_string)
 
 
+@errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
-    with errors_in_a_line("--debug" in arguments):
-        command, *rest = (argument for argument in arguments if argument != "--debug")
-        _measure(command, rest)
-
-
-def _measure(command: str, arguments: list[str]) -> None:
+    command, *arguments = arguments
     parser = _parser(command)
     given = decisive_options(arguments)
     if given.weights is not None:

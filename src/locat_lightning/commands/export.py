@@ -18,11 +18,11 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format, write_model
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import DECODER_OF, Role, read_checkpoint
+from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import (
     add_weights_options,
     check_weights,
     command_parser,
-    errors_in_a_line,
     local_dir,
     parse,
     record_of_run,
@@ -73,16 +73,10 @@ OF_DATA = (
 )
 
 
+@errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat export …`."""
-    with errors_in_a_line("--debug" in arguments):
-        _, *options = (argument for argument in arguments if argument != "--debug")
-        _export(options)
-
-
-def _export(arguments: list[str]) -> None:
-    parser = _parser()
-    config = parse(parser, arguments)
+    config = parse(_parser(), arguments[1:])
     check_weights(config.weights)
     config.weights = local_dir(config.weights)
     check_format(config.format)

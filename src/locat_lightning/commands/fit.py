@@ -25,7 +25,7 @@ from locat_lightning.callbacks.record import MetricsTable, RunRecord
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.commands import defaults, resume
-from locat_lightning.commands.messages import direct_messages
+from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import (
     ConfigByName,
     check_numbers,
@@ -33,7 +33,6 @@ from locat_lightning.commands.parsing import (
     check_root,
     check_writable,
     decisive_options,
-    errors_in_a_line,
     local_dir,
     mixed_precision,
     parse,
@@ -240,8 +239,7 @@ class LocatCLI(LightningCLI):
         return kwargs | {"return_predictions": False} if subcommand == "predict" else kwargs
 
 
+@errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat fit …`, `validate`, `test` or `predict`."""
-    direct_messages(debug="--debug" in arguments)
-    with errors_in_a_line("--debug" in arguments):
-        LocatCLI([argument for argument in arguments if argument != "--debug"])
+    LocatCLI(arguments)

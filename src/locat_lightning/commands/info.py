@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import RANDOM, Role
+from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import (
     add_backbone_options,
     check_weights,
     command_parser,
-    errors_in_a_line,
     local_dir,
     mixed_precision,
     parse,
@@ -44,16 +44,10 @@ DESCRIPTION = (
 )
 
 
+@errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat info …`."""
-    with errors_in_a_line("--debug" in arguments):
-        _, *options = (argument for argument in arguments if argument != "--debug")
-        _info(options)
-
-
-def _info(arguments: list[str]) -> None:
-    parser = _parser()
-    config = parse(parser, arguments)
+    config = parse(_parser(), arguments[1:])
     device = _device(config.device)
     of_name = timm.is_model(config.model) and not Path(config.model).is_file()
     if of_name:

@@ -1,8 +1,21 @@
-"""What a run says: Lightning's messages and warnings, without those that tell a user nothing."""
+"""What a command says: mistakes in one line, and of Lightning's messages those that tell a user something."""
 
 import logging
+import re
+import signal
 import sys
 import warnings
+from collections.abc import Callable
+from functools import wraps
+
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from locat.errors import refuse
+from locat_lightning.errors import InputError
+
+Command = Callable[[list[str]], None]
 
 EXPECTED_WARNINGS = (
     # A run's directory has TensorBoard's log before metrics.csv is begun; a resumed run's has everything.
@@ -30,16 +43,52 @@ NO_NEWS = (
 )
 
 
+# How Lightning's errors about options begin that are not a MisconfigurationException.
+SAID_BY_LIGHTNING = ("`val_check_interval`", "Early stopping conditioned on metric")
+
+
+def errors_in_a_line(run: Command) -> Command:
+    """Make a command's `main` of a function that takes its arguments.
+
+    A mistake of the user is answered with one line on standard error and exit code 2; `--debug` among the
+    arguments shows its traceback, and all messages.
+    """
+
+    @wraps(run)
+    def main(arguments: list[str]) -> None:
+        debug = "--debug" in arguments
+        _direct_messages(debug)
+        try:
+            run([argument for argument in arguments if argument != "--debug"])
+        # As a shell reports it: whoever sent the signal sees that it was obeyed.
+        except SIGTERMException:
+            sys.exit(128 + signal.SIGTERM)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except SystemExit as end:
+            if isinstance(
+                end.__context__, KeyboardInterrupt
+            ):  # Lightning, having ended the run, exits with 1
+                sys.exit(128 + signal.SIGINT)
+            raise
+        except Exception as error:
+            mistake = _mistake(error)
+            if debug or mistake is None:
+                raise
+            refuse(mistake)
+
+    return main
+
+
 class Messages(logging.StreamHandler):
     """Writes to standard error as it is at the time: above the progress bar, while there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line."""
         self.stream = sys.stderr
         super().emit(record)
 
 
-def direct_messages(*, debug: bool) -> None:
+def _direct_messages(debug: bool) -> None:
     """Ignore expected warnings, and write Lightning's messages by `Messages`; all of them with `debug`."""
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", expected)
@@ -49,3 +98,24 @@ def direct_messages(*, debug: bool) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         if not (logger := logging.getLogger(name)).propagate:  # else whoever imports this decides
             logger.handlers = [messages]
+
+
+def _mistake(error: BaseException) -> str | None:
+    """Return what the user can correct of an error or of one that it came from; None if there is nothing."""
+    chain, cause = [error], error.__cause__ or error.__context__
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for each in chain:
+        by_lightning = isinstance(each, ValueError | RuntimeError) and str(each).lstrip().startswith(
+            SAID_BY_LIGHTNING
+        )
+        if by_lightning or isinstance(each, InputError | MisconfigurationException):
+            return str(each)
+    of_parser = [str(each) for each in chain if isinstance(each, ArgumentError)]
+    if not of_parser:
+        return None
+    # Of an option of a class: the class's own option, below the group and the class.
+    problems = [text for text in map(str, chain) if text.startswith("Problem with given class_path")]
+    said = f"{of_parser[0].splitlines()[0]} {problems[-1]}" if problems else of_parser[-1]
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said)

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
-from locat_lightning.commands.messages import direct_messages
+from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import (
     ConfigByName,
     command_parser,
     decisive_options,
-    errors_in_a_line,
     parse,
 )
 from locat_lightning.commands.study.folders import some_of_each_class, unpacked
@@ -27,12 +26,10 @@ DESCRIPTION = (
 )
 
 
+@errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat study …`."""
-    debug = "--debug" in arguments
-    direct_messages(debug=debug)  # to the logs of the steps
-    with errors_in_a_line(debug):
-        _run(*read_study([argument for argument in arguments[1:] if argument != "--debug"]))
+    _run(*read_study(arguments[1:]))
 
 
 def read_study(options: list[str]) -> tuple[Study, Namespace]:
