@@ -18,8 +18,10 @@ from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError, near
 
 # Options that decide the defaults of others, so that they are read before a parser has all its defaults.
-DECISIVE = ("--weights", "--ckpt_path", "--name", "--runs", "--model", "--model.class_path")
-DECISIVE += ("--data.root", "--data.dataset")
+DECISIVE = (
+    *("--weights", "--ckpt_path", "--name", "--runs", "--model", "--model.class_path"),
+    *("--data.root", "--data.dataset"),
+)
 # What options are called elsewhere.
 ALIASES = {
     "epochs": "--trainer.max_epochs",

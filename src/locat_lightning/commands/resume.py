@@ -19,17 +19,11 @@ IMAGES = "the number of training images"
 LISTED = 3  # differences in a message
 RECORD = "run"  # a checkpoint's key of what `of_trainer` and `of_data` return
 
-# What of a trainer shapes the training, by attribute, and its option.
-TRAINER = {
-    "max_epochs": "max_epochs",
-    "max_steps": "max_steps",
-    "accumulate_grad_batches": "accumulate_grad_batches",
-    "world_size": "devices",
-    "precision": "precision",
-    "gradient_clip_val": "gradient_clip_val",
-    "gradient_clip_algorithm": "gradient_clip_algorithm",
-    "limit_train_batches": "limit_train_batches",
-}
+# Attributes of a trainer that shape the training, named as its options.
+TRAINER = (
+    *("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "limit_train_batches"),
+    *("gradient_clip_val", "gradient_clip_algorithm"),
+)
 # Where the images are and how they are read: the same images make the same batches.
 IGNORED = {"data.root", "data.download", "data.num_workers", "data.max_unreadable"}
 # The data or the weights decide these where no option does; arguments of a backbone go with its name.
@@ -38,20 +32,15 @@ NOT_SET = "not set"
 
 
 class Change(NamedTuple):
-    """An option that is not what it was.
-
-    Attributes:
-        option: dotted, as on the command line.
-        before: its value in the run of the checkpoint.
-        now: its value in the run that resumes.
-    """
+    """An option, dotted as on the command line, that is not what it was in the run of the checkpoint."""
 
     option: str
     before: Any
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.option} was {_text(self.before)} and is {_text(self.now)} now"
+        before, now = ("null" if value is None else value for value in (self.before, self.now))
+        return f"{self.option} was {before} and is {now} now"
 
 
 class ResumeGuard(Callback):
@@ -71,42 +60,26 @@ class ResumeGuard(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep what `of_trainer` and `of_data` return."""
-        checkpoint[RECORD] = of_trainer(trainer, self._seed)
-        checkpoint[RECORD] |= of_data(trainer.datamodule)  # type: ignore[attr-defined]
+        checkpoint[RECORD] = of_trainer(trainer, self._seed) | of_data(trainer)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Check that the images are still as many."""
-        check(
-            checkpoint.get(RECORD, {}),
-            of_data(trainer.datamodule),  # type: ignore[attr-defined]
-            allowed=self._allowed,
-            checkpoint=Path(str(trainer.ckpt_path)),
-        )
+        before, path = checkpoint.get(RECORD, {}), Path(str(trainer.ckpt_path))
+        check(before, of_data(trainer), allowed=self._allowed, checkpoint=path)
 
 
 def of_trainer(trainer: Trainer, seed: Any) -> dict[str, Any]:
-    """Return what shapes a training besides model and data.
-
-    Args:
-        trainer: of the run.
-        seed: the option seed_everything.
-    """
+    """Return what shapes a training besides model and data; `seed` is the option seed_everything."""
     if isinstance(seed, int) and not isinstance(seed, bool):
         seed = int(seed)  # jsonargparse's own kinds of int do not load with weights_only
-    return {"seed_everything": seed} | {
-        f"trainer.{option}": getattr(trainer, name) for name, option in TRAINER.items()
-    }
+    record = {"seed_everything": seed, "trainer.devices": trainer.world_size}
+    return record | {f"trainer.{option}": getattr(trainer, option) for option in TRAINER}
 
 
-def of_data(data: Any) -> dict[str, Any]:
-    """Return what of the images themselves shapes a training: how many there are.
-
-    Args:
-        data: of the run, set up.
-    """
+def of_data(trainer: Trainer) -> dict[str, Any]:
+    """Return what of the images shapes a training, once the data are set up: how many there are."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
     return {IMAGES: len(data.source("train"))} if isinstance(data, ImageModule) else {}
 
 
@@ -125,41 +98,27 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         now: the same of the run that resumes.
     """
     both = before.keys() & now.keys()
-    old = dict(_flat({key: value for key, value in before.items() if key in both}))
-    new = dict(_flat({key: value for key, value in now.items() if key in both}))
+    old, new = (dict(_flat({key: each[key] for key in both})) for each in (before, now))
     found = []
-    for option in sorted(old.keys() | new.keys()):
+    for option in sorted((old.keys() | new.keys()) - IGNORED):
         was, is_now = old.get(option, NOT_SET), new.get(option, NOT_SET)
-        filled_in = option in FILLED_IN or (
-            option.startswith("model.backbone_args.") and new.get("model.backbone") is None
-        )
-        follows = filled_in and is_now in (None, NOT_SET)
-        if was != is_now and option not in IGNORED and not follows:
+        of_backbone = option.startswith("model.backbone_args.") and new.get("model.backbone") is None
+        follows = (option in FILLED_IN or of_backbone) and is_now in (None, NOT_SET)
+        if was != is_now and not follows:
             found.append(Change(option, was, is_now))
     return found
 
 
 def check(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool, checkpoint: Path) -> None:
-    """Refuse changes in a run that resumes, or say what they are if they are allowed.
-
-    Args:
-        before: see `changes`.
-        now: see `changes`.
-        allowed: whether options may differ.
-        checkpoint: from which the run resumes, for the message.
-
-    Raises:
-        InputError: options differ and are not allowed to.
-    """
+    """Refuse changes (see `changes`) in a run that resumes, or say what they are if they are allowed."""
     found = changes(before, now)
     if found and not allowed:
         differing = "; ".join(map(str, found[:LISTED]))
         if len(found) > LISTED:
             differing += f"; and {len(found) - LISTED} more"
-        if any(change.option == IMAGES for change in found):
+        remedy = f"leave the options out (locat fit --ckpt_path {checkpoint} takes those of the run)"
+        if IMAGES in (change.option for change in found):
             remedy = "restore the images"
-        else:
-            remedy = f"leave the options out (locat fit --ckpt_path {checkpoint} takes those of the run)"
         raise InputError(
             f"resuming from {checkpoint}, {differing}: {remedy}, or allow the change with --{OPTION} true"
         )
@@ -182,8 +141,3 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             continue
         else:
             yield prefix + key, list(value) if isinstance(value, tuple) else value
-
-
-def _text(value: Any) -> str:
-    """Return a value as it is typed."""
-    return "null" if value is None else str(value)
