@@ -30,7 +30,7 @@ def test_it_is_all_of_the_source_and_all_configs(installed):
     def below(directory, kind):
         return {path.relative_to(directory) for path in directory.rglob(kind)}
 
-    for kind in ("*.py", "py.typed"):
+    for kind in ("*.py", "*.jinja", "py.typed"):
         assert below(installed, kind) == below(ROOT / "src", kind)
     assert below(installed / "locat_lightning" / "configs", "*") == below(ROOT / "configs", "*")
 

@@ -19,6 +19,14 @@ HEADLINES = ("val/top1", "val/miou", "knn/top1", "linear/top1", "retrieval/miou"
 LOCK = ".lock"  # in the directory of a run, while a process trains there
 
 
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(file)
+
+
 def claim(directory: Path) -> Path:
     """Create the first `version_N` that is free in a directory, even if other runs start at the same time."""
     for number in count():

@@ -1,7 +1,6 @@
 """What a run records: its config and versions, its curves as a table, and its results."""
 
 import csv
-import json
 import os
 import platform
 from importlib.metadata import version
@@ -17,10 +16,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.tensorboard.summary import hparams
 
-from locat.runs import HEADLINES, LOCK, lock
+from locat.runs import HEADLINES, LOCK, lock, write_json
 from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
 
-PACKAGES = ("locat-lightning", "torch", "lightning", "timm")
+PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
 DURING = ("train/", "gaug_")  # metrics of the training itself; all others are results
 # What a run writes before it has results.
 LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOCK)
@@ -96,7 +95,7 @@ class RunRecord(SaveConfigCallback):
         if protocol := summary() if summary else "":
             record["protocol"] = protocol
             line += f"   ({protocol})"
-        (Path(directory) / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(Path(directory) / "metrics.json", record)
         rank_zero_info(f"{line}\n{_where(directory)}")
 
     def _write_hparams(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
@@ -150,15 +149,19 @@ class MetricsTable(CSVLogger):
             return [row for row in csv.DictReader(file) if int(row["step"]) < self._step]
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a run computes, by name."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
 def _boards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _versions(trainer: Trainer) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    lines = [f"{package} {version(package)}" for package in PACKAGES]
-    lines += [f"python {platform.python_version()}", f"{trainer.world_size} process(es) on {device}"]
-    return "\n".join(lines)
+    lines = [f"{name} {number}" for name, number in versions().items()]
+    return "\n".join([*lines, f"{trainer.world_size} process(es) on {device}"])
 
 
 def _where(directory: str) -> str:

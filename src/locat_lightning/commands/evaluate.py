@@ -1,6 +1,5 @@
 """`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
-import json
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ from rich.table import Table
 from timm.models import load_model_config_from_hf
 from torch import nn
 
-from locat.runs import claim
+from locat.runs import claim, write_json
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
 from locat_lightning.commands.defaults import of_images
@@ -324,7 +323,7 @@ def _show(measurement: Measurement) -> None:
 def _record(measurement: Measurement, run: Path, config: Namespace) -> None:
     """Write `metrics.json`."""
     record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
-    (run / "metrics.json").write_text(json.dumps(record | measurement.metrics, indent=2) + "\n")
+    write_json(run / "metrics.json", record | measurement.metrics)
     print(f"run: {run}")
 
 

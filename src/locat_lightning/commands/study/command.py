@@ -92,9 +92,8 @@ def _folders(study: Study, given: dict[str, str], beneath: Path) -> dict[str, st
         option = f"--folders.{name}"
         if name not in needed:
             raise InputError(f"{option}: the config does not read {{{name}}}{near(name, needed)}")
-        own = beneath / name
-        folder = unpacked(Path(source), own, option)
-        if (count := study.per_class.get(name)) is not None:
-            folder = some_of_each_class(folder, count, own, option)
+        folder = unpacked(Path(source), beneath / name, option)
+        if name in study.per_class:
+            folder = some_of_each_class(folder, study.per_class[name], beneath / name, option)
         folders[name] = str(folder.absolute())
     return folders

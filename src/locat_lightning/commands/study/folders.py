@@ -12,16 +12,7 @@ from locat_lightning.errors import InputError
 
 
 def unpacked(source: Path, beneath: Path, option: str) -> Path:
-    """Return a folder as it is, or what an archive of it holds, unpacked once.
-
-    Args:
-        source: a folder, or a .tar, .tar.gz, …
-        beneath: directory to unpack into.
-        option: name of the option, for errors.
-
-    Raises:
-        InputError: `source` is neither a folder nor an archive.
-    """
+    """Return a folder as it is, or what a .tar, .tar.gz, … of it holds, unpacked once into `beneath`."""
     if source.is_dir():
         return source
     if not source.is_file():
@@ -37,25 +28,21 @@ def unpacked(source: Path, beneath: Path, option: str) -> Path:
     return tops[0] if len(tops) == 1 else folder
 
 
-def some_of_each_class(root: Path, count: int, beneath: Path, option: str, *, seed: int = 0) -> Path:
-    """Return a folder with links to some training images of each class, chosen at random once.
+def some_of_each_class(root: Path, count: int, beneath: Path, option: str) -> Path:
+    """Return a folder in `beneath` with links to some training images of each class, chosen at random once.
 
     Args:
         root: has `train/` with a folder for each class; whatever else it has is linked as it is.
         count: images of each class; a class with fewer keeps all.
         beneath: directory to make it in.
-        option: name of the option that gave `root`, for errors.
-        seed: of the choice.
-
-    Raises:
-        InputError: `root` has no `train/`.
+        option: that gave `root`, for errors.
     """
     chosen = beneath / f"{root.name}_{count}_per_class"
     if chosen.is_dir():
         return chosen
     if not (root / "train").is_dir():
         raise InputError(f"{option}: {root} has no train/ with a folder of images for each class")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     with _whole(chosen) as part:
         for folder in sorted(path for path in (root / "train").iterdir() if path.is_dir()):
             files = sorted(folder.iterdir())

@@ -18,8 +18,8 @@ from PIL import Image
 
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.callbacks.pictures import spaced_items
-from locat_lightning.commands.study.plan import TRAIN, Step
-from locat_lightning.commands.study.steps import checkpoint_of
+from locat_lightning.commands.study.plan import TRAIN, Step, Study
+from locat_lightning.commands.study.steps import Results, by_seed, checkpoint_of
 from locat_lightning.evaluation.dense import patch_features
 from locat_lightning.figures.grid import feature_column, grid, image_column, rgb
 from locat_lightning.figures.segmentation import class_column, class_legend
@@ -27,6 +27,32 @@ from locat_lightning.figures.segmentation import class_column, class_legend
 IMAGES, SIDE = 4, 120  # rows, and the shorter side of a tile in pixels
 LEGEND: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # beside the axes
 Points = Sequence[tuple[float, float]]
+
+
+def draw(study: Study, results: Results, directory: Path, folders: Mapping[str, str]) -> dict[str, Figure]:
+    """Draw what can be drawn of the results so far: figures by name (see `write_report`)."""
+    chosen, figures = study.pictures, {}
+    if chosen.quality is not None:
+        points = {}
+        for arm in study.arms:
+            across, up = (by_seed(arm, name, results) for name in chosen.quality)
+            points[arm] = [(100 * across[seed], 100 * up[seed]) for seed in across.keys() & up.keys()]
+        if any(points.values()):
+            axes = (f"{study.measures[name].title}, per cent" for name in chosen.quality)
+            figures["quality"] = points_figure(points, *axes)
+    found = {arm: [r["kernel_widths"] for r in results if r["arm"] == arm] for arm in study.arms}
+    widths = {arm: [mean(block) for block in zip(*each, strict=True)] for arm, each in found.items()}
+    if any(widths.values()):
+        figures["kernels"] = lines_figure(widths, "block", "kernel width, in patches", level=1.0)
+    seed = study.seeds[0]
+    steps = {step.name: step for step in study.steps(next(iter(study.arms)), seed)}
+    arms = {r["arm"]: directory / r["arm"] / f"seed_{seed}" for r in results if r["seed"] == seed}
+    if arms and chosen.features in steps:
+        figures["features"] = features_figure(arms, steps[chosen.features], folders)
+    if arms and chosen.predictions in steps:
+        step = steps[chosen.predictions]
+        figures["predictions"] = predictions_figure(arms, step, steps[step.weights], folders)
+    return figures
 
 
 def points_figure(arms: Mapping[str, Points], x: str, y: str) -> Figure:
@@ -56,13 +82,7 @@ def lines_figure(arms: Mapping[str, Sequence[float]], x: str, y: str, *, level: 
 
 
 def features_figure(arms: Mapping[str, Path], step: Step, folders: Mapping[str, str]) -> Figure:
-    """Draw the principal components of each arm's patch features on the validation images of a step.
-
-    Args:
-        arms: directory of the runs of each arm.
-        step: has the images.
-        folders: that it reads, by name.
-    """
+    """Draw the principal components of each arm's patch features on the validation images of a step."""
     data = _data(next(iter(arms.values())) / step.run, step, folders)
     images = torch.stack([image for image, *_ in spaced_items(data.val_dataloader(), IMAGES)])
     shown = list(rgb(images, data.normalisation))
@@ -76,14 +96,7 @@ def features_figure(arms: Mapping[str, Path], step: Step, folders: Mapping[str, 
 def predictions_figure(
     arms: Mapping[str, Path], predicted: Step, trained: Step, folders: Mapping[str, str]
 ) -> Figure:
-    """Draw the label maps that each arm predicts for some validation images.
-
-    Args:
-        arms: directory of the runs of each arm.
-        predicted: the step that wrote the maps.
-        trained: the step that trained the segmentation.
-        folders: that they read.
-    """
+    """Draw the label maps that a step of each arm predicted for some validation images of another."""
     data = _data(next(iter(arms.values())) / trained.run, trained, folders)
     source = data.source("val")
     indices = [index for *_, index in spaced_items(data.val_dataloader(), IMAGES)]
@@ -112,9 +125,6 @@ def _data(run: Path, step: Step, folders: Mapping[str, str]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     recorded = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    moved = [
-        text
-        for text in step.arguments(folders)
-        if text.startswith("--data.") and text not in step.arguments({})
-    ]
+    here, unmoved = step.arguments(folders), step.arguments({})
+    moved = [text for text in here if text.startswith("--data.") and text not in unmoved]
     return parser.instantiate_classes(parser.parse_args([f"--data={json.dumps(recorded)}", *moved])).data

@@ -15,9 +15,10 @@ Options = dict[str, Any]  # of a command, by dotted name
 
 TRAIN = "train"  # the first step of every arm and seed
 MEASURING = ("validate", "test", "predict")  # without training; their runs are named NAME_COMMAND
+EVALUATIONS = ("knn", "linear", "retrieve")
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **dict.fromkeys(("fit", *MEASURING), fit.main),
-    **dict.fromkeys(("knn", "linear", "retrieve"), evaluate.main),
+    **dict.fromkeys(EVALUATIONS, evaluate.main),
 }
 ON_ONE_DEVICE: Options = {"trainer.devices": 1, "trainer.enable_progress_bar": False}
 ONLY_TRAINING: Options = {"trainer.num_sanity_val_steps": 0, "pictures.every_n_epochs": 0}
@@ -113,9 +114,6 @@ class Study:
         per_class: training images of each class to keep, by name of the folder.
         notes: sentences for the report.
         presets: by name: arms, seeds, per_class, pictures, and options by recipe or probe.
-
-    Raises:
-        InputError: something refers to a name that the study does not have.
     """
 
     recipes: dict[str, Options]
@@ -151,14 +149,12 @@ class Study:
             _check(f"presets.{name}.options", each, [*self.recipes, *self.probes])
         for arm in preset.arms or ():
             _check(f"presets.{name}.arms", arm, self.arms)
-        more = preset.options
+        more = {each: preset.options.get(each, {}) for each in (*self.recipes, *self.probes)}
+        probes = {key: replace(each, options=each.options | more[key]) for key, each in self.probes.items()}
         return replace(
             self,
-            recipes={key: options | more.get(key, {}) for key, options in self.recipes.items()},
-            probes={
-                key: replace(each, options=each.options | more.get(key, {}))
-                for key, each in self.probes.items()
-            },
+            recipes={key: options | more[key] for key, options in self.recipes.items()},
+            probes=probes,
             arms={arm: self.arms[arm] for arm in preset.arms or self.arms},
             pictures=preset.pictures or self.pictures,
             seeds=preset.seeds or self.seeds,
@@ -176,23 +172,19 @@ class Study:
     def steps(self, arm: str, seed: int) -> list[Step]:
         """Return the steps of an arm and a seed, in order."""
         recipe = self.recipes[self.arms[arm].recipe] | self.arms[arm].options
-        return [Step(TRAIN, "fit", _seeded("fit", recipe, seed))] + [
-            Step(name, probe.command, _seeded(probe.command, probe.options, seed), probe.weights)
-            for name, probe in self.probes.items()
-            if probe.seeds is None or seed in probe.seeds
-        ]
+        steps = []
+        for name, probe in {TRAIN: Probe("fit", recipe, weights=""), **self.probes}.items():
+            if probe.seeds is None or seed in probe.seeds:
+                own = {"seed": seed} if probe.command in EVALUATIONS else ON_ONE_DEVICE
+                if probe.command == "fit":
+                    own = own | ONLY_TRAINING | {"seed_everything": seed, "data.seed": seed}
+                steps.append(Step(name, probe.command, probe.options | own, probe.weights))
+        return steps
 
     def folders(self) -> list[str]:
         """Return the names of the folders that the options of the steps have placeholders for."""
-        steps = (step for run in self.runs() for step in self.steps(*run))
-        texts = (text for step in steps for text in step.arguments({}))
-        return list(dict.fromkeys(name for text in texts for name in PLACEHOLDER.findall(text)))
-
-
-def _seeded(command: str, options: Options, seed: int) -> Options:
-    if command == "fit":
-        return options | ON_ONE_DEVICE | ONLY_TRAINING | {"seed_everything": seed, "data.seed": seed}
-    return options | (ON_ONE_DEVICE if command in MEASURING else {"seed": seed})
+        arguments = [text for run in self.runs() for step in self.steps(*run) for text in step.arguments({})]
+        return list(dict.fromkeys(PLACEHOLDER.findall(" ".join(arguments))))
 
 
 def _check(option: str, name: str, known: Collection[str]) -> None:

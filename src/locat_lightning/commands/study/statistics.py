@@ -9,14 +9,7 @@ from scipy.stats import t as student
 
 
 class Difference(NamedTuple):
-    """A mean of paired differences and its 95 % interval.
-
-    Attributes:
-        mean: of the differences.
-        low: lower end of the interval; -inf for one pair.
-        high: upper end of the interval; inf for one pair.
-        pairs: number of differences.
-    """
+    """A mean of paired differences and its 95 % interval, which has no ends for a single pair."""
 
     mean: float
     low: float
@@ -25,11 +18,7 @@ class Difference(NamedTuple):
 
 
 def paired_difference(differences: Sequence[float]) -> Difference:
-    """Return the mean of paired differences with Student's 95 % interval, mean ± t · s / √n.
-
-    Args:
-        differences: at least one.
-    """
+    """Return the mean of paired differences with Student's 95 % interval, mean ± t · s / √n."""
     n, middle = len(differences), mean(differences)
     half = float(student.ppf(0.975, n - 1)) * stdev(differences) / sqrt(n) if n > 1 else inf
     return Difference(middle, middle - half, middle + half, n)

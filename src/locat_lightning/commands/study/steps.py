@@ -1,15 +1,15 @@
 """Run the steps of a study, each once, and record what each measured and cost."""
 
-import contextlib
 import csv
 import gc
 import json
 import platform
+import re
 import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from math import sqrt
 from pathlib import Path
 from statistics import median
@@ -18,14 +18,15 @@ from typing import Any
 import torch
 import yaml
 
+from locat.runs import write_json
 from locat_lightning.backbones.create import load_backbone
+from locat_lightning.callbacks.record import versions
 from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Step, Study
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import activation_bytes, count_parameters, multiply_adds
 
 Results = Sequence[Mapping[str, Any]]  # of some arms and seeds, as `read_results` returns them
 
-PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
 MISTAKE = 2  # exit code of a command that refuses its options
 
 
@@ -35,18 +36,15 @@ def run_step(step: Step, directory: Path, folders: Mapping[str, str]) -> bool:
     Args:
         step: to run.
         directory: of the runs of its arm and seed.
-        folders: that it reads, by name.
+        folders: that the study reads, by name.
 
     Returns:
         Whether it had to run.
-
-    Raises:
-        InputError: the command refused its options, or the step was finished with others.
     """
     file, log, run = directory / f"{step.name}.json", directory / f"{step.name}.log", directory / step.run
     command = shlex.join(step.arguments({name: Path(folder).name for name, folder in folders.items()}))
     if file.is_file():
-        if (before := _read(file)["command"]) != command:
+        if (before := json.loads(file.read_text())["command"]) != command:
             raise InputError(f"{file} is the result of other options ({before}): use another --to")
         return False
     directory.mkdir(parents=True, exist_ok=True)
@@ -63,9 +61,8 @@ def run_step(step: Step, directory: Path, folders: Mapping[str, str]) -> bool:
             "command": command,
             "metrics": _metrics(run),
             "seconds": time.monotonic() - begun,
-            "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "machine": _machine(),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": versions(),
             "cost": _cost(directory) if step.name == TRAIN else {},
         }
     write_json(file, record)
@@ -77,30 +74,34 @@ def read_results(study: Study, directory: Path) -> list[dict[str, Any]]:
     """Read the results of the arms and seeds in a study's directory whose steps are all finished."""
     results = []
     for arm, seed in study.runs():
-        own, steps = directory / arm / f"seed_{seed}", study.steps(arm, seed)
-        files = {step.name: own / f"{step.name}.json" for step in steps}
+        steps = study.steps(arm, seed)
+        files = {step.name: directory / arm / f"seed_{seed}" / f"{step.name}.json" for step in steps}
         if not all(file.is_file() for file in files.values()):
             continue
-        records = {name: _read(file) for name, file in files.items()}
+        records = {name: json.loads(file.read_text()) for name, file in files.items()}
         metrics = {name: record["metrics"] for name, record in records.items()}
         said = {name: each.get("protocol") or each.get("measured") for name, each in metrics.items()}
-        train = records[TRAIN]
-        results.append(
-            {
-                "arm": arm,
-                "seed": seed,
-                "recipe": study.arms[arm].recipe,
-                "measures": {
-                    name: metrics.get(of.step, {}).get(of.metric) for name, of in study.measures.items()
-                },
-                **train["cost"],
-                **{key: train[key] for key in ("peak_gpu_memory_bytes", "machine", "versions")},
-                "seconds": {name: record["seconds"] for name, record in records.items()},
-                "commands": {step.name: step.typed() for step in steps},
-                "measured": {name: words for name, words in said.items() if words},
-            }
-        )
+        result = {
+            "arm": arm,
+            "seed": seed,
+            "recipe": study.arms[arm].recipe,
+            "measures": {
+                k: metrics.get(each.step, {}).get(each.metric) for k, each in study.measures.items()
+            },
+            "seconds": {name: record["seconds"] for name, record in records.items()},
+            "commands": {step.name: step.typed() for step in steps},
+            "measured": {name: words for name, words in said.items() if words},
+            "machine": records[TRAIN]["machine"],
+            "versions": records[TRAIN]["versions"],
+        }
+        results.append(result | records[TRAIN]["cost"])
     return results
+
+
+def by_seed(arm: str, measure: str, results: Results) -> dict[int, float]:
+    """Return what was measured of an arm, by seed."""
+    own = {result["seed"]: result["measures"].get(measure) for result in results if result["arm"] == arm}
+    return {seed: value for seed, value in own.items() if value is not None}
 
 
 def checkpoint_of(directory: Path, step: str) -> Path:
@@ -108,27 +109,10 @@ def checkpoint_of(directory: Path, step: str) -> Path:
     return directory / step / "version_0" / "checkpoints" / "last.ckpt"
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that it is there whole or not at all."""
-    write_whole(file, json.dumps(value, indent=1) + "\n")
-
-
-@contextlib.contextmanager
+@contextmanager
 def output_to(log: Path) -> Iterator[None]:
     """Append standard output and standard error to a file."""
-    with (
-        log.open("a", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
+    with log.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         yield
 
 
@@ -157,7 +141,7 @@ def _metrics(run: Path) -> dict[str, Any]:
     """Return the last value of all that a run logged, and the contents of its `metrics.json`."""
     logged = {name: float(value) for row in _rows(run) for name, value in row.items() if value}
     file = run / "metrics.json"
-    return logged | (_read(file) if file.is_file() else {})
+    return logged | (json.loads(file.read_text()) if file.is_file() else {})
 
 
 def _cost(directory: Path) -> dict[str, Any]:
@@ -166,21 +150,22 @@ def _cost(directory: Path) -> dict[str, Any]:
     run = checkpoint.parents[1]
     batch = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["batch_size"]
     rows = _rows(run)
-    speeds = [float(row["train/images_per_s"]) for row in rows if row.get("train/images_per_s")]
-    waits = [float(row["train/data_wait"]) for row in rows if row.get("train/data_wait")]
-    metrics = _metrics(run)
+    speeds, waits = (
+        [float(row[name]) for row in rows if row.get(name)]
+        for name in ("train/images_per_s", "train/data_wait")
+    )
+    variances = {name: value for name, value in _metrics(run).items() if name.startswith("gaug_variance/")}
     backbone: Any = load_backbone(str(checkpoint))
     image = torch.zeros(1, 3, *backbone.patch_embed.img_size)
     return {
         "seconds_per_step": batch / max(speeds) if speeds else None,
         "data_wait": median(waits) if waits else None,
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "parameters": count_parameters(backbone)[0],
         "multiply_adds": multiply_adds(backbone, image),
         "activation_bytes": activation_bytes(backbone, image),
         # Standard deviation of each block's kernels in patches.
-        "kernel_widths": [
-            sqrt(metrics[name]) for name in sorted(metrics) if name.startswith("gaug_variance/")
-        ],
+        "kernel_widths": [sqrt(variances[name]) for name in sorted(variances)],
     }
 
 
@@ -189,16 +174,11 @@ def _rows(run: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text()))
-
-
 def _machine() -> str:
     """Return the name of the GPU, or of the CPU with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = re.findall(r"^model name\s*: (.*)", cpus.read_text(), re.MULTILINE) if cpus.is_file() else []
     threads = torch.get_num_threads()
     return f"{names[0] if names else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
