@@ -11,12 +11,12 @@ from torchvision.tv_tensors import Mask
 
 from locat_lightning.data.mask_transforms import (
     PhotometricDistortion,
+    Resize,
     VariedCrop,
     fitted_size,
     is_varied,
     joint_augmentation,
     joint_evaluation,
-    joint_square,
     scale_saturation,
 )
 
@@ -70,7 +70,9 @@ def test_an_image_fits_within_the_scale(size, scale, expected):
 
 def test_evaluation_resizes_the_image_alone():
     image, mask = noise(48, 80)
-    pixels, same = joint_evaluation((100, 36), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))(image, mask)
+    pixels, same = joint_evaluation(Resize((100, 36), with_mask=False), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))(
+        image, mask
+    )
     assert (type(pixels), pixels.shape, pixels.dtype) == (torch.Tensor, (3, 36, 60), torch.float32)
     assert torch.equal(same, mask)
     expected = (resize(image, [36, 60]).permute(1, 2, 0).numpy() / 255 - 0.5) / np.array([0.25, 0.5, 1.0])
@@ -103,14 +105,15 @@ def test_the_ratio_is_between_its_limits():
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_a_square_whatever_the_shape(with_mask):
     image, mask = noise(64, 96)
-    pixels, classes = joint_square(40, with_mask, (0, 0, 0), (1, 1, 1))(image, mask)
+    resize_to = Resize((40, 40), keep_ratio=False, with_mask=with_mask)
+    pixels, classes = joint_evaluation(resize_to, (0, 0, 0), (1, 1, 1))(image, mask)
     torch.testing.assert_close(pixels, resize(image, [40, 40]).as_subclass(torch.Tensor) / 255)
     assert torch.equal(classes, resized_mask(mask, 40, 40) if with_mask else mask)
 
 
 def test_pillow_resizes_alike():
     image, mask = noise(64, 96)
-    pixels, _ = joint_evaluation((60, 40), (0, 0, 0), (1, 1, 1))(image, mask)
+    pixels, _ = joint_evaluation(Resize((60, 40), with_mask=False), (0, 0, 0), (1, 1, 1))(image, mask)
     torch.testing.assert_close(pixels, resized(image, 60, 40), atol=1.01 / 255, rtol=0)
 
 

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from locat_lightning.data.colour import apply_colour
-from locat_lightning.data.views import MultiCrop, Views, collate_views, draw_boxes
+from locat_lightning.data.views import MultiCrop, Views, draw_boxes
 from locat_lightning.errors import InputError
 
 
@@ -102,12 +102,12 @@ def test_views_of_one_image_differ(photograph):
 
 
 def test_worker_and_device_give_the_same_views(photograph):
-    def views(colour_on: str) -> list[list[Views]]:
+    def views(colour_on: str) -> list[Views]:
         multi_crop = MultiCrop(global_size=48, local_size=32, colour_on=colour_on)
-        return [multi_crop(photograph, np.random.default_rng(i)) for i in range(3)]
+        images = [(multi_crop(photograph, np.random.default_rng(i)), -1, i) for i in range(3)]
+        return [batch.to("cpu").coloured() for batch in multi_crop.collate(images).views]
 
-    on_device = [batch.to("cpu").coloured() for batch in collate_views(views("device"))]
-    on_worker = [batch.to("cpu").coloured() for batch in collate_views(views("worker"))]
+    on_device, on_worker = views("device"), views("worker")
     for device, worker in zip(on_device, on_worker, strict=True):
         assert device.colour is worker.colour is None
         torch.testing.assert_close(device.crops, worker.crops, atol=1e-5, rtol=0)
@@ -134,10 +134,9 @@ def test_only_cuda_is_not_waited_for(device, given, expected):
 
 
 def test_a_batch_puts_views_first(photograph):
-    images = [
-        MultiCrop(global_size=32, local_size=16)(photograph, np.random.default_rng(i)) for i in range(3)
-    ]
-    globals_, locals_ = collate_views(images)
+    multi_crop = MultiCrop(global_size=32, local_size=16)
+    images = [multi_crop(photograph, np.random.default_rng(i)) for i in range(3)]
+    globals_, locals_ = multi_crop.collate([(views, -1, i) for i, views in enumerate(images)]).views
     assert globals_.crops.shape == (2, 3, 3, 32, 32)
     assert locals_.colour.shape == (8, 3, 8)
     assert torch.equal(locals_.crops[5, 2], images[2][1].crops[5])

@@ -24,11 +24,7 @@ from locat_lightning.data.sampling import EvaluationOrder, TrainOrder
 from locat_lightning.errors import InputError
 
 # The names under which each split is looked for, in this order.
-SPLITS = {
-    "train": ("train",),
-    "val": ("val", "validation", "test"),
-    "test": ("test", "val", "validation"),
-}
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test"), "test": ("test", "val", "validation")}
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
 Found = TypeVar("Found")
@@ -46,9 +42,6 @@ class ImageModule(LightningDataModule, Generic[Found]):
         seed: seed for shuffling and augmentation.
         max_unreadable: unreadable images to tolerate, in each process, before the run stops. They are skipped
             and listed at the end of the epoch.
-
-    Raises:
-        InputError: an argument is out of range.
     """
 
     def __init__(
@@ -93,28 +86,16 @@ class ImageModule(LightningDataModule, Generic[Found]):
         return [source.path(index) for index in range(len(source))]
 
     def source(self, split: str) -> Found:
-        """Find the images of `train`, `val`, `test` or `predict`, once.
-
-        Raises:
-            InputError: there are none, or they are not laid out as they should be.
-        """
+        """Find the images of `train`, `val`, `test` or `predict`, once."""
         if split not in self._sources:
             self._sources[split] = self._find(split)
         return self._sources[split]
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images of a stage and their classes, once.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; None for all but the last.
-
-        Raises:
-            InputError: there are none, or they are not laid out as they should be.
-        """
         for split in STAGES[stage] if stage else SPLITS:
             self.source(split)
         if stage != "predict":
-            _ = self.class_names
+            _ = self.class_names  # a mistake in them is found now
 
     @abstractmethod
     def _find(self, split: str) -> Found:
@@ -125,17 +106,14 @@ class ImageModule(LightningDataModule, Generic[Found]):
         """Return the images of any split (also `train`) in order, not augmented, each in one process once."""
 
     def val_dataloader(self) -> ImageLoader:
-        """Return the images of `val`, each in one process once."""
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> ImageLoader:
-        """Return the images of `test` (of `val` if there is none), each in one process once."""
         return self.eval_dataloader("test")
 
     def predict_dataloader(self) -> ImageLoader:
-        """Return the images of `predict_paths`, each in one process once; skip and list unreadable ones."""
         loader = self.eval_dataloader("predict")
-        loader.unreadable = UnreadableImages(limit=None)
+        loader.unreadable = UnreadableImages(limit=None)  # skipped and listed, however many
         return loader
 
     def _shuffled(self, images: Images, **options: Any) -> ResumableLoader:
@@ -183,22 +161,8 @@ class ImageModule(LightningDataModule, Generic[Found]):
         }
 
 
-def check_share(name: str, share: float) -> None:
-    """Check that an option is a share that cannot be 0.
-
-    Raises:
-        InputError: it is not above 0 and at most 1.
-    """
-    if not 0 < share <= 1:
-        raise InputError(f"data.{name} ({share}) must be above 0 and at most 1")
-
-
 def check_span(name: str, span: Sequence[float], most: float = inf) -> None:
-    """Check that an option is two numbers, 0 < low <= high <= most.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise an `InputError` unless an option is two numbers, 0 < low <= high <= most."""
     low, high = span
     if not 0 < low <= high <= most:
         limit = f" <= {most:g}" if most < inf else ""

@@ -39,14 +39,10 @@ def known_classes(dataset: str) -> Classes:
 
 
 def read_classes(file: Path) -> Classes:
-    """Read the classes from a text or CSV file.
+    """Read the classes from a text or CSV file; an `InputError` names the line that has another form.
 
-    Args:
-        file: a class per line in the order of the labels, `name` or `name,red,green,blue` with colours from 0
-            to 255. A header of these words and blank lines are skipped.
-
-    Raises:
-        InputError: the file cannot be read, or a line has another form.
+    A line is a class, `name` or `name,red,green,blue` with colours from 0 to 255, in the order of the labels.
+    A header of these words and blank lines are skipped.
     """
     try:
         lines = list(csv.reader(file.read_text(encoding="utf-8-sig").splitlines()))
@@ -69,11 +65,7 @@ def read_classes(file: Path) -> Classes:
 
 
 def named_classes(names: Sequence[str], colours: np.ndarray | None = None, where: str = "classes") -> Classes:
-    """Make classes of C names and their colours, [C, 3] from 0 to 255, or else distinct ones.
-
-    Raises:
-        InputError: there are no names or too many, or one is empty or given twice; it begins with `where`.
-    """
+    """Check C names; give them colours, [C, 3] from 0 to 255, or distinct ones. Errors begin with `where`."""
     if not 0 < len(names) <= IGNORE:
         raise InputError(f"{where}: there must be from 1 to {IGNORE} classes, not {len(names)}")
     if repeated := sorted({name for name in names if not name or names.count(name) > 1}):

@@ -1,7 +1,6 @@
 """Labelled images to train a classifier on, augmented as timm does."""
 
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
@@ -11,10 +10,8 @@ from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose
 
 from locat_lightning.data.base import check_span
-from locat_lightning.data.dataset import Images
 from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError, in_a_line
 
 __all__ = ["ImageData"]
@@ -33,9 +30,6 @@ class ImageData(LabelledData):
         random_erasing: probability of replacing a rectangle by noise.
         interpolation: how the random crop is resized: `random` (bilinear or bicubic), `bilinear`, `bicubic`.
         kwargs: those of `LabelledData` and `ImageModule`.
-
-    Raises:
-        InputError: an argument is out of range, or timm does not know the policy.
     """
 
     def __init__(
@@ -53,8 +47,6 @@ class ImageData(LabelledData):
         super().__init__(**kwargs)
         check_span("scale", scale, most=1)
         check_span("ratio", ratio)
-        if color_jitter == inf:
-            raise InputError(f"data.color_jitter ({color_jitter}) must be finite")
         self.augmentation = {
             "scale": tuple(scale),
             "ratio": tuple(ratio),
@@ -68,11 +60,7 @@ class ImageData(LabelledData):
         self.train_transform()  # finds a mistake in it before any image is looked for
 
     def train_transform(self) -> Callable[[Image.Image], Any]:
-        """Make the augmentation: RGB image to tensor [3, img_size, img_size].
-
-        Raises:
-            InputError: timm does not know the policy or the interpolation.
-        """
+        """Make the augmentation: RGB image to tensor [3, img_size, img_size]."""
         try:
             return timm_augmentation(self.img_size, **self.normalisation, **self.augmentation)  # type: ignore[no-any-return]
         except (AssertionError, KeyError, ValueError) as error:
@@ -83,11 +71,7 @@ class ImageData(LabelledData):
             ) from error
 
     def train_dataloader(self) -> ImageLoader:
-        """Return augmented images in random order, the same number for every process."""
-        source, transform = self.source("train"), self.train_transform()
-        if isinstance(source, Stream):
-            return ImageLoader(source.transformed(transform), **self._loader_options(training=True))
-        return self._shuffled(Images(source, transform, self.seed))
+        return self._loader("train", self.train_transform(), training=True)
 
 
 def timm_augmentation(img_size: int, **options: Any) -> Compose:

@@ -31,13 +31,9 @@ class ImageBatch(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An image that could not be read.
+    """An image that could not be read, and the reason in a line.
 
-    Attributes:
-        path: of the image.
-        reason: what is wrong, in a line.
-        mistake: whether it is a mistake that the user has to correct. It stops the run, however many
-            unreadable images are allowed.
+    A mistake that the user has to correct stops the run, however many unreadable images are allowed.
     """
 
     path: str
@@ -77,7 +73,7 @@ class Images(Dataset):
     (seed, epoch, index), and those of the process stay as they were.
 
     Args:
-        source: of the images.
+        source: the images and their labels.
         transform: turns an RGB image into a tensor.
         seed: seed of the transform's random numbers.
     """

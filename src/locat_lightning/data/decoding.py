@@ -20,11 +20,7 @@ WHITE = {"I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 655
 def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
     """Read an image as a viewer shows it: RGB, 8 bits, upright, transparent parts on white.
 
-    Args:
-        file: a path, or an open binary file.
-
-    Raises:
-        Exception: of whichever kind the decoder raises when it cannot read the file.
+    A decoder that cannot read the file may raise an exception of any kind.
     """
     with open_image(file) as image:
         image.load()
@@ -33,14 +29,7 @@ def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
 
 @contextmanager
 def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
-    """Open an image like `read_image`, but without decoding a plain JPEG yet, which allows a draft of it.
-
-    Args:
-        file: a path, or an open binary file.
-
-    Raises:
-        Exception: of whichever kind the decoder raises when it cannot read the file, now or on first use.
-    """
+    """Open an image like `read_image`, but without decoding a plain JPEG yet, which allows a draft of it."""
     with Image.open(file) as image:
         yield image if _is_plain(image) else to_rgb(image)
 

@@ -32,9 +32,7 @@ class Digits(Source[int]):
         return len(self.labels)
 
     def path(self, index: int) -> str:
-        """Name the digit by its row in `sklearn.datasets.load_digits()`."""
-        return f"digits/{self.rows[index]}"
+        return f"digits/{self.rows[index]}"  # the row in load_digits()
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return the image (RGB, 8 x 8) and its digit."""
         return to_rgb(Image.fromarray(self.pixels[index])), self.labels[index]

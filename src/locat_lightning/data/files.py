@@ -27,12 +27,10 @@ class Files(Source[int]):
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """Return the file of image `index`."""
         return self.paths[index]
 
     @contextmanager
     def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:
-        """Open image `index`."""
         with open_image(self.paths[index]) as image:
             yield image, self.labels[index]
 
@@ -41,13 +39,10 @@ def labelled_files(folder: Path, class_names: list[str], named_by: str, complete
     """Find the images of a split in its folders of classes.
 
     Args:
-        folder: of the split.
-        class_names: of the data set, in the order of their labels.
+        folder: the split's.
+        class_names: those of the data set, in the order of their labels.
         named_by: the folder from which the class names come, for errors.
         complete: whether every class must have an image here.
-
-    Raises:
-        InputError: the folder has no class folders, unknown ones, or too few images in them.
     """
     if unknown := sorted(set(class_folders(folder)) - set(class_names)):
         raise InputError(
@@ -65,22 +60,14 @@ def labelled_files(folder: Path, class_names: list[str], named_by: str, complete
 
 
 def unlabelled_files(folder: Path) -> Files:
-    """Find every image beneath a folder.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Find every image beneath a folder."""
     if not (paths := images_beneath(folder)):
         raise InputError(f"no images beneath {folder}: {EXTENSIONS}")
     return Files(paths, [-1] * len(paths))
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted: one is a class.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the names of the folders in a folder, sorted: each is a class."""
     if not (names := subfolders(folder)):
         raise InputError(
             f"no class folders in {folder}: the images of each class belong in a folder of its name"

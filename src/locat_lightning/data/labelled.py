@@ -1,6 +1,7 @@
 """Images with a label each: found in a folder, among timm's data sets, or scikit-learn's digits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,11 @@ from PIL import Image
 from timm.data import create_transform
 
 from locat_lightning.data import digits
-from locat_lightning.data.base import SPLITS, ImageModule, check_share
+from locat_lightning.data.base import SPLITS, ImageModule
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import class_folders, labelled_files, subfolders, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
-from locat_lightning.data.timm_sources import Stream, TimmSource, timm_source
+from locat_lightning.data.timm_sources import Stream, TimmSource, known_class_names, timm_source
 from locat_lightning.errors import InputError
 
 ROOT = "data"  # where none is given
@@ -38,9 +39,6 @@ class LabelledData(ImageModule[Source | Stream]):
         eval_interpolation: how images are resized in evaluation.
         crop_pct: share of the resized image's shorter side that the central crop in evaluation keeps.
         kwargs: those of `ImageModule`.
-
-    Raises:
-        InputError: an argument is out of range.
     """
 
     def __init__(
@@ -58,7 +56,8 @@ class LabelledData(ImageModule[Source | Stream]):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_share("crop_pct", crop_pct)
+        if not 0 < crop_pct <= 1:
+            raise InputError(f"data.crop_pct ({crop_pct}) must be above 0 and at most 1")
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
         self.download = download
@@ -68,18 +67,13 @@ class LabelledData(ImageModule[Source | Stream]):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The classes in the order of their labels; [] if the root has images to predict only.
-
-        Raises:
-            InputError: the classes cannot be found.
-        """
         if self.dataset == "folder":
             return [] if self._is_unlabelled() else class_folders(self._class_folder())
         if self.dataset == "digits":
             return digits.CLASS_NAMES
         source = self.source("train")
         assert isinstance(source, TimmSource | Stream)
-        known = source.class_names or [str(label) for label in range(self.classes or 0)]
+        known = known_class_names(source) or [str(label) for label in range(self.classes or 0)]
         if not known:
             raise InputError(
                 f"data set {self.dataset!r} does not know its classes: set --data.classes to their number"
@@ -87,7 +81,6 @@ class LabelledData(ImageModule[Source | Stream]):
         return known
 
     def prepare_data(self) -> None:
-        """Download what may be downloaded; Lightning calls it once per machine."""
         if self.download and self.dataset not in ("folder", "digits"):
             for split in ("train", "val"):
                 self._timm_source(split, download=True)
@@ -97,18 +90,21 @@ class LabelledData(ImageModule[Source | Stream]):
         return create_transform(self.img_size, **self.normalisation, **self.resizing)  # type: ignore[no-any-return]
 
     def eval_dataloader(self, split: str) -> ImageLoader:
-        """Return the images of any split (also `train`) in order, not augmented, each in one process once."""
-        source, transform = self.source(split), self.eval_transform()
+        return self._loader(split, self.eval_transform(), training=False)
+
+    def _loader(self, split: str, transform: Callable[[Image.Image], Any], *, training: bool) -> ImageLoader:
+        source = self.source(split)
         if isinstance(source, Stream):
-            return ImageLoader(source.transformed(transform), **self._loader_options(training=False))
-        return self._in_order(Images(source, transform, self.seed))
+            return ImageLoader(replace(source, transform=transform), **self._loader_options(training))
+        images = Images(source, transform, self.seed)
+        return self._shuffled(images) if training else self._in_order(images)
 
     def _find(self, split: str) -> Source | Stream:
         if split == "predict":
-            if self.dataset == "folder" and not self.root.is_dir():
-                raise InputError(f"{self._without_root()} a folder of images")
-            if self.dataset == "folder" and self._is_unlabelled():
-                return unlabelled_files(self.root)
+            if self.dataset == "folder":
+                self._check_root("a folder of images")
+                if self._is_unlabelled():
+                    return unlabelled_files(self.root)
             if isinstance(source := self.source("test"), Stream):
                 raise InputError(f"data set {self.dataset!r} is a stream without paths, which predict needs")
             return source
@@ -124,9 +120,8 @@ class LabelledData(ImageModule[Source | Stream]):
 
     def _is_unlabelled(self) -> bool:
         """Return whether the root is a folder that holds no splits, that is, none with folders of classes."""
-        return self.root.is_dir() and not any(
-            subfolders(self.root / name) for name in ("train", *SPLITS["val"]) if (self.root / name).is_dir()
-        )
+        splits = [self.root / name for name in ("train", *SPLITS["val"])]
+        return self.root.is_dir() and not any(subfolders(split) for split in splits if split.is_dir())
 
     def _class_folder(self) -> Path:
         """Return the folder whose folders are the classes: `train`, or that of `val` without one."""
@@ -134,28 +129,22 @@ class LabelledData(ImageModule[Source | Stream]):
         return train if train.is_dir() else self._split_folder("val")
 
     def _split_folder(self, split: str) -> Path:
-        if not self.root.is_dir():
-            raise InputError(f"{self._without_root()} the folder that holds train/ and val/")
+        self._check_root("the folder that holds train/ and val/")
         for name in SPLITS[split]:
             if (self.root / name).is_dir():
                 return self.root / name
         wanted = " or ".join(f"{name}/" for name in SPLITS[split])
         raise InputError(f"no {wanted} in {self.root}: it should hold a folder per class, with its images")
 
-    def _without_root(self) -> str:
-        """Say what is wrong with a root that is not a folder, up to what it should be."""
+    def _check_root(self, wanted: str) -> None:
+        if self.root.is_dir():
+            return
         if self.hparams["root"] == ROOT and not self.root.exists():
-            return f"data.root is not given, and there is no folder {self.root}: set --data.root to"
-        what = "not a folder" if self.root.exists() else "no such folder"
-        return f"{what}: {self.root}; set --data.root to"
+            wrong = f"data.root is not given, and there is no folder {self.root}:"
+        else:
+            wrong = f"{'not a folder' if self.root.exists() else 'no such folder'}: {self.root};"
+        raise InputError(f"{wrong} set --data.root to {wanted}")
 
-    def _timm_source(self, split: str, download: bool) -> TimmSource | Stream:
-        return timm_source(
-            self.dataset,
-            self.root,
-            split,
-            SPLITS[split],
-            download=download,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
+    def _timm_source(self, split: str, *, download: bool) -> TimmSource | Stream:
+        order = {"batch_size": self.batch_size, "seed": self.seed}  # of a stream
+        return timm_source(self.dataset, self.root, split, download=download, **order)

@@ -18,15 +18,11 @@ from locat_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
 
+LISTED = 10  # unreadable images in one warning
+
 
 class UnreadableImages:
-    """Counts and lists the images that this process could not read, until there are too many.
-
-    Args:
-        limit: how many to tolerate; None for any number.
-    """
-
-    LISTED = 10
+    """Counts and lists the images that this process could not read, up to a limit (None for any number)."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
@@ -34,11 +30,7 @@ class UnreadableImages:
         self._reported = 0
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Record failures.
-
-        Raises:
-            InputError: there are more than `limit` by now, or one is the user's mistake.
-        """
+        """Record failures; raise an `InputError` at one too many, or at a mistake of the user's."""
         for path, reason, mistake in failures:
             if mistake:
                 raise InputError(reason)
@@ -52,36 +44,34 @@ class UnreadableImages:
 
     def report(self) -> None:
         """List the failures since the last report in a warning."""
-        new = list(self.reasons.items())[self._reported :]
-        if new:
-            self._reported += len(new)
-            lines = [f"  {path}: {reason}" for path, reason in new[: self.LISTED]]
-            if len(new) > self.LISTED:
-                lines.append(f"  and {len(new) - self.LISTED} more")
-            count = f"{len(new)} image{'s' * (len(new) > 1)} could not be read"
-            total = f"{len(self.reasons)} in all"
-            if self.limit is not None:
-                total += f", the run stops at more than {self.limit}"
-            verb = "were" if len(new) > 1 else "was"
-            log.warning("\n".join([f"{count} and {verb} skipped ({total}):", *lines]))
+        if not (new := [f"  {path}: {reason}" for path, reason in self.reasons.items()][self._reported :]):
+            return
+        self._reported += len(new)
+        skipped = "image could not be read and was" if len(new) == 1 else "images could not be read and were"
+        limit = "" if self.limit is None else f", the run stops at more than {self.limit}"
+        more = [f"  and {len(new) - LISTED} more"] if len(new) > LISTED else []
+        lines = [f"{len(new)} {skipped} skipped ({len(self.reasons)} in all{limit}):", *new[:LISTED], *more]
+        log.warning("\n".join(lines))
+
+
+def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
+    """Make a batch of items of `Images`."""
+    return ImageBatch(*default_collate(list(items)))
 
 
 class ImageLoader(DataLoader):
     """A DataLoader that skips the images that cannot be read.
 
     In training a batch keeps its size by repeating its readable images; in evaluation it shrinks. The
-    unreadable ones are listed with the last batch, or when the iteration ends early.
+    unreadable ones are listed with the last batch, or when the iteration ends early. The iteration raises an
+    `InputError` if too many images or all of a training batch cannot be read, or the user made a mistake.
 
     Args:
         dataset: `Images`, or an iterable data set of the same items.
         training: whether batches keep their size.
         unreadable: records what could not be read.
-        collate: makes a batch of the items that could be read; an `ImageBatch` by default.
+        collate: makes a batch of the items that could be read.
         options: the DataLoader's.
-
-    Raises:
-        InputError: while iterating: too many images, or all of a training batch, cannot be read, or an item
-            or `collate` reports a mistake of the user.
     """
 
     def __init__(
@@ -90,21 +80,17 @@ class ImageLoader(DataLoader):
         *,
         training: bool,
         unreadable: UnreadableImages,
-        collate: Callable[[Sequence[Any]], Any] | None = None,
+        collate: Callable[[Sequence[Any]], Any] = collate_images,
         **options: Any,
     ) -> None:
-        self.collate = collate or collate_images
-        super().__init__(
-            dataset,
-            collate_fn=partial(_collate, refill=training, collate=self.collate),
-            worker_init_fn=end_with_the_run,
-            **options,
-        )
+        read = partial(_collate, refill=training, collate=collate)
+        super().__init__(dataset, collate_fn=read, worker_init_fn=end_with_the_run, **options)
         self.training = training
         self.unreadable = unreadable
+        self.collate = collate
 
     def seen(self) -> int:
-        """Return how many batches this iteration skips at its beginning."""
+        """Return how many batches of the epoch to skip, because an interrupted run has seen them."""
         return 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -138,10 +124,10 @@ class ImageLoader(DataLoader):
 
 
 class ResumableLoader(ImageLoader):
-    """An `ImageLoader` of training images that a resumed run continues where it was interrupted.
+    """An `ImageLoader` of training images, in `TrainOrder`, that a resumed run continues where it stopped.
 
     Args:
-        dataset: `Images`; the sampler, among the options, is their `TrainOrder`.
+        dataset: the images.
         trainer: knows how many batches of the epoch are done; None iterates from the beginning.
         options: those of `ImageLoader`.
     """
@@ -151,9 +137,8 @@ class ResumableLoader(ImageLoader):
         self.trainer = trainer
 
     def seen(self) -> int:
-        """Return how many batches of this epoch the trainer has done; 0 for anyone else's iteration."""
         if self.trainer is None or self.trainer.train_dataloader is not self:
-            return 0
+            return 0  # someone else iterates
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,16 +149,8 @@ class ResumableLoader(ImageLoader):
         """Restore nothing: see `state_dict`."""
 
 
-def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
-    """Make a batch of items of `Images`."""
-    return ImageBatch(*default_collate(list(items)))
-
-
 def _collate(
-    items: Sequence[tuple[Any, int, int] | Failure],
-    *,
-    refill: bool,
-    collate: Callable[[Sequence[Any]], Any],
+    items: Sequence[tuple[Any, int, int] | Failure], *, refill: bool, collate: Callable[[Sequence[Any]], Any]
 ) -> tuple[Any, list[Failure]]:
     """Make a batch of the items that were read, None if there are none, and list the failures.
 

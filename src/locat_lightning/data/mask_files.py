@@ -1,5 +1,6 @@
 """Images with a mask each: their layout in folders, the values of the masks, and mistakes in both."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,7 @@ class Layout:
         )
 
     def images_of(self, root: Path, split: str) -> dict[str, str]:
-        """Return the path of each image of a split by its name without ending.
-
-        Raises:
-            InputError: there are none, or a listed one is missing.
-        """
+        """Return the path of each image of a split by its name without ending."""
         if not root.is_dir():
             raise InputError(f"no such folder: {root}; set --data.root to the folder of the data set")
         if (name := self.name(root, split)) is None:
@@ -92,31 +89,25 @@ class Layout:
         return images
 
     def pairs(self, root: Path, split: str) -> tuple[list[str], list[str]]:
-        """Return the paths of the images of a split, and those of their masks.
-
-        Raises:
-            InputError: there are none, or an image or a mask is alone.
-        """
+        """Return the paths of the images of a split, and those of their masks."""
         images, name = self.images_of(root, split), self.name(root, split)
         image_folder, mask_folder = (self._existing(root, each, name) for each in (self.images, self.masks))
         masks = {
             path[len(str(mask_folder)) + 1 : -len(self.mask_suffix)]: path
             for path in files_beneath(mask_folder, (self.mask_suffix.lower(),))
         }
-        rule = f"the mask of a{self.image_suffix or '.jpg'} is a{self.mask_suffix}"
-        if not self.home:
-            rule += " (--data.image_suffix, --data.mask_suffix)"
-        if alone := [path for stem, path in images.items() if stem not in masks]:
-            raise InputError(
-                f"{len(alone)} of {len(images)} images in {image_folder} have no mask in {mask_folder}:"
-                f" {_listed_in(image_folder, alone)}; {rule}"
-            )
-        alone = [path for stem, path in masks.items() if stem not in images]
-        if alone and not self.splits:
-            raise InputError(
-                f"{len(alone)} of {len(masks)} masks in {mask_folder} have no image in {image_folder}:"
-                f" {_listed_in(mask_folder, alone)}; {rule}"
-            )
+        options = "" if self.home else " (--data.image_suffix, --data.mask_suffix)"
+        rule = f"the mask of a{self.image_suffix or '.jpg'} is a{self.mask_suffix}{options}"
+        for kind, files, folder, partner, partners, place in (
+            ("images", images, image_folder, "mask", masks, mask_folder),
+            ("masks", {} if self.splits else masks, mask_folder, "image", images, image_folder),
+        ):
+            alone = [os.path.relpath(path, folder) for stem, path in files.items() if stem not in partners]
+            if alone:
+                raise InputError(
+                    f"{len(alone)} of {len(files)} {kind} in {folder} have no {partner} in {place}:"
+                    f" {listed(alone, 3)}; {rule}"
+                )
         return list(images.values()), [masks[stem] for stem in images]
 
     def _existing(self, root: Path, pattern: str, name: str | None) -> Path:
@@ -124,10 +115,6 @@ class Layout:
         if not folder.is_dir():
             raise InputError(f"no such folder: {folder}, which should hold images or masks of {name}")
         return folder
-
-
-def _listed_in(folder: Path, paths: list[str]) -> str:
-    return listed([path[len(str(folder)) + 1 :] for path in paths], 3)
 
 
 # As mmsegmentation's guide to preparing data sets leaves them (docs/en/user_guides/2_dataset_prepare.md).
@@ -165,36 +152,27 @@ class MaskValues:
     reduce_zero_label: bool = False
 
     def classes(self, values: np.ndarray, file: str) -> np.ndarray:
-        """Turn the values of a file, integers [H, W], into classes, uint8 [H, W].
-
-        Raises:
-            InputError: a value is not a class.
-        """
+        """Turn the values of a file, integers [H, W], into classes, uint8 [H, W]."""
         first = int(self.reduce_zero_label)
-        table = np.full(256, IGNORE, np.uint8)
-        table[first : first + self.num_classes] = np.arange(self.num_classes)
-        table[[self.ignore_index, IGNORE]] = IGNORE
-        known = np.zeros(256, bool)
-        known[: first + self.num_classes] = known[[self.ignore_index, IGNORE]] = True
-
-        if values.dtype != np.uint8:
-            if values.min() < 0 or values.max() > 255:
-                raise self._unknown(int(values.min() if values.min() < 0 else values.max()), file)
-            values = values.astype(np.uint8)
-        present = np.bincount(values.ravel(), minlength=256) > 0
-        if (present & ~known).any():
-            raise self._unknown(int((present & ~known).argmax()), file)
-        classes: np.ndarray = table[values]
-        return classes
-
-    def _unknown(self, value: int, file: str) -> InputError:
-        first = int(self.reduce_zero_label)
-        void = " and ".join(map(str, sorted({self.ignore_index, IGNORE, *range(first)})))
         last = first + self.num_classes - 1
-        return InputError(
-            f"value {value} in mask {file} is not a class (classes: {first} to {last}, no class: {void}):"
-            f" correct the mask or classes, ignore_index, reduce_zero_label"
-        )
+        void = sorted({self.ignore_index, IGNORE, *range(first)})
+        table = np.full(256, -1)
+        table[first : last + 1] = np.arange(self.num_classes)
+        table[void] = IGNORE
+
+        low, high = int(values.min()), int(values.max())
+        if low >= 0 and high < 256:
+            unknown = np.flatnonzero((np.bincount(values.ravel(), minlength=256) > 0) & (table < 0)).tolist()
+        else:
+            unknown = [low if low < 0 else high]
+        if unknown:
+            raise InputError(
+                f"value {unknown[0]} in mask {file} is not a class (classes: {first} to {last}, no class:"
+                f" {' and '.join(map(str, void))}): correct the mask or classes, ignore_index,"
+                " reduce_zero_label"
+            )
+        classes: np.ndarray = table.astype(np.uint8)[values]
+        return classes
 
 
 @dataclass(frozen=True)
@@ -209,15 +187,9 @@ class Pairs(Source[np.ndarray]):
         return len(self.images)
 
     def path(self, index: int) -> str:
-        """Return the file of image `index`."""
         return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Read image `index` and its mask, uint8 [H, W].
-
-        Raises:
-            InputError: the mask is not a mask, or not of this image's size.
-        """
         image, mask = read_image(self.images[index]), self.mask(index)
         if image.size != mask.shape[::-1]:
             raise InputError(
@@ -227,12 +199,7 @@ class Pairs(Source[np.ndarray]):
         return image, mask
 
     def mask(self, index: int) -> np.ndarray:
-        """Read mask `index`, uint8 [H, W].
-
-        Raises:
-            InputError: it is coloured, or has a value that is not a class.
-            OSError: it cannot be read.
-        """
+        """Read mask `index`, uint8 [H, W]; raise an `OSError` if that is impossible."""
         file = self.masks[index]
         try:
             with Image.open(file) as image:
@@ -247,11 +214,7 @@ class Pairs(Source[np.ndarray]):
         return self.values.classes(values.astype(np.uint8) if values.dtype == bool else values, file)
 
     def check_annotated(self) -> None:
-        """Check that some pixel has a class, by reading masks until one has, mostly the first.
-
-        Raises:
-            InputError: none has, or a mask has a mistake.
-        """
+        """Check that some pixel has a class, by reading masks until one has, mostly the first."""
         for index in range(len(self)):
             try:
                 if (self.mask(index) != IGNORE).any():
@@ -266,7 +229,7 @@ class Pairs(Source[np.ndarray]):
 
 @dataclass(frozen=True)
 class Unannotated(Source[np.ndarray]):
-    """The images of another source, without masks."""
+    """The images of another source; their masks have no class anywhere."""
 
     source: Source[Any]
 
@@ -274,10 +237,8 @@ class Unannotated(Source[np.ndarray]):
         return len(self.source)
 
     def path(self, index: int) -> str:
-        """Return the name of image `index`."""
         return self.source.path(index)
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Read image `index`; its mask has no class anywhere."""
         image, _ = self.source.read(index)
         return image, np.full((image.height, image.width), IGNORE, np.uint8)

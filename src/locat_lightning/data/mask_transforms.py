@@ -63,16 +63,8 @@ def joint_augmentation(
     )
 
 
-def joint_evaluation(scale: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Resize the image within a scale and normalise it; leave the mask at its own size."""
-    return Compose(
-        [Resize(scale, with_mask=False), ToFloat(), Normalize(mean, std, inplace=True), ToPureTensor()]
-    )
-
-
-def joint_square(side: int, with_mask: bool, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Resize the image to a square, whatever its shape, and normalise it; resize the mask if told to."""
-    resize = Resize((side, side), keep_ratio=False, with_mask=with_mask)
+def joint_evaluation(resize: "Resize", mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """Resize and normalise the image; the mask, too, is resized, or keeps its own size."""
     return Compose([resize, ToFloat(), Normalize(mean, std, inplace=True), ToPureTensor()])
 
 
@@ -82,8 +74,7 @@ class Resize(Transform):
     Args:
         scale: longer and shorter side in pixels, in either order.
         ratio: smallest and largest factor of `scale`, drawn uniformly.
-        keep_ratio: whether to keep the shape and just fit within the scale; else height and width are the
-            scale.
+        keep_ratio: whether to keep the shape and fit within the scale; else height and width are the scale.
         with_mask: whether to resize the mask, too.
     """
 
@@ -101,13 +92,11 @@ class Resize(Transform):
         self.with_mask = with_mask
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the size, [height, width]."""
         ratio = torch.empty(()).uniform_(*self.ratio).item()
         size = [int(side * ratio) for side in self.scale]
         return {"size": fitted_size(query_size(flat_inputs), size) if self.keep_ratio else size}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize the image or the mask."""
         if isinstance(inpt, Mask):
             return F.resize(inpt, params["size"], InterpolationMode.NEAREST_EXACT) if self.with_mask else inpt
         return F.resize(inpt, params["size"])
@@ -127,21 +116,17 @@ class VariedCrop(Transform):
         self.cat_max_ratio = cat_max_ratio
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the crop: its top, left, height and width."""
         mask = next(each for each in flat_inputs if isinstance(each, Mask)).as_subclass(Tensor)
         height, width = (min(side, self.crop_size) for side in mask.shape)
         for attempt in range(ATTEMPTS + 1):
-            top, left = (
-                int(torch.randint(side - part + 1, ()))
-                for side, part in zip(mask.shape, (height, width), strict=True)
-            )
+            top = int(torch.randint(mask.shape[0] - height + 1, ()))
+            left = int(torch.randint(mask.shape[1] - width + 1, ()))
             crop = mask[top : top + height, left : left + width]
             if self.cat_max_ratio >= 1 or attempt == ATTEMPTS or is_varied(crop, self.cat_max_ratio):
                 break
         return {"top": top, "left": left, "height": height, "width": width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crop the image or the mask."""
         return F.crop(inpt, **params)
 
 
@@ -160,7 +145,6 @@ class PhotometricDistortion(RandomPhotometricDistort):
         )
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Distort an image, RGB from 0 to 1, [3, H, W]; leave a mask as it is."""
         if isinstance(inpt, Mask):
             return inpt
         pixels, contrast = inpt.as_subclass(Tensor), params["contrast_factor"]
@@ -181,7 +165,6 @@ class ToFloat(Transform):
     """Convert uint8 pixels to float32 from 0 to 1, one channel after the other in memory; leave a mask."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Convert the image."""
         if isinstance(inpt, Mask):
             return inpt
         return inpt.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
@@ -195,7 +178,6 @@ class PadTo(Transform):
         self.size = size
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Pad the image or the mask."""
         below, right = (max(0, self.size - side) for side in inpt.shape[-2:])
         return F.pad(inpt, [0, 0, right, below], fill=IGNORE if isinstance(inpt, Mask) else 0)
 

@@ -28,13 +28,7 @@ MULTI_CROP = MultiCrop()
 
 
 class ViewImages(Images):
-    """The images of a source, each cut into views, which follow from (seed, epoch, index) alone.
-
-    Args:
-        source: of the images.
-        transform: makes the views.
-        seed: seed of the views.
-    """
+    """The images of a source, each cut into views, which follow from (seed, epoch, index) alone."""
 
     transform: ViewTransform
 
@@ -59,21 +53,13 @@ class MultiViewData(LabelledData):
         views: makes the views of an image; the images in evaluation have the size of its first view.
         batch_size: images per training batch in each process.
         kwargs: those of `LabelledData` and `ImageModule`.
-
-    Raises:
-        InputError: an argument is out of range.
     """
 
     def __init__(
         self, *, views: ViewTransform = MULTI_CROP, batch_size: PositiveInt = 64, **kwargs: Any
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            img_size=views.size,
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            **kwargs,
-        )
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        super().__init__(batch_size=batch_size, img_size=views.size, mean=mean, std=std, **kwargs)
         self.views = views
         if self.hparams["views"] is views:  # not given by a config: checkpoints hold plain values alone
             path = f"{type(views).__module__}.{type(views).__qualname__}"
@@ -83,28 +69,23 @@ class MultiViewData(LabelledData):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The classes in the order of their labels; [] if the images have no labels."""
         if self.dataset == "folder" and not self._labelled:
             return []
         return super().class_names
 
     def train_dataloader(self) -> ImageLoader:
-        """Return the images' views in random order, the same number of images for every process."""
         source = self.source("train")
         assert not isinstance(source, Stream)
-        images = ViewImages(source, self.views, self.seed)
-        return self._shuffled(images, collate=self.views.collate)
+        return self._shuffled(ViewImages(source, self.views, self.seed), collate=self.views.collate)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment the colours of the views, on the device."""
         if isinstance(batch, ViewBatch):
             return batch._replace(views=[views.coloured() for views in batch.views])
         return batch
 
     def _find(self, split: str) -> Source | Stream:
         if self.dataset == "folder":
-            if not self.root.is_dir():
-                raise InputError(f"{self._without_root()} the folder of the images")
+            self._check_root("the folder of the images")
             if split in self._labelled:
                 return self._labelled[split]
             if split == "train":

@@ -38,11 +38,9 @@ class Scenes(Source[np.ndarray]):
         return self.count
 
     def path(self, index: int) -> str:
-        """Name scene `index`."""
         return f"scenes/{'train' if self.train else 'val'}/{index}"
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Compose scene `index`: the image (RGB) and its mask, uint8 [64, 64]."""
         rng = np.random.default_rng([int(self.train), index])
         scene = ground(rng)
         mask = np.zeros((SIDE, SIDE), np.uint8)

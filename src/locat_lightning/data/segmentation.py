@@ -14,13 +14,13 @@ from torchvision.transforms.v2.functional import to_image
 from torchvision.tv_tensors import Mask
 
 from locat_lightning.data import scenes
-from locat_lightning.data.base import SPLITS, ImageModule, check_share, check_span
+from locat_lightning.data.base import SPLITS, ImageModule, check_span
 from locat_lightning.data.class_lists import Classes, known_classes, named_classes, read_classes
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import Files, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
-from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation, joint_square
+from locat_lightning.data.mask_transforms import Resize, joint_augmentation, joint_evaluation
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -48,17 +48,12 @@ class MaskedImages(Images):
     """The images of a source and their masks, transformed together."""
 
     def transformed(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Transform an image and its mask."""
         made: tuple[Tensor, Tensor] = self.transform(to_image(image), Mask(label))
         return made
 
 
 def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
-    """Make a batch of items of `MaskedImages`.
-
-    Raises:
-        InputError: they differ in size.
-    """
+    """Make a batch of items of `MaskedImages`; raise an `InputError` if they differ in size."""
     images, masks, indices = zip(*items, strict=True)
     for kind, parts in (("images", images), ("masks", masks)):
         sizes = list(dict.fromkeys(f"{part.shape[-1]} x {part.shape[-2]}" for part in parts))
@@ -110,9 +105,6 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         batch_size: images per training batch in each process.
         eval_batch_size: images per evaluation batch in each process; more than 1 needs images of one size.
         kwargs: those of `ImageModule`.
-
-    Raises:
-        InputError: an argument is out of range.
     """
 
     def __init__(
@@ -140,7 +132,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
     ) -> None:
         super().__init__(batch_size=batch_size, **kwargs)
         check_span("ratio", ratio)
-        check_share("cat_max_ratio", cat_max_ratio)
+        if not 0 < cat_max_ratio <= 1:
+            raise InputError(f"data.cat_max_ratio ({cat_max_ratio}) must be above 0 and at most 1")
         if ignore_index > IGNORE:
             raise InputError(f"data.ignore_index ({ignore_index}) must be from 0 to {IGNORE}")
         if "{split}" not in (splits or images):
@@ -152,25 +145,19 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         self.dataset = dataset
         self.layout = LAYOUTS.get(dataset) or Layout(images, masks, mask_suffix, splits, image_suffix)
         self.given_classes = classes
-        self.ignore_index = ignore_index if dataset == "folder" else IGNORE
-        self.reduce_zero_label = (
-            reduce_zero_label if dataset == "folder" else dataset in ("ade20k", "pascal_context")
-        )
-        self.scale = tuple(scale)
+        known = dataset != "folder"
+        self.ignore_index = IGNORE if known else ignore_index
+        self.reduce_zero_label = dataset in ("ade20k", "pascal_context") if known else reduce_zero_label
         self.crop_size = crop_size
         self.eval_batch_size = eval_batch_size
         self.augmentation = joint_augmentation(
             crop_size, scale, ratio, cat_max_ratio, hflip, distortion, **self.normalisation
         )
-        self.evaluation = joint_evaluation(scale, **self.normalisation)
+        self.evaluation = joint_evaluation(Resize(scale, with_mask=False), **self.normalisation)
 
     @cached_property
     def classes(self) -> Classes:
-        """Names and colours of the classes in the order of their labels.
-
-        Raises:
-            InputError: they are not given, or cannot be read.
-        """
+        """Names and colours of the classes in the order of their labels; none if root has images alone."""
         if self.dataset == "digits":
             return named_classes(scenes.CLASS_NAMES, scenes.COLOURS)
         if self.dataset in LAYOUTS:
@@ -190,7 +177,6 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
 
     @property
     def class_names(self) -> list[str]:
-        """The classes in the order of their labels; [] if root has images to predict only."""
         return self.classes.names
 
     @property
@@ -199,12 +185,10 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         return self.classes.colours
 
     def train_dataloader(self) -> ImageLoader:
-        """Return augmented crops in random order, the same number for every process."""
         images = MaskedImages(self.source("train"), self.augmentation, self.seed)
         return self._shuffled(images, collate=collate_masks)
 
     def eval_dataloader(self, split: str) -> ImageLoader:
-        """Return the images of any split (also `train`) in order, not augmented, each in one process once."""
         images = MaskedImages(self.source(split), self.evaluation, self.seed)
         return self._in_order(images, collate=collate_masks, batch_size=self.eval_batch_size)
 
@@ -216,7 +200,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             side: height and width in pixels.
         """
         training = split == "train"
-        square = joint_square(side, training, **self.normalisation)
+        resize = Resize((side, side), keep_ratio=False, with_mask=training)
+        square = joint_evaluation(resize, **self.normalisation)
         images = MaskedImages(self.source(split), square, self.seed)
         size = self.batch_size if training else self.eval_batch_size
         return self._in_order(images, collate=collate_masks, batch_size=size)

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor, tensor
 from torch.utils.data import default_collate
 
+from locat_lightning.data.base import check_span
 from locat_lightning.data.colour import apply_colour, draw_colour
-from locat_lightning.errors import InputError
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 ATTEMPTS = 10  # to draw a box inside the image, as torchvision's RandomResizedCrop
@@ -95,14 +95,11 @@ class ViewTransform(ABC):
 
     @abstractmethod
     def decode(self, image: Image.Image, rng: np.random.Generator) -> Any:
-        """Draw what the views show and decode the image, which may turn out to be broken.
+        """Draw what the views show and decode the image; any exception counts it as unreadable.
 
         Args:
             image: RGB; a JPEG is opened but not loaded, so that it can be decoded at a lower resolution.
             rng: the image's own generator. Take all random numbers from it.
-
-        Raises:
-            Exception: of any kind, where the image cannot be read. It is skipped, or stops the run.
         """
 
     @abstractmethod
@@ -114,27 +111,18 @@ class ViewTransform(ABC):
         return self.cut(self.decode(image, rng))
 
     def collate(self, items: Sequence[tuple[list[Views], int, int]]) -> ViewBatch:
-        """Batch the views, labels and indices of B images."""
-        views, labels, indices = zip(*items, strict=True)
-        return ViewBatch(collate_views(views), tensor(labels), tensor(indices))
+        """Batch the views, labels and indices of B images, the views size by size.
 
-
-def collate_views(images: Sequence[Sequence[Views]]) -> list[Views]:
-    """Batch the views of B images, size by size.
-
-    Args:
-        images: of each image the list that `MultiCrop` gave.
-
-    Returns:
-        One `Views` for each size, [V, B, ...]: flattened, the first view of every image comes first, as
-        DINO's loss wants it. The crops are a transposed view of [B, V, ...].
-    """
-    batches = []
-    for views in zip(*images, strict=True):
-        crops = default_collate([v.crops for v in views]).transpose(0, 1)
-        colours = [v.colour for v in views if v.colour is not None]
-        batches.append(Views(crops, torch.stack(colours, dim=1) if colours else None))
-    return batches
+        The crops are a transposed view of [B, V, ...]: flattened, the first view of every image comes first,
+        as DINO's loss wants it.
+        """
+        images, labels, indices = zip(*items, strict=True)
+        batched = []
+        for views in zip(*images, strict=True):
+            crops = default_collate([v.crops for v in views]).transpose(0, 1)
+            colours = [v.colour for v in views if v.colour is not None]
+            batched.append(Views(crops, torch.stack(colours, dim=1) if colours else None))
+        return ViewBatch(batched, tensor(labels), tensor(indices))
 
 
 class Drawn(NamedTuple):
@@ -162,9 +150,6 @@ class MultiCrop(ViewTransform):
         colour_on: where the colours are augmented: `device` (batched, see `Views.coloured`), or `worker`, at
             four times the memory and thrice the time.
         hflip: probability of a horizontal flip of each view.
-
-    Raises:
-        InputError: a scale is out of range.
     """
 
     global_size: PositiveInt = 224
@@ -176,16 +161,11 @@ class MultiCrop(ViewTransform):
     hflip: ClosedUnitInterval = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise InputError(
-                    f"data.views.{name} ({low}, {high}) must be two shares of the area, 0 < low <= high <= 1"
-                )
+        check_span("views.global_scale", self.global_scale, most=1)
+        check_span("views.local_scale", self.local_scale, most=1)
 
     @property
     def sizes(self) -> list[int]:
-        """Side of each view in pixels, the global ones first."""
         return [self.global_size] * 2 + [self.local_size] * self.local_views
 
     @property
@@ -194,11 +174,6 @@ class MultiCrop(ViewTransform):
         return np.array([self.global_scale] * 2 + [self.local_scale] * self.local_views)
 
     def decode(self, image: Image.Image, rng: np.random.Generator) -> Drawn:
-        """Draw what the views show, and decode the image.
-
-        A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box then
-        still has twice the pixels of its view on each side.
-        """
         boxes = draw_boxes(rng, image.size, self.scales)
         flipped = rng.random(len(boxes)) < self.hflip
         blur = [1.0, 0.1] + [0.5] * self.local_views  # probabilities
@@ -206,7 +181,8 @@ class MultiCrop(ViewTransform):
         colour = draw_colour(rng, blur, solarize)
 
         width, height = image.size
-        # How many times more pixels than needed; PIL rounds the reduction down to a power of two.
+        # A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box then
+        # still has twice the pixels of its view on each side; PIL rounds down to one of these.
         spare = max(1.0, (boxes[:, 2:].min(axis=1) / self.sizes).min() / 2)
         image.draft("RGB", (math.ceil(width / spare), math.ceil(height / spare)))
         pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
@@ -214,7 +190,6 @@ class MultiCrop(ViewTransform):
         return Drawn(pixels, np.rint(boxes / reduction).astype(int), flipped, colour)
 
     def cut(self, decoded: Drawn) -> list[Views]:
-        """Cut the global views, and the local ones if there are any."""
         pixels, boxes, flipped, colour = decoded
         parts = [slice(0, 2), slice(2, None)] if len(boxes) > 2 else [slice(0, 2)]
         views = [Views(_cut(pixels, boxes[p], flipped[p], self.sizes[p][0]), colour[p]) for p in parts]
