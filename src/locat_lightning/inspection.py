@@ -25,17 +25,15 @@ class Call(NamedTuple):
 
 
 def observe(backbone: nn.Module, images: Tensor, modules: Iterable[nn.Module]) -> list[Call]:
-    """Run a backbone in evaluation mode and record the calls of some of its modules.
+    """Run a backbone in evaluation mode and record the calls of some of its modules, in their order.
 
-    The backbone is left as it was, hooks and training flags included.
+    The backbone is left as it was, hooks and training flags included. A compiled one runs uncompiled here, so
+    that its hooks are called.
 
     Args:
-        backbone: a model of images; a compiled one runs uncompiled here, so that its hooks are called.
+        backbone: a model of images.
         images: [B, 3, height, width], normalised.
         modules: parts of the backbone, or the backbone itself.
-
-    Returns:
-        The calls in the order in which the backbone made them.
     """
     calls: list[Call] = []
 
@@ -63,12 +61,10 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
         For each block [B, H·W, H, W] float32: what each patch (row by row) adds to its logit for each patch.
     """
     gaugs = [layer.gaug for layer in backbone.modules() if isinstance(layer, GaussianSelfAttention)]
-    if not gaugs:
-        return []
+    calls = observe(backbone, padded(backbone, images), gaugs) if gaugs else []
     kernels = []
-    for call in observe(backbone, padded(backbone, images), gaugs):
-        _, grid, _ = call.inputs
-        s = call.output if isinstance(call.output, Tensor) else gaussian_kernel(call.output)
+    for (_, grid, _), output in calls:
+        s = output if isinstance(output, Tensor) else gaussian_kernel(output)
         kernels.append(s.expand(len(images), -1, -1, -1).mean(1).unflatten(-1, grid))
     return kernels
 
@@ -84,14 +80,13 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
         (variance in squared patches, alpha), from the first block to the last.
     """
     gaugs = [module for module in backbone.modules() if isinstance(module, GaussianAugmentation)]
-    if not gaugs:
-        return []
+    calls = observe(backbone, padded(backbone, images), gaugs) if gaugs else []
+    widths = []
     with torch.no_grad():
-        kernels = []
-        for gaug, call in zip(gaugs, observe(backbone, padded(backbone, images), gaugs), strict=True):
-            q, grid, built_for = call.inputs
-            kernels.append(gaug.variance_and_alpha(q[..., -math.prod(grid) :, :], grid, built_for))
-        return [(variance.mean().item(), alpha.mean().item()) for variance, alpha in kernels]
+        for gaug, ((q, grid, built_for), _) in zip(gaugs, calls, strict=True):
+            variance, alpha = gaug.variance_and_alpha(q[..., -math.prod(grid) :, :], grid, built_for)
+            widths.append((variance.mean().item(), alpha.mean().item()))
+    return widths
 
 
 def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
@@ -112,11 +107,8 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     attention: Any = layers[-1]
     [call] = observe(model, images, [attention])
     with torch.no_grad():
-        q, k, _ = (
-            attention.qkv(call.inputs[0])
-            .unflatten(-1, (3, attention.num_heads, attention.head_dim))
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = attention.qkv(call.inputs[0]).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
         q, k = attention.q_norm(q), attention.k_norm(k)
         # GAug's S is 0 in this row.
         row = (q[:, :, 0].unsqueeze(-2) * attention.scale @ k.transpose(-2, -1)).float().softmax(-1)

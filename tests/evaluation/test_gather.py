@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from locat_lightning.evaluation.gather import distributed, first_process, first_seen, gather_rows, parts
+from locat_lightning.evaluation.gather import distributed, first_process, gather_rows, parts
 
 CPU = torch.device("cpu")
 
@@ -34,8 +34,3 @@ def test_what_is_gathered_is_no_part():
 
 def test_no_keys_give_no_rows():
     assert len(gather_rows(torch.empty(0, dtype=torch.int64), torch.empty(0, 3), device=CPU)[0]) == 0
-
-
-def test_the_first_row_of_a_key_counts():
-    assert first_seen(torch.tensor([4, 2, 4, 9, 2]), CPU).tolist() == [True, True, False, True, False]
-    assert first_seen(torch.empty(0, dtype=torch.int64), CPU).tolist() == []

@@ -39,6 +39,11 @@ def reference(train, train_labels, test, test_labels, k, temperature):
     return top1 / len(test), top5 / len(test)
 
 
+def chunks(monkeypatch, queries, rows):
+    monkeypatch.setattr("locat_lightning.evaluation.knn.QUERIES", queries)
+    monkeypatch.setattr("locat_lightning.evaluation.knn.ROWS", rows)
+
+
 def test_golden():
     golden = load_file(GOLDEN)
     accuracy = knn_classify(*(golden[f"{s}_{t}"] for s in ("train", "test") for t in ("features", "labels")))
@@ -48,23 +53,21 @@ def test_golden():
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 5.0])
-@pytest.mark.parametrize(
-    ("classes", "query_chunk", "bank_chunk"), [(12, 1024, 8192), (12, 7, 29), (3, 64, 5)]
-)
-def test_equals_the_original_written_as_loops(temperature, classes, query_chunk, bank_chunk):
+@pytest.mark.parametrize(("classes", "queries", "rows"), [(12, 1024, 8192), (12, 7, 29), (3, 64, 5)])
+def test_equals_the_original_written_as_loops(monkeypatch, temperature, classes, queries, rows):
+    chunks(monkeypatch, queries, rows)
     train, test = clustered(203, 8, classes, 0), clustered(61, 8, classes, 1)
     ks = (1, 3, 10, 40, 203)
-    accuracy = knn_classify(
-        *train, *test, k=ks, temperature=temperature, query_chunk=query_chunk, bank_chunk=bank_chunk
-    )
+    accuracy = knn_classify(*train, *test, k=ks, temperature=temperature)
     for k in ks:
         assert accuracy[k][1:] == pytest.approx(reference(*train, *test, k, temperature))
         assert accuracy[k].neighbours == k
 
 
-@pytest.mark.parametrize("bank_chunk", [1, 8, 64, 100, 1000])
+@pytest.mark.parametrize("rows", [1, 8, 64, 100, 1000])
 @pytest.mark.parametrize("order", ["random", "ascending", "descending"])
-def test_neighbours_are_exact_in_any_order_of_the_bank(bank_chunk, order):
+def test_neighbours_are_exact_in_any_order_of_the_bank(monkeypatch, rows, order):
+    chunks(monkeypatch, 20, rows)
     bank, _ = clustered(500, 16, 5, 0)
     query = clustered(1, 16, 5, 1)[0]
     if order != "random":
@@ -72,14 +75,15 @@ def test_neighbours_are_exact_in_any_order_of_the_bank(bank_chunk, order):
     queries = torch.cat([query, clustered(30, 16, 5, 2)[0]])
     cosines = F.normalize(queries) @ F.normalize(bank).T
     expected = cosines.topk(37)
-    found = list(nearest_neighbours(bank, queries, 37, query_chunk=20, bank_chunk=bank_chunk))
+    found = list(nearest_neighbours(bank, queries, 37))
     assert [len(part.indices) for part in found] == [20, 11]
     torch.testing.assert_close(torch.cat([part.similarities for part in found]), expected.values)
     assert torch.equal(torch.cat([part.indices for part in found]), expected.indices)
 
 
-def test_equal_similarities_fill_k_without_repeating_a_row():
-    found = next(nearest_neighbours(torch.ones(50, 4), torch.ones(3, 4), 20, bank_chunk=8))
+def test_equal_similarities_fill_k_without_repeating_a_row(monkeypatch):
+    chunks(monkeypatch, 1024, 8)
+    found = next(nearest_neighbours(torch.ones(50, 4), torch.ones(3, 4), 20))
     assert all(len(set(row)) == 20 for row in found.indices.tolist())
 
 
@@ -168,11 +172,12 @@ class LiveMemory(TorchDispatchMode):
 def scratch(n, m, classes=10):
     train, test = clustered(n, 32, classes, 0), clustered(m, 32, classes, 1)
     with LiveMemory((*train, *test)) as memory:
-        knn_classify(*train, *test, k=[50], query_chunk=128, bank_chunk=1024)
+        knn_classify(*train, *test, k=[50])
     return memory.peak
 
 
-def test_scratch_is_of_the_size_of_the_chunks():
+def test_scratch_is_of_the_size_of_the_chunks(monkeypatch):
+    chunks(monkeypatch, 128, 1024)
     small, large = scratch(3_000, 500), scratch(15_000, 900)
     # A scale for each row; the similarities of all would be 30 MB, a normalised bank 2 MB.
     assert 128 * 1024 * 4 < small <= large < small + 5 * 12_400

@@ -29,7 +29,6 @@ class CheckpointFiles(TorchCheckpointIO):
         self._resumed = resumed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint beside the one that it replaces, then replace it."""
         if "://" in str(path):  # an object store, which shows a file when it is complete
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -38,11 +37,8 @@ class CheckpointFiles(TorchCheckpointIO):
         part.replace(path)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Return the contents of a checkpoint."""
-        if self._resumed is None:
-            return super().load_checkpoint(path, *arguments, **options)
-        contents, self._resumed = dict(self._resumed), None
-        return contents
+        contents, self._resumed = self._resumed, None
+        return super().load_checkpoint(path, *arguments, **options) if contents is None else dict(contents)
 
 
 class Checkpoints(ModelCheckpoint):
@@ -58,7 +54,6 @@ class Checkpoints(ModelCheckpoint):
     _told_to_stop = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With several processes, only record SIGTERM; it is handled after the current batch."""
         super().on_train_start(trainer, pl_module)
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._record)  # Lightning restores what was there before the run
@@ -66,7 +61,6 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write a checkpoint if one is due; then stop all processes if any of them was told to."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
             # Private: the flag that Lightning's own handler sets, and its loop reads after each batch.
@@ -76,14 +70,12 @@ class Checkpoints(ModelCheckpoint):
         self._told_to_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the best checkpoint if there is a new one, and the last in any case."""
         super().on_train_epoch_end(trainer, pl_module)
         # Private, here and below: ModelCheckpoint has no public way to write `last.ckpt` alone.
         if self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last checkpoint, if the run ended between two that were due."""
         self._save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -91,10 +83,9 @@ class Checkpoints(ModelCheckpoint):
         if is_worthless(trainer, exception):
             return
         if self._should_save_on_exception(trainer):
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            current = progress.current.state_dict()
+            progress: Any = trainer.fit_loop.epoch_loop.batch_progress
             # Between the two counts the batch has been trained on: Lightning resumes from there as it should.
-            if current["processed"] == current["completed"]:
+            if progress.current.processed == progress.current.completed:
                 progress.current.reset_on_restart()
                 progress.total.reset_on_restart()
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

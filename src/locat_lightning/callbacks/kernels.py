@@ -26,7 +26,6 @@ class KernelWidths(Callback):
         self.images = images
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether there is anything to measure."""
         backbone = getattr(pl_module, "backbone", None)
         parts = backbone.modules() if isinstance(backbone, nn.Module) else ()
         self.active = trainer.is_global_zero and any(isinstance(p, GaussianAugmentation) for p in parts)
@@ -49,7 +48,6 @@ class KernelWidths(Callback):
                 self._measure(pl_module, batch[0])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure a module without validation."""
         if trainer.enable_validation or not self.active:
             return
         with giving_up(self, "kernel widths"):
@@ -61,9 +59,8 @@ class KernelWidths(Callback):
 
     def _measure(self, module: LightningModule, images: Tensor) -> None:
         backbone: Any = module.backbone
+        # The last two: no other process takes part, and Lightning does not warn that none does.
+        options: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "rank_zero_only": True}
         for block, (variance, alpha) in enumerate(kernel_widths(backbone, images[: self.images])):
-            for name, value in (("gaug_variance", variance), ("gaug_alpha", alpha)):
-                # Both flags: no other process takes part, and Lightning does not warn that none does.
-                module.log(
-                    f"{name}/block_{block:02}", value, batch_size=1, sync_dist=True, rank_zero_only=True
-                )
+            module.log(f"gaug_variance/block_{block:02}", variance, **options)
+            module.log(f"gaug_alpha/block_{block:02}", alpha, **options)

@@ -37,11 +37,8 @@ class Pictures(Callback):
     """
 
     def __init__(self, images: int = 8, every_n_epochs: int = 1, side: int = 224) -> None:
-        for name, value, least in (
-            ("images", images, 1),
-            ("every_n_epochs", every_n_epochs, 0),
-            ("side", side, 1),
-        ):
+        ranges = {"images": (images, 1), "every_n_epochs": (every_n_epochs, 0), "side": (side, 1)}
+        for name, (value, least) in ranges.items():
             if value < least:
                 raise InputError(f"pictures.{name} ({value}) must be at least {least}")
         self.images = images
@@ -49,7 +46,6 @@ class Pictures(Callback):
         self.side = side
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the samples of an earlier run, and say so if nothing can be drawn."""
         self._samples: list[Any] | None = None
         self._loggers = [logger for logger in trainer.loggers if _takes_figures(logger)]
         self.active = bool(self.every_n_epochs and self._loggers and trainer.is_global_zero)
@@ -60,7 +56,7 @@ class Pictures(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Draw the first batch of a new run, as the model gets it; a resumed run has that picture already."""
+        # A resumed run has that picture already.
         if self.active and not (trainer.current_epoch or batch_idx or trainer.ckpt_path):
             self._log(trainer, "input_pictures", batch, self.side)
 
@@ -78,17 +74,15 @@ class Pictures(Callback):
             self._log_samples(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what the validation found."""
         if self._is_due(trainer):
             self._log(trainer, "result_pictures", trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the samples of a task without validation."""
         if not trainer.enable_validation:
             self._log_samples(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether to draw now: any validation by itself, every n-th epoch of a training."""
+        """Return whether to draw now: in any validation by itself, in every n-th epoch of a training."""
         if not self.active or trainer.sanity_checking:
             return False
         return trainer.state.fn != TrainerFn.FITTING or (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -127,9 +121,7 @@ def giving_up(callback: Any, what: str) -> Iterator[None]:
 def watched_samples(trainer: Trainer, count: int) -> list[Any]:
     """Read samples to look at: of the validation or, without one, of the data's `val`, or else `train`.
 
-    Args:
-        trainer: of the run.
-        count: how many, at most; none of data that give no loader for a split.
+    There are none of data that give no loader for a split.
     """
     loader: Any = trainer.val_dataloaders
     if isinstance(loader, Sequence):

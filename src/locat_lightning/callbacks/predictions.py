@@ -16,7 +16,7 @@ class Predictions(BasePredictionWriter):
         super().__init__(write_interval="batch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask for the directory, which all processes have to do together."""
+        # `log_dir` is a collective operation.
         self._directory = Path(trainer.log_dir or trainer.default_root_dir)
 
     def write_on_batch_end(
@@ -29,12 +29,10 @@ class Predictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Hand the predictions of a batch to the task."""
         if (write := getattr(pl_module, "write_predictions", None)) is not None:
             write(prediction, trainer.datamodule, self._directory)  # type: ignore[attr-defined]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the task write the rest, and say where everything is."""
         if (finish := getattr(pl_module, "finish_predictions", None)) is not None:
             rank_zero_info(finish(trainer.datamodule, self._directory))  # type: ignore[attr-defined]
         else:

@@ -67,7 +67,7 @@ class Probe(Callback, ABC, Generic[Data]):
 
     @property
     def headline(self) -> str:
-        """Return the logged name of the headline."""
+        """The logged name of the headline."""
         return f"{self.name}/{self.metrics[0]}"
 
     @property
@@ -76,20 +76,15 @@ class Probe(Callback, ABC, Generic[Data]):
         return f"{type(self).__name__}.{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the figures that the last line of the run reports."""
         return {"first": self.first, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the figures of a resumed run."""
         self.first, self.last = state_dict["first"], state_dict["last"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the images, and check that they can be measured.
 
-        Data of the run that do not fit switch the probe off, in a line.
-
-        Raises:
-            InputError: the probe's own data do not fit, or the trainer's precision is not supported.
+        If they cannot, the run's own switch the probe off, in a line; the probe's own are an error.
         """
         if stage != "fit" or not self.every_n_epochs:
             return
@@ -136,7 +131,6 @@ class Probe(Callback, ABC, Generic[Data]):
             trainer.callback_metrics.setdefault(self.headline, torch.tensor(torch.nan))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the headline before and after the training."""
         if self.last is not None:
             untrained = "" if self.first is None else f"{self.first:.4g} untrained -> "
             manner = f" ({self.protocol})" if self.protocol else ""

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ class _FeatureProbe(Probe[LabelledData]):
         """Measure `top1` and `top5` (shares of the validation images), and what else is logged."""
 
     def obstacle(self, data: Any) -> str:
-        """Choose the training images, or return why these data cannot be measured."""
         if not isinstance(data, LabelledData):
             return f"{type(data).__name__} has no images with a class each"
         if len(data.class_names) < 2:
@@ -42,26 +42,19 @@ class _FeatureProbe(Probe[LabelledData]):
         self.choose(len(train))
         labels: Sequence[int] | None = getattr(train, "labels", None)  # where known without reading images
         if labels is not None and len({labels[place] for place in self._bank}) < 2:
-            return (
-                f"the {len(self._bank)} training images chosen are of one class: raise images ({self.images})"
-            )
+            chosen = f"the {len(self._bank)} training images chosen"
+            return f"{chosen} are of one class: raise images ({self.images})"
         return ""
 
     def measure(self, data: LabelledData, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """Extract the features of both splits, and score them."""
         # Lightning's progress bar is on the screen: rich has no room for a second one.
-        parts = [
-            extract_features(
-                backbone,
-                self.share(data, data.eval_dataloader(split), training=split == "train"),
-                device,
-                autocast_dtype=self._autocast_dtype,
-                progress=False,
-            )
-            for split in ("train", "val")
-        ]
-        if device.type == "cuda":  # other accelerators lack some of the operations
-            parts = [Features(*(each.to(device) for each in part)) for part in parts]
+        extract = partial(extract_features, autocast_dtype=self._autocast_dtype, progress=False)
+        parts = []
+        for split in ("train", "val"):
+            loader = self.share(data, data.eval_dataloader(split), training=split == "train")
+            found = extract(backbone, loader, device)
+            # Accelerators other than CUDA lack some of the operations.
+            parts.append(found.to(device) if device.type == "cuda" else found)
         metrics = self.accuracy(*parts)
         if len(data.class_names) <= 5:
             metrics.pop("top5")
@@ -105,7 +98,6 @@ class KnnProbe(_FeatureProbe):
         self.temperature = temperature
 
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
-        """Measure top-1 and top-5 by votes of the k nearest training images (see `evaluation.knn`)."""
         found = knn_classify(*train, *val, k=(self.k,), temperature=self.temperature)[self.k]
         return {"top1": found.top1, "top5": found.top5}
 
@@ -145,19 +137,15 @@ class LinearProbe(_FeatureProbe):
         name: str = "linear",
     ) -> None:
         super().__init__(data, every_n_epochs, images, seed, name)
-        self.learning_rates = learning_rates
-        self.epochs = epochs
-        self.batch_size = batch_size
+        self._sweep = partial(
+            sweep_linear,
+            learning_rates=learning_rates,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            progress=False,
+        )
 
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
-        """Measure top-1, top-5 and learning rate of the best classifier (see `evaluation.linear`)."""
-        best = sweep_linear(
-            *train,
-            *val,
-            learning_rates=self.learning_rates,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            progress=False,
-        ).best
+        best = self._sweep(*train, *val).best
         return {"top1": best.top1, "top5": best.top5, "rate": best.learning_rate}

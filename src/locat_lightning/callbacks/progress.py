@@ -23,22 +23,20 @@ def metrics_in_order(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any
 
 
 def epoch_of_all(trainer: Trainer, epoch: int) -> str:
-    """Return the epoch, counted from 1, and the last one if the run has one: `3/10`."""
+    """Return the epoch, counted from 1, with the number of epochs where the run has one: `3/10`."""
     return f"{epoch + 1}/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else str(epoch + 1)
 
 
 class EpochLines(Callback):
-    """Prints a line after each epoch of training, where a bar cannot be drawn.
+    """Print a line after each epoch of training, where a bar cannot be drawn.
 
     It comes after the callbacks that measure, and shows only what was measured in the epoch.
     """
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the metrics of the epoch before."""
         trainer.progress_bar_metrics.clear()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch and its metrics."""
         metrics = metrics_in_order(trainer, trainer.progress_bar_metrics)
         shown = "".join(f"   {name} {value:.4g}" for name, value in metrics.items())
         rank_zero_info(f"epoch {epoch_of_all(trainer, trainer.current_epoch)}{shown}")
@@ -54,7 +52,6 @@ class ProgressBar(RichProgressBar):
         super().__init__(theme=RichProgressBarTheme(metrics_format=".4g", progress_bar="cyan"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics to show, as `metrics_in_order` has them, as far as they fit."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         shown: dict[str, Any] = {}
@@ -67,7 +64,6 @@ class ProgressBar(RichProgressBar):
         return shown
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Return Lightning's columns; on a narrow terminal a short bar, and only the time left."""
         columns: list[Any] = super().configure_columns(trainer)
         if self._is_narrow():
             description, bar, batches, *_ = columns
@@ -76,19 +72,16 @@ class ProgressBar(RichProgressBar):
         return columns
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop, with the last metrics."""
         # Private, here and below: what RichProgressBar itself calls to redraw and to stop.
         self._update_metrics(trainer, pl_module)
         self._stop_progress()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop, where there is only a validation."""
         super().on_validation_epoch_end(trainer, pl_module)
         if trainer.state.fn != TrainerFn.FITTING:
             self._stop_progress()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop."""
         self._stop_progress()
 
     on_predict_epoch_end = on_test_epoch_end
@@ -102,11 +95,8 @@ class ProgressBar(RichProgressBar):
             return 0
         description = len(self._get_train_description(trainer.current_epoch))
         batches = 2 * len(str(self.total_train_batches)) + 1
-        if self._is_narrow():
-            bar_and_times = SHORT + 1 + len("0:00:00")
-        else:
-            bar_and_times = 40 + 1 + len("0:00:00 • 0:00:00 1234.56it/s") + 1
-        return int(self._console.width) - description - batches - bar_and_times - 3
+        bar, times = (SHORT, "0:00:00") if self._is_narrow() else (40, "0:00:00 • 0:00:00 1234.56it/s ")
+        return int(self._console.width) - description - batches - bar - len(times) - 4
 
     def _stop_progress(self) -> None:
         """Stop once; Lightning's would print the bar again."""

@@ -5,6 +5,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOC
 
 
 class RunRecord(SaveConfigCallback):
-    """Records the config and the versions when a run starts, and its results when it ends."""
+    """Record the config and the versions when a run starts, and its results when it ends."""
 
     _lock: int | None = None
 
@@ -34,7 +35,6 @@ class RunRecord(SaveConfigCallback):
         """Defer writing until training starts, so that a failed start leaves no directory behind."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record config and versions, once, and lock the directory against other processes that train."""
         super().setup(trainer, pl_module, str(trainer.state.fn))
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
             self._lock = lock(Path(trainer.default_root_dir))
@@ -46,16 +46,14 @@ class RunRecord(SaveConfigCallback):
     on_test_start = on_predict_start = on_train_start
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do the same where there is only a validation."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self.on_train_start(trainer, pl_module)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Add config and versions to TensorBoard as text."""
-        config = self.parser.dump(self.config, skip_none=False)
+        texts = {"config": self.parser.dump(self.config, skip_none=False), "versions": _versions(trainer)}
         for logger in _boards(trainer):
-            logger.experiment.add_text("config", _as_code(config), trainer.global_step)
-            logger.experiment.add_text("versions", _as_code(_versions(trainer)), trainer.global_step)
+            for name, text in texts.items():  # as code, in Markdown
+                logger.experiment.add_text(name, indent(text, "    "), trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the directory of a run that has nothing but logs."""
@@ -81,9 +79,8 @@ class RunRecord(SaveConfigCallback):
             rank_zero_info(
                 "nothing is left to train: raise trainer.max_epochs (with --allow_changes true) to continue"
             )
-        if not (self.already_saved and trainer.is_global_zero):
+        if not self.already_saved or not trainer.is_global_zero or directory is None:
             return
-        assert directory is not None
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(DURING)}
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, Checkpoints) and checkpoint.best_model_score is not None:
@@ -101,9 +98,10 @@ class RunRecord(SaveConfigCallback):
     def _write_hparams(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
         options = {"seed_everything": self.config.get("seed_everything"), "model": pl_module.hparams}
         options["data"] = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+        # The columns are those of one run: with the headlines, all runs have them.
+        summaries = hparams(_flat(options), dict.fromkeys((*HEADLINES, *metrics), 0.0))
         for logger in _boards(trainer):
-            # The columns are those of one run: with the headlines, all runs have them.
-            for summary in hparams(_flat(options), dict.fromkeys((*HEADLINES, *metrics), 0.0)):
+            for summary in summaries:
                 # Private: the public `add_hparams` opens a run of its own beside this one.
                 logger.experiment._get_file_writer().add_summary(summary)
 
@@ -135,18 +133,12 @@ class MetricsTable(CSVLogger):
     def experiment(self) -> Any:
         """Return Lightning's writer; it deletes an existing table, so the rows to keep are written again."""
         if self._experiment is None:
-            rows = self._rows_before()
+            table = Path(self.log_dir) / "metrics.csv"
+            lines = table.read_text().splitlines() if table.is_file() else []
             writer: Any = super().experiment
-            writer.metrics = rows
+            writer.metrics = [row for row in csv.DictReader(lines) if int(row["step"]) < self._step]
             writer.save()
         return super().experiment
-
-    def _rows_before(self) -> list[dict[str, str]]:
-        path = Path(self.log_dir) / "metrics.csv"
-        if not path.is_file():
-            return []
-        with path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if int(row["step"]) < self._step]
 
 
 def versions() -> dict[str, str]:
@@ -171,20 +163,14 @@ def _where(directory: str) -> str:
 
 def _data(trainer: Trainer) -> str:
     """Say how many images and classes the run has, as far as its data say so."""
-    loaders = {"training": trainer.train_dataloader, "validation": trainer.val_dataloaders}
     found = []
-    for name, loader in loaders.items():
+    for name, loader in (("training", trainer.train_dataloader), ("validation", trainer.val_dataloaders)):
         dataset: Any = getattr(loader, "dataset", None)
         if hasattr(dataset, "__len__"):
             found.append(f"{len(dataset):,} {name} images")
     if classes := getattr(trainer.datamodule, "class_names", None):  # type: ignore[attr-defined]
         found.append(f"{len(classes):,} classes")
     return f"data: {', '.join(found) or 'of unknown size'}"
-
-
-def _as_code(text: str) -> str:
-    """Return Markdown that keeps the lines of a text."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _flat(options: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Dense retrieval with the backbone's patch features during training."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,6 @@ class RetrievalProbe(Probe[SegmentationData]):
         search: `auto` takes faiss on the CPU where it is installed; `torch`; `faiss`.
         seed: seed of the choice of images and patches.
         name: what precedes the slash in the logged names; several probes need several names.
-
-    Raises:
-        InputError: faiss is asked for, but not installed.
     """
 
     title = "Dense retrieval"
@@ -54,40 +52,30 @@ class RetrievalProbe(Probe[SegmentationData]):
         super().__init__(data, every_n_epochs, images, seed, name)
         check_search(neighbours, temperature, search)
         self.image_size = image_size
-        self.memory_size = memory_size
         kept = "all patches" if memory_size is None else f"at most {memory_size:,} patches"
         of = "all training images" if images is None else f"at most {images:,} training images"
         self.protocol = f"{image_size} × {image_size} pixels, {kept} of {of}, {neighbours} neighbours"
-        self.options: dict[str, Any] = {
-            "neighbours": neighbours,
-            "temperature": temperature,
-            "search": search,
-            "seed": seed,
-        }
+        self._segment = partial(
+            segment_by_retrieval,
+            memory_size=memory_size,
+            neighbours=neighbours,
+            temperature=temperature,
+            search=search,
+            seed=seed,
+            progress=False,
+        )
 
     def obstacle(self, data: Any) -> str:
-        """Choose the training images, or return why these data cannot be measured."""
         if not isinstance(data, SegmentationData):
             return f"{type(data).__name__} has no masks: set {self.name}.data to some that have"
         self.choose(len(data.source("train")))
         return ""
 
     def measure(self, data: SegmentationData, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """Build the memory of the chosen images, and segment all validation images."""
         train, val = (
             self.share(data, data.square_dataloader(split, self.image_size), training=split == "train")
             for split in ("train", "val")
         )
-        found = segment_by_retrieval(
-            backbone,
-            train,
-            val,
-            device,
-            num_classes=data.num_classes,
-            memory_size=self.memory_size,
-            places=self._bank,
-            autocast_dtype=self._autocast_dtype,
-            progress=False,
-            **self.options,
-        )
+        options: dict[str, Any] = {"num_classes": data.num_classes, "autocast_dtype": self._autocast_dtype}
+        found = self._segment(backbone, train, val, device, places=self._bank, **options)
         return {metric: float(getattr(found, metric)) for metric in self.metrics}

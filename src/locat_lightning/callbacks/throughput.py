@@ -7,14 +7,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Logs images per second (over all processes) and the share of time spent waiting for data."""
+    """Log images per second (over all processes) and the share of time spent waiting for data.
+
+    Both from the end of one batch to the end of the next: waiting, then training. Starting the workers, or a
+    validation, is not training.
+    """
 
     def __init__(self) -> None:
         self._ended: float | None = None
         self._waited = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew: starting the workers, or a validation, is not training."""
         self._ended = None
 
     on_validation_end = on_train_epoch_start
@@ -22,14 +25,12 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Measure how long the batch took to arrive."""
         if self._ended is not None:
             self._waited = perf_counter() - self._ended
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the time from the end of one batch to the end of the next: waiting, then training."""
         now = perf_counter()
         if self._ended is not None:
             seconds = now - self._ended

@@ -1,5 +1,6 @@
 """`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,7 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric import Fabric
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from timm.models import load_model_config_from_hf
 from torch import nn
 
@@ -37,15 +38,10 @@ from locat_lightning.commands.parsing import (
 )
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import (
-    Features,
-    autocast_type,
-    check_size,
-    extract_features,
-)
+from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
 from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.knn import knn_classify
-from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear, train_linear
+from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
 from locat_lightning.evaluation.retrieval import Search, segment_by_retrieval
 
 DESCRIPTIONS = {
@@ -56,15 +52,10 @@ DESCRIPTIONS = {
 }
 # What an evaluation takes over from the data of a run of the same kind: which images, their size and their
 # normalisation, but not how strongly they were augmented.
-OF_THE_IMAGES = (
-    *("dataset", "root", "classes", "num_workers", "img_size", "mean", "std"),
-    *("crop_pct", "eval_interpolation", "scale", "ratio", "hflip"),
-)
-OF_THE_MASKS = (
-    *("dataset", "root", "classes", "num_workers", "mean", "std", "images", "masks", "splits"),
-    *("mask_suffix", "ignore_index", "reduce_zero_label"),
-)
 OF_ANY_KIND = ("mean", "std")
+OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
+OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
+OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index", "reduce_zero_label")
 
 
 class Measurement(NamedTuple):
@@ -72,7 +63,7 @@ class Measurement(NamedTuple):
 
     heading: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     metrics: dict[str, float]
 
 
@@ -105,8 +96,8 @@ def main(arguments: list[str]) -> None:
     config.weights = local_dir(config.weights)
     check_root(given, config.data.get("dataset"))
     autocast_type(config.precision)  # a mistake shows before anything is read
-    name = config.name or f"{_name_of(config.weights)}_{command}"
-    check_writable("--runs", Path(config.runs) / name)
+    directory = Path(config.runs) / (config.name or f"{_name_of(config.weights)}_{command}")
+    check_writable("--runs", directory)
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
         check_processes(fabric.world_size)
@@ -116,14 +107,8 @@ def main(arguments: list[str]) -> None:
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Role = "student" if config.student else "teacher"
-    backbone = load_backbone(
-        config.weights,
-        config.backbone,
-        config.backbone_args,
-        network=network,
-        any_size=True,
-    )
-    backbone.to(fabric.device)
+    model = config.weights, config.backbone, config.backbone_args
+    backbone = load_backbone(*model, network=network, any_size=True).to(fabric.device)
     if isinstance(data, SegmentationData):
         measurement = _retrieve(backbone, data, config, fabric)
     else:
@@ -131,8 +116,15 @@ def main(arguments: list[str]) -> None:
         check_size(backbone, data.img_size, fabric.device, advice=advice)
         measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
     if fabric.is_global_zero:
-        _show(measurement)
-        _record(measurement, claim(Path(config.runs) / name), config)
+        print(measurement.heading)
+        table = Table(*(Column(name, justify="right") for name in measurement.columns))
+        for row in measurement.rows:
+            table.add_row(*row)
+        Console().print(table)
+        run = claim(directory)
+        record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
+        write_json(run / "metrics.json", record | measurement.metrics)
+        print(f"run: {run}")
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -150,8 +142,7 @@ def _parser(command: str) -> ArgumentParser:
     else:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.
-        plain = {"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0}
-        parser.set_defaults(plain)
+        parser.set_defaults({"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0})
     if command == "knn":
         add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
         add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
@@ -182,7 +173,7 @@ def _defaults(command: str, weights: str) -> dict[str, Any]:
     else:
         images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
         images.pop("img_size", None)
-    keys = ("mean", "std") if command == "retrieve" else images
+    keys = OF_ANY_KIND if command == "retrieve" else images
     return {f"data.{key}": images[key] for key in keys if key in images}
 
 
@@ -192,7 +183,7 @@ def _of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
     if views := data.get("views", {}).get("init_args"):
         data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
     of_a_kind = has_masks == (command == "retrieve")
-    keys = (OF_THE_MASKS if has_masks else OF_THE_IMAGES) if of_a_kind else OF_ANY_KIND
+    keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
     return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
 
 
@@ -209,29 +200,20 @@ def _pretrained_cfg(weights: str) -> dict[str, Any]:
 
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
-    found = knn_classify(
-        bank.features.to(fabric.device),
-        bank.labels,
-        queries.features.to(fabric.device),
-        queries.labels,
-        k=config.k,
-        temperature=config.temperature,
-    )
-    return Measurement(
-        f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}",
-        ("k", "top-1", "top-5"),
-        [
-            (f"{k}" if a.neighbours == k else f"{k} (all {a.neighbours})", *_percent(a.top1, a.top5))
-            for k, a in found.items()
-        ],
-        {f"knn/{metric}_k{k}": getattr(a, metric) for k, a in found.items() for metric in ("top1", "top5")},
-    )
+    found = knn_classify(*bank, *queries, k=config.k, temperature=config.temperature)
+    rows, metrics = [], dict[str, float]()
+    for k, accuracy in found.items():
+        voters = f"{k}" if accuracy.neighbours == k else f"{k} (all {accuracy.neighbours})"
+        rows.append((voters, f"{accuracy.top1:.2%}", f"{accuracy.top5:.2%}"))
+        metrics |= {f"knn/top1_k{k}": accuracy.top1, f"knn/top5_k{k}": accuracy.top5}
+    heading = f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}"
+    return Measurement(heading, ("k", "top-1", "top-5"), rows, metrics)
 
 
 def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     if config.protocol == "paper":
         images = min(data.batch_size * fabric.world_size, len(data.source("train")))
-        best = train_linear(
+        result = train_linear(
             backbone,
             data.train_dataloader(),
             data.val_dataloader(),
@@ -243,30 +225,29 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
             seed=config.seed,
             autocast_dtype=autocast_type(config.precision),
         )
-        results, manner = [best], f"{images} augmented images a step"
+        sweep, manner = LinearSweep((result,)), f"{images} augmented images a step"
     else:
         train, val = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
         sweep = sweep_linear(
-            *(each.to(fabric.device) for each in (*train, *val)),
+            *train,
+            *val,
             learning_rates=config.learning_rates,
             epochs=config.epochs,
             batch_size=config.sweep_batch_size,
             seed=config.seed,
             progress=fabric.is_global_zero,
         )
-        results, best = list(sweep.results), sweep.best
         features = min(config.sweep_batch_size, len(train.labels))
-        manner = f"{features} features a step, best top-1 {best.top1:.2%}"
-    return Measurement(
-        f"linear, {config.protocol}: {config.epochs} epochs, {manner}",
-        ("learning rate", "effective", "top-1", "top-5"),
-        [
-            (f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *_percent(r.top1, r.top5))
-            for r in results
-        ],
-        {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
-        | {f"linear/top1_rate{r.learning_rate:g}": r.top1 for r in results if len(results) > 1},
-    )
+        manner = f"{features} features a step, best top-1 {sweep.best.top1:.2%}"
+    best, rows = sweep.best, []
+    metrics = {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
+    for r in sweep.results:
+        rates = f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}"
+        rows.append((*rates, f"{r.top1:.2%}", f"{r.top5:.2%}"))
+        if len(sweep.results) > 1:
+            metrics[f"linear/top1_rate{r.learning_rate:g}"] = r.top1
+    heading = f"linear, {config.protocol}: {config.epochs} epochs, {manner}"
+    return Measurement(heading, ("learning rate", "effective", "top-1", "top-5"), rows, metrics)
 
 
 def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
@@ -276,11 +257,11 @@ def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fa
         data.square_dataloader("val", config.image_size),
         fabric.device,
         num_classes=data.num_classes,
+        autocast_dtype=autocast_type(config.precision),
         memory_size=config.memory_size,
         neighbours=config.neighbours,
         temperature=config.temperature,
         seed=config.seed,
-        autocast_dtype=autocast_type(config.precision),
         search=config.search,
     )
     by_class = dict(zip(data.class_names, found.per_class.tolist(), strict=True))
@@ -290,7 +271,7 @@ def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fa
         f"dense retrieval: mIoU {float(found.miou):.4f} (images resized to {config.image_size} × "
         f"{config.image_size}, {kept}, {config.neighbours} neighbours)",
         ("class", "IoU"),
-        [*((name, "absent" if isnan(iou) else f"{iou:.2%}") for name, iou in by_class.items())],
+        [(name, "absent" if isnan(iou) else f"{iou:.2%}") for name, iou in by_class.items()],
         scalars | {f"retrieval/iou_{name}": iou for name, iou in by_class.items() if not isnan(iou)},
     )
 
@@ -298,33 +279,8 @@ def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fa
 def _features(
     backbone: nn.Module, data: ImageData, split: str, config: Namespace, fabric: Fabric
 ) -> Features:
-    return extract_features(
-        backbone,
-        data.eval_dataloader(split),
-        fabric.device,
-        autocast_dtype=autocast_type(config.precision),
-    )
-
-
-def _percent(*shares: float) -> tuple[str, ...]:
-    return tuple(f"{share:.2%}" for share in shares)
-
-
-def _show(measurement: Measurement) -> None:
-    print(measurement.heading)
-    table = Table()
-    for column in measurement.columns:
-        table.add_column(column, justify="right")
-    for row in measurement.rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _record(measurement: Measurement, run: Path, config: Namespace) -> None:
-    """Write `metrics.json`."""
-    record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
-    write_json(run / "metrics.json", record | measurement.metrics)
-    print(f"run: {run}")
+    loader, dtype = data.eval_dataloader(split), autocast_type(config.precision)
+    return extract_features(backbone, loader, fabric.device, autocast_dtype=dtype).to(fabric.device)
 
 
 def _name_of(weights: str) -> str:

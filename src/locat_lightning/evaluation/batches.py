@@ -68,15 +68,13 @@ def frozen(backbone: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def measuring(backbone: nn.Module) -> Iterator[None]:
-    """Freeze `backbone` and compute without gradients; a training around this is not touched.
+def measuring(
+    backbone: nn.Module, loader: Batches[Batch_co], what: str, progress: bool
+) -> Iterator[Iterable[Batch_co]]:
+    """Freeze `backbone`, compute without gradients, and read `loader` with a progress bar.
 
-    Training flags and the states of the random number generators are put back.
+    A training around this is not touched: training flags and the states of the random number generators are
+    put back. The bar is shown on the first process only.
     """
     with isolate_rng(), frozen(backbone), torch.inference_mode():
-        yield
-
-
-def tracked(loader: Batches[Batch_co], what: str, progress: bool) -> Iterable[Batch_co]:
-    """Return the batches of a loader with a progress bar (on the first process only)."""
-    return track(loader, what, total=len(loader), disable=not (progress and first_process()))
+        yield track(loader, what, total=len(loader), disable=not (progress and first_process()))

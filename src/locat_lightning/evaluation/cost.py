@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
+from math import prod
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -29,31 +30,19 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
     Half of the FLOPs of torch's counter, as in the papers' tables. As there, norms and elementwise operations
     do not count, so GAug's kernel and softmax do not.
-
-    Args:
-        model: is in the same mode afterwards.
-        images: [B, C, height, width].
     """
-    in_place = {torch.ops.aten.baddbmm_: _baddbmm}
-    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+
+    def baddbmm(to: Any, a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return 2 * prod(a) * b[-1]  # of shapes [B, n, m] and [B, m, p]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm})
     with frozen(model), torch.no_grad(), counter:
         model(images)
     return counter.get_total_flops() // 2
 
 
-def _baddbmm(to: Any, a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Return the FLOPs of adding a batched product [B, n, m] [B, m, p] to a tensor, from its shapes."""
-    batch, n, m = a
-    return 2 * batch * n * m * b[-1]
-
-
 def activation_bytes(model: nn.Module, images: Tensor) -> int:
-    """Count the bytes that autograd keeps for the backward pass, without the parameters.
-
-    Args:
-        model: is not changed.
-        images: [B, C, height, width]; they count if they are kept.
-    """
+    """Count the bytes that autograd keeps for the backward pass, images included, without the parameters."""
     model = deepcopy(model).train()
     own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -75,7 +64,7 @@ def images_per_second(
     """Measure images per second of the forward pass, from the median of repetitions.
 
     Args:
-        model: on the device of the images; is in the same mode afterwards.
+        model: on the device of the images.
         images: [B, C, height, width], of every repetition.
         seconds: to spend at least, besides a warm-up; there are three repetitions or more.
         autocast_dtype: mixed precision in this type; None computes in the type of the weights.

@@ -28,9 +28,6 @@ def patch_features(
     Returns:
         [B, D, H, W] float32, one column for each patch.
 
-    Raises:
-        InputError: `backbone` has no patch features, or takes images of another size only.
-
     Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
     """
     images = padded(backbone, images)
@@ -59,24 +56,15 @@ def padded(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the size of the image that the map of `patch_features` covers.
+    """Return (height, width) in pixels of the image that the map of `patch_features` covers.
 
-    Args:
-        backbone: any timm model with `forward_intermediates`.
-        size: (height, width) of the images, in pixels.
-
-    Returns:
-        (height, width), each the next multiple of the patch (for a hierarchical model, of its last stage's).
-        The only size that a model takes stays as it is.
-
-    Raises:
-        InputError: `backbone` has no patch features.
+    Each is the next multiple of the patch (for a hierarchical model, of its last stage's); the only size that
+    a model takes stays as it is.
     """
     timm: Any = backbone
     if not hasattr(timm, "forward_intermediates") or not hasattr(timm, "feature_info"):
-        raise InputError(
-            f"{type(backbone).__name__} has no patch features: choose a timm model with forward_intermediates"
-        )
+        name = type(backbone).__name__
+        raise InputError(f"{name} has no patch features: choose a timm model with forward_intermediates")
     patches: Any = getattr(timm, "patch_embed", None)
     if getattr(patches, "strict_img_size", False) and patches.img_size == size:
         return size

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen, measuring, tracked
+from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen, measuring
 from locat_lightning.evaluation.gather import gather_rows
 
 # By Lightning's names. Autocast also serves weights in half precision ("bf16-true") with images in float32.
@@ -18,25 +18,24 @@ AUTOCAST = {
 
 
 class Features(NamedTuple):
-    """A data set as a backbone sees it, in the order of the data set, in CPU memory."""
+    """A data set as a backbone sees it, in the order of the data set."""
 
     features: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64
 
+    def to(self, device: torch.device) -> "Features":
+        """Return the same on a device."""
+        return Features(self.features.to(device), self.labels.to(device))
+
 
 def autocast_type(precision: str | int | None) -> torch.dtype | None:
-    """Return the type of half precision of one of Lightning's precisions (or None); None for float32.
-
-    Raises:
-        InputError: features are not computed in that precision.
-    """
+    """Return the type of half precision of one of Lightning's precisions; None for float32."""
     try:
         return AUTOCAST[str(precision)]
     except KeyError:
         known = ", ".join(name for name in AUTOCAST if "-" in name)
-        raise InputError(
-            f"precision {precision!r} is not supported for features: use one of {known}"
-        ) from None
+        message = f"precision {precision!r} is not supported for features: use one of {known}"
+        raise InputError(message) from None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -81,17 +80,10 @@ def image_features(
 def check_size(
     backbone: nn.Module, size: int, device: torch.device | str, *, advice: str, name: str = "the backbone"
 ) -> None:
-    """Check that a backbone takes square images of a size, by a black one.
-
-    Args:
-        backbone: see `image_features`; already on `device`.
-        size: height and width in pixels.
-        device: where the backbone computes.
-        advice: what to do if it does not.
-        name: of the backbone.
+    """Check that a backbone takes square images of `size` pixels, by a black one.
 
     Raises:
-        InputError: it does not, or does not give one vector per image.
+        InputError: it does not (the message ends with `advice`), or does not give one vector per image.
     """
     try:
         with frozen(backbone), torch.no_grad():
@@ -123,27 +115,22 @@ def extract_features(
         progress: show a progress bar (on the first process only).
 
     Returns:
-        Features and labels of each distinct index, ascending; ordinary tensors, fit for autograd.
+        Features and labels of each distinct index, ascending; ordinary tensors on the CPU, fit for autograd.
 
     Raises:
         InputError: there are no images, or the backbone does not give one vector per image.
     """
     device = torch.device(device)
-    features, labels, indices = [], [], []
-    with measuring(backbone):
-        for batch in tracked(loader, "Extracting features", progress):
+    found = []
+    with measuring(backbone, loader, "Extracting features", progress) as batches:
+        for batch in batches:
             images = batch.images.to(device, non_blocking=True)
-            features.append(image_features(backbone, images, autocast_dtype=autocast_dtype).cpu())
-            labels.append(batch.labels)
-            indices.append(batch.indices)
+            features = image_features(backbone, images, autocast_dtype=autocast_dtype).cpu()
+            found.append((batch.indices, features, batch.labels))
     with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=torch.int64)
-        found = gather_rows(
-            torch.cat([empty, *indices]),
-            torch.cat(features) if features else torch.empty(0, 0),
-            torch.cat([empty, *labels]),
-            device=device,
-        )
-    if not len(found[0]):
+        none = torch.empty(0, dtype=torch.int64)
+        columns = zip(*found or [(none, torch.empty(0, 0), none)], strict=True)
+        features, labels = gather_rows(*map(torch.cat, columns), device=device)
+    if not len(features):
         raise InputError("no images to extract features from: the loader is empty (check root and split)")
-    return Features(*found)
+    return Features(features, labels)

@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def distributed() -> bool:
-    """Whether there are other processes."""
+    """Return whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def first_process() -> bool:
-    """Whether this process is the one that speaks for all."""
+    """Return whether this process is the one that speaks for all."""
     return not distributed() or dist.get_rank() == 0
 
 
 def gather_rows(keys: Tensor, *tables: Tensor, device: torch.device) -> list[Tensor]:
-    """Tables of all processes as one, with one row for each distinct key, ascending.
+    """Join the tables of all processes: one row for each distinct key, ascending.
 
     All processes call it, and all get the whole. It takes the memory of the result beside that of the parts.
 
@@ -32,42 +32,20 @@ def gather_rows(keys: Tensor, *tables: Tensor, device: torch.device) -> list[Ten
     """
     all_keys = list(parts(keys, device))
     distinct = torch.cat(all_keys).unique()
-    return [_placed(table, all_keys, distinct, device) for table in tables]
-
-
-def _placed(table: Tensor, all_keys: list[Tensor], distinct: Tensor, device: torch.device) -> Tensor:
-    whole = table.new_empty(0)
-    for keys, part in zip(all_keys, parts(table, device), strict=True):
-        if len(keys):
-            if not len(whole):
-                whole = part.new_empty(len(distinct), *part.shape[1:])
-            whole[torch.searchsorted(distinct, keys)] = part
-    return whole
-
-
-def first_seen(keys: Tensor, device: torch.device) -> Tensor:
-    """Which rows have a key that none before them has, in this process or one of smaller rank.
-
-    All processes call it.
-
-    Args:
-        keys: [n] int64, on the CPU.
-        device: of the process group.
-
-    Returns:
-        [n] bool: of the rows of all processes, one for each distinct key.
-    """
-    all_keys = list(parts(keys, device))
-    seen = {key for part in all_keys[: dist.get_rank() if distributed() else 0] for key in part.tolist()}
-    first = []
-    for key in keys.tolist():
-        first.append(key not in seen)
-        seen.add(key)
-    return torch.tensor(first, dtype=torch.bool)
+    joined = []
+    for table in tables:
+        whole = table.new_empty(0)
+        for of_process, part in zip(all_keys, parts(table, device), strict=True):
+            if len(part):
+                if not len(whole):
+                    whole = part.new_empty(len(distinct), *part.shape[1:])
+                whole[torch.searchsorted(distinct, of_process)] = part
+        joined.append(whole)
+    return joined
 
 
 def parts(part: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """The part [n, ...] of each process in turn, one at a time and without padding, in CPU memory.
+    """Yield the part [n, ...] of each process in turn, one at a time and without padding, in CPU memory.
 
     All processes must call it and exhaust it.
 

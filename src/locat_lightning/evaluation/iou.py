@@ -45,9 +45,6 @@ class MeanIoU(Metric):
 
     Args:
         num_classes: C, 1 to 255.
-
-    Raises:
-        InputError: there are too many classes, or none.
     """
 
     is_differentiable = False
@@ -63,28 +60,18 @@ class MeanIoU(Metric):
         self.add_state("pixels", torch.zeros(num_classes**2 + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, annotations: Tensor) -> None:
-        """Count the pixels of one image or batch.
-
-        Args:
-            predictions: [..., H, W] classes, of any integer type; H and W may change from call to call.
-            annotations: [..., H, W] classes, of any integer type; 255 is ignored.
-
-        Raises:
-            ValueError: the shapes differ.
-        """
+        """Count the pixels of an image or batch, of any size; see `count_pixels`."""
         self.pixels += count_pixels(predictions, annotations, self.num_classes)
 
     def compute(self) -> IoU:
-        """Return the IoU of all pixels counted so far; see `iou`."""
         return iou(self.pixels)
 
 
 def check_classes(num_classes: int) -> None:
-    """Check that annotations of 8 bits can hold so many classes: `InputError` if not."""
+    """Check that annotations of 8 bits can hold so many classes."""
     if not 1 <= num_classes <= IGNORE:
-        raise InputError(
-            f"{num_classes} classes: give 1 to {IGNORE} (a pixel annotated as {IGNORE} is ignored)"
-        )
+        message = f"{num_classes} classes: give 1 to {IGNORE} (a pixel annotated as {IGNORE} is ignored)"
+        raise InputError(message)
 
 
 def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> Tensor:
@@ -98,9 +85,6 @@ def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> 
     Returns:
         [C · C + 1] int64: the confusion matrix, with annotated classes as rows, and last the number of pixels
         where a class is not in 0..C-1. To be added up over images, and read by `iou`.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     if predictions.shape != annotations.shape:
         raise ValueError(
@@ -117,11 +101,7 @@ def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> 
 
 
 def iou(pixels: Tensor) -> IoU:
-    """Compute IoU and accuracies of pixels [C · C + 1], the sum of `count_pixels` over images.
-
-    Raises:
-        InputError: a pixel was annotated with, or predicted as, something that is none of the classes.
-    """
+    """Compute IoU and accuracies of pixels [C · C + 1], the sum of `count_pixels` over images."""
     num_classes = math.isqrt(len(pixels) - 1)
     if unknown := int(pixels[-1]):
         raise InputError(

@@ -10,6 +10,8 @@ from torch import Tensor
 from locat_lightning.errors import InputError
 
 GROUP = 8  # similarities per group: of 4, 8, 16 and 32 the fastest for 200 neighbours among 50,000
+QUERIES = 1024  # searched for at a time
+ROWS = 8192  # of the bank, compared with at a time
 VOTES = 2**24  # entries of the table of votes at a time: 64 MiB
 
 
@@ -36,8 +38,6 @@ def knn_classify(
     *,
     k: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
-    query_chunk: int = 1024,
-    bank_chunk: int = 8192,
 ) -> dict[int, KnnAccuracy]:
     """Classify test images by votes of their nearest training images, weighted exp(cosine / temperature).
 
@@ -51,8 +51,6 @@ def knn_classify(
         test_labels: [M] int64.
         k: numbers of neighbours that vote; one above N is capped at N.
         temperature: of the votes.
-        query_chunk: test images searched for at a time.
-        bank_chunk: training images compared with at a time.
 
     Returns:
         Accuracy for each k. As in the original, top-5 counts the first min(5, k) classes, and of classes with
@@ -72,14 +70,11 @@ def knn_classify(
     check_labelled(test_features, test_labels, "test")
     size, device = len(train_features), train_features.device
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
-    classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
     ks = sorted({min(each, size) for each in k})
-    found = nearest_neighbours(
-        train_features, test_features, ks[-1], query_chunk=query_chunk, bank_chunk=bank_chunk
-    )
     hits = torch.zeros(len(ks), 2, dtype=torch.int64, device=device)
     start = 0
-    for similarities, indices in found:
+    for similarities, indices in nearest_neighbours(train_features, test_features, ks[-1]):
         # Below the nearest one's, so that no temperature overflows: a factor per image changes no ranking.
         weights = ((similarities - similarities[:, :1]) / temperature).exp_()
         rows = max(1, VOTES // classes)
@@ -100,9 +95,7 @@ def knn_classify(
     return {each: accuracy[min(each, size)] for each in k}
 
 
-def nearest_neighbours(
-    bank: Tensor, queries: Tensor, k: int, *, query_chunk: int = 1024, bank_chunk: int = 8192
-) -> Iterator[Neighbours]:
+def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]:
     """Find the k rows of `bank` with the largest cosine to each query, exactly.
 
     The bank is read in chunks. Similarities are taken in groups of eight; only groups whose maximum beats the
@@ -112,44 +105,27 @@ def nearest_neighbours(
         bank: [N, D]; need not be normalised, and is not copied.
         queries: [M, D].
         k: neighbours, 1 to N.
-        query_chunk: queries at a time.
-        bank_chunk: rows of the bank at a time.
 
     Yields:
-        The neighbours of `query_chunk` queries after another, on the device of `bank`.
-
-    Raises:
-        InputError: features do not match or are not finite, or k is not in 1..N.
+        The neighbours of `QUERIES` queries after another, on the device of `bank`.
     """
     if not 1 <= k <= len(bank):
         raise InputError(f"k is {k}: a k-NN search among {len(bank)} images needs k from 1 to {len(bank)}")
-    if bank.shape[1:] != queries.shape[1:] or bank.ndim != 2:
-        raise InputError(
-            f"features of shape {list(bank.shape)} and {list(queries.shape)} cannot be compared: "
-            "extract both with the same backbone"
-        )
+    check_same_width(bank, queries)
     scales, query_scales = inverse_norms(bank, "bank"), inverse_norms(queries, "query")
-    for chunk, scale in zip(queries.split(query_chunk), query_scales.split(query_chunk), strict=True):
-        yield _search(bank, scales, (chunk.detach().float() * scale).to(bank.device), k, bank_chunk)
+    for chunk, scale in zip(queries.split(QUERIES), query_scales.split(QUERIES), strict=True):
+        yield _search(bank, scales, (chunk.detach().float() * scale).to(bank.device), k)
 
 
 def inverse_norms(features: Tensor, role: str) -> Tensor:
-    """Return factors that normalise features.
-
-    Args:
-        features: [N, D].
-        role: what the features belong to, for the message.
-
-    Returns:
-        [N, 1] float32; a zero row stays zero.
+    """Return factors [N, 1] float32 that normalise features [N, D]; a zero row stays zero.
 
     Raises:
-        InputError: a feature is not finite.
+        InputError: a feature is not finite; the message says what its `role` is.
     """
     norms = torch.linalg.vector_norm(features.detach(), dim=1, keepdim=True, dtype=torch.float32)
-    finite = norms.isfinite()
-    if not finite.all():
-        bad = (~finite).flatten().nonzero().flatten()
+    bad = (~norms.isfinite()).flatten().nonzero()
+    if len(bad):
         raise InputError(
             f"{len(bad)} of {len(features)} {role} features are not finite (first: row {int(bad[0])}): "
             "check the weights, or extract without mixed precision"
@@ -176,15 +152,14 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int, bank_chunk: int) -> Neighbours:
+def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int) -> Neighbours:
     """Find the neighbours of normalised queries [Q, D]; `scales` [N, 1] normalises the bank."""
     best = queries.new_full((len(queries), k), -torch.inf)
     best_index = torch.zeros_like(best, dtype=torch.int64)
-    chunks = min(bank_chunk, len(bank))
-    buffer = queries.new_empty(len(queries), -(-chunks // GROUP) * GROUP)
+    buffer = queries.new_empty(len(queries), -(-min(ROWS, len(bank)) // GROUP) * GROUP)
     offsets = torch.arange(GROUP, device=bank.device)[:, None]
-    for start in range(0, len(bank), bank_chunk):
-        rows = bank[start : start + bank_chunk].float() * scales[start : start + bank_chunk]
+    for start in range(0, len(bank), ROWS):
+        rows = bank[start : start + ROWS].float() * scales[start : start + ROWS]
         groups = -(-len(rows) // GROUP)
         similarities = buffer[:, : groups * GROUP]
         similarities[:, len(rows) :] = -torch.inf
@@ -192,9 +167,8 @@ def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int, bank_chunk: i
             torch.mm(queries, rows.T, out=similarities[:, : len(rows)])
         # A group is every `groups`-th column, so that its maximum is one of whole rows: vectorised.
         peaks = similarities.unflatten(1, (GROUP, groups)).amax(1)
-        beaten = (peaks > best.amin(1, keepdim=True)).sum(1).max()
-        looked_into = min(k, int(beaten))
-        if looked_into:
+        beating = int((peaks > best.amin(1, keepdim=True)).sum(1).max())
+        if looked_into := min(k, beating):
             group = peaks.topk(looked_into, sorted=False).indices
             candidates = (offsets * groups + group[:, None]).flatten(1)
             values = torch.cat([best, similarities.gather(1, candidates)], 1)
@@ -228,8 +202,17 @@ def _full_float32(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(legacy)
 
 
+def check_same_width(features: Tensor, others: Tensor) -> None:
+    """Check that features are [N, D] and [M, D]."""
+    if features.ndim != 2 or features.shape[1:] != others.shape[1:]:
+        raise InputError(
+            f"features of shape {list(features.shape)} and {list(others.shape)} cannot be compared: "
+            "extract both with the same backbone"
+        )
+
+
 def check_labelled(features: Tensor, labels: Tensor, split: str) -> None:
-    """Check that there are features, each with a label: `InputError` if not."""
+    """Check that there are features, each with a label."""
     if len(features) == 0 or len(features) != len(labels):
         raise InputError(
             f"{len(features)} {split} features with {len(labels)} labels: give one or more, each labelled"

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.progress import Progress
+from rich.progress import Progress, track
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -15,10 +16,11 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen
 from locat_lightning.evaluation.features import extract_features, image_features
 from locat_lightning.evaluation.gather import distributed, first_process
-from locat_lightning.evaluation.knn import check_labelled, inverse_norms, label_ranks
+from locat_lightning.evaluation.knn import check_labelled, check_same_width, inverse_norms, label_ranks
 from locat_lightning.schedules import cosine
 
 DINOV2_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+MOMENTUM = 0.9
 
 
 class LinearResult(NamedTuple):
@@ -52,18 +54,17 @@ def train_linear(
     batch_size: int,
     epochs: int = 100,
     learning_rate: float = 0.001,
-    momentum: float = 0.9,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> LinearResult:
     """Train a linear classifier on augmented images, as DINO and the paper do.
 
-    SGD with momentum and no weight decay, learning rate `learning_rate` * `batch_size` / 256 falling as a
-    cosine to 0 over all steps. Validation images are not augmented, so they pass through the backbone only
-    once. With `torch.distributed` initialised, each process brings its part of both data sets (the training
-    parts with equally many batches) and gradients are averaged over all images. A training around this call
-    is not touched.
+    SGD with momentum 0.9 and no weight decay, at a learning rate of `learning_rate` * `batch_size` / 256 that
+    falls as a cosine to 0. Validation images are not augmented, so they pass through the backbone only once.
+    With `torch.distributed` initialised, each process brings its part of both data sets (the training parts
+    with equally many batches) and gradients are averaged over all images. A training around this call is not
+    touched.
 
     Args:
         backbone: see `features.image_features`; already on `device`.
@@ -74,7 +75,6 @@ def train_linear(
         batch_size: images per step, over all processes.
         epochs: passes over the training images.
         learning_rate: at the first step, per 256 images.
-        momentum: of SGD.
         seed: of the head's initial weights.
         autocast_dtype: mixed precision of the backbone; the head computes in float32.
         progress: show progress bars (on the first process only).
@@ -91,13 +91,11 @@ def train_linear(
         )
     val = extract_features(backbone, val_loader, device, autocast_dtype=autocast_dtype, progress=progress)
     _check_labels(val.labels, "validation", num_classes)
-    effective = learning_rate * batch_size / 256
-    heads = _Heads(1, num_classes, val.features.shape[1], momentum, seed, device)
-    val_features, val_labels = val.features.to(device), val.labels.to(device)
-    show = progress and first_process()
-    step = 0
+    val = val.to(device)
+    heads = _Heads([learning_rate], batch_size, steps, num_classes, val.features.shape[1], seed, device)
     sampler = getattr(train_loader, "sampler", None)
-    with isolate_rng(), frozen(backbone), Progress(disable=not show) as bar:
+    shown = progress and first_process()
+    with isolate_rng(), frozen(backbone), Progress(disable=not shown) as bar:
         task = bar.add_task("Training a linear classifier", total=steps)
         for epoch in range(epochs):
             if isinstance(sampler, DistributedSampler):
@@ -107,13 +105,12 @@ def train_linear(
                 with torch.inference_mode():
                     images = batch.images.to(device, non_blocking=True)
                     features = image_features(backbone, images, autocast_dtype=autocast_dtype)
-                rates = torch.tensor([cosine(step, steps=steps, start=effective, end=0.0)])
-                heads.step(features, batch.labels.to(device), rates, average_processes=distributed())
-                step += 1
+                heads.step(features, batch.labels.to(device), average_processes=distributed())
                 bar.advance(task)
-            top1 = heads.accuracy(val_features, val_labels)[0][0]
-            bar.update(task, description=f"Linear classifier, epoch {epoch + 1}: top-1 {top1:.2%}")
-    return heads.results((learning_rate,), (effective,), val_features, val_labels)[0]
+            if shown:
+                top1 = heads.accuracy(*val)[0][0]
+                bar.update(task, description=f"Linear classifier, epoch {epoch + 1}: top-1 {top1:.2%}")
+    return heads.results(*val)[0]
 
 
 def sweep_linear(
@@ -125,15 +122,14 @@ def sweep_linear(
     learning_rates: Sequence[float] = DINOV2_LEARNING_RATES,
     epochs: int = 100,
     batch_size: int = 1024,
-    momentum: float = 0.9,
     seed: int = 0,
     progress: bool = True,
 ) -> LinearSweep:
     """Train one linear classifier for each learning rate, all at once, on features that are already there.
 
     The heads start alike and see the same batches, so each is what it would be alone; every product with
-    the features is one matrix product for all of them. It runs where `train_features` are. The global random
-    number generators are not used.
+    the features is one matrix product for all of them. Optimized as in `train_linear`, where `train_features`
+    are. The global random number generators are not used.
 
     Args:
         train_features: [N, D].
@@ -143,7 +139,6 @@ def sweep_linear(
         learning_rates: the grid (by default DINOv2's), at the first step and per 256 images.
         epochs: passes over the training images, in a new order each.
         batch_size: images per step, at most N; the last batch of an epoch may be smaller.
-        momentum: of SGD.
         seed: of initial weights and order.
         progress: show a progress bar.
 
@@ -154,11 +149,7 @@ def sweep_linear(
     device = train_features.device
     check_labelled(train_features, train_labels, "training")
     check_labelled(val_features, val_labels, "validation")
-    if train_features.ndim != 2 or train_features.shape[1:] != val_features.shape[1:]:
-        raise InputError(
-            f"features of shape {list(train_features.shape)} and {list(val_features.shape)} cannot be "
-            "compared: extract both with the same backbone"
-        )
+    check_same_width(train_features, val_features)
     inverse_norms(train_features, "training")  # for its check that they are finite
     inverse_norms(val_features, "validation")
     if not learning_rates or epochs < 1 or batch_size < 1:
@@ -166,27 +157,22 @@ def sweep_linear(
             f"a linear sweep with {len(learning_rates)} learning rates, {epochs} epochs and batches of "
             f"{batch_size} trains nothing: give at least one of each"
         )
-    num_classes = int(max(train_labels.max(), val_labels.max())) + 1
     if len(train_labels.unique()) < 2:
         raise InputError("all training images are of one class: a linear classifier needs two or more")
 
-    images = len(train_features)
+    classes = int(max(train_labels.max(), val_labels.max())) + 1
+    images, dim = train_features.shape
     batch_size = min(batch_size, images)
     steps = epochs * math.ceil(images / batch_size)
-    effective = [rate * batch_size / 256 for rate in learning_rates]
-    heads = _Heads(len(learning_rates), num_classes, train_features.shape[1], momentum, seed, device)
+    heads = _Heads(learning_rates, batch_size, steps, classes, dim, seed, device)
     generator = torch.Generator().manual_seed(seed)
-    train_labels, val_labels = train_labels.to(device), val_labels.to(device)
-    step = 0
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task(f"Training {len(learning_rates)} linear classifiers", total=steps)
-        for _ in range(epochs):
-            for rows in torch.randperm(images, generator=generator).to(device).split(batch_size):
-                rates = torch.tensor([cosine(step, steps=steps, start=rate, end=0.0) for rate in effective])
-                heads.step(train_features[rows].float(), train_labels[rows], rates)
-                step += 1
-                bar.advance(task)
-    return LinearSweep(heads.results(learning_rates, effective, val_features.to(device), val_labels))
+    orders = (torch.randperm(images, generator=generator).to(device) for _ in range(epochs))
+    batches = chain.from_iterable(order.split(batch_size) for order in orders)
+    train_labels = train_labels.to(device)
+    title = f"Training {len(learning_rates)} linear classifiers"
+    for rows in track(batches, title, total=steps, disable=not progress):
+        heads.step(train_features[rows].float(), train_labels[rows])
+    return LinearSweep(heads.results(val_features.to(device), val_labels.to(device)))
 
 
 class _Heads:
@@ -194,20 +180,26 @@ class _Heads:
 
     The gradient of softmax regression is written out: nothing is kept for a backward pass, and it works
     inside `torch.inference_mode`, where Lightning runs its validation, too.
-
-    Attributes:
-        weight: [G, C, D].
-        bias: [G, C].
     """
 
     def __init__(
-        self, heads: int, classes: int, dim: int, momentum: float, seed: int, device: torch.device
+        self,
+        learning_rates: Sequence[float],
+        batch_size: int,
+        steps: int,
+        classes: int,
+        dim: int,
+        seed: int,
+        device: torch.device,
     ) -> None:
+        self.learning_rates = learning_rates
+        self.effective = [rate * batch_size / 256 for rate in learning_rates]
+        self.steps = steps
+        self.steps_taken = 0
         generator = torch.Generator().manual_seed(seed)
         start = torch.empty(classes, dim).normal_(std=0.01, generator=generator)
-        self.weight = start.to(device).repeat(heads, 1, 1)
-        self.bias = torch.zeros(heads, classes, device=device)
-        self.momentum = momentum
+        self.weight = start.to(device).repeat(len(learning_rates), 1, 1)  # [G, C, D]
+        self.bias = torch.zeros(len(learning_rates), classes, device=device)
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -217,10 +209,8 @@ class _Heads:
         return flat.view(len(features), *self.bias.shape)
 
     @torch.no_grad()
-    def step(
-        self, features: Tensor, labels: Tensor, rates: Tensor, *, average_processes: bool = False
-    ) -> None:
-        """Take a step of each head at its own rate, `rates` [G], on features [B, D] and labels [B]."""
+    def step(self, features: Tensor, labels: Tensor, *, average_processes: bool = False) -> None:
+        """Take a step of each head at its own rate, on features [B, D] and labels [B]."""
         residual = self.logits(features).softmax(-1)
         residual[torch.arange(len(labels), device=labels.device), :, labels] -= 1
         with torch.autocast(features.device.type, enabled=False):
@@ -229,12 +219,13 @@ class _Heads:
         if average_processes:
             for term in (*gradients, count):
                 dist.all_reduce(term)
-        rates = rates.to(features.device)
-        for parameter, velocity, gradient in zip(
-            (self.weight, self.bias), self.velocity, gradients, strict=True
-        ):
-            velocity.mul_(self.momentum).add_(gradient.div_(count))
+        now = [cosine(self.steps_taken, steps=self.steps, start=rate, end=0.0) for rate in self.effective]
+        rates = torch.tensor(now).to(features.device)
+        parameters = self.weight, self.bias
+        for parameter, velocity, gradient in zip(parameters, self.velocity, gradients, strict=True):
+            velocity.mul_(MOMENTUM).add_(gradient.div_(count))
             parameter.addcmul_(velocity, rates.view(-1, *[1] * (velocity.ndim - 1)), value=-1)
+        self.steps_taken += 1
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> list[list[float]]:
@@ -246,29 +237,17 @@ class _Heads:
             hits += torch.stack([(ranks < 1).sum(0), (ranks < 5).sum(0)], 1)
         return [[hit / len(labels) for hit in row] for row in hits.tolist()]
 
-    def results(
-        self,
-        learning_rates: Sequence[float],
-        effective_learning_rates: Sequence[float],
-        features: Tensor,
-        labels: Tensor,
-    ) -> tuple[LinearResult, ...]:
+    @torch.inference_mode(False)
+    def results(self, features: Tensor, labels: Tensor) -> tuple[LinearResult, ...]:
         """Measure each head on features [M, D] and labels [M]."""
-        accuracy = self.accuracy(features, labels)
-        return tuple(
-            LinearResult(rate, effective, top1, top5, _linear(weight, bias))
-            for rate, effective, (top1, top5), weight, bias in zip(
-                learning_rates, effective_learning_rates, accuracy, self.weight, self.bias, strict=True
-            )
-        )
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    with torch.inference_mode(False):
-        head = nn.Linear(weight.shape[1], weight.shape[0], device="meta").to_empty(device="cpu")
-        head.weight.data.copy_(weight)
-        head.bias.data.copy_(bias)
-    return head
+        found = []
+        for number, (top1, top5) in enumerate(self.accuracy(features, labels)):
+            head = nn.Linear(self.weight.shape[2], self.weight.shape[1], device="meta").to_empty(device="cpu")
+            head.weight.data.copy_(self.weight[number])
+            head.bias.data.copy_(self.bias[number])
+            rates = self.learning_rates[number], self.effective[number]
+            found.append(LinearResult(*rates, top1, top5, head))
+        return tuple(found)
 
 
 def _check_labels(labels: Tensor, split: str, num_classes: int) -> None:

@@ -4,13 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["effective_rank"]
-
 ROUNDING = 1e-5  # of a feature of length 1, in float32, with room to spare
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """The effective rank of normalised, centred features: exp of the entropy of their singular values.
+    """Compute the effective rank of normalised, centred features: exp of their singular values' entropy.
 
     Each feature is scaled to length 1, then the mean is subtracted; the singular values are divided by their
     sum. k directions of equal strength give k. Computed in float32, with autocast too. On a GPU the singular

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.batches import Batches, MaskedBatch, measuring, tracked
+from locat_lightning.evaluation.batches import Batches, MaskedBatch, measuring
 from locat_lightning.evaluation.dense import padded_size, patch_features
-from locat_lightning.evaluation.gather import distributed, first_seen, gather_rows
+from locat_lightning.evaluation.gather import distributed, gather_rows, parts
 from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
 from locat_lightning.evaluation.knn import VOTES, Neighbours, inverse_norms, nearest_neighbours
 from locat_lightning.labels import IGNORE
@@ -92,9 +92,9 @@ def segment_by_retrieval(
         progress=progress,
     )
     memory = Memory(*(table.to(device) for table in memory))
-    indices, counts = [], []
-    with measuring(backbone):
-        for batch in tracked(val_loader, "Segmenting by retrieval", progress):
+    counts: dict[int, Tensor] = {}  # by image
+    with measuring(backbone, val_loader, "Segmenting by retrieval", progress) as batches:
+        for batch in batches:
             images = batch.images.to(device, non_blocking=True)
             features = patch_features(backbone, images, autocast_dtype=autocast_dtype)
             scores = retrieve(memory, features, neighbours=neighbours, temperature=temperature, search=search)
@@ -102,16 +102,17 @@ def segment_by_retrieval(
             if (padded := padded_size(backbone, (height, width))) != (height, width):
                 scores = F.interpolate(scores, padded, mode="bilinear")[..., :height, :width]
             predictions = upsampled_argmax(scores, (batch.masks.shape[1], batch.masks.shape[2]))
-            for predicted, annotated in zip(predictions, batch.masks.to(device), strict=True):
-                counts.append(count_pixels(predicted, annotated, num_classes).to_sparse().cpu())
-            indices.append(batch.indices)
+            masks = batch.masks.to(device)
+            for index, predicted, annotated in zip(batch.indices.tolist(), predictions, masks, strict=True):
+                if index not in counts:
+                    counts[index] = count_pixels(predicted, annotated, num_classes).to_sparse().cpu()
     with torch.inference_mode(False):
-        # Which images other processes have, too, is known only now.
-        mine = first_seen(torch.cat([torch.empty(0, dtype=torch.int64), *indices]), device)
+        # Which images other processes have, too, is known only now: the process of smallest rank counts.
+        of_each = list(parts(torch.tensor(list(counts), dtype=torch.int64), device))
+        before = of_each[: dist.get_rank()] if distributed() else []
         total = torch.zeros(num_classes**2 + 1, dtype=torch.int64)
-        for of_image, first in zip(counts, mine.tolist(), strict=True):
-            if first:
-                total += of_image
+        for index in counts.keys() - {index for part in before for index in part.tolist()}:
+            total += counts[index]
         total = total.to(device)
         if distributed():
             dist.all_reduce(total)
@@ -142,17 +143,12 @@ def build_memory(
     the patch holds, and u uniform in [0, 1); those with the lowest scores are kept. What is kept of an image
     depends on nothing but its mask, its place in the data set and the seed.
 
-    With `torch.distributed` initialised, each process brings its part of the images, and all get the whole.
-    While it is built, the memory takes twice its size.
-
-    Arguments are those of `segment_by_retrieval`; `loader` is that of the training images, the length of
-    whose data set is the number of images that share a limited memory (`places` if given).
+    While it is built, the memory takes twice its size. Arguments are those of `segment_by_retrieval`;
+    `loader` is that of the training images, the length of whose data set is the number of images that share
+    a limited memory (`places` if given).
 
     Returns:
-        The memory in the order of images and patches, on the CPU.
-
-    Raises:
-        InputError: no patch is annotated, or annotations, backbone or settings cannot be used.
+        The memory in the order of images and patches, on the CPU; the whole in every process.
     """
     check_classes(num_classes)
     if memory_size is not None and memory_size < 1:
@@ -160,8 +156,8 @@ def build_memory(
     device, images = torch.device(device), len(loader.dataset if places is None else places)
     # Keys, features and histograms of each batch, which say at last how large the memory is.
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with measuring(backbone):
-        for batch in tracked(loader, "Building the memory", progress):
+    with measuring(backbone, loader, "Building the memory", progress) as batches:
+        for batch in batches:
             maps = patch_features(backbone, batch.images.to(device), autocast_dtype=autocast_dtype)
             histograms = _histograms(backbone, batch, maps, num_classes)
             rows, keys = [], []
@@ -211,12 +207,7 @@ def retrieve(
 
     Returns:
         [B, C, H, W] float32, on the device of `features`: shares of the classes, their sum is 1.
-
-    Raises:
-        InputError: features do not match or are not finite, neighbours or temperature is not positive, or
-            faiss is not installed.
     """
-    check_search(neighbours, temperature, search)
     B, _, H, W = features.shape
     classes = memory.histograms.shape[1]
     queries = features.permute(0, 2, 3, 1).flatten(0, 2)
@@ -237,7 +228,7 @@ def retrieve(
 
 
 def check_search(neighbours: int, temperature: float, search: Search) -> None:
-    """Check the settings of `retrieve`: `InputError` if it cannot work with them."""
+    """Check the settings of `retrieve`."""
     if neighbours < 1 or temperature <= 0:
         raise InputError(
             f"retrieval from {neighbours} neighbours at temperature {temperature}: both must be "
@@ -262,9 +253,6 @@ def patch_histograms(
 
     Returns:
         [B, H · W, C] int16.
-
-    Raises:
-        InputError: a pixel has another class than 0..C-1.
     """
     (H, W), (height, width) = grid, patch
     below, beside = H * height - masks.shape[1], W * width - masks.shape[2]
@@ -282,15 +270,10 @@ def patch_histograms(
 
 
 def sample_patches(histograms: Tensor, number: int | None, seed: tuple[int, ...]) -> Tensor:
-    """Choose annotated patches of an image, those with rare classes rather than others; see `build_memory`.
-
-    Args:
-        histograms: [N, C], pixels of each class in each patch.
-        number: of patches, at most; None chooses all.
-        seed: of the draw.
+    """Choose at most `number` annotated patches of an image by histograms [N, C]; see `build_memory`.
 
     Returns:
-        [number or fewer] int64: the chosen patches, ascending.
+        [number or fewer] int64, ascending; all annotated patches if `number` is None.
     """
     held = histograms > 0
     annotated = held.any(1).nonzero()[:, 0]

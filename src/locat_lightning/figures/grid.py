@@ -33,14 +33,11 @@ class Column(NamedTuple):
 
 
 def rgb(images: Tensor, normalisation: Mapping[str, Sequence[float]] | None = None) -> list[np.ndarray]:
-    """Turn normalised images into what is shown.
+    """Turn normalised images [B, 3, H, W] into B images [H, W, 3], float32 from 0 to 1.
 
     Args:
-        images: [B, 3, H, W], normalised.
+        images: normalised.
         normalisation: `mean` and `std` by channel; None for ImageNet's.
-
-    Returns:
-        B images [H, W, 3], float32 from 0 to 1.
     """
     mean, std = (torch.tensor((normalisation or IMAGENET)[name]).view(3, 1, 1) for name in ("mean", "std"))
     shown = (images.detach().float().cpu() * std + mean).clamp(0, 1).movedim(-3, -1)
@@ -53,13 +50,13 @@ def grid(
     side: int,
     legend: Mapping[str, Colour] | None = None,
 ) -> Figure:
-    """Draw columns side by side under their titles.
+    """Draw columns side by side under their titles, and a legend of colours by name below them.
 
     Args:
         columns: at least one.
         images: [H, W, ...] each; its shape gives the tiles of a row theirs.
         side: shorter side of a tile in pixels; gaps and text follow it.
-        legend: colours (RGB, 0 to 255) by name, explained below the columns.
+        legend: RGB, 0 to 255.
     """
     gap, line = max(4, side // 20), max(16, side // 11)
     sizes = [[round(length * side / min(image.shape[:2])) for length in image.shape[:2]] for image in images]
@@ -76,9 +73,8 @@ def grid(
         axes = figure.add_axes((left / across, footer / total, width / across, height / total))
         axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
         axes.set_axis_off()
-        axes.set_title(
-            column.title, loc="left", fontsize=_points(side / 14), pad=_points(side / 20 + 1.3 * gap)
-        )
+        pad = _points(side / 20 + 1.3 * gap)
+        axes.set_title(column.title, loc="left", fontsize=_points(side / 14), pad=pad)
         axes.text(0, -gap / 2, column.note, fontsize=_points(side / 20), color=FAINT)
         for row, (high, wide) in enumerate(sizes):
             column.draw(axes, row, (0, wide, tops[row] + high, tops[row]))
@@ -103,14 +99,7 @@ def feature_column(features: Tensor, title: str = "PCA of patch features") -> Co
 
 
 def heat_column(title: str, images: Sequence[np.ndarray], heat: Sequence[Tensor], note: str = "") -> Column:
-    """Show heat over dimmed images; the hotter, the less shows through.
-
-    Args:
-        title: of the column.
-        images: [height, width, 3] each, from 0 to 1.
-        heat: [H, W] for each image, from 0 to 1.
-        note: below the title.
-    """
+    """Show heat [H, W] from 0 to 1 over dimmed images; the hotter, the less shows through."""
 
     def draw(axes: Axes, row: int, box: Box) -> None:
         hot = heat[row].float().cpu().nan_to_num().clamp(0, 1).numpy()

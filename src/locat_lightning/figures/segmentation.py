@@ -38,14 +38,7 @@ def painted(classes: np.ndarray | Tensor, colours: np.ndarray) -> np.ndarray:
 def class_column(
     title: str, images: Sequence[np.ndarray], classes: Sequence[np.ndarray | Tensor], colours: np.ndarray
 ) -> Column:
-    """Show classes over grey images.
-
-    Args:
-        title: of the column.
-        images: [height, width, 3] each, from 0 to 1.
-        classes: [H, W] each, in a size of its own.
-        colours: [C, 3] uint8, by label.
-    """
+    """Show classes [H, W], each in a size of its own, over grey images [height, width, 3] from 0 to 1."""
 
     def draw(axes: Axes, row: int, box: Box) -> None:
         show_grey(axes, images[row], box)
@@ -93,14 +86,7 @@ def segmentation_figure(
 
 
 def iou_figure(iou: IoU, class_names: Sequence[str], colours: np.ndarray, *, title: str) -> Figure:
-    """Draw IoU by class as bars.
-
-    Args:
-        iou: as `MeanIoU` computes it.
-        class_names: by label.
-        colours: [C, 3] uint8, by label.
-        title: above the bars, after the mean.
-    """
+    """Draw IoU by class as bars in `colours` [C, 3] uint8, by label, below the mean and `title`."""
     values, names = iou.per_class.float().cpu().numpy(), Names(class_names)
     rows = min(ROWS_OF_BARS, len(values))
     parts = -(-len(values) // rows)
@@ -122,11 +108,9 @@ def iou_figure(iou: IoU, class_names: Sequence[str], colours: np.ndarray, *, tit
 
 
 def confusion_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
-    """Draw the shares of an annotated class's pixels (row) by predicted class (column).
+    """Draw the shares of an annotated class's pixels (row) by predicted class (column), from counts [C, C].
 
-    Args:
-        confusion: [C, C] counts: annotated classes as rows, predicted ones as columns.
-        class_names: by label; written where there is room.
+    Names and shares are written where there is room.
     """
     counts = confusion.float().cpu()
     shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()

@@ -91,10 +91,8 @@ def _kernel_column(title: str, images: Sequence[np.ndarray], kernels: Tensor | S
         left, right, bottom, top = box
         width, height = right - left, bottom - top
         for x, y, w, h in marked[row]:
-            corner = (left + x * width, top + y * height)
-            axes.add_patch(
-                Rectangle(corner, w * width, h * height, fill=False, edgecolor=MARK, linewidth=1.2)
-            )
+            corner, size = (left + x * width, top + y * height), (w * width, h * height)
+            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=MARK, linewidth=1.2))
 
     return overlaid._replace(draw=draw)
 

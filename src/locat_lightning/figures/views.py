@@ -13,7 +13,7 @@ def views_figure(views: Sequence[Tensor], *, side: int = 192) -> Figure:
 
     Args:
         views: of each size [V, B, 3, H, W], normalised by ImageNet's mean and deviation.
-        side: of each view in pixels; small views are enlarged without smoothing.
+        side: of each view in pixels.
     """
     columns = [
         image_column(f"{kind} {number}", rgb(crops), f"{crops.shape[-1]} px")
