@@ -101,32 +101,35 @@ class Probe(Callback, ABC, Generic[Data]):
             if self.data is not None:
                 raise InputError(f"{self.name}: {obstacle}")
             self._skip(obstacle)
-        else:
+        elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._measured = data
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the untrained backbone, unless the run is resumed."""
-        if self._measured is not None and not isinstance(getattr(pl_module, "backbone", None), nn.Module):
+        if self._measured is None:
+            return
+        if not isinstance(getattr(pl_module, "backbone", None), nn.Module):
             self._skip(f"{type(pl_module).__name__} has no backbone")
-        if trainer.global_step == 0 and trainer.current_epoch == 0 and self.first is None:
-            metrics = self._measure(trainer, pl_module)
+        elif trainer.global_step == 0 and trainer.current_epoch == 0 and self.first is None:
+            metrics = self._measure(self._measured, pl_module)
             self.first = self.last
-            for logger in trainer.loggers if metrics else ():
+            for logger in trainer.loggers:
                 logger.log_metrics(metrics | {"epoch": 0}, step=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure every n epochs and after the last, in time for a ModelCheckpoint that monitors it."""
-        due = self._active(trainer) and (
+        if self._measured is None:
+            return
+        if (
             (trainer.current_epoch + 1) % self.every_n_epochs == 0
             or trainer.current_epoch + 1 == trainer.max_epochs
             or trainer.global_step == trainer.max_steps
             or trainer.should_stop
-        )
-        if due:
-            for name, value in self._measure(trainer, pl_module).items():
+        ):
+            for name, value in self._measure(self._measured, pl_module).items():
                 # All processes have the same value; sync_dist says so.
                 pl_module.log(name, value, prog_bar=name == self.headline, sync_dist=True)
-        elif self._active(trainer):
+        else:
             # A ModelCheckpoint that monitors it takes NaN for the worst, and a missing metric for a mistake.
             trainer.callback_metrics.setdefault(self.headline, torch.tensor(torch.nan))
 
@@ -140,16 +143,11 @@ class Probe(Callback, ABC, Generic[Data]):
         self._measured = None
         rank_zero_info(f"{self.title} is not measured: {obstacle}")
 
-    def _active(self, trainer: Trainer) -> bool:
-        return self._measured is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Return metrics by their logged names, the same in every process; none if the probe is off."""
-        if self._measured is None or not self._active(trainer):
-            return {}
+    def _measure(self, data: Data, pl_module: LightningModule) -> dict[str, float]:
+        """Return metrics by their logged names, the same in every process."""
         backbone: Any = pl_module.backbone
         with isolate_rng():
-            metrics = self.measure(self._measured, backbone, pl_module.device)
+            metrics = self.measure(data, backbone, pl_module.device)
         self.last = metrics[self.metrics[0]]
         return {f"{self.name}/{metric}": value for metric, value in metrics.items()}
 

@@ -61,13 +61,9 @@ def activation_bytes(model: nn.Module, images: Tensor) -> int:
 def images_per_second(
     model: nn.Module, images: Tensor, *, seconds: float = 2.0, autocast_dtype: torch.dtype | None = None
 ) -> float:
-    """Measure images per second of the forward pass, from the median of repetitions.
+    """Measure images per second of the forward pass, from the median of three repetitions or more.
 
-    Args:
-        model: on the device of the images.
-        images: [B, C, height, width], of every repetition.
-        seconds: to spend at least, besides a warm-up; there are three repetitions or more.
-        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
+    They take `seconds` or more, besides a warm-up.
     """
     wait: Callable[[], None] = torch.cuda.synchronize if images.is_cuda else lambda: None
     times: list[float] = []

@@ -58,9 +58,6 @@ def image_features(
 
     Returns:
         [B, D] float32.
-
-    Raises:
-        InputError: `backbone` does not give one vector per image.
     """
     with autocast(images.device, autocast_dtype):
         timm: Any = backbone
@@ -101,24 +98,14 @@ def extract_features(
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Features:
-    """Run every image once through a frozen backbone.
+    """Run every image once through a frozen backbone (see `image_features`) that is on `device`.
 
     With `torch.distributed` initialised, each process brings its part of the data set and all get the whole;
     parts may differ in size or overlap (`DistributedSampler` repeats images). A training around this call is
-    not touched.
-
-    Args:
-        backbone: see `image_features`; already on `device`.
-        loader: batches with `images`, `labels` and `indices`.
-        device: where the backbone computes.
-        autocast_dtype: mixed precision in this type; None computes in the type of the weights.
-        progress: show a progress bar (on the first process only).
+    not touched. A progress bar is shown on the first process only.
 
     Returns:
         Features and labels of each distinct index, ascending; ordinary tensors on the CPU, fit for autograd.
-
-    Raises:
-        InputError: there are no images, or the backbone does not give one vector per image.
     """
     device = torch.device(device)
     found = []

@@ -55,10 +55,6 @@ def knn_classify(
     Returns:
         Accuracy for each k. As in the original, top-5 counts the first min(5, k) classes, and of classes with
         equal votes the one of smaller number ranks first.
-
-    Raises:
-        InputError: images or labels are missing, features do not match or are not finite, or k or temperature
-            is not positive.
     """
     if not k or min(k) < 1:
         raise InputError(
@@ -135,14 +131,9 @@ def inverse_norms(features: Tensor, role: str) -> Tensor:
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count the classes that a stable descending sort of the scores places before the label.
+    """Count the classes that a stable descending sort of scores [..., C] places before labels [...].
 
-    Args:
-        scores: [..., C]. A label whose own score is NaN ranks C, behind all.
-        labels: [...] int64.
-
-    Returns:
-        [...] int64; below n means that the label is among the top n.
+    Below n, the label is among the top n. A label whose own score is NaN ranks C, behind all.
     """
     labels = labels[..., None]
     own = scores.gather(-1, labels)

@@ -61,26 +61,13 @@ def train_linear(
     """Train a linear classifier on augmented images, as DINO and the paper do.
 
     SGD with momentum 0.9 and no weight decay, at a learning rate of `learning_rate` * `batch_size` / 256 that
-    falls as a cosine to 0. Validation images are not augmented, so they pass through the backbone only once.
+    falls as a cosine to 0; `batch_size` is the number of images in a step, over all processes. `seed` is that
+    of the head's initial weights. The backbone (see `image_features`) is on `device`, and only it computes in
+    `autocast_dtype`. Validation images are not augmented, so they pass through it only once.
+
     With `torch.distributed` initialised, each process brings its part of both data sets (the training parts
-    with equally many batches) and gradients are averaged over all images. A training around this call is not
-    touched.
-
-    Args:
-        backbone: see `features.image_features`; already on `device`.
-        train_loader: batches of augmented images; a `DistributedSampler` of it is told the epoch.
-        val_loader: batches of validation images.
-        device: where to compute.
-        num_classes: C.
-        batch_size: images per step, over all processes.
-        epochs: passes over the training images.
-        learning_rate: at the first step, per 256 images.
-        seed: of the head's initial weights.
-        autocast_dtype: mixed precision of the backbone; the head computes in float32.
-        progress: show progress bars (on the first process only).
-
-    Raises:
-        InputError: a loader is empty, labels are missing or not below `num_classes`, or there is one class.
+    with equally many batches; a `DistributedSampler` is told the epoch) and gradients are averaged over all
+    images. A training around this call is not touched.
     """
     device = torch.device(device)
     steps = epochs * len(train_loader)
@@ -127,24 +114,11 @@ def sweep_linear(
 ) -> LinearSweep:
     """Train one linear classifier for each learning rate, all at once, on features that are already there.
 
-    The heads start alike and see the same batches, so each is what it would be alone; every product with
-    the features is one matrix product for all of them. Optimized as in `train_linear`, where `train_features`
-    are. The global random number generators are not used.
-
-    Args:
-        train_features: [N, D].
-        train_labels: [N] int64.
-        val_features: [M, D].
-        val_labels: [M] int64.
-        learning_rates: the grid (by default DINOv2's), at the first step and per 256 images.
-        epochs: passes over the training images, in a new order each.
-        batch_size: images per step, at most N; the last batch of an epoch may be smaller.
-        seed: of initial weights and order.
-        progress: show a progress bar.
-
-    Raises:
-        InputError: images or labels are missing, features do not match or are not finite, there is only one
-            class, or no learning rate or epoch.
+    Features are [N, D], labels [N] int64. The heads start alike and see the same batches, so each is what it
+    would be alone; every product with the features is one matrix product for all of them. They are optimized
+    as in `train_linear`, where `train_features` are, with rates per 256 images (by default DINOv2's) and the
+    training images in a new order each epoch. Initial weights and order follow from `seed`; the global random
+    number generators are not used.
     """
     device = train_features.device
     check_labelled(train_features, train_labels, "training")

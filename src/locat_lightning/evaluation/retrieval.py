@@ -55,28 +55,14 @@ def segment_by_retrieval(
 ) -> IoU:
     """Measure how well patch features alone tell the classes of pixels: build a memory, then `retrieve`.
 
-    Scores of patches are upsampled bilinearly to the size of the annotation; the largest is the prediction.
+    Masks of `train_loader` are of the images' size and not augmented at random; those of `val_loader` may be
+    of another size: scores of patches are upsampled to it bilinearly, and the largest is the prediction. The
+    backbone (see `patch_features`) is on `device`, and only it computes in `autocast_dtype`. The memory is on
+    `device`, too, and holds at most `memory_size` patches (see `build_memory`), chosen by `seed`.
+
     With `torch.distributed` initialised, each process brings its part of both data sets, an image that
-    several bring counts once, and all get the whole result. A training around this call is not touched.
-
-    Args:
-        backbone: see `dense.patch_features`; already on `device`.
-        train_loader: batches whose masks are of the images' size; not augmented at random.
-        val_loader: batches whose masks may be of another size.
-        device: where to compute, and where the memory is kept.
-        num_classes: C, 1 to 255.
-        memory_size: patches that the memory may hold; None takes all.
-        places: ascending positions of the training images that the processes bring; None for all.
-        neighbours: patches that vote; the memory's size where that is smaller.
-        temperature: of the votes.
-        seed: of the choice of patches.
-        autocast_dtype: mixed precision of the backbone; None computes in the type of the weights.
-        search: see `retrieve`.
-        progress: show progress bars (on the first process only).
-
-    Raises:
-        InputError: no patch of the training images, or no pixel of the validation images, is annotated, or
-            annotations, backbone or settings cannot be used.
+    several bring counts once, and all get the whole result. If they bring only a part of the training images,
+    `places` are its positions, ascending. A training around this call is not touched.
     """
     check_search(neighbours, temperature, search)
     device = torch.device(device)
@@ -143,29 +129,36 @@ def build_memory(
     the patch holds, and u uniform in [0, 1); those with the lowest scores are kept. What is kept of an image
     depends on nothing but its mask, its place in the data set and the seed.
 
-    While it is built, the memory takes twice its size. Arguments are those of `segment_by_retrieval`;
-    `loader` is that of the training images, the length of whose data set is the number of images that share
-    a limited memory (`places` if given).
-
-    Returns:
-        The memory in the order of images and patches, on the CPU; the whole in every process.
+    Arguments are those of `segment_by_retrieval`. All images of the loader's data set, or of `places`, share
+    a limited memory. It is in the order of images and patches, on the CPU, and whole in every process; while
+    it is built, it takes twice its size.
     """
     check_classes(num_classes)
     if memory_size is not None and memory_size < 1:
         raise InputError(f"memory_size is {memory_size}: give the number of patches to keep, or none for all")
-    device, images = torch.device(device), len(loader.dataset if places is None else places)
+    device, number = torch.device(device), len(loader.dataset if places is None else places)
     # Keys, features and histograms of each batch, which say at last how large the memory is.
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with measuring(backbone, loader, "Building the memory", progress) as batches:
         for batch in batches:
-            maps = patch_features(backbone, batch.images.to(device), autocast_dtype=autocast_dtype)
-            histograms = _histograms(backbone, batch, maps, num_classes)
+            images, masks = batch.images.to(device), batch.masks.to(device)
+            (_, h, w), (height, width) = masks.shape, images.shape[2:]
+            if (h, w) != (height, width):
+                raise InputError(
+                    f"masks of {h} × {w} pixels for training images of {height} × {width}: "
+                    "retrieval needs a loader that resizes both alike"
+                )
+            maps = patch_features(backbone, images, autocast_dtype=autocast_dtype)
+            H, W = maps.shape[2:]
+            padded = padded_size(backbone, (height, width))
+            patch = padded[0] // H, padded[1] // W
+            histograms = patch_histograms(masks, (H, W), patch, num_classes).cpu()
             rows, keys = [], []
             for place, (of_image, index) in enumerate(zip(histograms, batch.indices.tolist(), strict=True)):
                 quota = None
                 if memory_size is not None:  # quotas of all images add up to the memory's size
                     rank = index if places is None else bisect_left(places, index)
-                    quota = (rank + 1) * memory_size // images - rank * memory_size // images
+                    quota = (rank + 1) * memory_size // number - rank * memory_size // number
                 patches = sample_patches(of_image, quota, (seed, index))
                 rows.append(place * len(of_image) + patches)
                 keys.append(index * PATCHES + patches)
@@ -243,16 +236,10 @@ def check_search(neighbours: int, temperature: float, search: Search) -> None:
 def patch_histograms(
     masks: Tensor, grid: tuple[int, int], patch: tuple[int, int], num_classes: int
 ) -> Tensor:
-    """Count the pixels of each class in each patch.
+    """Count the pixels of each class in each patch, [B, H · W, C] int16.
 
-    Args:
-        masks: [B, h, w], integers; 255 is ignored, as is what a patch has beyond the mask.
-        grid: (H, W), rows and columns of patches.
-        patch: height and width of a patch in pixels.
-        num_classes: C.
-
-    Returns:
-        [B, H · W, C] int16.
+    In masks [B, h, w] 255 is ignored, as is what a patch has beyond the mask. There is a `grid` of (H, W)
+    patches, each of (height, width) pixels.
     """
     (H, W), (height, width) = grid, patch
     below, beside = H * height - masks.shape[1], W * width - masks.shape[2]
@@ -283,20 +270,6 @@ def sample_patches(histograms: Tensor, number: int | None, seed: tuple[int, ...]
     scores = (held * frequency).sum(1)[annotated]
     uniform = torch.from_numpy(np.random.default_rng(seed).random(len(annotated)))
     return annotated[(scores * uniform).argsort()[:number]].sort().values
-
-
-def _histograms(backbone: nn.Module, batch: MaskedBatch, maps: Tensor, num_classes: int) -> Tensor:
-    """Return histograms [B, H · W, C] of the patches of `maps` [B, D, H, W], on the CPU."""
-    (height, width), (mask_height, mask_width) = batch.images.shape[2:], batch.masks.shape[1:]
-    if (mask_height, mask_width) != (height, width):
-        raise InputError(
-            f"masks of {mask_height} × {mask_width} pixels for training images of {height} × {width}: "
-            "retrieval needs a loader that resizes both alike"
-        )
-    H, W = maps.shape[2:]
-    padded = padded_size(backbone, (height, width))
-    patch = padded[0] // H, padded[1] // W
-    return patch_histograms(batch.masks.to(maps.device), (H, W), patch, num_classes).cpu()
 
 
 def _faiss_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]:
