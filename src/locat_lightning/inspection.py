@@ -1,4 +1,7 @@
-"""Look at what a backbone does with images: Gaussian kernels, attention of [CLS], principal components."""
+"""Look at what a backbone does with images: Gaussian kernels, attention of [CLS], principal components.
+
+Images are [B, 3, height, width], normalised; for kernels they are padded to whole patches.
+"""
 
 import math
 from collections.abc import Iterable
@@ -27,13 +30,8 @@ class Call(NamedTuple):
 def observe(backbone: nn.Module, images: Tensor, modules: Iterable[nn.Module]) -> list[Call]:
     """Run a backbone in evaluation mode and record the calls of some of its modules, in their order.
 
-    The backbone is left as it was, hooks and training flags included. A compiled one runs uncompiled here, so
-    that its hooks are called.
-
-    Args:
-        backbone: a model of images.
-        images: [B, 3, height, width], normalised.
-        modules: parts of the backbone, or the backbone itself.
+    The backbone, which may be one of these modules, is left as it was, hooks and training flags included. A
+    compiled one runs uncompiled here, so that its hooks are called.
     """
     calls: list[Call] = []
 
@@ -53,12 +51,9 @@ def observe(backbone: nn.Module, images: Tensor, modules: Iterable[nn.Module]) -
 def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     """Compute the kernels S of each block with GAug, averaged over the heads.
 
-    Args:
-        backbone: a timm Vision Transformer; other models, and those with windows, have no kernels.
-        images: [B, 3, height, width], normalised; padded to whole patches.
-
     Returns:
         For each block [B, H·W, H, W] float32: what each patch (row by row) adds to its logit for each patch.
+        Models that are no Vision Transformer, and those with windows, have no kernels.
     """
     gaugs = [layer.gaug for layer in backbone.modules() if isinstance(layer, GaussianSelfAttention)]
     calls = observe(backbone, padded(backbone, images), gaugs) if gaugs else []
@@ -72,12 +67,8 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, float]]:
     """Compute the mean variance and mean alpha of each block, over images, heads, patches and directions.
 
-    Args:
-        backbone: a timm model; one without GAug has no widths.
-        images: [B, 3, height, width], normalised; padded to whole patches.
-
     Returns:
-        (variance in squared patches, alpha), from the first block to the last.
+        (variance in squared patches, alpha), from the first block with GAug to the last.
     """
     gaugs = [module for module in backbone.modules() if isinstance(module, GaussianAugmentation)]
     calls = observe(backbone, padded(backbone, images), gaugs) if gaugs else []
@@ -91,10 +82,6 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
 
 def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     """Compute the attention of [CLS] to the patches in the last block: its row of the softmax.
-
-    Args:
-        backbone: a timm model.
-        images: [B, 3, height, width], normalised.
 
     Returns:
         [B, h, H, W] float32; None if the model is no Vision Transformer or has no [CLS].
@@ -120,12 +107,9 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
 def pca_colours(features: Tensor) -> Tensor:
     """Show the first three principal components of all patches together as red, green and blue.
 
-    Each component fills its channel from its 1st to its 99th percentile. Its sign is chosen so that the third
-    moment is positive: few patches are bright and many dark. A component that does not vary is 0.5
-    everywhere, and so are all components of features that are not finite.
-
-    Args:
-        features: [B, D, H, W] of one model, as `evaluation.dense.patch_features` gives them.
+    Each component of features [B, D, H, W] fills its channel from its 1st to its 99th percentile. Its sign is
+    chosen so that the third moment is positive: few patches are bright and many dark. A component that does
+    not vary is 0.5 everywhere, and so are all components of features that are not finite.
 
     Returns:
         [B, 3, H, W] float32 on the CPU, from 0 to 1.

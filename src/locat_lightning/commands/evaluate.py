@@ -18,24 +18,9 @@ from torch import nn
 from locat.runs import claim, write_json
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
+from locat_lightning.commands import parsing
 from locat_lightning.commands.defaults import of_images
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.parsing import (
-    ConfigByName,
-    add_weights_options,
-    check_processes,
-    check_root,
-    check_weights,
-    check_writable,
-    command_parser,
-    decisive_options,
-    exported_config,
-    find_config,
-    local_dir,
-    mixed_precision,
-    parse,
-    record_of_run,
-)
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
@@ -67,12 +52,12 @@ class Measurement(NamedTuple):
     metrics: dict[str, float]
 
 
-class ConfigOfImages(ConfigByName):
+class ConfigOfImages(parsing.ConfigByName):
     """`--config` takes options of the command, or a config of `locat fit`, of which the images count."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Parse the config that `values` names."""
-        data = yaml.safe_load(Path(find_config(str(values))).read_text()).get("data")
+        data = yaml.safe_load(Path(parsing.find_config(str(values))).read_text()).get("data")
         if not (isinstance(data, dict) and "class_path" in data):
             super().__call__(parser, cfg, values, option_string)
             return
@@ -86,21 +71,21 @@ def main(arguments: list[str]) -> None:
     """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
     command, *arguments = arguments
     parser = _parser(command)
-    given = decisive_options(arguments)
+    given = parsing.decisive_options(arguments)
     if given.weights is not None:
-        check_weights(given.weights)
+        parsing.check_weights(given.weights)
         parser.set_defaults(_defaults(command, given.weights))
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
-    config = parse(parser, arguments)
-    config.weights = local_dir(config.weights)
-    check_root(given, config.data.get("dataset"))
+    config = parsing.parse(parser, arguments)
+    config.weights = parsing.local_dir(config.weights)
+    parsing.check_root(given, config.data.get("dataset"))
     autocast_type(config.precision)  # a mistake shows before anything is read
     directory = Path(config.runs) / (config.name or f"{_name_of(config.weights)}_{command}")
-    check_writable("--runs", directory)
+    parsing.check_writable("--runs", directory)
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
-        check_processes(fabric.world_size)
+        parsing.check_processes(fabric.world_size)
     data: ImageData | SegmentationData = parser.instantiate_classes(config).data
     data.setup("fit")
 
@@ -128,10 +113,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser(command: str) -> ArgumentParser:
-    parser = command_parser(command, DESCRIPTIONS[command])
+    parser = parsing.command_parser(command, DESCRIPTIONS[command])
     add = parser.add_argument
     add("-c", "--config", action=ConfigOfImages, help="any of these options, or a config of locat fit")
-    add_weights_options(parser)
+    parsing.add_weights_options(parser)
     if command == "retrieve":
         parser.add_class_arguments(SegmentationData, "data")
         add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
@@ -159,16 +144,16 @@ def _parser(command: str) -> ArgumentParser:
     add("--accelerator", type=str, default="auto", help="as the trainer's")
     add("--devices", type=int | str, default=1, help="as the trainer's")
     add("--strategy", type=str, default="auto", help="as the trainer's")
-    add("--precision", type=str | None, default=mixed_precision(), help="as the trainer's")
+    add("--precision", type=str | None, default=parsing.mixed_precision(), help="as the trainer's")
     add("--seed", type=NonNegativeInt, default=0, help="seed of everything that is drawn")
     return parser
 
 
 def _defaults(command: str, weights: str) -> dict[str, Any]:
     """Return what the weights say of the images that they are for, by option."""
-    if (record := record_of_run(Path(weights))) is not None:
+    if (record := parsing.record_of_run(Path(weights))) is not None:
         return _of_data(command, yaml.safe_load(record.read_text())["data"])
-    if exported := exported_config(weights):
+    if exported := parsing.exported_config(weights):
         images = of_images(exported)
     else:
         images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
@@ -286,6 +271,6 @@ def _features(
 def _name_of(weights: str) -> str:
     """Return a name for the directory: that of the weights' own run, of their file, or of the model."""
     path = Path(weights)
-    if (record := record_of_run(path)) is not None:
+    if (record := parsing.record_of_run(path)) is not None:
         return record.parent.parent.name
     return path.stem if path.is_file() else weights.replace("/", "_").replace(":", "_")

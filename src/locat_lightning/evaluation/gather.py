@@ -20,15 +20,9 @@ def first_process() -> bool:
 def gather_rows(keys: Tensor, *tables: Tensor, device: torch.device) -> list[Tensor]:
     """Join the tables of all processes: one row for each distinct key, ascending.
 
-    All processes call it, and all get the whole. It takes the memory of the result beside that of the parts.
-
-    Args:
-        keys: [n] int64; n differs from process to process, and a key may come more than once.
-        tables: [n, ...] each, of the same type in all processes; on the CPU, as is the result.
-        device: of the process group.
-
-    Returns:
-        The tables, [N, ...] each; without a row if there is no key.
+    Keys are [n] int64, tables [n, ...] of the same type in all processes; n differs from process to process,
+    and a key may come more than once. All are on the CPU, as is the result; `device` is that of the process
+    group. All processes call it, and all get the whole. It takes the memory of the result beside the parts'.
     """
     all_keys = list(parts(keys, device))
     distinct = torch.cat(all_keys).unique()
@@ -47,11 +41,8 @@ def gather_rows(keys: Tensor, *tables: Tensor, device: torch.device) -> list[Ten
 def parts(part: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Yield the part [n, ...] of each process in turn, one at a time and without padding, in CPU memory.
 
-    All processes must call it and exhaust it.
-
-    Args:
-        part: on the CPU; only n differs from process to process, and without rows the rest may, too.
-        device: of the process group.
+    All processes must call it and exhaust it. Only n differs from process to process, and without rows the
+    rest may, too. `device` is that of the process group.
     """
     if not distributed():
         yield part

@@ -77,10 +77,7 @@ def check_classes(num_classes: int) -> None:
 def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> Tensor:
     """Count pixels by their annotated and their predicted class.
 
-    Args:
-        predictions: [..., H, W] classes, of any integer type.
-        annotations: [..., H, W] classes, of any integer type; 255 is ignored.
-        num_classes: C.
+    Classes are [..., H, W], of any integer type; pixels annotated as 255 are ignored.
 
     Returns:
         [C · C + 1] int64: the confusion matrix, with annotated classes as rows, and last the number of pixels

@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbour classification, the protocol of DINO (Caron et al. 2021; Wu et al. 2018)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -97,10 +97,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighb
     The bank is read in chunks. Similarities are taken in groups of eight; only groups whose maximum beats the
     query's k-th best so far are searched: at most k of them can matter, and soon few do.
 
-    Args:
-        bank: [N, D]; need not be normalised, and is not copied.
-        queries: [M, D].
-        k: neighbours, 1 to N.
+    Bank [N, D] and queries [M, D] need not be normalised, and the bank is not copied.
 
     Yields:
         The neighbours of `QUERIES` queries after another, on the device of `bank`.
@@ -172,25 +169,16 @@ def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int) -> Neighbours
 @contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
     """Compute products in full float32 (no autocast, TF32 or bfloat16), whatever else is set."""
-    with torch.autocast(device.type, enabled=False):
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
-            mkldnn: Any = torch.backends.mkldnn
-            backends = (torch.backends.cuda.matmul, mkldnn.matmul)
-            before = [backend.fp32_precision for backend in backends]
-            for backend in backends:
+    cuda, mkldnn = torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn)
+    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
+        if hasattr(cuda, "fp32_precision"):  # torch 2.9
+            for backend in (cuda, mkldnn.matmul):
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
                 backend.fp32_precision = "ieee"
-            try:
-                yield
-            finally:
-                for backend, precision in zip(backends, before, strict=True):
-                    backend.fp32_precision = precision
         else:
-            legacy = torch.get_float32_matmul_precision()
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(legacy)
+        yield
 
 
 def check_same_width(features: Tensor, others: Tensor) -> None:

@@ -22,9 +22,6 @@ def effective_rank(features: Tensor) -> Tensor:
     Returns:
         A float32 scalar on the features' device, from 1 (all alike, or on one line) to min(N - 1, D); NaN if
         a feature is not finite.
-
-    Raises:
-        ValueError: there are no features, or they are not [N, D].
     """
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"features must be [N, D], neither of them 0, not {list(features.shape)}")

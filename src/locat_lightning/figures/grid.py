@@ -35,9 +35,7 @@ class Column(NamedTuple):
 def rgb(images: Tensor, normalisation: Mapping[str, Sequence[float]] | None = None) -> list[np.ndarray]:
     """Turn normalised images [B, 3, H, W] into B images [H, W, 3], float32 from 0 to 1.
 
-    Args:
-        images: normalised.
-        normalisation: `mean` and `std` by channel; None for ImageNet's.
+    Their `mean` and `std` by channel are ImageNet's by default.
     """
     mean, std = (torch.tensor((normalisation or IMAGENET)[name]).view(3, 1, 1) for name in ("mean", "std"))
     shown = (images.detach().float().cpu() * std + mean).clamp(0, 1).movedim(-3, -1)
@@ -52,11 +50,8 @@ def grid(
 ) -> Figure:
     """Draw columns side by side under their titles, and a legend of colours by name below them.
 
-    Args:
-        columns: at least one.
-        images: [H, W, ...] each; its shape gives the tiles of a row theirs.
-        side: shorter side of a tile in pixels; gaps and text follow it.
-        legend: RGB, 0 to 255.
+    The tiles of a row have the shape of its image [H, W, ...], and `side` is their shorter side in pixels,
+    which gaps and text follow.
     """
     gap, line = max(4, side // 20), max(16, side // 11)
     sizes = [[round(length * side / min(image.shape[:2])) for length in image.shape[:2]] for image in images]

@@ -1,4 +1,8 @@
-"""Classes of pixels: over images, and how well they were predicted."""
+"""Classes of pixels: over images, and how well they were predicted.
+
+Images are [height, width, 3], from 0 to 1; classes [H, W], integers in a size of their own, `IGNORE` for
+none; colours [C, 3] uint8, by label.
+"""
 
 from collections.abc import Sequence
 from math import isnan
@@ -21,15 +25,7 @@ COUNTED = 20  # classes whose shares fit into its cells
 
 
 def painted(classes: np.ndarray | Tensor, colours: np.ndarray) -> np.ndarray:
-    """Give each pixel the colour of its class, translucent; none to pixels without a class.
-
-    Args:
-        classes: [H, W] integers; `IGNORE` for none.
-        colours: [C, 3] uint8, by label.
-
-    Returns:
-        [H, W, 4] uint8, RGBA.
-    """
+    """Give each pixel the colour of its class, translucent: [H, W, 4] uint8, RGBA."""
     labels = np.asarray(classes)
     opacity = np.where(labels == IGNORE, 0, round(255 * OPACITY))
     return np.dstack([colours[np.where(labels == IGNORE, 0, labels)], opacity]).astype(np.uint8)
@@ -38,7 +34,7 @@ def painted(classes: np.ndarray | Tensor, colours: np.ndarray) -> np.ndarray:
 def class_column(
     title: str, images: Sequence[np.ndarray], classes: Sequence[np.ndarray | Tensor], colours: np.ndarray
 ) -> Column:
-    """Show classes [H, W], each in a size of its own, over grey images [height, width, 3] from 0 to 1."""
+    """Show classes over grey images."""
 
     def draw(axes: Axes, row: int, box: Box) -> None:
         show_grey(axes, images[row], box)
@@ -67,14 +63,8 @@ def segmentation_figure(
 ) -> Figure:
     """Draw a row for each image: input, annotation, prediction, GAug's kernels; and a legend below.
 
-    Args:
-        images: [height, width, 3] each, from 0 to 1.
-        masks: [H, W] each, in a size of its own; `IGNORE` where not annotated.
-        predictions: of each mask's size.
-        class_names: by label.
-        colours: [C, 3] uint8, by label.
-        kernels: of each block, [H·W, H, W] for each image; empty for a model without.
-        side: shorter side of a tile in pixels.
+    Predictions have each mask's size; kernels are those of `kernel_columns`, none for a model without. `side`
+    is the shorter side of a tile in pixels.
     """
     columns = [
         image_column("input", images),
@@ -86,7 +76,7 @@ def segmentation_figure(
 
 
 def iou_figure(iou: IoU, class_names: Sequence[str], colours: np.ndarray, *, title: str) -> Figure:
-    """Draw IoU by class as bars in `colours` [C, 3] uint8, by label, below the mean and `title`."""
+    """Draw IoU by class as bars, below the mean and `title`."""
     values, names = iou.per_class.float().cpu().numpy(), Names(class_names)
     rows = min(ROWS_OF_BARS, len(values))
     parts = -(-len(values) // rows)

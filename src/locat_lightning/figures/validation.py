@@ -67,9 +67,7 @@ def kernel_columns(
 ) -> list[Column]:
     """Show the kernels of three patches in the first, the middle and the last block, over the images.
 
-    Args:
-        images: [height, width, 3] each, from 0 to 1.
-        kernels: of each block, [H·W, H, W] for each image; each column has its own scale.
+    There are kernels [H·W, H, W] for each image of each block; each column has its own scale.
     """
     depths = {0, (len(kernels) - 1) // 2, len(kernels) - 1} if kernels else set()
     return [_kernel_column(f"kernels, block {block}", images, kernels[block]) for block in sorted(depths)]

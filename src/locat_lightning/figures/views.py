@@ -11,9 +11,7 @@ from locat_lightning.figures.grid import grid, image_column, rgb
 def views_figure(views: Sequence[Tensor], *, side: int = 192) -> Figure:
     """Draw a row for each image and a column for each of its views: the global ones, then the local ones.
 
-    Args:
-        views: of each size [V, B, 3, H, W], normalised by ImageNet's mean and deviation.
-        side: of each view in pixels.
+    Views of each size are [V, B, 3, H, W], normalised by ImageNet's mean and deviation.
     """
     columns = [
         image_column(f"{kind} {number}", rgb(crops), f"{crops.shape[-1]} px")
