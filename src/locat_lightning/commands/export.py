@@ -8,11 +8,10 @@ from typing import Any
 import timm
 import torch
 import yaml
+from jinja2 import Template
 from jsonargparse import ArgumentParser
 from timm.data import resolve_model_data_config
 from timm.models import get_model_input_config
-from timm.models._hub import generate_readme
-from torch import nn
 
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format, write_model
@@ -22,6 +21,7 @@ from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import (
     add_weights_options,
     check_weights,
+    check_writable,
     command_parser,
     local_dir,
     parse,
@@ -35,30 +35,7 @@ DESCRIPTION = (
     "self-supervised run the teacher's backbone, for a segmentation the backbone. What was written is loaded "
     "again, and its outputs are compared"
 )
-CITATION = """@inproceedings{locatvit2026,
-  title     = {Locality-Attending Vision Transformer},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2026},
-  note      = {arXiv:2603.04892}
-}"""
-USAGE = {
-    "timm": """import timm
-import locat_lightning  # registers the LocAt models
-
-model = timm.create_model("local-dir:DIR", pretrained=True).eval()  # hf-hub:NAME, once it is there""",
-    "onnx": """from onnxruntime import InferenceSession
-
-session = InferenceSession("DIR/model.onnx")
-(output,) = session.run(None, {"images": images})  # float32 [batch, *IMAGE]""",
-    "torchscript": """import torch
-
-model = torch.jit.load("DIR/model.pt")
-output = model(images)  # [batch, *IMAGE]""",
-    "export": """import torch
-
-model = torch.export.load("DIR/model.pt2").module()
-output = model(images)  # [batch, *IMAGE]""",
-}
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # What of a run's config is its recipe, besides the model's own options.
 OF_TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 OF_DATA = (
@@ -83,40 +60,31 @@ def main(arguments: list[str]) -> None:
     to = Path(config.to)
     _check_target(to, config.overwrite)
     network: Role = "student" if config.student else "teacher"
-    read = read_checkpoint(config.weights) if Path(config.weights).is_file() else None
-    model = load_backbone(
-        config.weights, config.backbone, config.backbone_args, network=network, classifier=True, contents=read
-    )
-    of_timm: Any = model
-    contents = read or {}
+    contents = read_checkpoint(config.weights) if Path(config.weights).is_file() else {}
+    options: dict[str, Any] = {"network": network, "classifier": True, "contents": contents or None}
+    model: Any = load_backbone(config.weights, config.backbone, config.backbone_args, **options)
     weights = contents.get(DECODER_OF, {}).get("weights", config.weights)  # of a decoder, its frozen backbone
-    what = _what(model, contents, network)
     if Path(weights).is_file():  # what timm notes of the weights that it has under this name
         noted = ("license", "tag", "notes", "origin_url", "paper_ids", "paper_name")
-        of_timm.pretrained_cfg = {k: v for k, v in of_timm.pretrained_cfg.items() if k not in noted}
+        model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in noted}
     record = record_of_run(Path(weights))
     run = yaml.safe_load(record.read_text()) if record else {}
-    with _beside(to) as name:
+    names = contents.get("hyper_parameters", {}).get("class_names") or []
+    classes = names if len(names) == model.num_classes else None
+    what, images = _what(model, contents, network), _images(run)
+    above = next(folder for folder in to.absolute().parents if folder.is_dir())
+    with TemporaryDirectory(prefix=".locat-export-", dir=above) as name:  # on the same disk
         directory = Path(name)
-        names = contents.get("hyper_parameters", {}).get("class_names") or []
-        written = write_model(
-            model,
-            directory,
-            config.format,
-            classes=names if len(names) == of_timm.num_classes else None,
-            images=_images(run),
-        )
-        card = _card(model, config.format, what, Path(weights), run)
+        difference = write_model(model, directory, config.format, classes=classes, images=images)
         readme = directory / "README.md"
-        task = "image-classification" if of_timm.num_classes else "image-feature-extraction"
-        readme.write_text(generate_readme(card, to.absolute().name, task), encoding="utf-8")
+        readme.write_text(_card(model, to, config.format, what, Path(weights), run), encoding="utf-8")
         files = sorted(directory.iterdir())
         to.mkdir(parents=True, exist_ok=True)
         for file in files:
             file.chmod(readme.stat().st_mode)  # safetensors keeps its files to their owner
         for file in files:
             file.replace(to / file.name)
-    same = f"differ by {written:.1g} of the largest" if written else "are the same as before"
+    same = f"differ by {difference:.1g} of the largest" if difference else "are the same as before"
     print(f"{what} -> {to}: {', '.join(file.name for file in files)}\nread again: its outputs {same}")
 
 
@@ -142,30 +110,20 @@ def _check_target(to: Path, overwrite: bool) -> None:
         raise InputError(f"--to: {to} is a file: give a folder")
     if to.is_dir() and any(to.iterdir()) and not overwrite:
         raise InputError(f"--to: {to} is not empty: give another folder, or add --overwrite")
+    check_writable("--to", to.absolute().parent)
 
 
-def _beside(to: Path) -> "TemporaryDirectory[str]":
-    """Create a folder on the same disk, from which finished files are moved."""
-    existing = next(folder for folder in (to, *to.absolute().parents) if folder.is_dir())
-    if existing == to:
-        existing = to.absolute().parent
-    try:
-        return TemporaryDirectory(prefix=".locat-export-", dir=existing)
-    except OSError as error:
-        raise InputError(f"--to: {existing} cannot be written to ({error.strerror})") from error
-
-
-def _what(model: nn.Module, contents: dict[str, Any], network: Role) -> str:
+def _what(model: Any, contents: dict[str, Any], network: Role) -> str:
     """Return what is exported, in words."""
-    state = contents.get("state_dict") or contents
-    if DECODER_OF in contents:
-        return "the frozen backbone of a segmentation (its decoder stays behind)"
-    if isinstance(state, dict) and any(name.startswith("decoder.") for name in state):
-        return "the backbone of a segmentation (its decoder stays behind)"
-    if isinstance(state, dict) and any("teacher" in name for name in (*state, *contents)):
+    names = [*contents, *contents.get("state_dict", ())]
+    if any(name.startswith("decoder.") for name in names):
+        frozen = "frozen " if DECODER_OF in contents else ""
+        return f"the {frozen}backbone of a segmentation (its decoder stays behind)"
+    if any("teacher" in name for name in names):
         return f"the {network}'s backbone"
-    classes = getattr(model, "num_classes", 0)
-    return f"a model with {classes} classes" if classes else "a backbone without classifier"
+    return (
+        f"a model with {model.num_classes} classes" if model.num_classes else "a backbone without classifier"
+    )
 
 
 def _images(run: dict[str, Any]) -> dict[str, Any]:
@@ -175,50 +133,37 @@ def _images(run: dict[str, Any]) -> dict[str, Any]:
     return {names[key]: data[key] for key in names if data.get(key) is not None}
 
 
-def _card(model: nn.Module, form: Format, what: str, weights: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Return what timm's `generate_readme` makes a model card of."""
-    of_timm: Any = model
-    images = resolve_model_data_config(model) | _images(run)
-    size = list(get_model_input_config(model)["input_size"])
-    details: dict[str, Any] = {
-        "Architecture": architecture_of(model),
-        "Parameters": f"{count_parameters(model)[0]:,}",
-        "What": f"{what}; from {weights.name if weights.is_file() else weights}",
-        "Images": {
-            "channels, height, width": size,
-            **{key: images[key] for key in ("mean", "std", "crop_pct", "interpolation")},
-        },
-    }
-    if form != "timm":
-        details["File"] = f"{FILES[form]}, any number of images of this size"
-        details["Written by"] = f"torch {torch.__version__}, timm {timm.__version__}"
-    if form == "onnx":
-        details["Opset"] = OPSET
-    if run:
-        details |= _of_run(run, weights)
-    return {
-        "tags": ["timm", "locat-lightning"],
-        "license": of_timm.pretrained_cfg.get("license") or "unknown",
-        "description": f"{what.capitalize()}, written by locat-lightning.",
-        "details": details,
-        "usage": f"```python\n{USAGE[form].replace('*IMAGE', ', '.join(map(str, size)))}\n```",
-        "citation": CITATION,
-    }
+def _card(model: Any, to: Path, form: Format, what: str, weights: Path, run: dict[str, Any]) -> str:
+    """Return the model card, without any path of the machine."""
+    template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
+    card: str = template.render(
+        name=to.absolute().name,
+        model=model,
+        what=what,
+        format=form,
+        architecture=architecture_of(model),
+        parameters=count_parameters(model)[0],
+        source=weights.name if weights.is_file() else weights,
+        size=list(get_model_input_config(model)["input_size"]),
+        images=resolve_model_data_config(model) | _images(run),
+        file=FILES[form],
+        opset=OPSET,
+        versions=f"torch {torch.__version__}, timm {timm.__version__}",
+        of_run=_of_run(run, weights) if run else {},
+    )
+    return f"{card}\n"
 
 
-def _of_run(run: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Return data, recipe and metrics of a run, without any path of the machine."""
-    model, data = run["model"], run["data"]
+def _of_run(run: dict[str, Any], weights: Path) -> dict[str, dict[str, Any]]:
+    """Return data, recipe and metrics of a run."""
+    data, model, start = run["data"]["init_args"], run["model"], run.get("weights")
+    told = {key: data.get(key) for key in OF_DATA} | {
+        "folder": Path(data["root"]).name if data.get("root") else None
+    }
     recipe = {"task": model["class_path"].rpartition(".")[2], **model["init_args"]}
     recipe |= {key: run.get("trainer", {}).get(key) for key in OF_TRAINER}
-    told = {key: data["init_args"].get(key) for key in OF_DATA}
-    if (root := data["init_args"].get("root")) is not None:
-        told["folder"] = Path(root).name
-    for key in ("class_names", "backbone_weights"):
-        recipe.pop(key, None)
-    recipe["seed"] = run.get("seed_everything")
-    if (start := run.get("weights")) is not None:
-        recipe["started from"] = Path(start).name if Path(start).suffix else start
+    recipe |= {"seed": run.get("seed_everything"), "class_names": None, "backbone_weights": None}
+    recipe["started from"] = Path(start).name if start and Path(start).suffix else start
     file = weights.parent.parent / "metrics.json"
     metrics = json.loads(file.read_text()) if file.is_file() else {"none": "the run was not finished"}
     return {

@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_images
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.functional import normalize, to_tensor
 
 from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.backbones.locate import architecture_of
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
             local_dir(config.model), config.backbone, config.backbone_args, network=network, classifier=True
         )
     trained = not of_name and config.model != RANDOM
-    found = measure(model.to(device), device, batch_size=config.batch_size, trained=trained)
+    found = _measure(model.to(device), device, config.batch_size, trained=trained)
     print(json.dumps(found, indent=2)) if config.json else _show(config.model, found)
 
 
@@ -67,9 +68,7 @@ def _parser() -> ArgumentParser:
     parser = command_parser("info", DESCRIPTION)
     add = parser.add_argument
     add(
-        "model",
-        type=str,
-        help="timm's name of a model (without weights), or weights, as --weights elsewhere",
+        "model", type=str, help="timm's name of a model (without weights), or weights, as --weights elsewhere"
     )
     add_backbone_options(parser)
     add("--batch_size", type=PositiveInt, default=16, help="images at once, for the throughput")
@@ -78,27 +77,19 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def measure(
-    model: nn.Module, device: torch.device, *, batch_size: int = 16, trained: bool = False
-) -> dict[str, Any]:
-    """Measure what a timm model costs for images of its size.
-
-    Args:
-        model: on the device.
-        device: to compute on.
-        batch_size: of the throughput.
-        trained: whether to measure the kernels.
+def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained: bool) -> dict[str, Any]:
+    """Measure what a timm model on a device costs for images of its size, and its kernels if it is trained.
 
     Returns:
-        `architecture`, `parameters` and `gaug_parameters`; `image_size` (C, height, width) and `grid` (rows,
-        columns); `multiply_adds` and `activation_bytes` of an image; `images_per_second`, with `batch_size`,
-        `device` and `precision`; `kernels`: mean `width` (standard deviation in patches) and `alpha` of each
-        block, if there are any and they are trained.
+        `multiply_adds` and `activation_bytes` of an image; `images_per_second`; `grid`, rows and columns of
+        patches; `kernels`, mean `width` (standard deviation in patches) and `alpha` of each block; and more.
     """
     size = tuple(get_model_input_config(model)["input_size"])
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
     precision = mixed_precision() if device.type == "cuda" else None
     parameters, of_gaug = count_parameters(model)
+    threads = torch.get_num_threads()
+    of_cpu = f"{device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
     widths = kernel_widths(model, _photographs(model, size).to(device)) if trained else []
     return {
         "architecture": architecture_of(model),
@@ -112,7 +103,7 @@ def measure(
             model, image.expand(batch_size, -1, -1, -1), autocast_dtype=autocast_type(precision)
         ),
         "batch_size": batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else of_cpu,
         "precision": precision or "32-true",
         "kernels": [{"width": math.sqrt(variance), "alpha": alpha} for variance, alpha in widths],
     }
@@ -127,28 +118,18 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _cpu(device: torch.device) -> str:
-    threads = torch.get_num_threads()
-    return f"{device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
-
-
 def _grid(model: nn.Module, size: tuple[int, ...]) -> tuple[int, int] | None:
     """Return rows and columns of patches; of a hierarchical model, in its last stage."""
-    info = getattr(model, "feature_info", None)
-    if not info:
+    if not (stages := getattr(model, "feature_info", None)):
         return None
-    reduction = info[-1]["reduction"]
-    return math.ceil(size[1] / reduction), math.ceil(size[2] / reduction)
+    return math.ceil(size[1] / stages[-1]["reduction"]), math.ceil(size[2] / stages[-1]["reduction"])
 
 
-def _photographs(model: nn.Module, size: tuple[int, ...]) -> Tensor:
+def _photographs(model: Any, size: tuple[int, ...]) -> Tensor:
     """Return scikit-learn's two photographs [2, C, height, width], as a model takes its images."""
-    of_timm: Any = model
-    pixels = torch.stack([torch.from_numpy(image.copy()) for image in load_sample_images().images])
-    images = pixels.permute(0, 3, 1, 2).float() / 255
-    images = F.interpolate(images, size[1:], mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(of_timm.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    images = (images - mean) / std
+    pixels = torch.stack([to_tensor(image.copy()) for image in load_sample_images().images])
+    pixels = F.interpolate(pixels, size[1:], mode="bicubic", antialias=True)
+    images: Tensor = normalize(pixels, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     return images if size[0] == 3 else images.mean(1, keepdim=True).expand(-1, size[0], -1, -1)
 
 
