@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from locat_lightning.data.class_lists import distinct_colours, known_classes, named_classes, read_classes
+from locat_lightning.data.class_lists import KNOWN, distinct_colours, named_classes, read_classes
 from locat_lightning.errors import InputError
 
 
@@ -16,7 +16,7 @@ from locat_lightning.errors import InputError
     ],
 )
 def test_the_classes_of_known_data_sets(dataset, count, first, last):
-    names, colours = known_classes(dataset)
+    names, colours = read_classes(KNOWN / f"{dataset}.csv")
     assert len(names) == len(set(names)) == count
     assert (colours.shape, colours.dtype) == ((count, 3), np.uint8)
     assert (names[0], tuple(colours[0])) == first

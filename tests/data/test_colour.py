@@ -175,7 +175,7 @@ def test_gathered_as_on_a_gpu_equals_one_by_one(size):
 
 def test_neutral_parameters_only_normalise():
     crops = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    x = C.apply_colour(crops, torch.tensor([C.NEUTRAL] * 2), (0.0, 0.0, 0.5), (1.0, 0.5, 1.0))
-    shades = crops[:, 0] / 255
-    expected = torch.stack([shades, shades * 2, shades - 0.5], dim=1)
+    x = C.apply_colour(crops, torch.tensor([C.NEUTRAL] * 2))
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
+    expected = (crops / 255 - mean) / std
     torch.testing.assert_close(x, expected, atol=1e-6, rtol=0)

@@ -1,24 +1,25 @@
 import colorsys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.v2.functional import resize, to_image
-from torchvision.tv_tensors import Image as TvImage
-from torchvision.tv_tensors import Mask
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from locat_lightning.data.mask_transforms import (
-    PhotometricDistortion,
-    Resize,
-    VariedCrop,
+    DISTORTION,
+    distort_colours,
     fitted_size,
     is_varied,
     joint_augmentation,
     joint_evaluation,
     scale_saturation,
+    varied_crop,
 )
+
+PLAIN = {"normalisation": {"mean": (0, 0, 0), "std": (1, 1, 1)}}
 
 
 def noise(height, width, seed=0):
@@ -26,7 +27,7 @@ def noise(height, width, seed=0):
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(256, size=(6, 8, 3), dtype=np.uint8)).resize((width, height))
     mask = np.kron(rng.integers(5, size=(4, 4)), np.ones((height // 4, width // 4))).astype(np.uint8)
-    return to_image(image), Mask(mask)
+    return pil_to_tensor(image), torch.from_numpy(mask)
 
 
 def resized(image, width, height):
@@ -37,14 +38,12 @@ def resized(image, width, height):
 
 
 def resized_mask(mask, width, height):
-    whole = mask.as_subclass(torch.Tensor)[None, None]
-    return F.interpolate(whole, (height, width), mode="nearest-exact")[0, 0]
+    return F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
 
 
 def augmentation(**options):
     plain = {"crop_size": 32, "scale": (96, 64), "ratio": (1, 1), "cat_max_ratio": 1, "hflip": 0}
-    colours = {"distortion": False, "mean": (0, 0, 0), "std": (1, 1, 1)}
-    transform = joint_augmentation(**(plain | colours | options))
+    transform = partial(joint_augmentation, **(plain | {"distortion": False} | PLAIN | options))
 
     def augment(image, mask, seed=0):
         torch.manual_seed(seed)
@@ -70,9 +69,8 @@ def test_an_image_fits_within_the_scale(size, scale, expected):
 
 def test_evaluation_resizes_the_image_alone():
     image, mask = noise(48, 80)
-    pixels, same = joint_evaluation(Resize((100, 36), with_mask=False), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))(
-        image, mask
-    )
+    normalisation = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0)}
+    pixels, same = joint_evaluation(image, mask, scale=(100, 36), normalisation=normalisation)
     assert (type(pixels), pixels.shape, pixels.dtype) == (torch.Tensor, (3, 36, 60), torch.float32)
     assert torch.equal(same, mask)
     expected = (resize(image, [36, 60]).permute(1, 2, 0).numpy() / 255 - 0.5) / np.array([0.25, 0.5, 1.0])
@@ -105,21 +103,23 @@ def test_the_ratio_is_between_its_limits():
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_a_square_whatever_the_shape(with_mask):
     image, mask = noise(64, 96)
-    resize_to = Resize((40, 40), keep_ratio=False, with_mask=with_mask)
-    pixels, classes = joint_evaluation(resize_to, (0, 0, 0), (1, 1, 1))(image, mask)
-    torch.testing.assert_close(pixels, resize(image, [40, 40]).as_subclass(torch.Tensor) / 255)
+    options = {"scale": (40, 40), "keep_ratio": False, "with_mask": with_mask}
+    pixels, classes = joint_evaluation(image, mask, **options, **PLAIN)
+    torch.testing.assert_close(pixels, resize(image, [40, 40]) / 255)
     assert torch.equal(classes, resized_mask(mask, 40, 40) if with_mask else mask)
 
 
 def test_pillow_resizes_alike():
     image, mask = noise(64, 96)
-    pixels, _ = joint_evaluation(Resize((60, 40), with_mask=False), (0, 0, 0), (1, 1, 1))(image, mask)
+    pixels, _ = joint_evaluation(image, mask, scale=(60, 40), **PLAIN)
     torch.testing.assert_close(pixels, resized(image, 60, 40), atol=1.01 / 255, rtol=0)
 
 
 def test_what_is_smaller_is_padded_after_it_is_normalised():
     image, mask = noise(64, 96)
-    pixels, classes = augmentation(ratio=(0.25, 0.25), mean=(2, 2, 2))(image, mask)
+    pixels, classes = augmentation(ratio=(0.25, 0.25), normalisation={"mean": (2, 2, 2), "std": (1, 1, 1)})(
+        image, mask
+    )
     assert pixels.shape == (3, 32, 32)
     assert classes.shape == (32, 32)
     padding = torch.ones(32, 32, dtype=torch.bool)
@@ -195,7 +195,7 @@ def test_a_crop_is_drawn_until_it_is_varied_and_no_more_than_eleven_times():
     draws = []
     for seed in range(60):
         torch.manual_seed(seed)
-        crop = VariedCrop(8, 0.75)(Mask(mask))
+        crop = mask[varied_crop(torch.from_numpy(mask), 8, 0.75)]
         state = torch.get_rng_state()
         torch.manual_seed(seed)
         expected, count = reference(0.75)
@@ -205,7 +205,7 @@ def test_a_crop_is_drawn_until_it_is_varied_and_no_more_than_eleven_times():
     assert {1, 11} < set(draws)
 
     torch.manual_seed(0)
-    VariedCrop(8, 1)(Mask(np.zeros((40, 50), np.uint8)))
+    varied_crop(torch.zeros(40, 50, dtype=torch.uint8), 8, 1)
     state = torch.get_rng_state()
     torch.manual_seed(0)
     torch.randint(33, ()), torch.randint(43, ())  # one crop: a row and a column
@@ -246,13 +246,12 @@ def distorted(pixel, brightness, contrast, saturation, hue, contrast_first):
 
 def test_the_distortion_is_that_of_mmsegmentation():
     start = torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(0))
-    transform = PhotometricDistortion()
     seen = set()
     for seed in range(60):
         torch.manual_seed(seed)
-        pixels, _ = transform(TvImage(start.clone()), Mask(torch.zeros(2, 3, dtype=torch.uint8)))
+        distort_colours(pixels := start.clone())
         torch.manual_seed(seed)
-        params = transform.make_params([start])
+        params = DISTORTION.make_params([start])
         draws = [params[f"{name}_factor"] for name in ("brightness", "contrast", "saturation", "hue")]
         seen.add((*(draw is None for draw in draws), params["contrast_before"]))
         for y in range(2):
@@ -264,7 +263,7 @@ def test_the_distortion_is_that_of_mmsegmentation():
 
 def test_the_ranges_of_the_distortion():
     torch.manual_seed(0)
-    drawn = [PhotometricDistortion().make_params([torch.zeros(3, 1, 1)]) for _ in range(800)]
+    drawn = [DISTORTION.make_params([torch.zeros(3, 1, 1)]) for _ in range(800)]
     limits = {"brightness": (-32 / 255, 32 / 255), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5)}
     for name, (low, high) in (limits | {"hue": (-18 / 180, 18 / 180)}).items():
         values = [each[f"{name}_factor"] for each in drawn if each[f"{name}_factor"] is not None]

@@ -7,7 +7,6 @@ pascal_context,coco_stuff}.py` of github.com/open-mmlab/mmsegmentation).
 
 import csv
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,25 +16,15 @@ from locat_lightning.data.decoding import reason
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
+KNOWN = Path(__file__).parent / "classes"  # a file for each of the well-known data sets
 HEADER = ["name", "red", "green", "blue"]
 
 
 class Classes(NamedTuple):
-    """The classes of a segmentation in the order of their labels.
+    """The classes of a segmentation in the order of their labels."""
 
-    Attributes:
-        names: C of them, each once.
-        colours: uint8 [C, 3], RGB; in some data sets two classes share one.
-    """
-
-    names: list[str]
-    colours: np.ndarray
-
-
-def known_classes(dataset: str) -> Classes:
-    """Return the classes of `ade20k`, `pascal_context` or `coco_stuff`."""
-    with resources.as_file(resources.files("locat_lightning.data") / "classes" / f"{dataset}.csv") as file:
-        return read_classes(file)
+    names: list[str]  # C of them, each once
+    colours: np.ndarray  # uint8 [C, 3], RGB; in some data sets two classes share one
 
 
 def read_classes(file: Path) -> Classes:

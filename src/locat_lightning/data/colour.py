@@ -59,12 +59,7 @@ def draw_colour(rng: np.random.Generator, blur: Sequence[float], solarize: Seque
     return torch.from_numpy(parameters)
 
 
-def apply_colour(
-    crops: Tensor,
-    parameters: Tensor,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> Tensor:
+def apply_colour(crops: Tensor, parameters: Tensor) -> Tensor:
     """Jitter, grayscale, blur, solarize and normalise crops, each by its own parameters.
 
     Every operation runs only for the crops that need it. On a GPU those with the same operation at the same
@@ -74,16 +69,15 @@ def apply_colour(
     Args:
         crops: uint8 [N, 3, S, S] on any device.
         parameters: float32 [N, 8] on the CPU, from `draw_colour`.
-        mean: of the three channels, from 0 to 1, subtracted at the end.
-        std: of the three channels, by which the result is divided.
 
     Returns:
         float32 [N, 3, S, S] on the crops' device. Unlike PIL, nothing rounds to 1/255 between operations.
     """
     augment = _augment_one_by_one if crops.device.type == "cpu" else _augment_together
-    channels = _beside(crops, torch.tensor([mean, std]))[..., None, None]
+    normalisation = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
+    mean, std = _beside(crops, normalisation)[..., None, None]
     with torch.autocast(crops.device.type, enabled=False):  # a blur in bfloat16 would round to 1/256
-        return augment(crops, parameters, *channels)
+        return augment(crops, parameters, mean, std)
 
 
 def _beside(crops: Tensor, x: Tensor) -> Tensor:

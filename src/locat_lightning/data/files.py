@@ -48,7 +48,7 @@ def labelled_files(folder: Path, class_names: list[str], named_by: str, complete
         raise InputError(
             f"{folder} has classes that {named_by} lacks: {listed(unknown)}; remove or rename them"
         )
-    files = [images_beneath(folder / name) for name in class_names]
+    files = [files_beneath(folder / name) for name in class_names]
     if not any(files):
         raise InputError(f"no images in the class folders of {folder}: {EXTENSIONS}")
     if complete and (empty := [name for name, paths in zip(class_names, files, strict=True) if not paths]):
@@ -61,7 +61,7 @@ def labelled_files(folder: Path, class_names: list[str], named_by: str, complete
 
 def unlabelled_files(folder: Path) -> Files:
     """Find every image beneath a folder."""
-    if not (paths := images_beneath(folder)):
+    if not (paths := files_beneath(folder)):
         raise InputError(f"no images beneath {folder}: {EXTENSIONS}")
     return Files(paths, [-1] * len(paths))
 
@@ -80,13 +80,8 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
 
 
-def images_beneath(folder: Path) -> list[str]:
-    """Return the path of every image beneath a folder, sorted, without hidden files."""
-    return files_beneath(folder, IMG_EXTENSIONS)
-
-
-def files_beneath(folder: Path, endings: tuple[str, ...]) -> list[str]:
-    """Return the path of every file beneath a folder whose name has an ending (given in lower case)."""
+def files_beneath(folder: Path, endings: tuple[str, ...] = IMG_EXTENSIONS) -> list[str]:
+    """Return the images beneath a folder, or files of other endings (in lower case), sorted, not hidden."""
     return sorted(
         os.path.join(parent, name)  # noqa: PTH118 - a Path for each of a million files takes seconds
         for parent, _, names in os.walk(folder, followlinks=True)

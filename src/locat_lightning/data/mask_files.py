@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Source
 from locat_lightning.data.decoding import read_image, reason
-from locat_lightning.data.files import EXTENSIONS, files_beneath, images_beneath, listed
+from locat_lightning.data.files import EXTENSIONS, files_beneath, listed
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -65,7 +66,7 @@ class Layout:
         folder = self._existing(root, self.images, name)
         images: dict[str, str] = {}
         suffix = self.image_suffix.lower()
-        for path in files_beneath(folder, (suffix,)) if suffix else images_beneath(folder):
+        for path in files_beneath(folder, (suffix,) if suffix else IMG_EXTENSIONS):
             if self.images == self.masks and path.lower().endswith(self.mask_suffix.lower()):
                 continue
             stem = path[len(str(folder)) + 1 : -len(suffix) if suffix else path.rindex(".")]

@@ -1,7 +1,7 @@
 """Images with a class for every pixel: a folder of masks, a known data set, or scenes of digits."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,17 +10,16 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_image
-from torchvision.tv_tensors import Mask
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from locat_lightning.data import scenes
 from locat_lightning.data.base import SPLITS, ImageModule, check_span
-from locat_lightning.data.class_lists import Classes, known_classes, named_classes, read_classes
+from locat_lightning.data.class_lists import KNOWN, Classes, named_classes, read_classes
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import Files, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
-from locat_lightning.data.mask_transforms import Resize, joint_augmentation, joint_evaluation
+from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -48,7 +47,7 @@ class MaskedImages(Images):
     """The images of a source and their masks, transformed together."""
 
     def transformed(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
-        made: tuple[Tensor, Tensor] = self.transform(to_image(image), Mask(label))
+        made: tuple[Tensor, Tensor] = self.transform(pil_to_tensor(image), torch.from_numpy(label))
         return made
 
 
@@ -74,15 +73,9 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
     split without annotated pixels. Others are found when an image is read: a mask of another size, in
     colours, or with a value that is not a class.
 
-    The data sets known by name are laid out as mmsegmentation's guide prepares them; root is or holds:
-
-        ade20k          ADEChallengeData2016/{images,annotations}/{training,validation}
-        pascal_context  VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext}, with
-                        ImageSets/SegmentationContext/{train,val}.txt
-        coco_stuff      coco_stuff164k/{images,annotations}/{train2017,val2017}
-
     Args:
-        root: folder of the data set; for `predict`, also any folder of images.
+        root: folder of the data set (those known by name are laid out as mmsegmentation's guide says); for
+            `predict`, also any folder of images.
         dataset: `folder`; `ade20k` (150 classes); `pascal_context` (59); `coco_stuff` (164k images, 171); or
             `digits` (scenes of scikit-learn's handwritten digits, 64 x 64 pixels, which need no root).
         images: folder of the images in root, for `folder`; `{split}` stands for train, and for one of val,
@@ -150,22 +143,29 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         self.reduce_zero_label = dataset in ("ade20k", "pascal_context") if known else reduce_zero_label
         self.crop_size = crop_size
         self.eval_batch_size = eval_batch_size
-        self.augmentation = joint_augmentation(
-            crop_size, scale, ratio, cat_max_ratio, hflip, distortion, **self.normalisation
+        self.augmentation = partial(
+            joint_augmentation,
+            crop_size=crop_size,
+            scale=scale,
+            ratio=ratio,
+            cat_max_ratio=cat_max_ratio,
+            hflip=hflip,
+            distortion=distortion,
+            normalisation=self.normalisation,
         )
-        self.evaluation = joint_evaluation(Resize(scale, with_mask=False), **self.normalisation)
+        self.evaluation = partial(joint_evaluation, scale=scale, normalisation=self.normalisation)
 
     @cached_property
     def classes(self) -> Classes:
         """Names and colours of the classes in the order of their labels; none if root has images alone."""
+        given = self.given_classes
         if self.dataset == "digits":
             return named_classes(scenes.CLASS_NAMES, scenes.COLOURS)
         if self.dataset in LAYOUTS:
-            return known_classes(self.dataset)
-        given = self.given_classes
+            return read_classes(KNOWN / f"{self.dataset}.csv")
+        if given is None and self._is_unlabelled():
+            return Classes([], np.zeros((0, 3), np.uint8))
         if given is None:
-            if self._is_unlabelled():
-                return Classes([], np.zeros((0, 3), np.uint8))
             raise InputError(
                 f"the classes of {self.root} are not given: set --data.classes to their names in the order "
                 "of their labels, or to a file with a name a line"
@@ -200,8 +200,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             side: height and width in pixels.
         """
         training = split == "train"
-        resize = Resize((side, side), keep_ratio=False, with_mask=training)
-        square = joint_evaluation(resize, **self.normalisation)
+        square = partial(self.evaluation, scale=(side, side), keep_ratio=False, with_mask=training)
         images = MaskedImages(self.source(split), square, self.seed)
         size = self.batch_size if training else self.eval_batch_size
         return self._in_order(images, collate=collate_masks, batch_size=size)

@@ -17,9 +17,6 @@ def end_with_the_run(worker: int) -> None:
     a worker obeys every SIGTERM.
 
     A worker whose run ends while a batch is on its way is silent about it: the run itself reports the reason.
-
-    Args:
-        worker: number of the worker.
     """
     sys.excepthook = _unless_the_receiver_left
     parent = parent_process()
