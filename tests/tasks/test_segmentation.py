@@ -176,7 +176,7 @@ def test_each_file_is_read_once(tmp_path, weights, monkeypatch):
 def test_a_backbone_that_checkpoints_hold_is_known_without_its_digest(
     tmp_path, weights, options, monkeypatch
 ):
-    monkeypatch.setattr("locat_lightning.tasks.frozen._digest", None)
+    monkeypatch.setattr("locat_lightning.tasks.segmentation.reference_to", None)
     fit(tmp_path, task(weights, **options))
 
 

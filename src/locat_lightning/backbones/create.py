@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -16,21 +16,18 @@ from locat_lightning.backbones.weights import (
     RANDOM,
     Role,
     check_source,
+    contents_of,
     load_weights,
     pretrained,
-    read_checkpoint,
     state_for,
 )
 from locat_lightning.errors import InputError, near
-
-WEIGHTS_OF_TIMM = ("pretrained", "checkpoint_path")  # arguments of `timm.create_model` that read weights
 
 
 def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
     """Check that timm knows a model and that it takes these arguments, without memory for its weights.
 
-    Raises:
-        InputError: it does not. Models that cannot be built on the meta device are not checked.
+    Models that cannot be built on the meta device are not checked.
     """
     try:
         with torch.device("meta"):
@@ -56,9 +53,10 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
     """
     if not timm.is_model(name):
         raise InputError(f"model.backbone: timm knows no model {name!r}{near(name, timm.list_models(), n=5)}")
-    if given := [key for key in WEIGHTS_OF_TIMM if (arguments or {}).get(key)]:
-        raise InputError(f"model.backbone_args.{given[0]}: use --weights, which says where weights come from")
     own = dict(arguments or {})
+    for key in ("pretrained", "checkpoint_path"):
+        if own.get(key):
+            raise InputError(f"model.backbone_args.{key}: use --weights, which says where weights come from")
     # Unlike dropout, timm's drop path only fails when it first draws.
     if isinstance(rate := own.get("drop_path_rate"), int | float) and not 0 <= rate <= 1:
         raise InputError(f"model.backbone_args.drop_path_rate: {rate} is not between 0 and 1")
@@ -71,10 +69,8 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
         raise InputError(f"model.backbone_args do not fit {name}: {str(error) or arguments}") from error
     except (KeyError, ArithmeticError) as error:  # whose messages alone say nothing
         raise InputError(f"model.backbone_args do not fit {name}: {error!r} of {arguments}") from error
-    if locat is None:
-        return model
     try:
-        return add_locat(model, **locat)
+        return model if locat is None else add_locat(model, **locat)
     except (TypeError, ValueError) as error:
         raise InputError(f"model.locat does not fit {name}: {error}") from error
 
@@ -93,32 +89,62 @@ def noted_arguments(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
     return (hyper_parameters.get("backbone_args") or {}) | ({} if locat is None else {"locat": locat})
 
 
-def model_of(
-    weights: str, name: str | None, arguments: dict[str, Any] | None, contents: dict[str, Any] | None
-) -> tuple[str | None, dict[str, Any]]:
-    """Return name and arguments of the timm model that weights belong to, as far as they are known.
+class Source(NamedTuple):
+    """Where the weights of a backbone are, and which model they belong to, as far as that is known."""
+
+    weights: str  # as for `load_weights`
+    name: str | None  # timm's
+    arguments: dict[str, Any]
+    contents: dict[str, Any] | None  # of the file, if the weights are in one
+
+
+def find_backbone(
+    weights: str,
+    name: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    *,
+    moved: str | None = None,
+    contents: dict[str, Any] | None = None,
+) -> Source:
+    """Find a backbone's weights and model; a decoder leads to the frozen backbone that it was trained on.
 
     Args:
-        weights: as for `load_weights`.
+        weights: as for `load_weights`, or a decoder's.
         name: timm's name of the model; None takes the one that is recorded in the weights.
         arguments: of the model, in addition to or instead of those recorded in the weights.
-        contents: of the weights' file, if they are in one.
+        moved: where the backbone of a decoder is now, if it has moved.
+        contents: of the weights' file, if `read_checkpoint` has read it already.
     """
+    contents = contents_of(weights) if contents is None else contents
     arguments = arguments or {}
-    if name is not None:
-        return name, arguments
-    if contents is None:
-        return (weights if timm.is_model(weights) else None), arguments
+    if name is None and contents is not None:
+        name, recorded = _recorded_model(contents)
+        arguments = recorded | arguments
+    elif name is None and timm.is_model(weights):
+        name = weights
+    if contents is None or (reference := contents.get(DECODER_OF)) is None:
+        return Source(weights, name, arguments, contents)
+    source = moved or reference["weights"]
+    if Path(source).is_absolute() and not Path(source).is_file():
+        raise InputError(
+            f"{weights} is a decoder for the backbone in {source}, which does not exist: set "
+            "model.backbone_weights to where it is now, or move it back"
+        )
+    check_source(source)
+    return find_backbone(source, name, arguments)
+
+
+def _recorded_model(contents: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     own = contents.get("hyper_parameters", {})
     if isinstance(own.get("backbone"), str):
-        return own["backbone"], noted_arguments(own) | arguments
+        return own["backbone"], noted_arguments(own)
     architecture = contents.get("arch")  # as timm's training script has it
     if not isinstance(architecture, str):
-        return None, arguments
+        return None, {}
     line = vars(contents["args"]) if isinstance(contents.get("args"), argparse.Namespace) else {}
     told = {"in_chans": line.get("in_chans"), "global_pool": line.get("gp")}
     told = {key: value for key, value in told.items() if value is not None}
-    return architecture, told | (line.get("model_kwargs") or {}) | arguments
+    return architecture, told | (line.get("model_kwargs") or {})
 
 
 def load_backbone(
@@ -135,8 +161,8 @@ def load_backbone(
 
     Args:
         weights: as for `load_weights`; the decoder of a frozen backbone leads to that backbone.
-        name: as for `model_of`.
-        arguments: as for `model_of`.
+        name: timm's name of the model; None takes the one that is recorded in the weights.
+        arguments: of the model, in addition to or instead of those recorded in the weights.
         network: which network of a checkpoint with a teacher and a student.
         any_size: take images of other sizes than the model was built for, where timm can.
         classifier: keep the classifier that the weights have, if they have one.
@@ -146,14 +172,9 @@ def load_backbone(
         InputError: the model is not recorded in the weights, timm does not know it or it does not take the
             arguments, or the weights cannot be read or do not fit.
     """
-    if contents is None and Path(weights).is_file():
-        contents = read_checkpoint(weights)
-    if contents is not None and (reference := contents.get(DECODER_OF)) is not None:
-        name, arguments = model_of(weights, name, arguments, contents)
-        weights, classifier = reference["weights"], False
-        check_source(weights)
-        contents = read_checkpoint(weights) if Path(weights).is_file() else None
-    name, arguments = model_of(weights, name, arguments, contents)
+    given = weights
+    weights, name, arguments, contents = find_backbone(weights, name, arguments, contents=contents)
+    classifier = classifier and weights == given  # the backbone of a decoder has none
     known_to_timm = contents is None and weights != RANDOM  # or to a model hub
     if known_to_timm and (name is None or (classifier and name == weights)):
         check_source(weights)
@@ -167,22 +188,13 @@ def load_backbone(
             f"{weights} does not record its model: add --backbone with timm's name of it (--model.backbone "
             "for fit, validate, test and predict)"
         )
-    if any_size:
-        model = create_for_any_size(name, arguments)
-    else:
-        model = create_backbone(name, arguments, num_classes=0)
-    if classifier and (classes := _classes_of(model, weights, network, contents)):
-        model = create_backbone(name, arguments, num_classes=classes)
+    model = create_for_any_size(name, arguments) if any_size else create_backbone(name, arguments, 0)
+    if classifier and weights != RANDOM:
+        of_timm: Any = model
+        head = of_timm.pretrained_cfg.get("classifier") or ""
+        rows = f"{head if isinstance(head, str) else head[0]}.weight"
+        state = state_for(model, weights, network=network, contents=contents)
+        if rows in state:
+            model = create_backbone(name, arguments, num_classes=len(state[rows]))
     load_weights(model, weights, network=network, contents=contents)
     return model
-
-
-def _classes_of(model: nn.Module, weights: str, network: Role, contents: dict[str, Any] | None) -> int:
-    """Return the number of classes of the classifier in weights of a timm model; 0 if there is none."""
-    if weights == RANDOM:
-        return 0
-    of_timm: Any = model
-    known = of_timm.pretrained_cfg.get("classifier")
-    rows = f"{known if isinstance(known, str) else next(iter(known or ()), '')}.weight"
-    state = state_for(model, weights, network=network, contents=contents)
-    return len(state[rows]) if rows in state else 0

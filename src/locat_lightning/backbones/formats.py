@@ -13,7 +13,7 @@ import torch
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, in_a_line
 
 Format = Literal["timm", "onnx", "torchscript", "export"]
 FILES: dict[Format, str] = {
@@ -69,19 +69,17 @@ def write_model(
     """
     check_format(form)
     model.eval().float()
-    file = directory / FILES[form]
     with torch.no_grad(), _undisturbed():
         try:
             read_again: Callable[[Tensor], Tensor]
             if form == "timm":
                 read_again = _timm(model, directory, classes, images)
             else:
-                read_again = _PROGRAMS[form](model, file)
-        except InputError:
-            raise
+                read_again = _PROGRAMS[form](model, directory / FILES[form])
         except Exception as error:  # each exporter has its own exceptions
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{type(model).__name__} cannot be written as {form}: {reason}") from error
+            raise InputError(
+                f"{type(model).__name__} cannot be written as {form}: {in_a_line(error)[:300]}"
+            ) from error
         difference = max(_difference(model, read_again, _images(model, batch)) for batch in (1, 3))
     if difference > (0 if form == "timm" else TOLERANCE):
         raise InputError(
@@ -92,7 +90,6 @@ def write_model(
 
 
 def _images(model: nn.Module, batch: int) -> Tensor:
-    """Return noise [batch, C, height, width] of the size that a model takes."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, *get_model_input_config(model)["input_size"], generator=generator)
 
@@ -154,16 +151,17 @@ def _onnx(model: nn.Module, file: Path) -> Callable[[Tensor], Tensor]:
     from onnxruntime import InferenceSession
 
     size = sum(p.nbytes for p in model.parameters())
-    program = torch.onnx.export(
-        _program(model),
+    program = _program(model)
+    written = torch.onnx.export(
+        program,
         dynamo=True,
         verbose=False,
         opset_version=OPSET,
         input_names=["images"],
         output_names=["output"],
     )
-    assert program is not None
-    program.save(file, external_data=size > LARGEST // 2)
+    assert written is not None
+    written.save(file, external_data=size > LARGEST // 2)
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
@@ -178,14 +176,11 @@ _PROGRAMS: dict[Format, Callable[[nn.Module, Path], Callable[[Tensor], Tensor]]]
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Silence warnings and logs of the exporters."""
-    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -53,7 +53,6 @@ class JumboNorm(nn.LayerNorm):
     """The final norm: one over the J·D of [CLS], and that of the patches if they have one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens [B, J + H·W, D] to tokens."""
         J = self.normalized_shape[0] // x.shape[-1]
         cls, patches = x[:, :J], x[:, J:]
         of_patches: nn.Module = self.__dict__["of_patches"]
@@ -124,18 +123,15 @@ class Jumbo(VisionTransformer):
         super().reset_classifier(0, global_pool)
         self.num_classes = num_classes
         if num_classes > 0:
-            weight = self.cls_token
-            self.head = nn.Linear(
-                self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype
-            )
+            token = self.cls_token
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=token.device, dtype=token.dtype)
             nn.init.zeros_(self.head.weight)
             nn.init.constant_(self.head.bias, -math.log(num_classes))
             self.head.train(self.training)
 
     def prune_intermediate_layers(self, *args: Any, prune_norm: bool = False, **kwargs: Any) -> list[int]:
-        """Drop what the given layers do not need; both parts of the final norm go together."""
         kept: list[int] = super().prune_intermediate_layers(*args, prune_norm=prune_norm, **kwargs)
-        if prune_norm:
+        if prune_norm:  # both parts of the final norm go together
             self.norm_patches = nn.Identity()
         return kept
 

@@ -1,7 +1,8 @@
 """Add LocAt to a built timm model: GAug to its self-attention, PRR before its pooling."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from timm.layers import AttentionPoolPrr
@@ -117,10 +118,8 @@ def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kern
     if any(isinstance(layer, GaussianSelfAttention | GaussianWindowAttention) for layer in model.modules()):
         raise ValueError(f"gaug=True: this {type(model).__name__} has it already: pass gaug=False")
     if not VARIANTS.issuperset(options) or ("mixture" in options and len(options) > 1):
-        raise TypeError(
-            f"gaug takes {', '.join(sorted(VARIANTS - {'mixture'}))}, or mixture alone, not "
-            f"{', '.join(options)}"
-        )
+        known = ", ".join(sorted(VARIANTS - {"mixture"}))
+        raise TypeError(f"gaug takes {known}, or mixture alone, not {', '.join(options)}")
     layers = [layer for layer in model.modules() if type(layer) in ATTENTIONS]
     others = {
         _full_name(type(layer))
@@ -131,9 +130,9 @@ def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kern
         others = {_full_name(type(model))}  # whose tokens may be anything, whatever its attention
     if others or not layers:
         blocks = {_full_name(type(block)) for block in getattr(model, "blocks", [])}
+        known = ", ".join(each.__name__ for each in ATTENTIONS)
         raise ValueError(
-            f"gaug=True needs attention that takes Gaussian kernels (timm's "
-            f"{', '.join(each.__name__ for each in ATTENTIONS)}), which "
+            f"gaug=True needs attention that takes Gaussian kernels (timm's {known}), which "
             f"{', '.join(sorted(others or blocks))} is not: pass gaug=False with it"
         )
     if getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0:
@@ -173,16 +172,16 @@ def _add_gaug(model: Any, kernels: dict[Any, Kernel]) -> None:
 def _add_prr(model: Any, gated: bool) -> None:
     if any(isinstance(module, PatchRefinement) for module in model.modules()):
         raise ValueError(f"prr=True: this {type(model).__name__} has it already: pass prr=False")
-    pooling = getattr(model, "global_pool", None)
+    refinement: Callable[..., PatchRefinement] = partial(PatchRefinement, gated=gated, **_place(model))
     if isinstance(model, SwinTransformer):
-        _refine_before(model.head.global_pool, model.num_features, model.layers[-1].blocks[-1].attn, gated)
+        heads = model.layers[-1].blocks[-1].attn.num_heads
+        _refine_before(model.head.global_pool, refinement(model.num_features, heads, ""))
         return
     pool: Any = getattr(model, "attn_pool", None)
     if isinstance(pool, AttentionPoolPrr):
-        model.attn_pool = PatchRefinement(
-            model.embed_dim, pool.num_heads, pool.pool, gated=gated, **_place(model)
-        ).train(model.training)
+        model.attn_pool = refinement(model.embed_dim, pool.num_heads, pool.pool).train(model.training)
         return
+    pooling = getattr(model, "global_pool", None)
     attention: Any = getattr(next(reversed(getattr(model, "blocks", [])), None), "attn", None)
     # The heads of distilled DeiT and of Jumbo take more than one token, and no pooling.
     width = getattr(model, "embed_dim", 0)
@@ -193,20 +192,18 @@ def _add_prr(model: Any, gated: bool) -> None:
             "refined before: pass prr=False"
         )
     if pooling == "map":
-        _refine_before(pool, model.embed_dim, attention, gated)
+        _refine_before(pool, refinement(width, attention.num_heads, ""))
         return
     includes_prefix = pooling == "token" or getattr(model, "pool_include_prefix", False)
     prefix = None if includes_prefix else model.num_prefix_tokens
-    model.attn_pool = PatchRefinement(
-        model.embed_dim, attention.num_heads, pooling, prefix, gated=gated, **_place(model)
-    ).train(model.training)
+    model.attn_pool = refinement(width, attention.num_heads, pooling, prefix).train(model.training)
     if isinstance(model, VisionTransformer):
         model.global_pool, model.pool_include_prefix = "prr", True
 
 
-def _refine_before(pool: nn.Module, dim: int, attention: Any, gated: bool) -> None:
+def _refine_before(pool: Any, refinement: PatchRefinement) -> None:
     """Make a pooling module refine its input first."""
-    pool.refinement = PatchRefinement(dim, attention.num_heads, "", gated=gated, **_place(attention))
+    pool.refinement = refinement
     pool.register_forward_pre_hook(_refined)
 
 

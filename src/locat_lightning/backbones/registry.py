@@ -47,67 +47,33 @@ _ROPE_MIXED: dict[str, Any] = {
 }
 
 
-def _vision_transformer(
-    *, gaug: Gaug, prr: bool, global_pool: str = "token", **kwargs: Any
-) -> vit.VisionTransformer:
-    if prr:
-        if global_pool not in ("token", "prr", ""):
+def _with_locat(model: type[nn.Module], *, gaug: Gaug, prr: bool, **kwargs: Any) -> nn.Module:
+    if prr and model is vit.VisionTransformer:
+        if (pooling := kwargs.get("global_pool", "token")) not in ("token", "prr", ""):
             raise ValueError(
-                f"global_pool='{global_pool}' would replace PRR's pooling: pass prr=False with it, "
+                f"global_pool='{pooling}' would replace PRR's pooling: pass prr=False with it, "
                 "or global_pool='token' with PRR"
             )
-        global_pool = "prr"
-    return add_locat(vit.VisionTransformer(global_pool=global_pool, **kwargs), gaug=gaug, prr=prr)
+        kwargs["global_pool"] = "prr"
+    return add_locat(model(**kwargs), gaug=gaug, prr=prr)
 
 
-def _rope(*, gaug: Gaug, prr: bool, **kwargs: Any) -> eva.Eva:
-    return add_locat(eva.Eva(**_ROPE_MIXED | kwargs), gaug=gaug, prr=prr)
-
-
-def _swin_transformer(*, gaug: Gaug, prr: bool, **kwargs: Any) -> swin.SwinTransformer:
-    return add_locat(swin.SwinTransformer(**kwargs), gaug=gaug, prr=prr)
-
-
-def _create(
-    model: Callable[..., nn.Module],
-    name: str,
-    defaults: dict[str, Any],
-    locat: bool,
-    *,
-    pretrained: bool,
-    gaug: Gaug | None = None,
-    prr: bool | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Build a model as timm's own entry points do; a plain counterpart has no LocAt by default."""
-    if "depths" in defaults:
-        features = {"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "flatten_sequential": True}
-    else:
-        features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
-    of_locat = {"gaug": locat if gaug is None else gaug, "prr": locat if prr is None else prr}
-    built: nn.Module = build_model_with_cfg(
-        partial(model, **of_locat),
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=features,
-        **(defaults | kwargs),
-    )
-    return built
-
-
-_FAMILIES: list[tuple[str, Any, dict[str, dict[str, Any]], dict[str, Any], bool]] = [
-    ("locatvit_{}", _vision_transformer, _VIT, {}, True),
-    ("nopos_vit_{}_patch16_224", _vision_transformer, _VIT, {"pos_embed": "none"}, False),
-    ("locatvit_{}_rope_mixed", _rope, _VIT, {}, True),
-    ("vit_{}_patch16_rope_mixed_224", _rope, {"tiny": _VIT["tiny"]}, {}, False),
-    ("locatswin_{}", _swin_transformer, _SWIN, {}, True),
+_located_vit = partial(_with_locat, vit.VisionTransformer)
+_located_rope = partial(_with_locat, eva.Eva)
+_located_swin = partial(_with_locat, swin.SwinTransformer)
+# Name, model, sizes, further arguments, and whether LocAt is in it by default.
+_FAMILIES: list[tuple[str, Callable[..., nn.Module], dict[str, dict[str, Any]], dict[str, Any], bool]] = [
+    ("locatvit_{}", _located_vit, _VIT, {}, True),
+    ("nopos_vit_{}_patch16_224", _located_vit, _VIT, {"pos_embed": "none"}, False),
+    ("locatvit_{}_rope_mixed", _located_rope, _VIT, _ROPE_MIXED, True),
+    ("vit_{}_patch16_rope_mixed_224", _located_rope, {"tiny": _VIT["tiny"]}, _ROPE_MIXED, False),
+    ("locatswin_{}", _located_swin, _SWIN, {}, True),
     ("jumbo_{}", Jumbo, _VIT, {}, False),
     ("locatjumbo_{}", Jumbo, _VIT, {"norm_patches": True}, True),
 ]
 MODELS = {
-    name.format(size): (model, name.format(size), sizes | defaults, locat)
-    for name, model, by_size, defaults, locat in _FAMILIES
+    name.format(size): (model, sizes | arguments, locat)
+    for name, model, by_size, arguments, locat in _FAMILIES
     for size, sizes in by_size.items()
 }
 
@@ -131,16 +97,31 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(name: str) -> None:
-    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(*MODELS[name], pretrained=pretrained, **kwargs)
+def _register(name: str, model: Callable[..., nn.Module], defaults: dict[str, Any], locat: bool) -> None:
+    """Register a model whose entry point does what timm's own do."""
+    pyramid = "depths" in defaults
+    features = {"flatten_sequential": True} if pyramid else {"feature_cls": "getter"}
+
+    def entry_point(
+        pretrained: bool = False, *, gaug: Gaug = locat, prr: bool = locat, **kwargs: Any
+    ) -> nn.Module:
+        indices = kwargs.pop("out_indices", (0, 1, 2, 3) if pyramid else 3)
+        built: nn.Module = build_model_with_cfg(
+            partial(model, gaug=gaug, prr=prr),
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=features | {"out_indices": indices},
+            **(defaults | kwargs),
+        )
+        return built
 
     entry_point.__name__ = entry_point.__qualname__ = name
     register_model(entry_point)
 
 
-for _name in MODELS:
-    _register(_name)
+for _name, _model in MODELS.items():
+    _register(_name, *_model)
 
 
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -174,7 +155,7 @@ def located(
     if kwargs.get("global_pool") == "prr":  # which LocAt made of the backbone's own
         del kwargs["global_pool"]
 
-    arguments: dict[str, Any] = {**(backbone_args or {}), **kwargs}
+    arguments = dict(backbone_args or {}) | kwargs
     if arguments.get("pretrained_cfg") is None and (own := timm.get_pretrained_cfg(backbone)) is not None:
         arguments["pretrained_cfg"] = replace(own, architecture=LOCATED)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from locat_lightning.backbones.registry import checkpoint_filter_fn
-from locat_lightning.errors import InputError, near
+from locat_lightning.errors import InputError, in_a_line, near
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 
 RANDOM = "random"
@@ -22,6 +23,8 @@ DECODER_OF = "decoder_of"  # key of a decoder's checkpoint: the frozen backbone 
 
 # Keys of the weights in the checkpoints of training scripts, best first; DINO's two networks come before.
 CONTAINERS = ("state_dict_ema", "state_dict", "model_ema", "model")
+
+LOCAT = (GaussianAugmentation, GaussianMixture, PatchRefinement)
 
 Role = Literal["teacher", "student"]
 
@@ -59,15 +62,16 @@ def load_weights(
     matched = {k: v for k, v in state.items() if k in own and k not in other_shape}
     missing = sorted(own.keys() - matched.keys() - set(other_shape))
     unexpected = sorted(state.keys() - own.keys())
-    summary = (
-        f"{weights}: {len(matched)} of the model's {len(own)} tensors matched"
-        + _listed("missing", missing)
-        + _listed("unexpected", unexpected)
-        + _listed("of another shape", other_shape)
-    )
-    new = _head_parameters(model) if warm_start else set()
-    if warm_start and state.keys().isdisjoint(of_locat := _locat_parameters(model)):
-        new |= of_locat
+    summary = f"{weights}: {len(matched)} of the model's {len(own)} tensors matched"
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other_shape)):
+        if names:
+            summary += f", {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    new: set[str] = set()
+    if warm_start:
+        classifier = model.get_classifier()  # type: ignore[operator]
+        new = _names_in(model, classifier.modules() if isinstance(classifier, nn.Module) else ())
+        of_locat = _names_in(model, (each for each in model.modules() if isinstance(each, LOCAT)))
+        new |= of_locat if state.keys().isdisjoint(of_locat) else set()
     if 2 * len(matched) < len(own):
         raise InputError(f"less than half of the model matched: {summary}; is it of another model?")
     if wrong := [k for k in (*missing, *other_shape) if k not in new]:
@@ -77,11 +81,7 @@ def load_weights(
 
 
 def state_for(
-    model: nn.Module,
-    weights: str,
-    *,
-    network: Role = "teacher",
-    contents: dict[str, Any] | None = None,
+    model: nn.Module, weights: str, *, network: Role = "teacher", contents: dict[str, Any] | None = None
 ) -> dict[str, Tensor]:
     """Return weights by the names that a timm model has for them, converted to its size.
 
@@ -141,10 +141,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return contents
 
 
+def contents_of(weights: str) -> dict[str, Any] | None:
+    """Read a file of weights; None where they do not come from a file."""
+    return read_checkpoint(weights) if Path(weights).is_file() else None
+
+
 def _read_state(weights: str, network: Role, contents: dict[str, Any] | None) -> dict[str, Tensor]:
     """Return the tensors of a file, or of a name that timm knows, by name."""
-    if Path(weights).is_file():
-        contents = contents or read_checkpoint(weights)
+    contents = contents or contents_of(weights)
+    if contents is not None:
         for container in (network, *CONTAINERS):
             if isinstance(contents.get(container), dict):
                 contents = contents[container]
@@ -162,8 +167,7 @@ def pretrained(name: str, **arguments: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # each source has its own exceptions
-        reason = " ".join(str(error).split())
-        raise InputError(f"--weights: timm cannot load {name}: {reason}") from error
+        raise InputError(f"--weights: timm cannot load {name}: {in_a_line(error)}") from error
     return model
 
 
@@ -178,29 +182,12 @@ def _below_prefix(state: dict[str, Tensor], model: nn.Module, network: Role) -> 
     return {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
 
 
-def _head_parameters(model: nn.Module) -> set[str]:
-    """Return the names of the classifier's parameters."""
-    classifier = model.get_classifier()  # type: ignore[operator]
-    modules = set(classifier.modules()) if isinstance(classifier, nn.Module) else set()
+def _names_in(model: nn.Module, modules: Iterable[nn.Module]) -> set[str]:
+    """Return the names of the weights that some of a model's modules have."""
+    chosen = set(modules)
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if module in modules
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-
-def _locat_parameters(model: nn.Module) -> set[str]:
-    """Return the names of LocAt's parameters, and of the buffers that a variant has instead."""
-    return {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, GaussianAugmentation | GaussianMixture | PatchRefinement)
+        if module in chosen
         for name in module.state_dict()
     }
-
-
-def _listed(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    return f", {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

@@ -16,7 +16,7 @@ from timm.models import get_model_input_config
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format, write_model
 from locat_lightning.backbones.locate import architecture_of
-from locat_lightning.backbones.weights import DECODER_OF, Role, read_checkpoint
+from locat_lightning.backbones.weights import DECODER_OF, Role, contents_of
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import (
     add_weights_options,
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
     to = Path(config.to)
     _check_target(to, config.overwrite)
     network: Role = "student" if config.student else "teacher"
-    contents = read_checkpoint(config.weights) if Path(config.weights).is_file() else {}
+    contents = contents_of(config.weights) or {}
     options: dict[str, Any] = {"network": network, "classifier": True, "contents": contents or None}
     model: Any = load_backbone(config.weights, config.backbone, config.backbone_args, **options)
     weights = contents.get(DECODER_OF, {}).get("weights", config.weights)  # of a decoder, its frozen backbone

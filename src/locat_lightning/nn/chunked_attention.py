@@ -191,16 +191,12 @@ def _flat(t: Tensor) -> Tensor:
 def _chunks(
     by_query: tuple[Tensor, ...], by_head: tuple[Tensor, ...], size: tuple[int, int]
 ) -> Iterator[tuple[Any, ...]]:
-    """Split tensors of queries [B·h, .., N] and of whole heads [B·h, ..] into chunks of at most `size`.
+    """Yield the parts, of at most `size`, of tensors of queries [B·h, .., N] and of whole heads [B·h, ..].
 
-    Yields:
-        Whether these are the first queries of their heads, then the parts that belong together.
+    Before them comes whether these are the first queries of their heads.
     """
     heads, queries = (math.ceil(by_query[0].shape[dim] / n) for dim, n in zip((0, -1), size, strict=True))
     for of_heads in zip(*(t.tensor_split(heads) for t in by_query + by_head), strict=True):
-        if queries == 1:
-            yield True, *of_heads
-            continue
         of_queries = zip(*(t.tensor_split(queries, dim=-1) for t in of_heads[: len(by_query)]), strict=True)
         for number, parts in enumerate(of_queries):
             yield number == 0, *parts, *of_heads[len(by_query) :]

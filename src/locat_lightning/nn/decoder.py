@@ -19,20 +19,12 @@ LOGITS_AT_ONCE = 2**24  # upsampled at a time by the loss, but at least those of
 class MlpDecoder(nn.Sequential):
     """1×1 convolution to a hidden width, GroupNorm of one group, GELU, 1×1 convolution to the classes.
 
-    Maps features [B, D, H, W] to logits [B, classes, H, W].
-
-    Args:
-        features: Width D of the patch features.
-        classes: Number of classes.
-        hidden: Width of the hidden layer.
+    Maps patch features [B, D, H, W] to logits [B, classes, H, W].
     """
 
     def __init__(self, features: int, classes: int, hidden: int = 512) -> None:
         super().__init__(
-            nn.Conv2d(features, hidden, 1),
-            nn.GroupNorm(1, hidden),
-            nn.GELU(),
-            nn.Conv2d(hidden, classes, 1),
+            nn.Conv2d(features, hidden, 1), nn.GroupNorm(1, hidden), nn.GELU(), nn.Conv2d(hidden, classes, 1)
         )
 
 
@@ -96,17 +88,14 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         [B, H, W] int64; the first of classes with equal logits.
     """
-    best: Tensor | None = None
+    best = logits.new_full((len(logits), *size), -torch.inf, dtype=torch.float32)
+    classes = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, logits.shape[1], CLASSES_AT_ONCE):
         some = logits[:, start : start + CLASSES_AT_ONCE].float()
         if some.shape[-2:] != size:
             some = F.interpolate(some, size, mode="bilinear")
         values, places = some.max(1)
-        if best is None:
-            best, classes = values, places
-        else:
-            better = values > best
-            best = best.where(~better, values)
-            classes = classes.where(~better, places + start)
-    assert best is not None  # there is a class
+        better = values > best
+        best = values.where(better, best)
+        classes = (places + start).where(better, classes)
     return classes

@@ -97,8 +97,6 @@ class GaussianAugmentation(nn.Module):
             not a product of two factors: it takes H · W exponentials a row, and memory for all of S.
         gated: Multiply α by a learned gate that starts at 1e-6, so that a model to which GAug is added starts
             with the outputs that it had before.
-        device: Where to make the parameters.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -118,31 +116,17 @@ class GaussianAugmentation(nn.Module):
         self.log_var = linear(1 if isotropic else 2)
         self.log_alpha = linear(1)
         self.correlation = linear(1) if rotated else None
-        self.gate = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if gated else None
-        if not query_dependent:
-            for each in self._maps():
-                _fix(each, "weight")
-        if not learned_alpha:
-            _fix(self.log_alpha, "weight")
-            _fix(self.log_alpha, "bias")
-        self.reset_parameters()
-
-    def _maps(self) -> list[nn.Linear]:
-        maps = [self.log_var, self.log_alpha]
-        return maps if self.correlation is None else [*maps, self.correlation]
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise as timm's linear layers: weights with standard deviation 0.02, biases 0."""
-        for each in self._maps():
+        each: Any
+        for each in self.children():  # start as timm's linear layers do
             nn.init.zeros_(each.bias)
-            nn.init.zeros_(each.weight)
-            if isinstance(each.weight, nn.Parameter):
+            if query_dependent and (learned_alpha or each is not self.log_alpha):
                 nn.init.trunc_normal_(each.weight, std=0.02)
-        if "bias" in dict(self.log_alpha.named_buffers()):
-            nn.init.constant_(self.log_alpha.bias, math.log(math.e - 1))  # of which softplus is 1
-        if self.gate is not None:
-            nn.init.constant_(self.gate, 1e-6 / GATE_GAIN)
+            else:
+                _fix(each, "weight", 0.0)
+        if not learned_alpha:
+            _fix(self.log_alpha, "bias", math.log(math.e - 1))  # of which softplus is 1
+        start = torch.full((), 1e-6 / GATE_GAIN, device=device, dtype=dtype)
+        self.gate = nn.Parameter(start) if gated else None
 
     def variance_and_alpha(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]
@@ -189,8 +173,6 @@ class GaussianMixture(nn.Module):
         components: Number of Gaussians. Their initial widths range from one patch to the whole grid.
         built_for: (H0, W0).
         gated: Start all α_m at 1e-6 instead of 1 / m.
-        device: Where to make the parameters.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `components` is not a positive integer.
@@ -282,8 +264,8 @@ def _epsilon(built_for: tuple[int, int]) -> float:
     return epsilon
 
 
-def _fix(layer: nn.Linear, name: str) -> None:
-    """Replace a parameter of a map by a buffer of the same name."""
-    value = getattr(layer, name).detach()
+def _fix(layer: nn.Module, name: str, value: float) -> None:
+    """Replace a parameter by a buffer of the same name."""
+    fixed = torch.full_like(getattr(layer, name).detach(), value)
     delattr(layer, name)
-    layer.register_buffer(name, value)
+    layer.register_buffer(name, fixed)

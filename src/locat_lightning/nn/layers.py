@@ -28,23 +28,9 @@ class GaussianSelfAttention(nn.Module):
     num_prefix_tokens: int
 
     def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Attend within [B, N, D].
-
-        Args:
-            x: Tokens.
-            rope: timm's rotary embedding of the patches; kernels depend on the queries before it.
-            attn_mask: None.
-            is_causal: False.
-
-        Raises:
-            ValueError: there is a mask.
-        """
+        """Attend within [B, N, D]; the kernels depend on the queries before their rotary embedding."""
         if attn_mask is not None or is_causal:
             raise ValueError("Gaussian-augmented attention takes no attn_mask and is not causal")
         this: Any = self
@@ -70,10 +56,8 @@ class GaussianSelfAttention(nn.Module):
         this: Any = self
         d = this.head_dim
         if this.qkv is None:
-            return [
-                project(x).unflatten(-1, (-1, d)).transpose(1, 2)
-                for project in (this.q_proj, this.k_proj, this.v_proj)
-            ]
+            each = this.q_proj(x), this.k_proj(x), this.v_proj(x)
+            return [t.unflatten(-1, (-1, d)).transpose(1, 2) for t in each]
         if getattr(this, "q_bias", None) is None:
             qkv = this.qkv(x)
         else:
@@ -112,12 +96,7 @@ class GaussianWindowAttention(WindowAttention):
     built_for: tuple[int, int]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend within windows.
-
-        Args:
-            x: Windows of whole images, [B·windows, N, D].
-            mask: [windows, N, N], 0 or -100, of shifted windows.
-        """
+        """Attend within [B·windows, N, D], windows of whole images; `mask` is [windows, N, N]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
         gaussians = self.gaug(q.contiguous(), self.window_size, self.built_for)

@@ -27,8 +27,6 @@ class PatchRefinement(AttentionPoolPrr):
             "avg", the number of tokens before the patches, which the mean leaves out (0 by default).
         gated: Return x + g (x⁺ − x) instead of x⁺, where g is a learned gate that starts at 0, so that a
             model to which PRR is added starts with the outputs that it had before.
-        device: Where to make the parameters, if there are any.
-        dtype: Type of the parameters.
         **norms: `pre_norm`, `post_norm` and `norm_layer` of timm's module.
     """
 

@@ -17,13 +17,12 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from locat_lightning.backbones.create import create_backbone
-from locat_lightning.backbones.weights import load_weights
+from locat_lightning.backbones.weights import contents_of, load_weights
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.schedules import linear_rule, warmup_then_linear
 from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
-from locat_lightning.tasks.frozen import contents_of
 from locat_lightning.tasks.prediction_files import write_table
 
 DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, where class_names differ

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from locat_lightning.backbones.create import create_for_any_size
-from locat_lightning.backbones.weights import DECODER_OF, RANDOM, check_source
+from locat_lightning.backbones.create import create_for_any_size, find_backbone, load_backbone
+from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Role, check_source, contents_of
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
@@ -33,7 +33,7 @@ from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
 from locat_lightning.tasks.base import announce_learning_rate
-from locat_lightning.tasks.frozen import FrozenNetwork, load_decoder, read_weights
+from locat_lightning.tasks.frozen import FrozenNetwork, check_same, reference_to
 from locat_lightning.tasks.prediction_files import file_names, write_classes
 from locat_lightning.tasks.windows import slide
 
@@ -107,11 +107,6 @@ class Segmentation(FrozenNetwork):
         self._file_names: list[str] = []  # of the images that are predicted
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
-        """Find mistakes that show without data or a model.
-
-        Raises:
-            InputError: see `Task.check`; also, a frozen backbone has no weights, or nothing is measured.
-        """
         if self.weights is None and not (self.hp.train_backbone or self._resumed):
             raise InputError(
                 "a frozen backbone needs --weights: a checkpoint of a run, a file or a timm name "
@@ -130,7 +125,6 @@ class Segmentation(FrozenNetwork):
             )
 
     def summary(self) -> str:
-        """Return how images are evaluated: mIoU compares only under the same protocol."""
         scale = getattr(getattr(self._trainer, "datamodule", None), "scale", None)
         resized = f" resized to fit {scale[0]} × {scale[1]}" if scale else ""
         if self.hp.protocol == "whole":
@@ -138,7 +132,6 @@ class Segmentation(FrozenNetwork):
         return f"windows of {self.hp.window} px every {self.hp.stride} px, image{resized}"
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
-        """Prepare to resume from a checkpoint; a frozen backbone that is not in it is read again."""
         self._resumed = True
         own = checkpoint["hyper_parameters"]
         self.hp.backbone, self.hp.backbone_args = own["backbone"], own["backbone_args"]
@@ -146,11 +139,6 @@ class Segmentation(FrozenNetwork):
         self.weights = None if reference is None else self.backbone_weights or reference["weights"]
 
     def configure_model(self) -> None:
-        """Build backbone and decoder, and read their weights.
-
-        Raises:
-            InputError: model, weights and data do not fit each other.
-        """
         if hasattr(self, "backbone"):
             return
         classes = self.agree_on_classes("data.classes")
@@ -158,7 +146,7 @@ class Segmentation(FrozenNetwork):
             raise InputError(f"segmentation takes from 2 to {IGNORE} classes, not {classes}")
         self.backbone, decoder = self._read_weights()
         self.decoder = MlpDecoder(_width(self.backbone), classes, self.hp.hidden_dim)
-        if (obstacle := load_decoder(self.decoder, decoder)) and not self.trainer.training:
+        if (obstacle := _load_decoder(self.decoder, decoder)) and not self.trainer.training:
             raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
         if decoder and self.trainer.training:
             rank_zero_info(f"{self.weights}: {obstacle or 'training begins with its decoder'}")
@@ -189,16 +177,27 @@ class Segmentation(FrozenNetwork):
         hp = self.hp
         if self.weights is None:
             return create_for_any_size(hp.backbone, hp.backbone_args), {}
-        found = read_weights(
-            self.weights,
-            hp.backbone,
-            hp.backbone_args,
-            moved=self.backbone_weights,
-            student=hp.student,
-            saved=hp.train_backbone or hp.save_backbone,
+        given = contents_of(self.weights)
+        weights, hp.backbone, hp.backbone_args, contents = find_backbone(
+            self.weights, hp.backbone, hp.backbone_args, moved=self.backbone_weights, contents=given
         )
-        hp.backbone, hp.backbone_args, self._reference = found.name, found.arguments, found.reference
-        return found.backbone, found.decoder
+        network: Role = "student" if hp.student else "teacher"
+        backbone = load_backbone(
+            weights, hp.backbone, hp.backbone_args, network=network, any_size=True, contents=contents
+        )
+        hp.backbone = hp.backbone or weights
+        state = (given or {}).get("state_dict", {})
+        decoder = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
+        left_out = not (hp.train_backbone or hp.save_backbone or weights == RANDOM)
+        recorded = (given or {}).get(DECODER_OF)
+        if left_out or recorded is not None:
+            reference = reference_to(weights, backbone)
+        if recorded is not None:
+            learnt = f"the backbone that the decoder in {self.weights} was trained on"
+            check_same(reference, recorded, learnt, "model.backbone_weights")
+        if left_out:
+            self._reference = reference
+        return backbone, decoder
 
     def features(self, images: Tensor) -> Tensor:
         """Return patch features [B, D, h, w] of images [B, 3, H, W], padded to whole patches."""
@@ -246,14 +245,13 @@ class Segmentation(FrozenNetwork):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log IoU from one confusion matrix over the whole set, of all processes."""
         self._conclude("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log IoU from one confusion matrix over the whole set, of all processes."""
         self._conclude("test")
 
     def _conclude(self, split: str) -> None:
+        """Log IoU from one confusion matrix over the whole set, of all processes."""
         iou = self.counts.compute()
         self.counts.reset()
         if self.trainer.sanity_checking:
@@ -283,7 +281,6 @@ class Segmentation(FrozenNetwork):
             write_classes(directory, self._file_names[index], image, classes, colours)
 
     def finish_predictions(self, data: Any, directory: Path) -> str:
-        """Return where the files are."""
         self._file_names = []
         return f"predictions and overlays: {directory}"
 
@@ -306,7 +303,6 @@ class Segmentation(FrozenNetwork):
         return {"validation": figure}
 
     def result_pictures(self, data: Any) -> dict[str, Figure]:
-        """Draw IoU by class and the confusion matrix."""
         if self.iou is None:
             return {}
         return {
@@ -324,17 +320,26 @@ class Segmentation(FrozenNetwork):
             backbone: Any = self.backbone
             without_decay = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
             groups += param_groups_layer_decay(
-                backbone,
-                weight_decay=hp.weight_decay,
-                no_weight_decay_list=without_decay,
-                layer_decay=hp.layer_decay,
+                backbone, hp.weight_decay, no_weight_decay_list=without_decay, layer_decay=hp.layer_decay
             )
         return AdamW(groups, lr=hp.lr, weight_decay=hp.weight_decay)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
-        """Set the learning rate of this step."""
         for group in groups:
             group["lr"] = self._learning_rate(self.global_step) * group.get("lr_scale", 1.0)
+
+
+def _load_decoder(decoder: MlpDecoder, state: dict[str, Tensor]) -> str:
+    """Load a decoder's weights, or return why they do not fit."""
+    if not state:
+        return "it holds no decoder"
+    own, given = (
+        {name: list(value.shape) for name, value in each.items()} for each in (decoder.state_dict(), state)
+    )
+    if own != given:
+        return f"its decoder has other features or classes ({given} instead of {own})"
+    decoder.load_state_dict(state)
+    return ""
 
 
 def _width(backbone: Any) -> int:
