@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from locat_lightning.backbones.create import create_for_any_size
+from locat_lightning.backbones.create import create_for_any_size, noted_arguments
+from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import load_weights
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
 from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.figures.views import views_figure
-from locat_lightning.schedules import cosine, linear_rule, warmup_then_cosine
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
+from locat_lightning.schedules import cosine, warmup_then_cosine
+from locat_lightning.tasks.base import Task, announce_size
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -86,8 +87,7 @@ class Pretraining(Task):
     def build(self, make_backbone: Callable[[], Any]) -> None:
         """Build the networks as attributes, so that `backbone` is one of them.
 
-        Args:
-            make_backbone: makes a backbone with random weights; `start` gives it those of the options.
+        `make_backbone` makes one with random weights; `start` gives it those of the options.
         """
         raise NotImplementedError
 
@@ -100,12 +100,6 @@ class Pretraining(Task):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
-        """Find mistakes that show without data or a model.
-
-        Raises:
-            InputError: see `Task.check`; also, the run does not train: without classes there is nothing to
-                predict or measure.
-        """
         if not training:
             raise InputError(
                 f"{type(self).__name__} trains without classes, so there is nothing to predict or compare: "
@@ -114,9 +108,8 @@ class Pretraining(Task):
         super().check(trainer, training=training)
 
     def configure_model(self) -> None:
-        """Build the networks, once."""
         if not self._built:
-            self.build(partial(create_for_any_size, self.hp.backbone, self.backbone_arguments))
+            self.build(partial(create_for_any_size, self.hp.backbone, noted_arguments(self.hp)))
             self._built = True
 
     def start(self, backbone: nn.Module) -> None:
@@ -131,16 +124,9 @@ class Pretraining(Task):
         return features
 
     def configure_optimizers(self) -> Optimizer:
-        """Return AdamW over matrices, which decay, and the other parameters.
-
-        Raises:
-            InputError: the warm-up is as long as the run, or the trainer clips gradients or has weights in
-                another precision than float32.
-        """
-        hp, batch = self.hp, self.global_batch_size()
-        self.peak_lr = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 256)
-        announce_learning_rate(self.peak_lr, batch)
-        self.steps, self.warmup = self.optimizer_steps(), self.warmup_steps(hp.warmup_epochs)
+        """Return AdamW over matrices, which decay, and the other parameters."""
+        self.peak_lr = self.peak_learning_rate()
+        self.steps, self.warmup = self.optimizer_steps(), self.warmup_steps(self.hp.warmup_epochs)
         if self.trainer.gradient_clip_val:
             raise InputError(
                 f"trainer.gradient_clip_val ({self.trainer.gradient_clip_val}) clips by the global norm, but "
@@ -156,7 +142,7 @@ class Pretraining(Task):
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return AdamW(groups, lr=self.peak_lr, weight_decay=hp.weight_decay)
+        return AdamW(groups, lr=self.peak_lr, weight_decay=self.hp.weight_decay)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return learning rate and weight decay of an optimizer step, from 0 on."""
@@ -167,35 +153,24 @@ class Pretraining(Task):
         )
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
-        """Set learning rate and weight decay of this step."""
         matrices, others = groups
         matrices["lr"], matrices["weight_decay"] = self.rates(self.global_step)
         others["lr"] = matrices["lr"]
 
     def on_fit_start(self) -> None:
-        """Check that the networks take views of every size.
-
-        Raises:
-            InputError: they do not.
-        """
         super().on_fit_start()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         sizes = getattr(getattr(data, "views", None), "sizes", ())
-        for part, network in self.networks().items():
-            name = self.hp.get(part) or self.hp.backbone  # a teacher that is an option has a name of its own
-            for option, size in zip(("global_size", "local_size"), dict.fromkeys(sizes), strict=False):
-                advice = (
-                    f"set data.views.{option} to one that it takes, or choose a model that takes any, as "
-                    "vit_… and locatvit_… do"
-                )
-                check_size(network, size, self.device, advice=advice, name=name)
+        for option, size in zip(("global_size", "local_size"), dict.fromkeys(sizes), strict=False):
+            advice = (
+                f"set data.views.{option} to one that it takes, or choose a model that takes any, as "
+                "vit_… and locatvit_… do"
+            )
+            for network in self.networks().values():
+                check_size(network, size, self.device, advice=advice, name=architecture_of(network))
 
     def training_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
-        """Return the method's loss, and log it with its scalars and signs of collapse.
-
-        Raises:
-            InputError: a loss since the last look was not finite (see `_has_to_look`).
-        """
+        """Return the method's loss, and log it with its scalars and signs of collapse."""
         output = self.compute_loss(batch)
         loss = output.loss.detach()
         self._losses.append((self.global_step, loss))
@@ -213,7 +188,6 @@ class Pretraining(Task):
         return output.loss
 
     def input_pictures(self, batch: ViewBatch, side: int) -> dict[str, Figure]:
-        """Draw the views of the first images of a batch."""
         return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
 
     def is_logged(self, number: int) -> bool:
@@ -221,12 +195,7 @@ class Pretraining(Task):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and number % every == 0
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip each parameter's gradient by its own norm; `train/grad_norm` is the norm of all before."""
         gradients = [p.grad for p in self.trained() if p.grad is not None]
         # Private, but the only way to have all norms in one kernel; torch's own clipping does the same.
@@ -236,15 +205,10 @@ class Pretraining(Task):
         self.log("train/grad_norm", norms.norm())
 
     def after_step(self, step: int) -> None:
-        """Forget the scalars of the step."""
         self._accumulated.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the weights are worth keeping, before a file is touched.
-
-        Raises:
-            InputError: a loss or a weight is not finite.
-        """
+        """Check that losses and weights are finite, before a file is touched: `InputError` if not."""
         super().on_save_checkpoint(checkpoint)
         self._stop_unless_finite()
         weights = [parameter.detach() for parameter in self.parameters()]

@@ -11,10 +11,8 @@ from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from locat_lightning.data.views import ViewBatch
-from locat_lightning.errors import InputError
 from locat_lightning.evaluation.gather import distributed
 from locat_lightning.methods.base import Output
 from locat_lightning.methods.self_distillation import SelfDistillation
@@ -38,9 +36,6 @@ class Dino(SelfDistillation):
         center_momentum: the centre's share of itself in an update.
         freeze_last_layer_epochs: epochs in which the prototypes stay as they are.
         options: those of every self-distillation (`SelfDistillation`).
-
-    Raises:
-        InputError: `student_temp` is not above 0, or `center_momentum` not from 0 to 1.
     """
 
     def __init__(
@@ -57,9 +52,6 @@ class Dino(SelfDistillation):
         **options: Any,
     ) -> None:
         super().__init__(backbone, **options)
-        self.check_above_zero("student_temp")
-        if not 0 <= center_momentum <= 1:
-            raise InputError(f"model.center_momentum ({center_momentum}) must be from 0 to 1")
         self.collapse = ""
         self.loss = Loss(
             out_dim,
@@ -69,7 +61,6 @@ class Dino(SelfDistillation):
         )
 
     def make_head(self, width: int) -> nn.Module:
-        """Make DINO's projection head."""
         hp = self.hp
         with warnings.catch_warnings():
             # The old weight norm keeps the parameters' names those of the original code.
@@ -85,7 +76,10 @@ class Dino(SelfDistillation):
         return head
 
     def compute_loss(self, batch: ViewBatch) -> Output:
-        """Compute the cross-entropy from the teacher's global views to the student's other views."""
+        """Compute the cross-entropy from the teacher's global views to the student's other views.
+
+        It is the mean entropy of the teacher's distributions, plus the KL divergence from the student's.
+        """
         views = [each.crops for each in batch.views]
         with torch.no_grad():
             features, taught = self.teacher(views[:1])
@@ -93,10 +87,11 @@ class Dino(SelfDistillation):
         temperature = self.teacher_temperature(self.current_epoch)
         with torch.autocast(self.device.type, enabled=False):
             loss: Tensor = self.loss(taught, learnt, teacher_temp=temperature)
-            entropy = self.loss.teacher_entropy(taught, temperature)
+            log_p = self.loss.teacher_log_probabilities(taught, temperature)
+            entropy = -(log_p.exp() * log_p).sum(-1).mean()
         divergence = loss.detach() - entropy
         if self.is_logged(self.trainer.fit_loop.batch_idx):
-            of_mean = self.loss.entropy_of_mean(taught, temperature)
+            of_mean = torch.special.entr(log_p.exp().mean((0, 1))).sum()
             self._warn_of_collapse(entropy.item(), of_mean.item(), divergence.item())
         scalars = {
             "teacher_entropy": entropy,
@@ -108,29 +103,17 @@ class Dino(SelfDistillation):
         }
         return Output(loss, scalars, features)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip; then drop the gradients of a frozen last layer (zeroed, AdamW would still decay it)."""
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        super().configure_gradient_clipping(*args, **kwargs)
         self.student.head.cancel_last_layer_gradients(self.current_epoch)
 
     def after_step(self, step: int) -> None:
-        """Move the teacher, and the centre."""
         super().after_step(step)
         self.loss.move_center()
 
     def _warn_of_collapse(self, entropy: float, of_mean: float, divergence: float) -> None:
-        """Warn, once, that the training has collapsed.
-
-        Args:
-            entropy: mean entropy of the teacher's distributions.
-            of_mean: entropy of the mean of these distributions, which is no less.
-            divergence: mean divergence of the student's distributions from the teacher's.
-        """
+        """Warn, once, that the training has collapsed; `of_mean` is the entropy of the mean distribution."""
         most = math.log(self.hp.out_dim)
         collapse = ""
         if entropy > (1 - COLLAPSED) * most and abs(divergence) < COLLAPSED * most:
@@ -161,7 +144,7 @@ class Loss(DINOLoss):
 
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor) -> None:
-        """Add up logits [V, B, out_dim]; lightly calls this at the end of each forward pass."""
+        """Add up logits [V, B, out_dim], at the end of each forward pass."""
         if not self.training:
             return
         summed = teacher_out.float().sum((0, 1))
@@ -181,29 +164,7 @@ class Loss(DINOLoss):
         self._sum, self._count = None, 0
 
     @torch.no_grad()
-    def teacher_entropy(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
-        """Return the mean entropy of the teacher's distributions, in nats; the rest of the loss is KL.
-
-        Args:
-            teacher_out: logits of each view, [B, out_dim].
-            temperature: the teacher's temperature.
-        """
-        log_p = self._log_probabilities(teacher_out, temperature)
-        return -(log_p.exp() * log_p).sum(-1).mean()
-
-    @torch.no_grad()
-    def entropy_of_mean(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
-        """Return the entropy of the teacher's mean distribution, in nats: low only if all images share one.
-
-        Args:
-            teacher_out: logits of each view, [B, out_dim].
-            temperature: the teacher's temperature.
-        """
-        mean = self._log_probabilities(teacher_out, temperature).exp().mean((0, 1))
-        entropy: Tensor = torch.special.entr(mean).sum()
-        return entropy
-
-    def _log_probabilities(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
-        """Return the teacher's log-probabilities [views, B, out_dim]."""
+    def teacher_log_probabilities(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
+        """Return the teacher's log-probabilities [views, B, out_dim] of logits [B, out_dim] of each view."""
         log_p: Tensor = ((torch.stack(teacher_out) - self.center) / temperature).log_softmax(-1)
         return log_p

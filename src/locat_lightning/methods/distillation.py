@@ -52,11 +52,6 @@ class Distillation(Pretraining, FrozenNetwork):
         super().__init__(backbone, **options)
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
-        """Find mistakes that show without data or a model.
-
-        Raises:
-            InputError: see `Pretraining.check`; also, there is no such teacher, or nothing to learn from it.
-        """
         super().check(trainer, training=training)
         if self.hp.teacher == RANDOM:
             raise InputError("model.teacher: a teacher with random weights has nothing to teach")
@@ -65,7 +60,6 @@ class Distillation(Pretraining, FrozenNetwork):
         check_source(self.hp.teacher, "model.teacher")
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
-        """Build the student with its projections, and read the teacher."""
         hp = self.hp
         self.backbone = make_backbone()
         self.start(self.backbone)
@@ -79,7 +73,6 @@ class Distillation(Pretraining, FrozenNetwork):
         self._features = torch.compile(features) if hp.compile else features
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return student and teacher."""
         return {"student": self.backbone, "teacher": self.teacher}
 
     def compute_loss(self, batch: ViewBatch) -> Output:
@@ -111,12 +104,7 @@ class Distillation(Pretraining, FrozenNetwork):
 
 
 def features(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return [CLS] [N, D] as a classifier reads it, and patch features [N, C, h, w] after the final norm.
-
-    Args:
-        backbone: any timm model with `forward_intermediates`.
-        images: [N, 3, H, W], normalised.
-    """
+    """Return [CLS] [N, D] as a classifier reads it, and patch features [N, C, h, w] after the final norm."""
     final, [patches] = backbone.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW")
     return backbone.forward_head(final, pre_logits=True), patches
 

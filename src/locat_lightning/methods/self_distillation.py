@@ -19,9 +19,7 @@ from locat_lightning.schedules import cosine, linear_warmup
 class Network(nn.Module):
     """A backbone with a projection head.
 
-    Args:
-        backbone: maps images [B, 3, H, W] to features [B, D].
-        head: maps features [B, D] to logits [B, out_dim].
+    The backbone maps images [B, 3, H, W] to features [B, D], the head these to logits [B, out_dim].
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -30,13 +28,9 @@ class Network(nn.Module):
         self.head: Any = head
 
     def forward(self, views: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return features and logits of views, those of one size in one batch.
+        """Return features [views · B, D], and logits [B, out_dim] of each view, float32.
 
-        Args:
-            views: of each size, [V, B, 3, H, W].
-
-        Returns:
-            [views · B, D], and of each view [B, out_dim], float32.
+        `views` holds, for each size, [V, B, 3, H, W], which are one batch.
         """
         views = list(views)
         features = torch.cat([self.backbone(each.flatten(0, 1)) for each in views])
@@ -58,9 +52,6 @@ class SelfDistillation(Pretraining):
         warmup_teacher_temp: temperature of the teacher's distribution in the first epoch.
         warmup_teacher_temp_epochs: epochs of linear change from one to the other; 0 for none.
         options: those of every pre-training (`Pretraining`).
-
-    Raises:
-        InputError: an average with `momentum` outside [0, 1], or `teacher_temp` is not above 0.
     """
 
     def __init__(
@@ -74,15 +65,12 @@ class SelfDistillation(Pretraining):
         **options: Any,
     ) -> None:
         super().__init__(backbone, **options)
-        if not 0 <= momentum <= 1:
-            raise InputError(f"model.momentum ({momentum}) must be from 0 to 1")
-        self.check_above_zero("teacher_temp", "warmup_teacher_temp")
-
-    def check_above_zero(self, *options: str) -> None:
-        """Check that temperatures are above 0: others would train silently towards something else."""
-        for name in options:
-            if not self.hp[name] > 0:
-                raise InputError(f"model.{name} ({self.hp[name]}) must be above 0")
+        numbers = {name: value for name, value in self.hp.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():  # a wrong one would train silently towards something else
+            if name.endswith("_temp") and not value > 0:
+                raise InputError(f"model.{name} ({value}) must be above 0")
+            if name.endswith("momentum") and not 0 <= value <= 1:
+                raise InputError(f"model.{name} ({value}) must be from 0 to 1")
 
     def make_head(self, width: int) -> nn.Module:
         """Make the projection head of one network for features of a width."""
@@ -90,30 +78,24 @@ class SelfDistillation(Pretraining):
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
-        """Return the teacher's backbone."""
         return self.teacher.backbone
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return both backbones."""
         return {"student": self.student.backbone, "teacher": self.teacher.backbone}
 
     def trained(self) -> Iterable[nn.Parameter]:
-        """Return the student's parameters."""
         return self.student.parameters()
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
-        """Find mistakes that show without data or a model.
-
-        Raises:
-            InputError: see `Pretraining.check`; also, a second average of weights is asked for.
-        """
         super().check(trainer, training=training)
         if self.hp.ema is not None:
             raise InputError("model.ema: the teacher is a moving average already (see model.momentum)")
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
-        """Build student and teacher with the same weights."""
-        self.student, self.teacher = (self._network(make_backbone()) for _ in range(2))
+        backbones = (make_backbone() for _ in range(2))
+        self.student, self.teacher = (
+            Network(each, self.make_head(each.head_hidden_size)) for each in backbones
+        )
         for module in self.teacher.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
@@ -121,15 +103,7 @@ class SelfDistillation(Pretraining):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
-    def _network(self, backbone: Any) -> Network:
-        return Network(backbone, self.make_head(backbone.head_hidden_size))
-
     def configure_optimizers(self) -> Optimizer:
-        """Return AdamW over the student.
-
-        Raises:
-            InputError: see `Pretraining.configure_optimizers`; also, a warm-up is longer than the run.
-        """
         epochs, warmup = self.trainer.max_epochs or 0, self.hp.warmup_teacher_temp_epochs
         if 0 < epochs < warmup:
             raise InputError(
@@ -140,19 +114,14 @@ class SelfDistillation(Pretraining):
     def teacher_temperature(self, epoch: int) -> float:
         """Return the temperature of the teacher's distribution in an epoch, from 0 on."""
         hp = self.hp
-        return linear_warmup(
-            epoch,
-            warmup=hp.warmup_teacher_temp_epochs,
-            start=hp.warmup_teacher_temp,
-            end=hp.teacher_temp,
-        )
+        start, end = hp.warmup_teacher_temp, hp.teacher_temp
+        return linear_warmup(epoch, warmup=hp.warmup_teacher_temp_epochs, start=start, end=end)
 
     def momentum(self, step: int) -> float:
         """Return the teacher's share of itself in the update after an optimizer step, from 0 on."""
         return cosine(step, steps=self.steps, start=self.hp.momentum, end=1.0)
 
     def after_step(self, step: int) -> None:
-        """Move the teacher towards the student."""
         super().after_step(step)
         move = get_ema_multi_avg_fn(self.momentum(step))
         move(list(self.teacher.parameters()), list(self.student.parameters()), 0)

@@ -1,6 +1,6 @@
 """What all tasks share: a backbone with its weights, the size of the run, and the scalars of every step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import nn
@@ -24,6 +23,7 @@ from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.validation import validation_figure
 from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
+from locat_lightning.schedules import linear_rule
 
 
 class Task(LightningModule):
@@ -36,9 +36,6 @@ class Task(LightningModule):
             keeping them: less memory, longer steps.
         ema: decay of a moving average of all weights, 0.9999 for example, which is validated and saved in
             their place; null for none.
-
-    Raises:
-        InputError: an option is not a finite number.
     """
 
     backbone: nn.Module
@@ -69,27 +66,15 @@ class Task(LightningModule):
         """Return the names of the classes, by label; [] where there are none."""
         return self.hp.get("class_names") or []
 
-    @property
-    def backbone_arguments(self) -> dict[str, Any]:
-        """Return what `create_backbone` takes: `backbone_args`, and `locat` if it is given."""
-        return noted_arguments(self.hp)
-
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks to look at, by name; the only one has no name."""
         return {"": self.backbone}
 
     def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
-        """Draw what the model makes of some samples: kernels, attention, patch features, prediction.
+        """Draw what the model makes of some samples: figures by name, images `side` pixels wide.
 
-        It is called in evaluation mode and without gradients.
-
-        Args:
-            samples: items of an evaluation's data set: image, label, and perhaps more.
-            data: the data module that they come from.
-            side: shorter side of an image in the picture, in pixels.
-
-        Returns:
-            Figures by name.
+        Samples are items of a data set of `data`: image, label, and perhaps more. The model is in evaluation
+        mode, without gradients.
         """
         images = torch.stack([sample[0] for sample in samples])
         backbone: Any = self.backbone
@@ -123,10 +108,7 @@ class Task(LightningModule):
     def write_predictions(self, prediction: Any, data: Any, directory: Path) -> None:
         """Write what `predict_step` returned for a batch as files, or keep it for `finish_predictions`.
 
-        Args:
-            prediction: of the batch.
-            data: the data module that the images come from.
-            directory: where files go; it may not exist yet.
+        The images come from `data`; the directory may not exist yet.
         """
 
     def finish_predictions(self, data: Any, directory: Path) -> str:
@@ -138,18 +120,9 @@ class Task(LightningModule):
         return ""
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
-        """Find mistakes that show without data or a model, before either is made.
-
-        Args:
-            trainer: the trainer of the run.
-            training: whether the run trains.
-
-        Raises:
-            InputError: timm does not know the model, the model does not take its arguments, the weights do
-                not exist, or the warm-up is too long.
-        """
+        """Find mistakes that show without data or a model, before either is made: `InputError`."""
         if self.hp.backbone is not None:
-            check_arguments(self.hp.backbone, self.backbone_arguments)
+            check_arguments(self.hp.backbone, noted_arguments(self.hp))
         if self.weights is not None:
             check_source(self.weights)
         epochs, warmup = trainer.max_epochs or 0, self.hp.get("warmup_epochs", 0)
@@ -163,17 +136,12 @@ class Task(LightningModule):
         self.weights = None
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that averages the weights, if `ema` is given."""
         return [] if self.hp.ema is None else [EMAWeightAveraging(decay=self.hp.ema)]
 
     def agree_on_classes(self, option: str) -> int:
         """Return the number of classes of `num_classes` and the data, and note number and names.
 
-        Args:
-            option: the option that decides which classes the data have.
-
-        Raises:
-            InputError: the two disagree, or both are missing.
+        `option` decides which classes the data have.
         """
         number: int | None = self.hp.num_classes
         names = self.names_in_data()
@@ -195,11 +163,7 @@ class Task(LightningModule):
         return list(getattr(getattr(self._trainer, "datamodule", None), "class_names", ()))
 
     def global_batch_size(self) -> int:
-        """Return the images per optimizer step, over all processes and accumulated batches.
-
-        Raises:
-            InputError: neither the data module nor its loader has a `batch_size`.
-        """
+        """Return the images per optimizer step, over all processes and accumulated batches."""
         trainer: Any = self.trainer
         trainer.fit_loop.setup_data()  # makes the loader
         sources = (trainer.datamodule, trainer.train_dataloader)
@@ -207,6 +171,13 @@ class Task(LightningModule):
         if images is None:
             raise InputError("the data do not say how large a batch is: give the data module a batch_size")
         return int(images * trainer.world_size * trainer.accumulate_grad_batches)
+
+    def peak_learning_rate(self, reference_batch: int = 256) -> float:
+        """Return and print the peak: `lr`, or what `base_lr` for `reference_batch` images a step makes it."""
+        hp, batch = self.hp, self.global_batch_size()
+        peak: float = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, reference_batch)
+        rank_zero_info(f"learning rate {peak:.3g} at {batch} images a step")
+        return peak
 
     def optimizer_steps(self) -> int:
         """Return the optimizer steps of the whole run."""
@@ -216,11 +187,7 @@ class Task(LightningModule):
         return int(steps)
 
     def warmup_steps(self, warmup_epochs: float) -> int:
-        """Return the optimizer steps of the warm-up.
-
-        Raises:
-            InputError: the warm-up is as long as the run.
-        """
+        """Return the optimizer steps of the warm-up, which has to be shorter than the run."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0
         steps = self.optimizer_steps()
@@ -237,8 +204,7 @@ class Task(LightningModule):
         return warmup
 
     def on_fit_start(self) -> None:
-        """Note the seed of the run, unless a checkpoint brought it, and prepare the backbones."""
-        if self._seed is None:
+        if self._seed is None:  # no checkpoint brought it
             self._seed = torch.initial_seed()
         for network in self.networks().values():
             if self.hp.compile:
@@ -256,11 +222,9 @@ class Task(LightningModule):
         np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the seed."""
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed."""
         self._seed = checkpoint.get("seed")
 
     def configure_gradient_clipping(
@@ -279,40 +243,27 @@ class Task(LightningModule):
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
         """Set the learning rate and weight decay of the optimizer's parameter groups for this step."""
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Take a step with the rates of that step.
 
         They follow from the step and the options alone, so that a resumed run may have other options.
         """
         step = self.global_step
         self.set_rates(optimizer.param_groups)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         self.after_step(step)
 
     def after_step(self, step: int) -> None:
         """Do what follows an optimizer step, counted from 0."""
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the learning rate and the weight decay of this step."""
         self.log("train/lr", max(group["lr"] for group in optimizer.param_groups), prog_bar=True)
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
 
 
-def announce_learning_rate(lr: float, global_batch: int) -> None:
-    """Print the learning rate, which follows from the batch."""
-    rank_zero_info(f"learning rate {lr:.3g} at {global_batch} images a step")
-
-
 def announce_size(name: str, model: nn.Module) -> None:
     """Print how many parameters a model has, and what it lacks of LocAt if its name has it."""
-    parts: dict[str, tuple[type[nn.Module], ...]]
-    parts = {"GAug": (GaussianAugmentation, GaussianMixture), "PRR": (PatchRefinement,)}
+    parts = {"GAug": GaussianAugmentation | GaussianMixture, "PRR": PatchRefinement}
     lacking = [part for part, of in parts.items() if not any(isinstance(m, of) for m in model.modules())]
     without = f" without {' and '.join(lacking)}" if lacking and name.startswith("locat") else ""
     rank_zero_info(f"{name}{without}: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -13,16 +13,16 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from locat_lightning.backbones.create import create_backbone
+from locat_lightning.backbones.create import create_backbone, noted_arguments
 from locat_lightning.backbones.weights import contents_of, load_weights
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
-from locat_lightning.schedules import linear_rule, warmup_then_linear
-from locat_lightning.tasks.base import Task, announce_learning_rate, announce_size
+from locat_lightning.schedules import warmup_then_linear
+from locat_lightning.tasks.base import Task, announce_size
 from locat_lightning.tasks.prediction_files import write_table
 
 DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, where class_names differ
@@ -86,53 +86,46 @@ class Classification(Task):
         self._predicted: list[tuple[Tensor, Tensor]] = []  # by `write_predictions`
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
-        """Find mistakes that show without data or a model.
-
-        Raises:
-            InputError: see `Task.check`; also, timm does not know the optimizer.
-        """
         super().check(trainer, training=training)
         name, known = self.hp.optimizer, list_optimizers()
         if name.lower().removeprefix("lookahead_") not in known:
             raise InputError(f"model.optimizer: timm knows no optimizer {name!r}{near(name, known, n=5)}")
 
     def configure_model(self) -> None:
-        """Build the backbone for the classes of the data, and read its weights.
-
-        Raises:
-            InputError: model, weights and data do not fit each other.
-        """
-        new = not hasattr(self, "backbone")
+        hp, new = self.hp, not hasattr(self, "backbone")
         contents = contents_of(self.weights) if new and self.weights else None
         num_classes = self._agree_on_classes(contents or {})
         if not new:
             return
-        self.backbone = create_backbone(self.hp.backbone, self.backbone_arguments, num_classes)
+        self.backbone = create_backbone(hp.backbone, noted_arguments(hp), num_classes)
         self._agree_on_size()
-        announce_size(self.hp.backbone, self.backbone)
+        announce_size(hp.backbone, self.backbone)
         if self.weights is not None:
             load_weights(self.backbone, self.weights, warm_start=self._is_training(), contents=contents)
-        tops: dict[str, Metric | MetricCollection] = {
-            f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro")
-            for k in (1, 5)
-            if k < num_classes
-        }
-        accuracy = MetricCollection(tops)
+        tops = [k for k in (1, 5) if k < num_classes]
+        accuracy = MetricCollection(
+            {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in tops}
+        )
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             accuracy.clone(prefix=f"{split}/") for split in ("train", "val", "test")
         )
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.mixup = self._mixup(num_classes)
+        self.mixup: Mixup | None = None
+        if hp.mixup or hp.cutmix:
+            self.mixup = Mixup(
+                hp.mixup,
+                hp.cutmix,
+                prob=hp.mixup_prob,
+                switch_prob=hp.mixup_switch_prob,
+                label_smoothing=hp.label_smoothing,
+                num_classes=num_classes,
+            )
 
     def _is_training(self) -> bool:
         return self._trainer is not None and self.trainer.training
 
     def _agree_on_classes(self, contents: Mapping[str, Any]) -> int:
-        """Return the number of classes; note the names in the data, or check that they are those learnt.
-
-        Args:
-            contents: contents of the file of weights.
-        """
+        """Return the number of classes; note the names in the data, or check that they are those learnt."""
         number, names = self.agree_on_classes("data.root"), self.names_in_data()
         self.data_classes = self.data_classes or _classes_of(contents)
         if self._is_training():
@@ -148,17 +141,11 @@ class Classification(Task):
         return number
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the classes of the data, too, where `class_names` renames them."""
         super().on_save_checkpoint(checkpoint)
-        if self.data_classes != self.class_names:
+        if self.data_classes != self.class_names:  # where `class_names` renames them
             checkpoint[DATA_CLASSES] = self.data_classes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a resumed run has the classes that it had.
-
-        Raises:
-            InputError: the data have others.
-        """
         super().on_load_checkpoint(checkpoint)
         before = _classes_of(checkpoint)
         _check_same_classes(before, self.data_classes)
@@ -174,19 +161,6 @@ class Classification(Task):
                 f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "
                 f"them agree, for example with --model.backbone_args.img_size {given}"
             )
-
-    def _mixup(self, num_classes: int) -> Mixup | None:
-        hp = self.hp
-        if hp.mixup == 0 and hp.cutmix == 0:
-            return None
-        return Mixup(
-            mixup_alpha=hp.mixup,
-            cutmix_alpha=hp.cutmix,
-            prob=hp.mixup_prob,
-            switch_prob=hp.mixup_switch_prob,
-            label_smoothing=hp.label_smoothing,
-            num_classes=num_classes,
-        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, 3, H, W]."""
@@ -210,16 +184,15 @@ class Classification(Task):
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Measure loss, top-1 and top-5 over the whole set, each image once."""
         self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Measure loss, top-1 and top-5 over the whole set, each image once."""
         self._evaluate(batch, "test", self.test_loss, self.test_accuracy)
 
     def _evaluate(
         self, batch: ImageBatch, split: str, mean_loss: MeanMetric, accuracy: MetricCollection
     ) -> None:
+        """Measure loss, top-1 and top-5 over the whole set, each image once."""
         images, labels = batch[:2]
         logits = self(images)
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
@@ -232,19 +205,12 @@ class Classification(Task):
         return batch.indices, self(batch.images).float().softmax(-1)
 
     def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
-        """Keep the probabilities of a batch."""
         self._predicted.append((prediction[0].cpu(), prediction[1].cpu()))
 
     def finish_predictions(self, data: Any, directory: Path) -> str:
-        """Write `predictions.csv` of all processes, in the order of the data set.
-
-        Raises:
-            InputError: no image could be read.
-        """
-        indices = torch.cat([torch.empty(0, dtype=torch.int64), *(each for each, _ in self._predicted)])
-        probabilities = torch.cat(
-            [torch.empty(0, self.hp.num_classes), *(each for _, each in self._predicted)]
-        )
+        """Write `predictions.csv` of all processes, in the order of the data set."""
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, self.hp.num_classes)
+        indices, probabilities = map(torch.cat, zip(nothing, *self._predicted, strict=True))
         self._predicted.clear()
         indices, probabilities = gather_rows(indices, indices, probabilities, device=self.device)
         if not len(indices):
@@ -257,10 +223,7 @@ class Classification(Task):
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW (or another of timm's) without weight decay of biases, norms and tokens."""
-        hp = self.hp
-        batch = self.global_batch_size()
-        peak: float = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, 512)
-        announce_learning_rate(peak, batch)
+        hp, peak = self.hp, self.peak_learning_rate(reference_batch=512)
         self._learning_rate = partial(
             warmup_then_linear,
             steps=self.optimizer_steps(),
@@ -275,10 +238,9 @@ class Classification(Task):
         return optimizer
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
-        """Set the learning rate of this step, and the weight decay of the options."""
         for group in groups:
             group["lr"] = self._learning_rate(self.global_step)
-            if group["weight_decay"] > 0:
+            if group["weight_decay"] > 0:  # perhaps from a checkpoint
                 group["weight_decay"] = self.hp.weight_decay
 
 

@@ -15,11 +15,8 @@ from locat_lightning.figures.segmentation import painted
 def write_table(file: Path, paths: Iterable[str], probabilities: Tensor, class_names: Sequence[str]) -> None:
     """Write a CSV with a row for each image: path, class, and the probability of every class.
 
-    Args:
-        file: to write, in a directory that may not exist yet.
-        paths: of the images.
-        probabilities: [images, classes].
-        class_names: by label; none writes the labels' numbers.
+    `probabilities` is [images, classes]; without `class_names`, classes are labels' numbers. The directory of
+    the file may not exist yet.
     """
     names = list(class_names) or [str(label) for label in range(probabilities.shape[1])]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -36,14 +33,8 @@ def write_classes(
     """Write the classes of an image's pixels as two PNGs.
 
     `predictions/NAME.png` has the index of each pixel's class, with the classes' colours as its palette;
-    `overlays/NAME.png` has the colours over the image in grey.
-
-    Args:
-        directory: where the two folders are.
-        name: of the image, perhaps with folders.
-        image: RGB.
-        classes: [H, W] uint8, of the image's size.
-        colours: [C, 3] uint8.
+    `overlays/NAME.png` has the colours [C, 3] over the image in grey. The name may have folders; classes are
+    [H, W], as large as the image; both are uint8.
     """
     indexed = Image.fromarray(classes)
     indexed.putpalette(colours.tobytes())

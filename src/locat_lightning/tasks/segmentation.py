@@ -32,7 +32,6 @@ from locat_lightning.inspection import gaussian_kernels
 from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
-from locat_lightning.tasks.base import announce_learning_rate
 from locat_lightning.tasks.frozen import FrozenNetwork, check_same, reference_to
 from locat_lightning.tasks.prediction_files import file_names, write_classes
 from locat_lightning.tasks.windows import slide
@@ -70,9 +69,6 @@ class Segmentation(FrozenNetwork):
 
     Attributes:
         iou: result of the last evaluation.
-
-    Raises:
-        InputError: `stride` is larger than `window`.
     """
 
     iou: IoU | None = None
@@ -313,8 +309,8 @@ class Segmentation(FrozenNetwork):
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW over the decoder, and a trained backbone with a learning rate for each layer."""
         hp = self.hp
-        announce_learning_rate(hp.lr, self.global_batch_size())
-        self._learning_rate = partial(one_cycle, steps=self.optimizer_steps(), peak=hp.lr, up=hp.warmup)
+        peak = self.peak_learning_rate()
+        self._learning_rate = partial(one_cycle, steps=self.optimizer_steps(), peak=peak, up=hp.warmup)
         groups: list[dict[str, Any]] = [{"params": list(self.decoder.parameters())}]
         if hp.train_backbone:
             backbone: Any = self.backbone

@@ -11,12 +11,8 @@ def slide(
 ) -> Tensor:
     """Return logits [B, classes, H, W], averaged where windows overlap.
 
-    Args:
-        logits: maps images [B, 3, h, w] to logits [B, classes, h, w].
-        images: [B, 3, H, W].
-        classes: number of classes.
-        window: height and width of a window, in pixels.
-        stride: pixels from one window to the next, at most `window`.
+    `logits` maps windows [B, 3, h, w] of images [B, 3, H, W] to [B, classes, h, w]. Windows are squares of
+    `window` pixels, one every `stride` pixels (at most `window`).
     """
     height, width = images.shape[-2:]
     total = images.new_zeros(len(images), classes, height, width)
