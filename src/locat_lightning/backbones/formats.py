@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -54,12 +55,8 @@ def write_model(
 
     In the last three, the batch is dynamic and the size of images is fixed.
 
-    Args:
-        model: built by timm; afterwards it is in evaluation mode, and float32.
-        directory: of the files; it exists.
-        form: one of these.
-        classes: names of the classes, for `config.json`.
-        images: preprocessing (`mean`, `std`, `crop_pct`, `interpolation`), for `config.json`.
+    The model is in evaluation mode afterwards, and float32. `config.json` also names the `classes`, and the
+    preprocessing of `images` (`mean`, `std`, `crop_pct`, `interpolation`).
 
     Returns:
         The largest relative difference of an output from the model's; 0 for timm's format.
@@ -69,13 +66,15 @@ def write_model(
     """
     check_format(form)
     model.eval().float()
+    write: dict[Format, Callable[[nn.Module, Path], Callable[[Tensor], Tensor]]] = {
+        "timm": partial(_timm, classes=classes, images=images),
+        "onnx": _onnx,
+        "torchscript": _torchscript,
+        "export": _export,
+    }
     with torch.no_grad(), _undisturbed():
         try:
-            read_again: Callable[[Tensor], Tensor]
-            if form == "timm":
-                read_again = _timm(model, directory, classes, images)
-            else:
-                read_again = _PROGRAMS[form](model, directory / FILES[form])
+            read_again = write[form](model, directory / FILES[form])
         except Exception as error:  # each exporter has its own exceptions
             raise InputError(
                 f"{type(model).__name__} cannot be written as {form}: {in_a_line(error)[:300]}"
@@ -104,15 +103,15 @@ def _difference(model: nn.Module, other: Callable[[Tensor], Tensor], images: Ten
 
 
 def _timm(
-    model: nn.Module, directory: Path, classes: list[str] | None, images: dict[str, Any] | None
+    model: nn.Module, file: Path, classes: list[str] | None, images: dict[str, Any] | None
 ) -> nn.Module:
     names = {"label_names": classes} if classes else None
     copies = model.register_state_dict_post_hook(_unshare)
     try:
-        save_for_hf(model, directory, model_config=names, data_config=images, safe_serialization=True)
+        save_for_hf(model, file.parent, model_config=names, data_config=images, safe_serialization=True)
     finally:
         copies.remove()
-    written: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    written: nn.Module = timm.create_model(f"local-dir:{file.parent}", pretrained=True)
     return written.eval()
 
 
@@ -164,13 +163,6 @@ def _onnx(model: nn.Module, file: Path) -> Callable[[Tensor], Tensor]:
     written.save(file, external_data=size > LARGEST // 2)
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-_PROGRAMS: dict[Format, Callable[[nn.Module, Path], Callable[[Tensor], Tensor]]] = {
-    "onnx": _onnx,
-    "torchscript": _torchscript,
-    "export": _export,
-}
 
 
 @contextmanager

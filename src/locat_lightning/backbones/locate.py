@@ -82,17 +82,11 @@ def architecture_of(model: nn.Module) -> str:
 
 
 def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]:
-    """Return the factors by which a model's kernels have to be wider than those of weights of another grid.
+    """Return by how much a model's kernels have to be wider than those of weights of another grid, by bias.
 
-    It is the ratio of the grids' shorter sides, as for images of another grid. Its logarithm, added to the
-    bias, has that effect as long as a variance is small beside the square of the grid.
-
-    Args:
-        state: The weights. Their grid is known from position embeddings or Swin's bias tables only.
-        model: With kernels.
-
-    Returns:
-        The ratio by the name of the bias, for kernels that change.
+    The factor is the ratio of the grids' shorter sides, as for images of another grid. Its logarithm, added
+    to the bias, has that effect as long as a variance is small beside the square of the grid. The grid of
+    weights is known from position embeddings or Swin's bias tables only.
     """
     found = {}
     for name, layer in model.named_modules():

@@ -145,12 +145,8 @@ def located(
 ) -> nn.Module:
     """Build another timm model with LocAt: how timm rebuilds what `add_locat` made, from its config.json.
 
-    Args:
-        pretrained: whether to load the weights beside the config.
-        backbone: timm's name of the model.
-        backbone_args: of the model.
-        locat: arguments of `add_locat`.
-        **kwargs: also of the model; they override `backbone_args`.
+    `backbone` is timm's name of the model, and `locat` holds the arguments of `add_locat`. All others are the
+    model's own, where `kwargs` override `backbone_args`.
     """
     if kwargs.get("global_pool") == "prr":  # which LocAt made of the backbone's own
         del kwargs["global_pool"]

@@ -27,8 +27,6 @@ from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_size
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-
 
 class Output(NamedTuple):
     """What a method makes of a batch.
@@ -80,7 +78,6 @@ class Pretraining(Task):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._built = False
         self._losses: list[tuple[int, Tensor]] = []  # not yet known to be finite, with their steps
         self._accumulated: list[Tensor] = []  # scalars of the batches of this step so far
 
@@ -108,20 +105,14 @@ class Pretraining(Task):
         super().check(trainer, training=training)
 
     def configure_model(self) -> None:
-        if not self._built:
+        if not hasattr(self, "backbone"):
             self.build(partial(create_for_any_size, self.hp.backbone, noted_arguments(self.hp)))
-            self._built = True
 
     def start(self, backbone: nn.Module) -> None:
         """Give a new backbone the weights of the options, if there are any."""
         announce_size(self.hp.backbone, backbone)
         if self.weights is not None:
             load_weights(backbone, self.weights, warm_start=True)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the backbone's features [B, D] of normalised images [B, 3, H, W]."""
-        features: Tensor = self.backbone(images)
-        return features
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW over matrices, which decay, and the other parameters."""
@@ -132,7 +123,7 @@ class Pretraining(Task):
                 f"trainer.gradient_clip_val ({self.trainer.gradient_clip_val}) clips by the global norm, but "
                 f"{type(self).__name__} clips each parameter's gradient: use model.clip_grad"
             )
-        if self.trainer.precision not in PRECISIONS:
+        if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
             raise InputError(
                 f"trainer.precision ({self.trainer.precision}): small steps need float32 weights, which half "
                 "precision rounds away: use bf16-mixed"

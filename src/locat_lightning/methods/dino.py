@@ -53,25 +53,16 @@ class Dino(SelfDistillation):
     ) -> None:
         super().__init__(backbone, **options)
         self.collapse = ""
-        self.loss = Loss(
-            out_dim,
-            teacher_temp=self.hp.teacher_temp,
-            student_temp=student_temp,
-            center_momentum=center_momentum,
-        )
+        self.loss = Loss(out_dim, student_temp=student_temp, center_momentum=center_momentum)
 
     def make_head(self, width: int) -> nn.Module:
         hp = self.hp
+        sizes = width, hp.hidden_dim, hp.bottleneck_dim, hp.out_dim
         with warnings.catch_warnings():
             # The old weight norm keeps the parameters' names those of the original code.
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
             head: nn.Module = DINOProjectionHead(
-                width,
-                hp.hidden_dim,
-                hp.bottleneck_dim,
-                hp.out_dim,
-                freeze_last_layer=hp.freeze_last_layer_epochs,
-                norm_last_layer=hp.norm_last_layer,
+                *sizes, freeze_last_layer=hp.freeze_last_layer_epochs, norm_last_layer=hp.norm_last_layer
             )
         return head
 

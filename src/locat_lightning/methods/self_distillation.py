@@ -27,12 +27,11 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head: Any = head
 
-    def forward(self, views: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return features [views · B, D], and logits [B, out_dim] of each view, float32.
 
         `views` holds, for each size, [V, B, 3, H, W], which are one batch.
         """
-        views = list(views)
         features = torch.cat([self.backbone(each.flatten(0, 1)) for each in views])
         # Logits in bfloat16, divided by the temperature, would be off by a tenth.
         with torch.autocast(features.device.type, enabled=False):

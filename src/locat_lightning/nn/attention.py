@@ -11,18 +11,11 @@ from locat_lightning.nn.gaussian import Gaussians, gaussian_kernel
 def gaussian_augmented_attention(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, *, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(q kᵀ / √d + S) v, as the paper has it; S is 0 in the rows and columns of prefix tokens.
+    """softmax(q kᵀ / √d + S) v [B, h, N, d], as the paper has it.
 
-    Args:
-        q: Queries [B, h, N, d].
-        k: Keys [B, h, N, d].
-        v: Values [B, h, N, d].
-        s: S among the patches, broadcast to [B, h, H·W, H·W].
-        bias: Added to the logits, too: [windows, h, N, N], where B is windows of whole images.
-        dropout: Probability of dropping an attention weight.
-
-    Returns:
-        [B, h, N, d].
+    S is given among the patches, broadcast to [B, h, H·W, H·W]; it is 0 in the rows and columns of prefix
+    tokens. A bias [windows, h, N, N], where B is windows of whole images, is added to the logits, too.
+    `dropout` is the probability of dropping an attention weight.
 
     Source: "Locality-Attending Vision Transformer" (ICLR 2026), Gaussian-augmented attention.
     """

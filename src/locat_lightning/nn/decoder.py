@@ -31,15 +31,9 @@ class MlpDecoder(nn.Sequential):
 def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     """Return the mean cross-entropy of annotated pixels, with logits upsampled bilinearly to the masks' size.
 
-    The same as `interpolate` and `cross_entropy`, but logits of full size exist for one image (or a few small
-    ones) at a time: their gradient at the small size is computed together with their loss.
-
-    Args:
-        logits: [B, C, h, w].
-        masks: [B, H, W], integers: the class of each pixel, or `IGNORE`.
-
-    Returns:
-        A scalar, float32; 0 where no pixel is annotated.
+    The same as `interpolate` and `cross_entropy` of logits [B, C, h, w] and integer masks [B, H, W] (classes,
+    or `IGNORE`), but logits of full size exist for one image (or a few small ones) at a time: their gradient
+    at the small size is computed together with their loss. Float32; 0 where no pixel is annotated.
     """
     loss: Tensor = _UpsampledCrossEntropy.apply(logits, masks)
     return loss
@@ -79,14 +73,9 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
 
 
 def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the likeliest class of each pixel, with logits upsampled bilinearly, a few classes at a time.
+    """Return the likeliest class of each pixel [B, H, W] int64 of logits [B, C, h, w], for size (H, W).
 
-    Args:
-        logits: [B, C, h, w].
-        size: (H, W) of the result.
-
-    Returns:
-        [B, H, W] int64; the first of classes with equal logits.
+    Logits are upsampled bilinearly, a few classes at a time. Of classes with equal logits, the first wins.
     """
     best = logits.new_full((len(logits), *size), -torch.inf, dtype=torch.float32)
     classes = torch.zeros_like(best, dtype=torch.int64)

@@ -41,13 +41,12 @@ class PatchGrid:
 
     def of(self, patches: int) -> tuple[int, int]:
         """Return rows and columns of a sequence of patches; `ValueError` if no such image was seen."""
-        try:
-            return self._by_patches[patches]
-        except KeyError:
+        if patches not in self._by_patches:
             raise ValueError(
                 f"no image with {patches} patches went through the patch embedding (grids seen: "
                 f"{sorted(self._by_patches.values())}); GAug needs every patch, so patch dropout has to be 0"
-            ) from None
+            )
+        return self._by_patches[patches]
 
 
 def note_grid(patch_embed: Any, inputs: tuple[Tensor, ...], patches: Any) -> None:
@@ -173,9 +172,6 @@ class GaussianMixture(nn.Module):
         components: Number of Gaussians. Their initial widths range from one patch to the whole grid.
         built_for: (H0, W0).
         gated: Start all α_m at 1e-6 instead of 1 / m.
-
-    Raises:
-        ValueError: `components` is not a positive integer.
     """
 
     def __init__(

@@ -109,13 +109,12 @@ class GaussianWindowAttention(WindowAttention):
         return out
 
 
-_WITH_GAUSSIANS: dict[type[nn.Module], type[nn.Module]] = {
+ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
     Attention: GaussianAttention,
     AttentionRope: GaussianRopeAttention,
     EvaAttention: GaussianEvaAttention,
     WindowAttention: GaussianWindowAttention,
 }
-ATTENTIONS = tuple(_WITH_GAUSSIANS)
 
 
 def add_gaussians(layer: nn.Module, gaug: GaussianAugmentation | GaussianMixture) -> None:
@@ -124,5 +123,5 @@ def add_gaussians(layer: nn.Module, gaug: GaussianAugmentation | GaussianMixture
     Its class is replaced, not the layer: weights, hooks and references to it stay valid, and the arguments
     that it was built with need not be known.
     """
-    layer.__class__ = _WITH_GAUSSIANS[type(layer)]
+    layer.__class__ = ATTENTIONS[type(layer)]
     layer.gaug = gaug.train(layer.training)

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locat_lightning.backbones.create import check_arguments, noted_arguments
@@ -66,6 +66,11 @@ class Task(LightningModule):
         """Return the names of the classes, by label; [] where there are none."""
         return self.hp.get("class_names") or []
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Return what the backbone makes of normalised images [B, 3, H, W]: logits or features [B, ..]."""
+        output: Tensor = self.backbone(images)
+        return output
+
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks to look at, by name; the only one has no name."""
         return {"": self.backbone}
@@ -79,9 +84,8 @@ class Task(LightningModule):
         images = torch.stack([sample[0] for sample in samples])
         backbone: Any = self.backbone
         inputs = images.to(self.device, next(backbone.parameters()).dtype)
-        features = probabilities = None
-        if hasattr(backbone, "forward_intermediates"):
-            features = patch_features(backbone, inputs)
+        has_features = hasattr(backbone, "forward_intermediates")
+        probabilities = None
         if getattr(backbone, "num_classes", 0) > 0:
             [call] = observe(backbone, inputs, [backbone])
             probabilities = call.output.float().softmax(-1)
@@ -91,7 +95,7 @@ class Task(LightningModule):
             self.class_names,
             kernels=gaussian_kernels(backbone, inputs),
             attention={name: cls_attention(each, inputs) for name, each in self.networks().items()},
-            features=features,
+            features=patch_features(backbone, inputs) if has_features else None,
             probabilities=probabilities,
             side=side,
         )
@@ -228,10 +232,7 @@ class Task(LightningModule):
         self._seed = checkpoint.get("seed")
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip by the global norm, and log the norm before clipping."""
         if gradient_clip_algorithm == "value":

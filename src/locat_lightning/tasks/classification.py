@@ -162,11 +162,6 @@ class Classification(Task):
                 f"them agree, for example with --model.backbone_args.img_size {given}"
             )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, classes] of normalised images [B, 3, H, W]."""
-        logits: Tensor = self.backbone(images)
-        return logits
-
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""
         images, labels = batch[:2]
@@ -224,13 +219,9 @@ class Classification(Task):
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW (or another of timm's) without weight decay of biases, norms and tokens."""
         hp, peak = self.hp, self.peak_learning_rate(reference_batch=512)
+        steps, warmup = self.optimizer_steps(), self.warmup_steps(hp.warmup_epochs)
         self._learning_rate = partial(
-            warmup_then_linear,
-            steps=self.optimizer_steps(),
-            warmup=self.warmup_steps(hp.warmup_epochs),
-            peak=peak,
-            start=hp.warmup_lr,
-            end=hp.min_lr,
+            warmup_then_linear, steps=steps, warmup=warmup, peak=peak, start=hp.warmup_lr, end=hp.min_lr
         )
         optimizer: Optimizer = create_optimizer_v2(
             self.backbone, opt=hp.optimizer, lr=peak, weight_decay=hp.weight_decay

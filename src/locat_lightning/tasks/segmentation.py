@@ -227,14 +227,14 @@ class Segmentation(FrozenNetwork):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def predicted(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return classes [B, H, W] int64 of images [B, 3, H', W'] at another size."""
-        return upsampled_argmax(self(images), size)
+    def predicted(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Return classes [B, H, W] int64 of images [B, 3, H', W'], at the size of their masks [.., H, W]."""
+        height, width = masks.shape[-2:]
+        return upsampled_argmax(self(images), (height, width))
 
     def validation_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
         """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
-        height, width = batch.masks.shape[-2:]
-        predicted = self.predicted(batch.images, (height, width))
+        predicted = self.predicted(batch.images, batch.masks)
         self.counts.update(predicted, batch.masks)
         return predicted
 
@@ -264,8 +264,7 @@ class Segmentation(FrozenNetwork):
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B], and classes [B, H, W] uint8 at the image's own size."""
-        height, width = batch.masks.shape[-2:]
-        return batch.indices, self.predicted(batch.images, (height, width)).byte()
+        return batch.indices, self.predicted(batch.images, batch.masks).byte()
 
     def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
         """Write the classes of each image as PNGs: their indices, and their colours over the image."""
@@ -285,7 +284,7 @@ class Segmentation(FrozenNetwork):
         inputs = [sample[0][None].to(self.device) for sample in samples]
         masks = [sample[1] for sample in samples]
         pairs = zip(inputs, masks, strict=True)
-        predictions = [self.predicted(image, tuple(mask.shape[-2:]))[0].cpu() for image, mask in pairs]
+        predictions = [self.predicted(image, mask)[0].cpu() for image, mask in pairs]
         kernels = [gaussian_kernels(self.backbone, image) for image in inputs]
         figure = segmentation_figure(
             [rgb(image, data.normalisation)[0] for image in inputs],
