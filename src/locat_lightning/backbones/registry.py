@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, eva, generate_default_cfgs, register_model
 from timm.models import swin_transformer as swin
 from timm.models import vision_transformer as vit
@@ -77,17 +76,13 @@ MODELS = {
     for size, sizes in by_size.items()
 }
 
+# Images of 224 pixels, ImageNet's mean and deviation and 1,000 classes are what timm takes by default.
 default_cfgs = generate_default_cfgs(
     {
         name: {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
             "pool_size": (7, 7) if "swin" in name else None,
             "crop_pct": 0.9,
-            "interpolation": "bicubic",
             "fixed_input_size": True,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
             "first_conv": "patch_embed.proj",
             "classifier": "head.fc" if "swin" in name else "head",
             "license": "apache-2.0",

@@ -158,8 +158,7 @@ def _read_state(weights: str, network: Role, contents: dict[str, Any] | None) ->
             raise InputError(f"{weights} holds no student: leave --student out")
         return {name: value for name, value in contents.items() if isinstance(value, Tensor)}
     check_source(weights)
-    state: dict[str, Tensor] = pretrained(weights).state_dict()
-    return state
+    return pretrained(weights).state_dict()
 
 
 def pretrained(name: str, **arguments: Any) -> nn.Module:

@@ -138,10 +138,8 @@ class Pretraining(Task):
     def rates(self, step: int) -> tuple[float, float]:
         """Return learning rate and weight decay of an optimizer step, from 0 on."""
         hp, steps = self.hp, self.steps
-        return (
-            warmup_then_cosine(step, steps=steps, warmup=self.warmup, peak=self.peak_lr, end=hp.min_lr),
-            cosine(step, steps=steps, start=hp.weight_decay, end=hp.weight_decay_end),
-        )
+        lr = warmup_then_cosine(step, steps=steps, warmup=self.warmup, peak=self.peak_lr, end=hp.min_lr)
+        return lr, cosine(step, steps=steps, start=hp.weight_decay, end=hp.weight_decay_end)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
         matrices, others = groups

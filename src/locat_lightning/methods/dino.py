@@ -130,7 +130,7 @@ class Loss(DINOLoss):
     def __init__(self, out_dim: int, **options: Any) -> None:
         super().__init__(out_dim, warmup_teacher_temp_epochs=0, **options)
         # No buffers: DDP would overwrite them with those of the first process.
-        self._sum: Tensor | None = None
+        self._sum: Tensor | float = 0.0
         self._count = 0
 
     @torch.no_grad()
@@ -138,21 +138,20 @@ class Loss(DINOLoss):
         """Add up logits [V, B, out_dim], at the end of each forward pass."""
         if not self.training:
             return
-        summed = teacher_out.float().sum((0, 1))
-        self._sum = summed if self._sum is None else self._sum + summed
+        self._sum = self._sum + teacher_out.float().sum((0, 1))
         self._count += teacher_out.shape[0] * teacher_out.shape[1]
 
     @torch.no_grad()
     def move_center(self) -> None:
         """Move the centre towards the mean of the logits since the last time, over all processes."""
-        if self._sum is None:
+        if not isinstance(self._sum, Tensor):
             return
         mean = self._sum / self._count
         if distributed():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
-        self._sum, self._count = None, 0
+        self._sum, self._count = 0.0, 0
 
     @torch.no_grad()
     def teacher_log_probabilities(self, teacher_out: list[Tensor], temperature: float) -> Tensor:

@@ -114,12 +114,8 @@ def widths(backbone: Any) -> tuple[int, int]:
     return backbone.head_hidden_size, backbone.feature_info[-1]["num_chs"]
 
 
-def cosine_distance(learnt: Tensor, taught: Tensor) -> Tensor:
-    """Return the mean of 1 - cosine over vectors [..., D]."""
-    return 1 - F.cosine_similarity(learnt, taught, dim=-1).mean()
-
-
+# The mean distance between vectors [..., D].
 DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": cosine_distance,
+    "cosine": lambda learnt, taught: 1 - F.cosine_similarity(learnt, taught, dim=-1).mean(),
     "smooth_l1": F.smooth_l1_loss,
 }

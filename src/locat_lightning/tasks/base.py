@@ -147,12 +147,10 @@ class Task(LightningModule):
 
         `option` decides which classes the data have.
         """
-        number: int | None = self.hp.num_classes
-        names = self.names_in_data()
-        if number is None and not names:
+        names = list(self.of_data("class_names") or ())
+        number: int = self.hp.num_classes or len(names)
+        if not number:
             raise InputError("the data do not name their classes: set model.num_classes")
-        if number is None:
-            number = len(names)
         if names and number != len(names):
             raise InputError(
                 f"model.num_classes is {number}, but the data have {len(names)} classes "
@@ -162,9 +160,10 @@ class Task(LightningModule):
         self.hp.num_classes, self.hp.class_names = number, self.class_names or names
         return number
 
-    def names_in_data(self) -> list[str]:
-        """Return the class names of the data module; [] where it has none, or there is no data module."""
-        return list(getattr(getattr(self._trainer, "datamodule", None), "class_names", ()))
+    def of_data(self, name: str) -> Any:
+        """Return an attribute of the data module; None where it has none, or there is no data module."""
+        # `_trainer` is private, but `trainer` is an error where there is none.
+        return getattr(getattr(self._trainer, "datamodule", None), name, None)
 
     def global_batch_size(self) -> int:
         """Return the images per optimizer step, over all processes and accumulated batches."""

@@ -122,11 +122,11 @@ class Classification(Task):
             )
 
     def _is_training(self) -> bool:
-        return self._trainer is not None and self.trainer.training
+        return self._trainer is not None and self.trainer.training  # `trainer` is an error without one
 
     def _agree_on_classes(self, contents: Mapping[str, Any]) -> int:
         """Return the number of classes; note the names in the data, or check that they are those learnt."""
-        number, names = self.agree_on_classes("data.root"), self.names_in_data()
+        number, names = self.agree_on_classes("data.root"), list(self.of_data("class_names") or ())
         self.data_classes = self.data_classes or _classes_of(contents)
         if self._is_training():
             self.data_classes = names
@@ -153,7 +153,7 @@ class Classification(Task):
 
     def _agree_on_size(self) -> None:
         """Check that the model takes images of the data's size."""
-        given = getattr(getattr(self._trainer, "datamodule", None), "img_size", None)
+        given = self.of_data("img_size")
         patches = getattr(self.backbone, "patch_embed", None)
         taken = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
         if given is not None and taken is not None and tuple(taken) != (given, given):

@@ -121,7 +121,7 @@ class Segmentation(FrozenNetwork):
             )
 
     def summary(self) -> str:
-        scale = getattr(getattr(self._trainer, "datamodule", None), "scale", None)
+        scale = self.of_data("scale")
         resized = f" resized to fit {scale[0]} × {scale[1]}" if scale else ""
         if self.hp.protocol == "whole":
             return f"whole image{resized}"
@@ -141,7 +141,10 @@ class Segmentation(FrozenNetwork):
         if not 2 <= classes <= IGNORE:
             raise InputError(f"segmentation takes from 2 to {IGNORE} classes, not {classes}")
         self.backbone, decoder = self._read_weights()
-        self.decoder = MlpDecoder(_width(self.backbone), classes, self.hp.hidden_dim)
+        if (features := getattr(self.backbone, "feature_info", None)) is None:
+            kind = type(self.backbone).__name__
+            raise InputError(f"{kind} has no feature_info: choose a timm model with patch features")
+        self.decoder = MlpDecoder(features[-1]["num_chs"], classes, self.hp.hidden_dim)
         if (obstacle := _load_decoder(self.decoder, decoder)) and not self.trainer.training:
             raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
         if decoder and self.trainer.training:
@@ -335,13 +338,3 @@ def _load_decoder(decoder: MlpDecoder, state: dict[str, Tensor]) -> str:
         return f"its decoder has other features or classes ({given} instead of {own})"
     decoder.load_state_dict(state)
     return ""
-
-
-def _width(backbone: Any) -> int:
-    """Return the width D of the patch features."""
-    if (widths := getattr(backbone, "feature_info", None)) is None:
-        raise InputError(
-            f"{type(backbone).__name__} has no feature_info: choose a timm model with patch features"
-        )
-    channels: int = widths[-1]["num_chs"]
-    return channels
