@@ -94,8 +94,7 @@ class Distillation(Pretraining, FrozenNetwork):
             cls, patches = self._features(self.teacher, images)
         own_cls, own_patches = self._features(self.backbone, images)
         with torch.autocast(images.device.type, enabled=False):
-            if patches.shape[-2:] != own_patches.shape[-2:]:
-                size = own_patches.shape[-2:]
+            if patches.shape[-2:] != (size := own_patches.shape[-2:]):
                 patches = F.interpolate(patches.float(), size, mode="bilinear", antialias=True)
             learnt = self.project_patches(own_patches.float().movedim(1, -1))
             distance = DISTANCES[self.hp.criterion]

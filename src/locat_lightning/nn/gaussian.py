@@ -248,7 +248,8 @@ def gaussian_kernel(gaussians: Gaussians) -> Tensor:
     each = *slope, cross[..., -patches:], alpha
     of_y, of_x, of_yx, alpha = (t.unflatten(-1, grid)[..., None, None] for t in each)
     exponent = of_y * dy.square() + of_x * dx.square() + of_yx * dy * dx
-    return (alpha * exponent.clamp_min(_LEAST_EXPONENT).exp()).flatten(-4, -3).flatten(-2)
+    s: Tensor = alpha * exponent.clamp_min(_LEAST_EXPONENT).exp()
+    return s.flatten(-4, -3).flatten(-2)
 
 
 def _epsilon(built_for: tuple[int, int]) -> float:

@@ -142,10 +142,10 @@ class Task(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         return [] if self.hp.ema is None else [EMAWeightAveraging(decay=self.hp.ema)]
 
-    def agree_on_classes(self, option: str) -> int:
-        """Return the number of classes of `num_classes` and the data, and note number and names.
+    def agree_on_classes(self, option: str) -> tuple[int, list[str]]:
+        """Return number and names of the classes in the data, and note them in the options.
 
-        `option` decides which classes the data have.
+        The data may have no names, if `num_classes` is given. `option` decides which classes the data have.
         """
         names = list(self.of_data("class_names") or ())
         number: int = self.hp.num_classes or len(names)
@@ -158,7 +158,7 @@ class Task(LightningModule):
                 f"correct {option}"
             )
         self.hp.num_classes, self.hp.class_names = number, self.class_names or names
-        return number
+        return number, names
 
     def of_data(self, name: str) -> Any:
         """Return an attribute of the data module; None where it has none, or there is no data module."""

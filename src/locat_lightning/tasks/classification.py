@@ -126,7 +126,7 @@ class Classification(Task):
 
     def _agree_on_classes(self, contents: Mapping[str, Any]) -> int:
         """Return the number of classes; note the names in the data, or check that they are those learnt."""
-        number, names = self.agree_on_classes("data.root"), list(self.of_data("class_names") or ())
+        number, names = self.agree_on_classes("data.root")
         self.data_classes = self.data_classes or _classes_of(contents)
         if self._is_training():
             self.data_classes = names

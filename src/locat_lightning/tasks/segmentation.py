@@ -137,7 +137,7 @@ class Segmentation(FrozenNetwork):
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
             return
-        classes = self.agree_on_classes("data.classes")
+        classes, _ = self.agree_on_classes("data.classes")
         if not 2 <= classes <= IGNORE:
             raise InputError(f"segmentation takes from 2 to {IGNORE} classes, not {classes}")
         self.backbone, decoder = self._read_weights()
