@@ -83,7 +83,7 @@ def test_dino_shows_student_and_teacher_and_its_crops():
 def test_segmentation_shows_annotation_and_prediction_and_what_it_measured():
     module = Segmentation("locatvit_tiny", weights="random", class_names=["sky", "road"])
     module.backbone = timm.create_model("locatvit_tiny", dynamic_img_size=True, num_classes=0, **SMALL).eval()
-    module.predicted = lambda images, size: torch.ones(1, *size, dtype=torch.int64)
+    module.predicted = lambda images, masks: torch.ones(1, *masks.shape, dtype=torch.int64)
     items = [(image, torch.zeros(20, 20, dtype=torch.uint8), 0) for image, *_ in samples(18)]
     figure = module.pictures(items, DATA, 32)["validation"]
     assert titles(figure) == ["input", "annotation", "prediction", *KERNELS]
