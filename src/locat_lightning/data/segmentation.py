@@ -141,7 +141,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         known = dataset != "folder"
         self.ignore_index = IGNORE if known else ignore_index
         self.reduce_zero_label = dataset in ("ade20k", "pascal_context") if known else reduce_zero_label
-        self.crop_size = crop_size
+        self.crop_size, self.scale = crop_size, scale
         self.eval_batch_size = eval_batch_size
         self.augmentation = partial(
             joint_augmentation,
