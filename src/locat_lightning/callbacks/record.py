@@ -3,6 +3,8 @@
 import csv
 import os
 import platform
+import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -64,13 +66,10 @@ class RunRecord(SaveConfigCallback):
             return
         for logger in trainer.loggers:
             logger.finalize("failed")
-        files = list(directory.iterdir())
-        if all(file.name.startswith(LOGS) for file in files):
-            for file in files:
-                file.unlink()
-            directory.rmdir()
-            if not any(directory.parent.iterdir()):
-                directory.parent.rmdir()
+        if all(file.name.startswith(LOGS) for file in directory.iterdir()):
+            shutil.rmtree(directory)
+            with suppress(OSError):
+                directory.parent.rmdir()  # only if there is no other run in it
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results to `metrics.json` and to TensorBoard's HParams, and print them."""

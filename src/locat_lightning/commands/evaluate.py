@@ -1,6 +1,5 @@
 """`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
-from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,11 +43,10 @@ OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index"
 
 
 class Measurement(NamedTuple):
-    """A result: a heading, a table, and its numbers by name."""
+    """A result, to print and to record."""
 
     heading: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    table: Table
     metrics: dict[str, float]
 
 
@@ -56,7 +54,6 @@ class ConfigOfImages(parsing.ConfigByName):
     """`--config` takes options of the command, or a config of `locat fit`, of which the images count."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Parse the config that `values` names."""
         data = yaml.safe_load(Path(parsing.find_config(str(values))).read_text()).get("data")
         if not (isinstance(data, dict) and "class_path" in data):
             super().__call__(parser, cfg, values, option_string)
@@ -102,10 +99,7 @@ def main(arguments: list[str]) -> None:
         measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
     if fabric.is_global_zero:
         print(measurement.heading)
-        table = Table(*(Column(name, justify="right") for name in measurement.columns))
-        for row in measurement.rows:
-            table.add_row(*row)
-        Console().print(table)
+        Console().print(measurement.table)
         run = claim(directory)
         record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
         write_json(run / "metrics.json", record | measurement.metrics)
@@ -186,13 +180,13 @@ def _pretrained_cfg(weights: str) -> dict[str, Any]:
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
     found = knn_classify(*bank, *queries, k=config.k, temperature=config.temperature)
-    rows, metrics = [], dict[str, float]()
+    table, metrics = _table("k", "top-1", "top-5"), dict[str, float]()
     for k, accuracy in found.items():
         voters = f"{k}" if accuracy.neighbours == k else f"{k} (all {accuracy.neighbours})"
-        rows.append((voters, f"{accuracy.top1:.2%}", f"{accuracy.top5:.2%}"))
+        table.add_row(voters, f"{accuracy.top1:.2%}", f"{accuracy.top5:.2%}")
         metrics |= {f"knn/top1_k{k}": accuracy.top1, f"knn/top5_k{k}": accuracy.top5}
     heading = f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}"
-    return Measurement(heading, ("k", "top-1", "top-5"), rows, metrics)
+    return Measurement(heading, table, metrics)
 
 
 def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
@@ -224,15 +218,14 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
         )
         features = min(config.sweep_batch_size, len(train.labels))
         manner = f"{features} features a step, best top-1 {sweep.best.top1:.2%}"
-    best, rows = sweep.best, []
+    best, table = sweep.best, _table("learning rate", "effective", "top-1", "top-5")
     metrics = {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
     for r in sweep.results:
         rates = f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}"
-        rows.append((*rates, f"{r.top1:.2%}", f"{r.top5:.2%}"))
+        table.add_row(*rates, f"{r.top1:.2%}", f"{r.top5:.2%}")
         if len(sweep.results) > 1:
             metrics[f"linear/top1_rate{r.learning_rate:g}"] = r.top1
-    heading = f"linear, {config.protocol}: {config.epochs} epochs, {manner}"
-    return Measurement(heading, ("learning rate", "effective", "top-1", "top-5"), rows, metrics)
+    return Measurement(f"linear, {config.protocol}: {config.epochs} epochs, {manner}", table, metrics)
 
 
 def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
@@ -249,16 +242,16 @@ def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fa
         seed=config.seed,
         search=config.search,
     )
-    by_class = dict(zip(data.class_names, found.per_class.tolist(), strict=True))
+    table = _table("class", "IoU")
+    metrics = {f"retrieval/{name}": float(getattr(found, name)) for name in IoU.SCALARS}
+    for name, iou in zip(data.class_names, found.per_class.tolist(), strict=True):
+        table.add_row(name, "absent" if isnan(iou) else f"{iou:.2%}")
+        if not isnan(iou):
+            metrics[f"retrieval/iou_{name}"] = iou
     kept = f"{config.memory_size:,} patches kept" if config.memory_size else "all patches kept"
-    scalars = {f"retrieval/{name}": float(getattr(found, name)) for name in IoU.SCALARS}
-    return Measurement(
-        f"dense retrieval: mIoU {float(found.miou):.4f} (images resized to {config.image_size} × "
-        f"{config.image_size}, {kept}, {config.neighbours} neighbours)",
-        ("class", "IoU"),
-        [(name, "absent" if isnan(iou) else f"{iou:.2%}") for name, iou in by_class.items()],
-        scalars | {f"retrieval/iou_{name}": iou for name, iou in by_class.items() if not isnan(iou)},
-    )
+    protocol = f"images resized to {config.image_size} × {config.image_size}, {kept}"
+    heading = f"dense retrieval: mIoU {float(found.miou):.4f} ({protocol}, {config.neighbours} neighbours)"
+    return Measurement(heading, table, metrics)
 
 
 def _features(
@@ -266,6 +259,10 @@ def _features(
 ) -> Features:
     loader, dtype = data.eval_dataloader(split), autocast_type(config.precision)
     return extract_features(backbone, loader, fabric.device, autocast_dtype=dtype).to(fabric.device)
+
+
+def _table(*columns: str) -> Table:
+    return Table(*(Column(name, justify="right") for name in columns))
 
 
 def _name_of(weights: str) -> str:

@@ -44,13 +44,8 @@ def knn_classify(
     One search, for the largest k, serves every k. It runs where `train_features` are, in full float32
     whatever precision the training around it has chosen, and takes some 250 MB besides the features.
 
-    Args:
-        train_features: [N, D], the bank; need not be normalised.
-        train_labels: [N] int64, any number of classes.
-        test_features: [M, D].
-        test_labels: [M] int64.
-        k: numbers of neighbours that vote; one above N is capped at N.
-        temperature: of the votes.
+    Features [N, D] and [M, D] need not be normalised, labels are int64 of any number of classes. A `k` above
+    N is capped at N.
 
     Returns:
         Accuracy for each k. As in the original, top-5 counts the first min(5, k) classes, and of classes with

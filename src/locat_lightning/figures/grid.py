@@ -80,11 +80,7 @@ def grid(
 
 def image_column(title: str, images: Sequence[np.ndarray], note: str = "") -> Column:
     """Show images [H, W, 3], from 0 to 1 or uint8; small ones are enlarged without smoothing."""
-
-    def draw(axes: Axes, row: int, box: Box) -> None:
-        show(axes, images[row], box)
-
-    return Column(title, draw, note)
+    return Column(title, lambda axes, row, box: show(axes, images[row], box), note)
 
 
 def feature_column(features: Tensor, title: str = "PCA of patch features") -> Column:
