@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.data import ImageData, SegmentationData
-from locat_lightning.evaluation.retrieval import build_memory, segment_by_retrieval
+from locat_lightning.evaluation.retrieval import Retrieval, build_memory, segment_by_retrieval
 from locat_lightning.tasks import Classification
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -48,9 +48,8 @@ def test_it_logs_what_the_function_gives(folder, masks, caplog):
         masks.square_dataloader("train", 32),
         masks.square_dataloader("val", 32),
         "cpu",
+        Retrieval(memory_size=40, neighbours=5),
         num_classes=3,
-        memory_size=40,
-        neighbours=5,
         progress=False,
     )
     assert run.callback_metrics["retrieval/miou"] == pytest.approx(float(expected.miou))
@@ -72,11 +71,11 @@ def test_training_is_the_same_with_it(folder, masks):
 def test_the_memory_is_of_the_chosen_images(folder, masks, monkeypatch):
     seen, sizes = [], []
 
-    def watched(backbone, train, val, *arguments, **options):
-        kept = {name: options[name] for name in ("num_classes", "memory_size", "places")}
-        sizes.append(len(build_memory(backbone, train, "cpu", **kept, progress=False).features))
+    def watched(backbone, train, val, device, settings, **options):
+        kept = {name: options[name] for name in ("num_classes", "places")}
+        sizes.append(len(build_memory(backbone, train, "cpu", settings, **kept, progress=False).features))
         seen.append([index for batch in train for index in batch.indices.tolist()])
-        return segment_by_retrieval(backbone, train, val, *arguments, **options)
+        return segment_by_retrieval(backbone, train, val, device, settings, **options)
 
     monkeypatch.setattr("locat_lightning.callbacks.retrieval_probe.segment_by_retrieval", watched)
     fit(folder, RetrievalProbe(masks, every_n_epochs=1, image_size=32, images=4, memory_size=17), epochs=1)

@@ -12,7 +12,7 @@ from locat.command import main
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.evaluation.features import extract_features
 from locat_lightning.evaluation.knn import knn_classify
-from locat_lightning.evaluation.retrieval import segment_by_retrieval
+from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
@@ -288,8 +288,8 @@ def test_dense_retrieval(scenes, named, capsys):
         data.square_dataloader("train", 36),
         data.square_dataloader("val", 36),
         "cpu",
+        Retrieval(memory_size=60),
         num_classes=3,
-        memory_size=60,
         progress=False,
     )
     found = metrics("net_retrieve")

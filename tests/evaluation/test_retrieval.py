@@ -15,6 +15,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.retrieval import (
     Memory,
+    Retrieval,
     build_memory,
     patch_histograms,
     retrieve,
@@ -71,12 +72,14 @@ def build():
 
 
 def remembered(scenes, **options):
-    return build_memory(build(), loader(scenes), "cpu", num_classes=CLASSES, progress=False, **options)
+    settings = Retrieval(**options)
+    return build_memory(build(), loader(scenes), "cpu", settings, num_classes=CLASSES, progress=False)
 
 
 def segmented(train, val, batch_size=2, **options):
     parts = loader(train, batch_size), loader(val, batch_size)
-    return segment_by_retrieval(build(), *parts, "cpu", num_classes=CLASSES, progress=False, **options)
+    settings = Retrieval(**options)
+    return segment_by_retrieval(build(), *parts, "cpu", settings, num_classes=CLASSES, progress=False)
 
 
 @torch.no_grad()
@@ -176,7 +179,7 @@ def random_memory(size=50, dim=6):
 def test_retrieval_in_chunks(monkeypatch, votes, neighbours):
     monkeypatch.setattr("locat_lightning.evaluation.retrieval.VOTES", votes)
     memory, features = random_memory()
-    scores = retrieve(memory, features, neighbours=neighbours)
+    scores = retrieve(memory, features, Retrieval(neighbours=neighbours))
     rows = list(zip(memory.features.double().numpy(), memory.histograms.numpy(), strict=True))
     for one, feature in zip(scores, features.permute(0, 2, 3, 1).double().numpy(), strict=True):
         expected = reference_scores(rows, feature, neighbours, 0.02)
@@ -188,10 +191,10 @@ def test_retrieval_in_chunks(monkeypatch, votes, neighbours):
 def test_faiss_finds_the_same(neighbours):
     pytest.importorskip("faiss")
     memory, features = random_memory()
-    found = retrieve(memory, features, neighbours=neighbours, search="faiss")
-    torch.testing.assert_close(found, retrieve(memory, features, neighbours=neighbours))
+    ours, faiss = (Retrieval(neighbours=neighbours, search=search) for search in ("torch", "faiss"))
+    torch.testing.assert_close(retrieve(memory, features, faiss), retrieve(memory, features, ours))
     with pytest.raises(InputError, match="query features are not finite"):
-        retrieve(memory, features * torch.inf, search="faiss")
+        retrieve(memory, features * torch.inf, faiss)
 
 
 def test_histograms_count_pixels_of_all_patches():
@@ -248,7 +251,7 @@ def test_the_training_around_it_is_untouched():
     state = torch.get_rng_state()
     parts = loader(Scenes(3)), loader(Scenes(2))
     with torch.inference_mode():
-        result = segment_by_retrieval(model, *parts, "cpu", num_classes=CLASSES, progress=False)
+        result = segment_by_retrieval(model, *parts, "cpu", Retrieval(), num_classes=CLASSES, progress=False)
     assert (model.training, model.blocks[0].training, model.blocks[1].training) == (True, False, True)
     assert torch.equal(state, torch.get_rng_state())
     assert not result.per_class.is_inference()
@@ -304,7 +307,7 @@ def test_classes_that_masks_do_not_know_are_mistakes():
     parts = loader(Scenes(3)), loader(Scenes(2))
     for classes, message in ((2, r"none of 0\.\.1"), (0, "0 classes"), (256, "256 classes")):
         with pytest.raises(InputError, match=message):
-            segment_by_retrieval(build(), *parts, "cpu", num_classes=classes, progress=False)
+            segment_by_retrieval(build(), *parts, "cpu", Retrieval(), num_classes=classes, progress=False)
 
 
 def test_faiss_has_to_be_installed_before_it_is_asked_for(monkeypatch):

@@ -1,6 +1,5 @@
 """Dense retrieval with the backbone's patch features during training."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 
 from locat_lightning.callbacks.probe import Probe
 from locat_lightning.data.segmentation import SegmentationData
-from locat_lightning.evaluation.retrieval import Search, check_search, segment_by_retrieval
+from locat_lightning.evaluation.retrieval import Retrieval, Search, segment_by_retrieval
 
 
 class RetrievalProbe(Probe[SegmentationData]):
@@ -50,20 +49,11 @@ class RetrievalProbe(Probe[SegmentationData]):
         name: str = "retrieval",
     ) -> None:
         super().__init__(data, every_n_epochs, images, seed, name)
-        check_search(neighbours, temperature, search)
+        self.settings = Retrieval(memory_size, neighbours, temperature, search, seed)
         self.image_size = image_size
         kept = "all patches" if memory_size is None else f"at most {memory_size:,} patches"
         of = "all training images" if images is None else f"at most {images:,} training images"
         self.protocol = f"{image_size} × {image_size} pixels, {kept} of {of}, {neighbours} neighbours"
-        self._segment = partial(
-            segment_by_retrieval,
-            memory_size=memory_size,
-            neighbours=neighbours,
-            temperature=temperature,
-            search=search,
-            seed=seed,
-            progress=False,
-        )
 
     def obstacle(self, data: Any) -> str:
         if not isinstance(data, SegmentationData):
@@ -77,5 +67,7 @@ class RetrievalProbe(Probe[SegmentationData]):
             for split in ("train", "val")
         )
         options: dict[str, Any] = {"num_classes": data.num_classes, "autocast_dtype": self._autocast_dtype}
-        found = self._segment(backbone, train, val, device, places=self._bank, **options)
+        found = segment_by_retrieval(
+            backbone, train, val, device, self.settings, places=self._bank, progress=False, **options
+        )
         return {metric: float(getattr(found, metric)) for metric in self.metrics}

@@ -1,5 +1,6 @@
 """`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
+from dataclasses import fields
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ from locat_lightning.evaluation.features import Features, autocast_type, check_s
 from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
-from locat_lightning.evaluation.retrieval import Search, segment_by_retrieval
+from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
 
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
@@ -114,10 +115,7 @@ def _parser(command: str) -> ArgumentParser:
     if command == "retrieve":
         parser.add_class_arguments(SegmentationData, "data")
         add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
-        add("--memory_size", type=PositiveInt | None, default=None, help="patches to keep; null for all")
-        add("--neighbours", type=PositiveInt, default=30, help="patches of the memory that vote")
-        add("--temperature", type=PositiveFloat, default=0.02, help="softmax(cosine / temperature) of votes")
-        add("--search", type=Search, default="auto", help="by faiss where it is installed, or by torch")
+        parser.add_class_arguments(Retrieval, skip={"seed"})
     else:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.
@@ -229,18 +227,11 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
 
 
 def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
+    train, val = (data.square_dataloader(split, config.image_size) for split in ("train", "val"))
+    settings = Retrieval(**{field.name: config[field.name] for field in fields(Retrieval)})
+    dtype, classes = autocast_type(config.precision), data.num_classes
     found = segment_by_retrieval(
-        backbone,
-        data.square_dataloader("train", config.image_size),
-        data.square_dataloader("val", config.image_size),
-        fabric.device,
-        num_classes=data.num_classes,
-        autocast_dtype=autocast_type(config.precision),
-        memory_size=config.memory_size,
-        neighbours=config.neighbours,
-        temperature=config.temperature,
-        seed=config.seed,
-        search=config.search,
+        backbone, train, val, fabric.device, settings, num_classes=classes, autocast_dtype=dtype
     )
     table = _table("class", "IoU")
     metrics = {f"retrieval/{name}": float(getattr(found, name)) for name in IoU.SCALARS}

@@ -5,12 +5,14 @@ Source: "Towards In-context Scene Understanding" (Balažević et al., NeurIPS 20
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +27,42 @@ from locat_lightning.nn.decoder import upsampled_argmax
 
 Search = Literal["auto", "torch", "faiss"]
 PATCHES = 2**32  # more than an image has: the key of a patch is image · PATCHES + patch
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Settings of dense retrieval.
+
+    Args:
+        memory_size: patches in the memory; null takes all.
+        neighbours: patches of the memory that vote; all where there are fewer.
+        temperature: of the votes, softmax(cosine / temperature).
+        search: `torch` compares chunk by chunk on the memory's device, some 300 MB besides the memory;
+            `faiss` has an exact search on the CPU of the same result; `auto` takes it for a memory on the
+            CPU where it is installed.
+        seed: seed of the choice of patches.
+    """
+
+    memory_size: PositiveInt | None = None
+    neighbours: PositiveInt = 30
+    temperature: PositiveFloat = 0.02
+    search: Search = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.memory_size is not None and self.memory_size < 1:
+            raise InputError(
+                f"memory_size is {self.memory_size}: give the number of patches to keep, or none for all"
+            )
+        if self.neighbours < 1 or self.temperature <= 0:
+            raise InputError(
+                f"retrieval from {self.neighbours} neighbours at temperature {self.temperature}: "
+                "both must be positive, like Hummingbird's 30 and 0.02"
+            )
+        if self.search == "faiss" and find_spec("faiss") is None:
+            raise InputError(
+                "search='faiss' needs faiss: pip install 'locat-lightning[retrieval]', or take search='torch'"
+            )
 
 
 class Memory(NamedTuple):
@@ -42,15 +80,11 @@ def segment_by_retrieval(
     train_loader: Batches[MaskedBatch],
     val_loader: Batches[MaskedBatch],
     device: torch.device | str,
+    settings: Retrieval,
     *,
     num_classes: int,
-    memory_size: int | None = None,
     places: Sequence[int] | None = None,
-    neighbours: int = 30,
-    temperature: float = 0.02,
-    seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
-    search: Search = "auto",
     progress: bool = True,
 ) -> IoU:
     """Measure how well patch features alone tell the classes of pixels: build a memory, then `retrieve`.
@@ -58,32 +92,22 @@ def segment_by_retrieval(
     Masks of `train_loader` are of the images' size and not augmented at random; those of `val_loader` may be
     of another size: scores of patches are upsampled to it bilinearly, and the largest is the prediction. The
     backbone (see `patch_features`) is on `device`, and only it computes in `autocast_dtype`. The memory is on
-    `device`, too, and holds at most `memory_size` patches (see `build_memory`), chosen by `seed`.
+    `device`, too.
 
     With `torch.distributed` initialised, each process brings its part of both data sets, an image that
     several bring counts once, and all get the whole result. If they bring only a part of the training images,
     `places` are its positions, ascending. A training around this call is not touched.
     """
-    check_search(neighbours, temperature, search)
     device = torch.device(device)
-    memory = build_memory(
-        backbone,
-        train_loader,
-        device,
-        num_classes=num_classes,
-        memory_size=memory_size,
-        places=places,
-        seed=seed,
-        autocast_dtype=autocast_dtype,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"places": places, "autocast_dtype": autocast_dtype, "progress": progress}
+    memory = build_memory(backbone, train_loader, device, settings, num_classes=num_classes, **options)
     memory = Memory(*(table.to(device) for table in memory))
     counts: dict[int, Tensor] = {}  # by image
     with measuring(backbone, val_loader, "Segmenting by retrieval", progress) as batches:
         for batch in batches:
             images = batch.images.to(device, non_blocking=True)
             features = patch_features(backbone, images, autocast_dtype=autocast_dtype)
-            scores = retrieve(memory, features, neighbours=neighbours, temperature=temperature, search=search)
+            scores = retrieve(memory, features, settings)
             height, width = images.shape[-2:]
             if (padded := padded_size(backbone, (height, width))) != (height, width):
                 scores = F.interpolate(scores, padded, mode="bilinear")[..., :height, :width]
@@ -113,11 +137,10 @@ def build_memory(
     backbone: nn.Module,
     loader: Batches[MaskedBatch],
     device: torch.device | str,
+    settings: Retrieval,
     *,
     num_classes: int,
-    memory_size: int | None = None,
     places: Sequence[int] | None = None,
-    seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Memory:
@@ -134,8 +157,6 @@ def build_memory(
     it is built, it takes twice its size.
     """
     check_classes(num_classes)
-    if memory_size is not None and memory_size < 1:
-        raise InputError(f"memory_size is {memory_size}: give the number of patches to keep, or none for all")
     device, number = torch.device(device), len(loader.dataset if places is None else places)
     # Keys, features and histograms of each batch, which say at last how large the memory is.
     found: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -155,11 +176,11 @@ def build_memory(
             histograms = patch_histograms(masks, (H, W), patch, num_classes).cpu()
             rows, keys = [], []
             for place, (of_image, index) in enumerate(zip(histograms, batch.indices.tolist(), strict=True)):
-                quota = None
+                quota, memory_size = None, settings.memory_size
                 if memory_size is not None:  # quotas of all images add up to the memory's size
                     rank = index if places is None else bisect_left(places, index)
                     quota = (rank + 1) * memory_size // number - rank * memory_size // number
-                patches = sample_patches(of_image, quota, (seed, index))
+                patches = sample_patches(of_image, quota, (settings.seed, index))
                 rows.append(place * len(of_image) + patches)
                 keys.append(index * PATCHES + patches)
             chosen = torch.cat(rows)
@@ -179,24 +200,10 @@ def build_memory(
 
 
 @torch.no_grad()
-def retrieve(
-    memory: Memory,
-    features: Tensor,
-    *,
-    neighbours: int = 30,
-    temperature: float = 0.02,
-    search: Search = "auto",
-) -> Tensor:
+def retrieve(memory: Memory, features: Tensor, settings: Retrieval) -> Tensor:
     """Give each patch the mean of its nearest neighbours' classes, weighted softmax(cosine / temperature).
 
-    Args:
-        memory: on the device where the search is to run.
-        features: [B, D, H, W]; need not be normalised.
-        neighbours: patches of the memory that vote; its size where that is smaller.
-        temperature: of the votes.
-        search: `torch` compares chunk by chunk on the memory's device, some 300 MB besides the memory;
-            `faiss` has an exact search on the CPU of the same result; `auto` takes it for a memory on the
-            CPU where it is installed.
+    The search runs on the device of the memory. Features [B, D, H, W] need not be normalised.
 
     Returns:
         [B, C, H, W] float32, on the device of `features`: shares of the classes, their sum is 1.
@@ -204,33 +211,21 @@ def retrieve(
     B, _, H, W = features.shape
     classes = memory.histograms.shape[1]
     queries = features.permute(0, 2, 3, 1).flatten(0, 2)
+    search = settings.search
     if search == "auto":
         installed = find_spec("faiss") is not None and memory.features.device.type == "cpu"
         search = "faiss" if installed else "torch"
     found = nearest_neighbours if search == "torch" else _faiss_neighbours
-    neighbours = min(neighbours, len(memory.features))
+    neighbours = min(settings.neighbours, len(memory.features))
     rows = max(1, VOTES // (neighbours * classes))
     scores = []
     for similarities, indices in found(memory.features, queries, neighbours):
-        weights = (similarities / temperature).softmax(1)
+        weights = (similarities / settings.temperature).softmax(1)
         for weight, index in zip(weights.split(rows), indices.split(rows), strict=True):
             histograms = memory.histograms[index]  # [rows, K, C]
             weight = weight / histograms.sum(2)
             scores.append((histograms * weight[..., None]).sum(1).to(features.device))
     return torch.cat(scores).view(B, H, W, classes).permute(0, 3, 1, 2)
-
-
-def check_search(neighbours: int, temperature: float, search: Search) -> None:
-    """Check the settings of `retrieve`."""
-    if neighbours < 1 or temperature <= 0:
-        raise InputError(
-            f"retrieval from {neighbours} neighbours at temperature {temperature}: both must be "
-            "positive, like Hummingbird's 30 and 0.02"
-        )
-    if search == "faiss" and find_spec("faiss") is None:
-        raise InputError(
-            "search='faiss' needs faiss: pip install 'locat-lightning[retrieval]', or take search='torch'"
-        )
 
 
 def patch_histograms(
