@@ -1,14 +1,11 @@
 """What every data module here shares: splits that are found once, and loaders for every process.
 
-A data module of your own needs none of it. Of any LightningDataModule a task asks for loaders whose batches
-begin with images, float32 [B, 3, H, W], and labels, int64 [B] (tuples will do), and for the number of
-classes: a list `class_names`, or the option `model.num_classes`. Where the loader has no `batch_size`, the
-data module needs one.
+A data module of your own needs none of it: `docs/extend.md` says what a task asks of one.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from math import inf, isfinite
+from math import inf
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
@@ -58,8 +55,6 @@ class ImageModule(LightningDataModule, Generic[Found]):
         self.save_hyperparameters()  # of the subclass as well
         if not all(0 < deviation < inf for deviation in std):
             raise InputError(f"data.std {tuple(std)} must be three numbers above 0")
-        if not all(isfinite(value) for value in mean):
-            raise InputError(f"data.mean {tuple(mean)} must be three finite numbers")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.normalisation = {"mean": tuple(mean), "std": tuple(std)}
@@ -133,9 +128,8 @@ class ImageModule(LightningDataModule, Generic[Found]):
         processes, rank = self._processes()
         if self.trainer is not None and len(images) < processes:
             # All processes have to evaluate together, but Lightning skips one that has no images.
-            raise InputError(
-                f"{len(images)} images for {processes} processes: use --trainer.devices {len(images)}"
-            )
+            count = len(images)
+            raise InputError(f"{count} images for {processes} processes: use --trainer.devices {count}")
         order = EvaluationOrder(images, processes, rank, shuffle=False)
         return ImageLoader(images, sampler=order, **(self._loader_options(training=False) | options))
 
@@ -147,8 +141,7 @@ class ImageModule(LightningDataModule, Generic[Found]):
         return (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
 
     def _loader_options(self, training: bool) -> dict[str, Any]:
-        trainer = self.trainer
-        workers = self.num_workers
+        trainer, workers = self.trainer, self.num_workers
         if workers is None:
             workers = min(16, suggested_max_num_workers(trainer.num_devices if trainer else 1))
         return {

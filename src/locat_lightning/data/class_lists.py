@@ -41,9 +41,8 @@ def read_classes(file: Path) -> Classes:
     rows = {number: row for number, row in rows.items() if row not in (HEADER, HEADER[:1])}
     coloured = any(len(row) > 1 for row in rows.values())
     for number, row in rows.items():
-        if len(row) != (4 if coloured else 1) or not all(
-            field.isascii() and field.isdigit() and int(field) < 256 for field in row[1:]
-        ):
+        levels = all(field.isascii() and field.isdigit() and int(field) < 256 for field in row[1:])
+        if len(row) != (4 if coloured else 1) or not levels:
             raise InputError(
                 f"{file}, line {number}: expected `name` on every line, or `name,red,green,blue` with colours"
                 f" from 0 to 255 on every line, not {','.join(row)!r}"

@@ -14,8 +14,6 @@ from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.errors import InputError, in_a_line
 
-__all__ = ["ImageData"]
-
 
 class ImageData(LabelledData):
     """Images with a label each, in batches for training, evaluation and prediction.

@@ -96,9 +96,8 @@ def _augment_one_by_one(crops: Tensor, parameters: Tensor, mean: Tensor, std: Te
     blurred = parameters[parameters[:, SIGMA] > 0, SIGMA, None, None, None]
     bands = iter(_blur_bands(crops.shape[-1], blurred).split(1))
     arguments = parameters[..., None, None, None, None].unbind()
-    for crop, source, row, values in zip(
-        x.split(1), crops.split(1), parameters.tolist(), arguments, strict=True
-    ):
+    rows = zip(x.split(1), crops.split(1), parameters.tolist(), arguments, strict=True)
+    for crop, source, row, values in rows:
         torch.mul(source, 1 / 255, out=crop)
         for _, column in _steps(row):
             _OPERATIONS[column](crop, next(bands) if column == SIGMA else values[column])

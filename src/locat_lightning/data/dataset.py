@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -31,14 +32,11 @@ class ImageBatch(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An image that could not be read, and the reason in a line.
-
-    A mistake that the user has to correct stops the run, however many unreadable images are allowed.
-    """
+    """An image that could not be read, and the reason in a line."""
 
     path: str
     reason: str
-    mistake: bool = False
+    mistake: bool = False  # the user's, which stops the run, however many unreadable images are allowed
 
 
 Label = TypeVar("Label", covariant=True)
@@ -66,22 +64,17 @@ class Source(Protocol[Label]):
         return nullcontext(self.read(index))
 
 
+@dataclass(eq=False)
 class Images(Dataset):
-    """The images of a source, transformed.
+    """The images of a source, which a transform turns from RGB into tensors.
 
     Item `epoch · len + index` is image `index` as epoch `epoch` sees it. Its random numbers follow from
     (seed, epoch, index), and those of the process stay as they were.
-
-    Args:
-        source: the images and their labels.
-        transform: turns an RGB image into a tensor.
-        seed: seed of the transform's random numbers.
     """
 
-    def __init__(self, source: Source, transform: Callable[..., Any], seed: int = 0) -> None:
-        self.source = source
-        self.transform = transform
-        self.seed = seed
+    source: Source
+    transform: Callable[..., Any]
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.source)

@@ -18,10 +18,7 @@ WHITE = {"I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 655
 
 
 def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
-    """Read an image as a viewer shows it: RGB, 8 bits, upright, transparent parts on white.
-
-    A decoder that cannot read the file may raise an exception of any kind.
-    """
+    """Read an image as a viewer shows it: RGB, 8 bits, upright, transparent parts on white."""
     with open_image(file) as image:
         image.load()
         return image

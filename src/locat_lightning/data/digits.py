@@ -9,21 +9,16 @@ from locat_lightning.data.dataset import Source
 from locat_lightning.data.decoding import to_rgb
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
-EVALUATED = 360  # of 1,797 images; the split is part of the data set, so its seed is fixed
+EVALUATED = 360  # of 1,797 images, stratified; the split is part of the data set, so its seed is fixed
 
 
 class Digits(Source[int]):
-    """A split of the digits, 8 x 8 pixels, white on black.
-
-    Args:
-        train: 1,437 images if true, else the other 360, which have the same share of every class.
-    """
+    """A split of the digits, 8 x 8 pixels, white on black: 1,437 to train on, or the other 360."""
 
     def __init__(self, train: bool) -> None:
         data = load_digits()
-        parts = train_test_split(
-            np.arange(len(data.target)), test_size=EVALUATED, stratify=data.target, random_state=0
-        )
+        rows = np.arange(len(data.target))
+        parts = train_test_split(rows, test_size=EVALUATED, stratify=data.target, random_state=0)
         self.rows: np.ndarray = np.sort(parts[0 if train else 1])
         self.pixels: np.ndarray = (data.images[self.rows] * (255 / 16)).round().astype(np.uint8)
         self.labels: list[int] = data.target[self.rows].tolist()

@@ -36,13 +36,9 @@ class Files(Source[int]):
 
 
 def labelled_files(folder: Path, class_names: list[str], named_by: str, complete: bool) -> Files:
-    """Find the images of a split in its folders of classes.
+    """Find the images of a split in its folders of classes; if `complete`, every class must have one.
 
-    Args:
-        folder: the split's.
-        class_names: those of the data set, in the order of their labels.
-        named_by: the folder from which the class names come, for errors.
-        complete: whether every class must have an image here.
+    The class names are in the order of their labels, and come from the folder `named_by`.
     """
     if unknown := sorted(set(class_folders(folder)) - set(class_names)):
         raise InputError(
@@ -53,10 +49,8 @@ def labelled_files(folder: Path, class_names: list[str], named_by: str, complete
         raise InputError(f"no images in the class folders of {folder}: {EXTENSIONS}")
     if complete and (empty := [name for name, paths in zip(class_names, files, strict=True) if not paths]):
         raise InputError(f"class folders without an image in {folder}: {listed(empty)}; {EXTENSIONS}")
-    return Files(
-        [path for paths in files for path in paths],
-        [label for label, paths in enumerate(files) for _ in paths],
-    )
+    labels = [label for label, paths in enumerate(files) for _ in paths]
+    return Files([path for paths in files for path in paths], labels)
 
 
 def unlabelled_files(folder: Path) -> Files:

@@ -20,13 +20,11 @@ from locat_lightning.data.timm_sources import Stream, TimmSource, known_class_na
 from locat_lightning.errors import InputError
 
 ROOT = "data"  # where none is given
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
 class LabelledData(ImageModule[Source | Stream]):
     """Images with a label each, in batches for evaluation and prediction; subclasses add the training.
-
-    Mistakes of layout (a folder without images, a class that `train/` lacks) are found by `setup`, before
-    anything is trained.
 
     Args:
         root: folder of the images: `train/` and one of `val/`, `validation/`, `test/`, each with a folder per
@@ -49,9 +47,7 @@ class LabelledData(ImageModule[Source | Stream]):
         download: bool = False,
         classes: PositiveInt | None = None,
         img_size: PositiveInt = 224,
-        eval_interpolation: Literal[
-            "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"
-        ] = "bicubic",
+        eval_interpolation: Interpolation = "bicubic",
         crop_pct: float = 0.875,
         **kwargs: Any,
     ) -> None:

@@ -65,13 +65,6 @@ class ImageLoader(DataLoader):
     In training a batch keeps its size by repeating its readable images; in evaluation it shrinks. The
     unreadable ones are listed with the last batch, or when the iteration ends early. The iteration raises an
     `InputError` if too many images or all of a training batch cannot be read, or the user made a mistake.
-
-    Args:
-        dataset: `Images`, or an iterable data set of the same items.
-        training: whether batches keep their size.
-        unreadable: records what could not be read.
-        collate: makes a batch of the items that could be read.
-        options: the DataLoader's.
     """
 
     def __init__(
@@ -124,13 +117,7 @@ class ImageLoader(DataLoader):
 
 
 class ResumableLoader(ImageLoader):
-    """An `ImageLoader` of training images, in `TrainOrder`, that a resumed run continues where it stopped.
-
-    Args:
-        dataset: the images.
-        trainer: knows how many batches of the epoch are done; None iterates from the beginning.
-        options: those of `ImageLoader`.
-    """
+    """An `ImageLoader` in `TrainOrder` that a resumed run continues where its trainer was interrupted."""
 
     def __init__(self, dataset: Images, *, trainer: Trainer | None, **options: Any) -> None:
         super().__init__(dataset, **options)

@@ -1,6 +1,7 @@
 """Images with a mask each: their layout in folders, the values of the masks, and mistakes in both."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,9 @@ from locat_lightning.labels import IGNORE
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the images and masks of a data set lie beneath its folder; `{split}` stands for a split's name.
+    """Where the images and masks of a data set lie beneath its folder: the options of `SegmentationData`.
 
     Attributes:
-        images: folder of the images.
-        masks: folder of the masks. A mask has its image's name with another ending.
-        mask_suffix: ending of the masks' names.
-        splits: text file with the images of a split, a name without ending per line; None takes all.
-        image_suffix: ending of the images' names; "" takes all images, whose ending begins at the last dot.
         names: names of each split, in the order in which they are looked for.
         home: path of the data set's folder, as far as root may be above it.
     """
@@ -49,9 +45,8 @@ class Layout:
     def name(self, root: Path, split: str) -> str | None:
         """Return the first name of a split that exists; None if there is none."""
         pattern, folder = self.splits or self.images, self.folder(root)
-        return next(
-            (name for name in self.names[split] if (folder / pattern.replace("{split}", name)).exists()), None
-        )
+        found = (name for name in self.names[split] if (folder / pattern.replace("{split}", name)).exists())
+        return next(found, None)
 
     def images_of(self, root: Path, split: str) -> dict[str, str]:
         """Return the path of each image of a split by its name without ending."""
@@ -140,13 +135,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class MaskValues:
-    """What the values in mask files mean.
-
-    Attributes:
-        num_classes: how many values, from 0 on (from 1 on with reduce_zero_label), are classes.
-        ignore_index: value of pixels without a class, besides 255.
-        reduce_zero_label: whether 0 means no class, and class c has value c + 1.
-    """
+    """What the values in mask files mean: the options of `SegmentationData`."""
 
     num_classes: int
     ignore_index: int = IGNORE
@@ -217,11 +206,9 @@ class Pairs(Source[np.ndarray]):
     def check_annotated(self) -> None:
         """Check that some pixel has a class, by reading masks until one has, mostly the first."""
         for index in range(len(self)):
-            try:
+            with suppress(OSError):  # counted as unreadable when its turn comes
                 if (self.mask(index) != IGNORE).any():
                     return
-            except OSError:  # counted as unreadable when its turn comes
-                pass
         raise InputError(
             f"no pixel has a class in {self.masks[0]} and the other masks of its split ({len(self)} in all):"
             " correct the masks or ignore_index, reduce_zero_label"

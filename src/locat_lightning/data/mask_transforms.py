@@ -1,8 +1,7 @@
 """Transforms of an image together with its mask: torchvision's, and ours where mmsegmentation's differ.
 
 They take an image, uint8 [3, H, W], and its mask, uint8 [H, W], and draw from torch's global random numbers,
-like torchvision's. `pil_to_tensor` keeps a pixel's channels together in memory, which torchvision resizes
-fastest.
+like torchvision's. An image is resized fastest if a pixel's channels lie together, as in `pil_to_tensor`.
 
 Source: `RandomResize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion` and `Pad` in
 `mmseg/datasets/transforms` of github.com/open-mmlab/mmsegmentation, with the settings of its

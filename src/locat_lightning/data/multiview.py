@@ -22,8 +22,6 @@ from locat_lightning.data.timm_sources import Stream
 from locat_lightning.data.views import MultiCrop, ViewBatch, Views, ViewTransform
 from locat_lightning.errors import InputError
 
-__all__ = ["MultiViewData"]
-
 MULTI_CROP = MultiCrop()
 
 
@@ -69,9 +67,7 @@ class MultiViewData(LabelledData):
 
     @cached_property
     def class_names(self) -> list[str]:
-        if self.dataset == "folder" and not self._labelled:
-            return []
-        return super().class_names
+        return [] if self.dataset == "folder" and not self._labelled else super().class_names
 
     def train_dataloader(self) -> ImageLoader:
         source = self.source("train")

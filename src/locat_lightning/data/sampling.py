@@ -7,13 +7,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class TrainOrder(DistributedSampler):
-    """The items of `Images` for one epoch, shuffled anew each epoch and shared evenly among processes.
+    """The items of `Images` for one epoch, shuffled anew each epoch and shared evenly among processes."""
 
-    Attributes:
-        skip: how many items of this process to skip at the beginning.
-    """
-
-    skip = 0
+    skip = 0  # items of this process at the beginning of the epoch
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch * len(self.dataset)  # type: ignore[arg-type]

@@ -23,10 +23,6 @@ class Scenes(Source[np.ndarray]):
 
     Scene i follows from (split, i) alone. Training scenes are of training digits, the others of those held
     out. Class 0 is the ground, class d + 1 the digit d.
-
-    Args:
-        train: the training split if true.
-        count: how many scenes.
     """
 
     def __init__(self, train: bool, count: int) -> None:

@@ -23,10 +23,6 @@ from locat_lightning.data.mask_transforms import joint_augmentation, joint_evalu
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
-__all__ = ["MaskBatch", "SegmentationData"]
-
-SCENES = {"train": 1000, "val": 200, "test": 200}
-
 
 class MaskBatch(NamedTuple):
     """Images and the classes of their pixels.
@@ -47,8 +43,7 @@ class MaskedImages(Images):
     """The images of a source and their masks, transformed together."""
 
     def transformed(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
-        made: tuple[Tensor, Tensor] = self.transform(pil_to_tensor(image), torch.from_numpy(label))
-        return made
+        return self.transform(pil_to_tensor(image), torch.from_numpy(label))  # type: ignore[no-any-return]
 
 
 def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
@@ -67,15 +62,14 @@ def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
 class SegmentationData(ImageModule[Source[np.ndarray]]):
     """Images with a class for every pixel, in batches for training, evaluation and prediction.
 
-    Training crops them at random. Evaluation takes whole images, and masks of the annotation's own size.
+    Training crops them at random. Evaluation takes whole images, and masks of the annotation's own size. The
+    data sets known by name are laid out as mmsegmentation's guide prepares them.
 
-    `setup` finds the mistakes that file names and the first mask of a split show: an image or a mask alone, a
-    split without annotated pixels. Others are found when an image is read: a mask of another size, in
-    colours, or with a value that is not a class.
+    `setup` finds the mistakes that file names and the first mask of a split show. Others are found when an
+    image is read: a mask of another size, in colours, or with a value that is not a class.
 
     Args:
-        root: folder of the data set (those known by name are laid out as mmsegmentation's guide says); for
-            `predict`, also any folder of images.
+        root: folder of the data set; for `predict`, also any folder of images.
         dataset: `folder`; `ade20k` (150 classes); `pascal_context` (59); `coco_stuff` (164k images, 171); or
             `digits` (scenes of scikit-learn's handwritten digits, 64 x 64 pixels, which need no root).
         images: folder of the images in root, for `folder`; `{split}` stands for train, and for one of val,
@@ -193,11 +187,9 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         return self._in_order(images, collate=collate_masks, batch_size=self.eval_batch_size)
 
     def square_dataloader(self, split: str, side: int) -> ImageLoader:
-        """Return the images of a split in order, resized to squares, as dense retrieval takes them.
+        """Return the images of a split in order, resized to squares (pixels), as dense retrieval takes them.
 
-        Args:
-            split: the masks of `train` are resized as well; those of others keep the annotation's own size.
-            side: height and width in pixels.
+        The masks of `train` are resized as well; those of other splits keep the annotation's own size.
         """
         training = split == "train"
         square = partial(self.evaluation, scale=(side, side), keep_ratio=False, with_mask=training)
@@ -214,7 +206,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             images = list(self.layout.images_of(self.root, "val").values())
             return Unannotated(Files(images, [-1] * len(images)))
         if self.dataset == "digits":
-            return scenes.Scenes(split == "train", SCENES[split])
+            training = split == "train"
+            return scenes.Scenes(training, 1000 if training else 200)
         paths = self.layout.pairs(self.root, split)
         pairs = Pairs(*paths, MaskValues(self.num_classes, self.ignore_index, self.reduce_zero_label))
         pairs.check_annotated()
@@ -222,6 +215,5 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
 
     def _is_unlabelled(self) -> bool:
         """Return whether the root is a folder that holds no splits."""
-        return self.dataset != "digits" and (
-            self.root.is_dir() and not any(self.layout.name(self.root, split) for split in SPLITS)
-        )
+        known = any(self.layout.name(self.root, split) for split in SPLITS)
+        return self.dataset != "digits" and self.root.is_dir() and not known

@@ -71,15 +71,7 @@ def known_class_names(source: TimmSource | Stream) -> list[str]:
 def timm_source(
     dataset: str, root: Path, split: str, *, download: bool, **options: Any
 ) -> TimmSource | Stream:
-    """Have timm make a split of a data set, by the first of its names that timm knows.
-
-    Args:
-        dataset: timm's name of it: `torch/cifar10`, `hfds/timm/mini-imagenet`, `wds/…`.
-        root: folder of its files.
-        split: `train`, `val` or `test`.
-        download: whether it may be downloaded to root.
-        options: those of `timm.data.create_dataset`.
-    """
+    """Have timm's `create_dataset` make a split, by the first of its names that timm knows."""
     kind = dataset.partition("/")[0].lower()
     if kind not in KINDS:
         known = ", ".join(f"{kind}/…" for kind in KINDS)
@@ -96,9 +88,9 @@ def timm_source(
         except Exception as error:  # each kind of data set has errors of its own
             failed = failed or error
         else:
-            return (
-                Stream(made) if isinstance(made, IterableDataset) else TimmSource(made, f"{dataset}/{name}")
-            )
+            if isinstance(made, IterableDataset):
+                return Stream(made)
+            return TimmSource(made, f"{dataset}/{name}")
     assert failed is not None
     hint = " (--data.download true downloads it)" if kind == "torch" and not download else ""
     raise InputError(f"data set {dataset!r}, {split}, in {root}: {in_a_line(failed)}{hint}") from failed

@@ -168,13 +168,9 @@ class MultiCrop(ViewTransform):
     def sizes(self) -> list[int]:
         return [self.global_size] * 2 + [self.local_size] * self.local_views
 
-    @property
-    def scales(self) -> np.ndarray:
-        """Smallest and largest share of the image's area in each view, [V, 2]."""
-        return np.array([self.global_scale] * 2 + [self.local_scale] * self.local_views)
-
     def decode(self, image: Image.Image, rng: np.random.Generator) -> Drawn:
-        boxes = draw_boxes(rng, image.size, self.scales)
+        scales = [self.global_scale] * 2 + [self.local_scale] * self.local_views
+        boxes = draw_boxes(rng, image.size, np.array(scales))
         flipped = rng.random(len(boxes)) < self.hflip
         blur = [1.0, 0.1] + [0.5] * self.local_views  # probabilities
         solarize = [0.0, 0.2] + [0.0] * self.local_views
@@ -200,7 +196,7 @@ def draw_boxes(rng: np.random.Generator, size: tuple[int, int], scales: np.ndarr
     """Draw the boxes of an image's V views as torchvision's `RandomResizedCrop` does.
 
     Args:
-        rng: where the random numbers come from.
+        rng: the image's own generator.
         size: the image's (width, height) in pixels.
         scales: [V, 2], smallest and largest share of the image's area.
 
@@ -208,15 +204,14 @@ def draw_boxes(rng: np.random.Generator, size: tuple[int, int], scales: np.ndarr
         int [V, 4]: left, top, width, height. Where ten attempts do not fit, the largest central box of an
         allowed aspect ratio.
     """
-    shape = (len(scales), ATTEMPTS)
+    shape, (low, high) = (len(scales), ATTEMPTS), ASPECT_RATIOS
     area = size[0] * size[1] * rng.uniform(scales[:, :1], scales[:, 1:], shape)
-    ratio = np.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1]), shape))
+    ratio = np.exp(rng.uniform(math.log(low), math.log(high), shape))
     extent = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], axis=-1))).astype(int)  # [V, 10, 2]
     inside = (extent > 0) & (extent <= size)
     fits = inside[..., 0] & inside[..., 1]
     first = extent[np.arange(len(extent)), fits.argmax(axis=1)]  # [V, 2]
     corner = rng.integers(np.maximum(size - first, 0) + 1)
-    low, high = ASPECT_RATIOS
     largest = np.array([min(size[0], round(size[1] * high)), min(size[1], round(size[0] / low))])
     central = np.concatenate([(size - largest) // 2, largest])
     return np.where(fits.any(axis=1, keepdims=True), np.concatenate([corner, first], axis=1), central)

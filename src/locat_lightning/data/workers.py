@@ -5,7 +5,7 @@ import signal
 import sys
 from multiprocessing import parent_process
 from threading import Thread
-from types import TracebackType
+from typing import Any
 
 
 def end_with_the_run(worker: int) -> None:
@@ -25,11 +25,9 @@ def end_with_the_run(worker: int) -> None:
         Thread(target=_end_when_told, args=(parent.pid,), daemon=True).start()
 
 
-def _unless_the_receiver_left(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
+def _unless_the_receiver_left(kind: type[BaseException], *error: Any) -> None:
     if not issubclass(kind, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, *error)
 
 
 def _end_when_told(by: int | None) -> None:
