@@ -41,8 +41,7 @@ def lock(run: Path) -> int | None:
     """Lock the directory of a run, so that other processes see that this one trains there.
 
     Returns:
-        A file descriptor, to be kept open until training ends; None where files cannot be locked, or the
-        directory does not exist.
+        A file descriptor, to be kept open until training ends; None where there is nothing to lock.
     """
     if sys.platform == "win32" or not run.is_dir():
         return None
@@ -91,9 +90,8 @@ def _describe(run: Path) -> tuple[str, str, str, str]:
     if is_locked(run):
         state = "training"
     elif (file := run / "metrics.json").is_file():
-        state = "finished"
         try:
-            metrics = dict(json.loads(file.read_text()))
+            state, metrics = "finished", dict(json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):
             state = "finished, but metrics.json cannot be read"
     else:
@@ -106,16 +104,13 @@ def _describe(run: Path) -> tuple[str, str, str, str]:
 
 def _headline(metrics: dict[str, Any]) -> str:
     """Return the metrics that matter most, each with the best of the run."""
+    texts = {k: f"{value:.4g}" if isinstance(value, float) else str(value) for k, value in metrics.items()}
     cells = []
-    for name, value in metrics.items():
+    for name in metrics:
         if name.partition("_k")[0] in HEADLINES:
-            best = metrics.get(f"best {name}")
-            cells.append(f"{name} {_text(value)}" + (f" (best {_text(best)})" if best is not None else ""))
+            best = f" (best {texts[f'best {name}']})" if f"best {name}" in texts else ""
+            cells.append(f"{name} {texts[name]}{best}")
     return "  ".join(cells)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _read(config: Path) -> str:

@@ -7,12 +7,7 @@ import yaml
 
 from locat import configs
 from locat_lightning.backbones.weights import read_checkpoint
-from locat_lightning.commands.parsing import (
-    check_weights,
-    decisive_options,
-    exported_config,
-    record_of_run,
-)
+from locat_lightning.commands.parsing import check_weights, decisive_options, exported_config, record_of_run
 from locat_lightning.errors import InputError
 
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
@@ -21,16 +16,9 @@ WITHOUT = {"--help", "-h", "--print_config", "--model.help", "--data.help"}
 
 
 def of_command(command: str, arguments: list[str]) -> dict[str, Any]:
-    """Return what the weights or the checkpoint record of themselves, by dotted option.
+    """Return what the weights or the checkpoint of a command record of themselves, by dotted option.
 
     So `locat validate --weights runs/…/best.ckpt` and `locat fit --ckpt_path runs/…/last.ckpt` need no more.
-
-    Args:
-        command: `fit`, `validate`, `test` or `predict`.
-        arguments: of the command.
-
-    Raises:
-        InputError: there is neither a config nor a record.
     """
     given = decisive_options(arguments)
     if given.config or WITHOUT & {argument.partition("=")[0] for argument in arguments}:
@@ -47,9 +35,8 @@ def of_command(command: str, arguments: list[str]) -> dict[str, Any]:
     if given.weights is not None and (exported := exported_config(given.weights)):
         return _of_export(command, exported)
     if command != "fit" and given.weights is None:
-        raise InputError(
-            f"locat {command} needs --weights: a checkpoint of a run, or other weights with --config"
-        )
+        needed = "--weights: a checkpoint of a run, or other weights with --config"
+        raise InputError(f"locat {command} needs {needed}")
     raise InputError(f"locat {command} needs --config, a file or one of {', '.join(configs.names())}")
 
 
@@ -67,16 +54,11 @@ def _checkpoint(command: str, given: Any) -> Path:
 
 
 def checkpoint_to_resume(given: str, runs: str | Path, name: str | None) -> Path:
-    """Return the checkpoint that --ckpt_path names: by its path, or `last` of the newest run of a name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the checkpoint that --ckpt_path names: by its path, or `last` of the newest run of a name."""
     if given != "last":
-        path = Path(given)
-        if not path.is_file():
-            raise InputError(f"--ckpt_path: no such file: {path.absolute()}")
-        return path
+        if not Path(given).is_file():
+            raise InputError(f"--ckpt_path: no such file: {Path(given).absolute()}")
+        return Path(given)
     directory = Path(runs) / str(name)
     found = sorted(directory.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -85,17 +67,17 @@ def checkpoint_to_resume(given: str, runs: str | Path, name: str | None) -> Path
 
 
 def _of_run(command: str, config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    keys = {"model", "data", "name", "runs"}
-    nested = {}
+    keys = ["model", "data", "name", "runs"]
+    found = {}
     if command == "fit":
-        keys |= {"seed_everything", "weights"}
-        nested = {f"{group}.{key}": v for group in GROUPS for key, v in config.get(group, {}).items()}
+        keys += ["seed_everything", "weights"]
+        found = {f"{group}.{key}": v for group in GROUPS for key, v in config.get(group, {}).items()}
     else:
         # The data of a run decide how many classes it has; the data to predict may have none.
         arguments = config["model"]["init_args"]
         known = read_checkpoint(checkpoint).get("hyper_parameters", {})
         arguments |= {key: known[key] for key in arguments.keys() & known.keys()}
-    return {key: config[key] for key in keys if config.get(key) is not None} | nested
+    return found | {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def _of_export(command: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -71,24 +71,21 @@ class LocatCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return only the command that is run: to build the parsers of the others takes time."""
-        own = set() if self._command == "fit" else {"ckpt_path"}  # it resumes; weights come from --weights
+        # Only the command that is run: to build the parsers of the others takes time.
+        own = set() if self._command == "fit" else {"ckpt_path"}  # fit resumes; weights come from --weights
         return {self._command: NO_OPTIONS | own}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Return LightningCLI's parser, with configs by name."""
         parser = self.parser_class(**kwargs)
         help_ = "a config file, or the name of a shipped config"
         parser.add_argument("-c", "--config", action=ConfigByName, help=help_)
         return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the seed."""
         help_ = "seed of everything that is drawn; true for a random one"
         parser.add_argument("--seed_everything", type=bool | NonNegativeInt, default=0, help=help_)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what every run has besides trainer, model and data."""
         add = parser.add_argument
         help_ = "where weights come from: a checkpoint, a file, an exported folder, a timm name, or 'random'"
         add("--weights", type=str | None, default=None, help=help_)
@@ -102,22 +99,19 @@ class LocatCLI(LightningCLI):
         parser.add_lightning_class_args(KnnProbe, "knn")
         parser.add_lightning_class_args(LinearProbe, "linear")
         parser.add_lightning_class_args(RetrievalProbe, "retrieval")
-        parser.set_defaults(
-            {
-                "trainer.enable_model_summary": False,
-                "trainer.precision": mixed_precision(),
-                "checkpoint.filename": "best",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-                "checkpoint.save_on_exception": True,
-                "checkpoint.enable_version_counter": False,
-                **dict.fromkeys((f"{probe}.every_n_epochs" for probe in ("knn", "linear", "retrieval")), 0),
-            }
-            | self._defaults
-        )
+        own = {
+            "trainer.enable_model_summary": False,
+            "trainer.precision": mixed_precision(),
+            "checkpoint.filename": "best",
+            "checkpoint.auto_insert_metric_name": False,
+            "checkpoint.save_last": True,
+            "checkpoint.save_on_exception": True,
+            "checkpoint.enable_version_counter": False,
+            **dict.fromkeys((f"{probe}.every_n_epochs" for probe in ("knn", "linear", "retrieval")), 0),
+        }
+        parser.set_defaults(own | self._defaults)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; answer unknown options with similar ones, and check numbers that Lightning does not."""
         # Private: LightningCLI's parser of the command.
         self.config = parse(parser, args, self._subcommand_parsers[self._command])
         check_numbers(self.config[self._command].trainer)
@@ -126,7 +120,6 @@ class LocatCLI(LightningCLI):
         """Do nothing: a resumed run has the options that it is given, not those of its checkpoint."""
 
     def before_instantiate_classes(self) -> None:
-        """Check options that contradict each other, before anything is built."""
         config = self.config[self.subcommand]
         if self.subcommand != "fit" and config.weights is None:
             raise InputError(
@@ -141,8 +134,9 @@ class LocatCLI(LightningCLI):
                 f"--weights (or '{RANDOM}')"
             )
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
-        self._resumed: dict[str, Any] = {}
+        self._resumed: dict[str, Any] = {}  # contents of the checkpoint that a run resumes from
         self._resume_from: Path | None = None
+        self._directory: Path | None = None  # its directory
         if self.subcommand == "fit" and config.ckpt_path is not None:
             self._resume_from = defaults.checkpoint_to_resume(config.ckpt_path, config.runs, config.name)
             if self._given.weights is not None:
@@ -153,9 +147,10 @@ class LocatCLI(LightningCLI):
                 raise InputError(
                     f"--ckpt_path: {self._resume_from} is not a checkpoint of a run (see --weights)"
                 )
-        record = None if self._resume_from is None else record_of_run(self._resume_from)
-        if record is not None:
-            check_writable("--ckpt_path", record.parent)
+            if (record := record_of_run(self._resume_from)) is not None:
+                self._directory = record.parent
+        if self._directory is not None:
+            check_writable("--ckpt_path", self._directory)
         else:
             check_writable("--runs", Path(config.runs) / self._name(config))
 
@@ -164,7 +159,6 @@ class LocatCLI(LightningCLI):
         return str(config.name) if self.subcommand == "fit" else f"{config.name}_{self.subcommand}"
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer, and check what needs neither images nor weights."""
         super().instantiate_classes()
         for each in filter(None, (self.model, self.datamodule)):  # loggers write down what the user gave
             vars(each).get("_hparams_initial", {}).pop("_instantiator", None)  # private: LightningCLI's own
@@ -174,21 +168,19 @@ class LocatCLI(LightningCLI):
             now |= resume.of_trainer(self.trainer, config.seed_everything)
             before = resume.of_checkpoint(self._resumed)
             resume.check(before, now, allowed=config.allow_changes, checkpoint=self._resume_from)
-            if isinstance(self.model, Task):
+        if isinstance(self.model, Task):  # not a module of the user's own
+            if self._resumed:
                 self.model.resume(self._resumed)
-            self._resumed = {}  # the trainer has it, and frees it when it has taken it up
-        if isinstance(self.model, Task):
             self.model.check(self.trainer, training=self.subcommand == "fit")
+        self._resumed = {}  # the trainer has it, and frees it when it has taken it up
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Return the trainer with a directory for the run: a new one, or that of the run to resume.
-
-        Raises:
-            InputError: Lightning cannot make a trainer of these options, a CPU has too few cores for it, or
-                another process trains in the directory.
-        """
         config = self.config[self.subcommand]
-        board, step = self._board(config), self._resumed.get("global_step", 0)
+        step = self._resumed.get("global_step", 0)
+        place: dict[str, Any] = {"save_dir": config.runs, "name": self._name(config)}
+        if (run := self._directory) is not None:
+            place = {"save_dir": run.parent, "name": "", "version": run.name, "purge_step": step}
+        board = TensorBoardLogger(**place, default_hp_metric=False)  # it chooses the directory of the run
         if self.subcommand == "predict":
             kwargs["logger"] = False  # predictions are files, not curves
         elif config.trainer.logger in (None, True):
@@ -206,15 +198,6 @@ class LocatCLI(LightningCLI):
             )
         return trainer
 
-    def _board(self, config: Namespace) -> TensorBoardLogger:
-        """Return TensorBoard's logger, which chooses the directory of the run."""
-        record = None if self._resume_from is None else record_of_run(self._resume_from)
-        if record is None:
-            return TensorBoardLogger(config.runs, name=self._name(config), default_hp_metric=False)
-        run, step = record.parent, self._resumed["global_step"]
-        options: dict[str, Any] = {"name": "", "version": run.name, "purge_step": step}
-        return TensorBoardLogger(run.parent, default_hp_metric=False, **options)
-
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what every run has: callbacks, and how checkpoints are written and read."""
         options = self.config[self.subcommand]
@@ -227,8 +210,8 @@ class LocatCLI(LightningCLI):
             else:
                 callbacks.append(EpochLines())  # after those that measure
         plugins = config["plugins"] or []
-        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins])]
-        config["plugins"].append(CheckpointFiles(self._resumed or None))
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [*plugins, CheckpointFiles(self._resumed or None)]
         return super()._instantiate_trainer(config, callbacks)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -48,7 +48,6 @@ class ConfigByName(ActionConfigFile):
     """`--config` takes a local file, or else the name of a shipped config."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Parse the config that `values` names."""
         super().__call__(parser, cfg, find_config(str(values)), option_string)
 
 
@@ -130,12 +129,9 @@ def decisive_options(arguments: list[str]) -> argparse.Namespace:
 
 
 def parse(parser: ArgumentParser, arguments: list[str], subparser: ArgumentParser | None = None) -> Namespace:
-    """Parse arguments; answer an option that does not exist with those that are similar.
+    """Parse arguments, of which the first is a command if there is a `subparser`.
 
-    Args:
-        parser: of the command.
-        arguments: of the command.
-        subparser: of the subcommand that `arguments` begin with, if there is one.
+    An option that does not exist is answered with those that are similar.
     """
     try:
         return parser.parse_args(arguments)
@@ -181,12 +177,7 @@ def _similar(option: str, known: set[str]) -> str:
 
 
 def check_root(options: argparse.Namespace, dataset: str | None) -> None:
-    """Check that `data.root` is read by the chosen data set: the digits come without a folder.
-
-    Args:
-        options: see `decisive_options`.
-        dataset: name of the data set, from the arguments, a config or the run of the weights.
-    """
+    """Check that `data.root` of the decisive options is read by the chosen data set: the digits have none."""
     root, named = getattr(options, "data.root"), getattr(options, "data.dataset")
     if dataset == "digits" and root is not None and named is None:
         raise InputError(

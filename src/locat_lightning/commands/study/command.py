@@ -5,15 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.parsing import (
-    ConfigByName,
-    command_parser,
-    decisive_options,
-    parse,
-)
+from locat_lightning.commands.parsing import ConfigByName, command_parser, decisive_options, parse
 from locat_lightning.commands.study.folders import some_of_each_class, unpacked
 from locat_lightning.commands.study.plan import Study
 from locat_lightning.commands.study.report import write_report
@@ -29,36 +24,7 @@ DESCRIPTION = (
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat study …`."""
-    _run(*read_study(arguments[1:]))
-
-
-def read_study(options: list[str]) -> tuple[Study, Namespace]:
-    """Return the study that a command line describes, and its options."""
-    parser = _parser()
-    if decisive_options(options).config is None and not {"-h", "--help"} & set(options):
-        raise InputError("locat study needs --config, for example study_digits.yaml")
-    config = parser.instantiate_classes(parse(parser, options))
-    study = Study(**{each.name: config[each.name] for each in fields(Study)})
-    if config.preset is None and study.presets:
-        config.preset = "gpu" if torch.cuda.is_available() else "cpu"
-    return (study.with_preset(config.preset) if config.preset else study), config
-
-
-def _parser() -> ArgumentParser:
-    parser = command_parser("study", DESCRIPTION)
-    add = parser.add_argument
-    add("-c", "--config", action=ConfigByName, help="a file with any of these options, or a shipped config")
-    preset = "one of the config's presets; if it has any, by default gpu with a GPU, else cpu"
-    add("--preset", type=str | None, default=None, help=preset)
-    add("--to", type=str | None, default=None, help="directory of the runs; by default runs/CONFIG_PRESET")
-    add("--report", type=str | None, default=None, help="the page to write; by default results.md in --to")
-    folders = "--folders.NAME DIR gives the folder, or a .tar of it, for {NAME} in the options of the config"
-    add("--folders", type=dict[str, str], default={}, help=folders)
-    parser.add_class_arguments(Study)
-    return parser
-
-
-def _run(study: Study, config: Namespace) -> None:
+    study, config = read_study(arguments[1:])
     file = Path(str(config.config[-1]))
     directory = Path(config.to or "_".join(filter(None, (f"runs/{file.stem}", config.preset))))
     folders = _folders(study, config.folders, directory / "data")
@@ -80,6 +46,27 @@ def _run(study: Study, config: Namespace) -> None:
             with output_to(directory / "report.log"):
                 write_report(page, study, read_results(study, directory), directory, folders, command)
     print(f"report: {page}")
+
+
+def read_study(options: list[str]) -> tuple[Study, Namespace]:
+    """Return the study that a command line describes, and its options."""
+    parser = command_parser("study", DESCRIPTION)
+    add = parser.add_argument
+    add("-c", "--config", action=ConfigByName, help="a file with any of these options, or a shipped config")
+    preset = "one of the config's presets; if it has any, by default gpu with a GPU, else cpu"
+    add("--preset", type=str | None, default=None, help=preset)
+    add("--to", type=str | None, default=None, help="directory of the runs; by default runs/CONFIG_PRESET")
+    add("--report", type=str | None, default=None, help="the page to write; by default results.md in --to")
+    folders = "--folders.NAME DIR gives the folder, or a .tar of it, for {NAME} in the options of the config"
+    add("--folders", type=dict[str, str], default={}, help=folders)
+    parser.add_class_arguments(Study)
+    if decisive_options(options).config is None and not {"-h", "--help"} & set(options):
+        raise InputError("locat study needs --config, for example study_digits.yaml")
+    config = parser.instantiate_classes(parse(parser, options))
+    study = Study(**{each.name: config[each.name] for each in fields(Study)})
+    if config.preset is None and study.presets:
+        config.preset = "gpu" if torch.cuda.is_available() else "cpu"
+    return (study.with_preset(config.preset) if config.preset else study), config
 
 
 def _folders(study: Study, given: dict[str, str], beneath: Path) -> dict[str, str]:
