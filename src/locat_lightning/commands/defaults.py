@@ -7,10 +7,13 @@ import yaml
 
 from locat import configs
 from locat_lightning.backbones.weights import read_checkpoint
-from locat_lightning.commands.parsing import check_weights, decisive_options, exported_config, record_of_run
+from locat_lightning.commands.parsing import decisive_options
+from locat_lightning.commands.sources import check_weights, exported_config, record_of_run
 from locat_lightning.errors import InputError
 
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
+# How options of the data are named by timm.
+IMAGES = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolation": "interpolation"}
 # A command with one of these needs no defaults: it has a config, or only prints.
 WITHOUT = {"--help", "-h", "--print_config", "--model.help", "--data.help"}
 
@@ -93,7 +96,6 @@ def _of_export(command: str, config: dict[str, Any]) -> dict[str, Any]:
 def of_images(config: dict[str, Any]) -> dict[str, Any]:
     """Return what an exported model says of its images, by the names of data's options."""
     known = config.get("pretrained_cfg", {})
-    names = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "interpolation": "eval_interpolation"}
-    found = {option: known[name] for name, option in names.items() if known.get(name) is not None}
+    found = {option: known[name] for option, name in IMAGES.items() if known.get(name) is not None}
     size = config.get("model_args", {}).get("img_size") or known.get("input_size")
     return found | ({"img_size": size[-1] if isinstance(size, list | tuple) else size} if size else {})

@@ -18,7 +18,7 @@ from torch import nn
 from locat.runs import claim, write_json
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
-from locat_lightning.commands import parsing
+from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import of_images
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData, SegmentationData
@@ -71,19 +71,19 @@ def main(arguments: list[str]) -> None:
     parser = _parser(command)
     given = parsing.decisive_options(arguments)
     if given.weights is not None:
-        parsing.check_weights(given.weights)
+        sources.check_weights(given.weights)
         parser.set_defaults(_defaults(command, given.weights))
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     config = parsing.parse(parser, arguments)
-    config.weights = parsing.local_dir(config.weights)
-    parsing.check_root(given, config.data.get("dataset"))
+    config.weights = sources.local_dir(config.weights)
+    checks.check_root(given, config.data.get("dataset"))
     autocast_type(config.precision)  # a mistake shows before anything is read
     directory = Path(config.runs) / (config.name or f"{_name_of(config.weights)}_{command}")
-    parsing.check_writable("--runs", directory)
+    checks.check_writable("--runs", directory)
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
-        parsing.check_processes(fabric.world_size)
+        checks.check_processes(fabric.world_size)
     data: ImageData | SegmentationData = parser.instantiate_classes(config).data
     data.setup("fit")
 
@@ -143,9 +143,9 @@ def _parser(command: str) -> ArgumentParser:
 
 def _defaults(command: str, weights: str) -> dict[str, Any]:
     """Return what the weights say of the images that they are for, by option."""
-    if (record := parsing.record_of_run(Path(weights))) is not None:
+    if (record := sources.record_of_run(Path(weights))) is not None:
         return _of_data(command, yaml.safe_load(record.read_text())["data"])
-    if exported := parsing.exported_config(weights):
+    if exported := sources.exported_config(weights):
         images = of_images(exported)
     else:
         images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
@@ -259,6 +259,6 @@ def _table(*columns: str) -> Table:
 def _name_of(weights: str) -> str:
     """Return a name for the directory: that of the weights' own run, of their file, or of the model."""
     path = Path(weights)
-    if (record := parsing.record_of_run(path)) is not None:
+    if (record := sources.record_of_run(path)) is not None:
         return record.parent.parent.name
     return path.stem if path.is_file() else weights.replace("/", "_").replace(":", "_")

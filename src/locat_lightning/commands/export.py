@@ -17,16 +17,11 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import FILES, OPSET, Format, check_format, write_model
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import DECODER_OF, Role, contents_of
+from locat_lightning.commands.checks import check_writable
+from locat_lightning.commands.defaults import IMAGES
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.parsing import (
-    add_weights_options,
-    check_weights,
-    check_writable,
-    command_parser,
-    local_dir,
-    parse,
-    record_of_run,
-)
+from locat_lightning.commands.parsing import add_weights_options, command_parser, parse
+from locat_lightning.commands.sources import check_weights, local_dir, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import count_parameters
 
@@ -39,13 +34,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # What of a run's config is its recipe, besides the model's own options.
 OF_TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 OF_DATA = (
-    "dataset",
-    "batch_size",
-    "auto_augment",
-    "scale",
-    "ratio",
-    "hflip",
-    "color_jitter",
+    *("dataset", "batch_size", "auto_augment", "scale", "ratio", "hflip", "color_jitter"),
     "random_erasing",
 )
 
@@ -129,8 +118,7 @@ def _what(model: Any, contents: dict[str, Any], network: Role) -> str:
 def _images(run: dict[str, Any]) -> dict[str, Any]:
     """Return how a run's images were normalised and resized, by timm's names."""
     data = run.get("data", {}).get("init_args", {})
-    names = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolation": "interpolation"}
-    return {names[key]: data[key] for key in names if data.get(key) is not None}
+    return {name: data[option] for option, name in IMAGES.items() if data.get(option) is not None}
 
 
 def _card(model: Any, to: Path, form: Format, what: str, weights: Path, run: dict[str, Any]) -> str:

@@ -25,19 +25,10 @@ from locat_lightning.callbacks.record import MetricsTable, RunRecord
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.commands import defaults, resume
+from locat_lightning.commands.checks import check_numbers, check_processes, check_root, check_writable
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.parsing import (
-    ConfigByName,
-    check_numbers,
-    check_processes,
-    check_root,
-    check_writable,
-    decisive_options,
-    local_dir,
-    mixed_precision,
-    parse,
-    record_of_run,
-)
+from locat_lightning.commands.parsing import ConfigByName, decisive_options, mixed_precision, parse
+from locat_lightning.commands.sources import local_dir, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
@@ -21,14 +20,8 @@ from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import RANDOM, Role
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.parsing import (
-    add_backbone_options,
-    check_weights,
-    command_parser,
-    local_dir,
-    mixed_precision,
-    parse,
-)
+from locat_lightning.commands.parsing import add_backbone_options, command_parser, mixed_precision, parse
+from locat_lightning.commands.sources import check_weights, local_dir
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import (
     activation_bytes,
@@ -48,7 +41,15 @@ DESCRIPTION = (
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat info …`."""
-    config = parse(_parser(), arguments[1:])
+    parser = command_parser("info", DESCRIPTION)
+    add = parser.add_argument
+    help_ = "timm's name of a model (without weights), or weights, as --weights elsewhere"
+    add("model", type=str, help=help_)
+    add_backbone_options(parser)
+    add("--batch_size", type=PositiveInt, default=16, help="images at once, for the throughput")
+    add("--device", type=str | None, default=None, help="torch's name of it; a GPU if there is one")
+    add("--json", action="store_true", help="numbers for machines")
+    config = parse(parser, arguments[1:])
     device = _device(config.device)
     of_name = timm.is_model(config.model) and not Path(config.model).is_file()
     if of_name:
@@ -62,19 +63,6 @@ def main(arguments: list[str]) -> None:
     trained = not of_name and config.model != RANDOM
     found = _measure(model.to(device), device, config.batch_size, trained=trained)
     print(json.dumps(found, indent=2)) if config.json else _show(config.model, found)
-
-
-def _parser() -> ArgumentParser:
-    parser = command_parser("info", DESCRIPTION)
-    add = parser.add_argument
-    add(
-        "model", type=str, help="timm's name of a model (without weights), or weights, as --weights elsewhere"
-    )
-    add_backbone_options(parser)
-    add("--batch_size", type=PositiveInt, default=16, help="images at once, for the throughput")
-    add("--device", type=str | None, default=None, help="torch's name of it; a GPU if there is one")
-    add("--json", action="store_true", help="numbers for machines")
-    return parser
 
 
 def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained: bool) -> dict[str, Any]:

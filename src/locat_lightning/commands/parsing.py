@@ -1,20 +1,16 @@
-"""What all commands share: parsing, configs by name, weights, and checks of options."""
+"""Parsing that all commands share: configs by name, options of weights, suggestions for unknown options."""
 
 import argparse
-import json
-import os
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from yaml.representer import SafeRepresenter
 
 from locat import configs
-from locat_lightning.backbones.weights import check_source
+from locat_lightning.commands.sources import suggest_file
 from locat_lightning.errors import InputError, near
 
 # Options that decide the defaults of others, so that they are read before a parser has all its defaults.
@@ -31,12 +27,6 @@ ALIASES = {
     "workers": "--data.num_workers",
     "resume": "--ckpt_path",
     "pretrained": "--weights",
-}
-NUMBERS = {
-    "accumulate_grad_batches": PositiveInt,
-    "check_val_every_n_epoch": PositiveInt,
-    "gradient_clip_val": NonNegativeFloat,
-    "limit_train_batches": PositiveFloat,
 }
 # jsonargparse writes a config again when its class is replaced by another, but its restricted numbers are of
 # subclasses, which YAML by itself does not write.
@@ -56,7 +46,7 @@ def find_config(name: str) -> str:
     path = configs.find(name)
     if path is None:
         if Path(name).is_dir():
-            raise InputError(f"--config: {name} is a directory{_suggest(Path(name) / 'config.yaml')}")
+            raise InputError(f"--config: {name} is a directory{suggest_file(Path(name) / 'config.yaml')}")
         similar = near(name, configs.names()) or f" ({', '.join(configs.names())})"
         raise InputError(f"--config: no file {Path(name).absolute()} and no shipped config {name!r}{similar}")
     try:
@@ -73,29 +63,6 @@ def find_config(name: str) -> str:
     if not isinstance(options, dict):
         raise InputError(f"--config: {path} has no options (such as `trainer:` with what belongs to it)")
     return str(path)
-
-
-def check_weights(weights: str) -> None:
-    """Check that there is such a source of weights (see `check_source`), and that it is not a directory."""
-    if (path := Path(weights)).is_dir() and not exported_config(weights):
-        best = path / "checkpoints" / "best.ckpt"
-        raise InputError(f"--weights: {weights} is a directory{_suggest(best)}")
-    check_source(local_dir(weights))
-
-
-def _suggest(path: Path) -> str:
-    return f": give a file, such as {path}" if path.is_file() else ", not a file"
-
-
-def exported_config(weights: str) -> dict[str, Any]:
-    """Return `config.json` of a folder that `locat export` wrote (`DIR` or `local-dir:DIR`), {} of others."""
-    file = Path(weights.removeprefix("local-dir:")) / "config.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
-
-
-def local_dir(weights: str) -> str:
-    """Return weights with timm's prefix if they are a folder."""
-    return f"local-dir:{weights}" if Path(weights).is_dir() else weights
 
 
 def command_parser(command: str, description: str) -> ArgumentParser:
@@ -174,52 +141,6 @@ def _similar(option: str, known: set[str]) -> str:
     same = [name for name in names if name == ALIASES.get(last)]
     same += [name for name in names if name.endswith((f".{last}", f"--{last}"))]
     return f"; did you mean {', '.join(same[:3])}?" if same else near(option, names)
-
-
-def check_root(options: argparse.Namespace, dataset: str | None) -> None:
-    """Check that `data.root` of the decisive options is read by the chosen data set: the digits have none."""
-    root, named = getattr(options, "data.root"), getattr(options, "data.dataset")
-    if dataset == "digits" and root is not None and named is None:
-        raise InputError(
-            f"data.root: {root} would not be read, because data.dataset is digits: for the images there add "
-            "--data.dataset folder, for the digits leave data.root out"
-        )
-
-
-def check_numbers(trainer: Namespace) -> None:
-    """Check options of a trainer that Lightning takes whatever they are, and fails on later (`NUMBERS`)."""
-    for option, type_ in NUMBERS.items():
-        try:
-            if trainer[option] is not None:
-                type_(trainer[option])
-        except ValueError as error:
-            raise InputError(f"trainer.{option}: {error}") from error
-
-
-def check_writable(option: str, directory: Path) -> None:
-    """Check that files can be created in the directory of an option, or in the nearest one that exists."""
-    there = next(each for each in (directory, *directory.absolute().parents) if os.path.lexists(each))
-    try:
-        with TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise InputError(f"{option}: cannot write to {directory}: {there}: {error.strerror}") from error
-
-
-def record_of_run(checkpoint: Path) -> Path | None:
-    """Return where the run of a checkpoint recorded its config; None if the file is not of a run."""
-    record = checkpoint.parent.parent / "config.yaml"
-    return record if checkpoint.is_file() and record.is_file() else None
-
-
-def check_processes(number: int) -> None:
-    """Check that a CPU has a core for each process of a run."""
-    cores = os.cpu_count() or 1
-    if number > cores:
-        there = f"there {'is' if cores == 1 else 'are'} {cores}"
-        raise InputError(
-            f"devices: {number} processes need as many CPU cores, but {there}: use at most {cores}"
-        )
 
 
 def mixed_precision() -> str | None:
