@@ -4,6 +4,7 @@ import csv
 import os
 import platform
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -97,8 +98,9 @@ class RunRecord(SaveConfigCallback):
     def _write_hparams(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
         options = {"seed_everything": self.config.get("seed_everything"), "model": pl_module.hparams}
         options["data"] = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
+        shown = {k: v for k, v in flat_options(options) if isinstance(v, bool | int | float | str)}
         # The columns are those of one run: with the headlines, all runs have them.
-        summaries = hparams(_flat(options), dict.fromkeys((*HEADLINES, *metrics), 0.0))
+        summaries = hparams(shown, dict.fromkeys((*HEADLINES, *metrics), 0.0))
         for logger in _boards(trainer):
             for summary in summaries:
                 # Private: the public `add_hparams` opens a run of its own beside this one.
@@ -172,14 +174,18 @@ def _data(trainer: Trainer) -> str:
     return f"data: {', '.join(found) or 'of unknown size'}"
 
 
-def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Return options by dotted name, in the types that TensorBoard's HParams shows."""
-    flat: dict[str, Any] = {}
-    for key, value in dict(options).items():
-        if key.startswith("_"):  # Lightning's own
+def flat_options(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield options by dotted name, as on the command line; classes under the name of their group."""
+    for key, value in options.items():
+        if key in ("_class_path", "class_path"):
+            yield prefix.removesuffix("."), str(value).rpartition(".")[2]
+        elif key == "_instantiator":  # Lightning's own
             continue
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, bool | int | float | str):
-            flat[prefix + key] = value
-    return flat
+        elif key == "init_args":  # of a class among the options, as data.views
+            yield from flat_options(value, prefix)
+        elif isinstance(value, Mapping):
+            yield from flat_options(value, f"{prefix}{key}.")
+        elif key.endswith("_args") and value is None:  # the same as no arguments
+            continue
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value

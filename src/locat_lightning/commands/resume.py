@@ -4,13 +4,14 @@ The schedules follow from the options of the whole run. Another batch size, numb
 in the middle of a run bends them, so none of these changes silently.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from locat_lightning.callbacks.record import flat_options
 from locat_lightning.data.base import ImageModule
 from locat_lightning.errors import InputError
 
@@ -98,7 +99,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         now: the same of the run that resumes.
     """
     both = before.keys() & now.keys()
-    old, new = (dict(_flat({key: each[key] for key in both})) for each in (before, now))
+    old, new = (dict(flat_options({key: each[key] for key in both})) for each in (before, now))
     found = []
     for option in sorted((old.keys() | new.keys()) - IGNORED):
         was, is_now = old.get(option, NOT_SET), new.get(option, NOT_SET)
@@ -124,20 +125,3 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool, c
         )
     for change in found:
         rank_zero_info(f"resuming with a change: {change}")
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield values by dotted name; the class of model and data under their own name."""
-    for key, value in options.items():
-        if key in ("_class_path", "class_path"):
-            yield prefix.removesuffix("."), str(value).rpartition(".")[2]
-        elif key == "_instantiator":  # Lightning's own
-            continue
-        elif key == "init_args":  # of a class among the options, as data.views
-            yield from _flat(value, prefix)
-        elif isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif key.endswith("_args") and value is None:  # the same as no arguments
-            continue
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
