@@ -66,9 +66,8 @@ def errors_in_a_line(run: Command) -> Command:
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except SystemExit as end:
-            if isinstance(
-                end.__context__, KeyboardInterrupt
-            ):  # Lightning, having ended the run, exits with 1
+            # Lightning, having ended the run, exits with 1.
+            if isinstance(end.__context__, KeyboardInterrupt):
                 sys.exit(128 + signal.SIGINT)
             raise
         except Exception as error:
@@ -107,11 +106,9 @@ def _mistake(error: BaseException) -> str | None:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     for each in chain:
-        by_lightning = isinstance(each, ValueError | RuntimeError) and str(each).lstrip().startswith(
-            SAID_BY_LIGHTNING
-        )
-        if by_lightning or isinstance(each, InputError | MisconfigurationException):
-            return str(each)
+        said = str(each).strip()
+        if isinstance(each, InputError | MisconfigurationException) or said.startswith(SAID_BY_LIGHTNING):
+            return said
     of_parser = [str(each) for each in chain if isinstance(each, ArgumentError)]
     if not of_parser:
         return None
