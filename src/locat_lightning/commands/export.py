@@ -82,14 +82,12 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     add_weights_options(parser)
     add("--to", type=str, required=True, help="folder for the files")
-    add(
-        "--format",
-        type=Format,
-        default="timm",
-        help="timm: config.json and model.safetensors, as model hubs have them. onnx: model.onnx, opset "
-        f"{OPSET}. torchscript: model.pt. export: model.pt2, of torch.export. The last three take images of "
-        "one size, in batches of any size",
+    help_ = (
+        f"timm: config.json and model.safetensors, as model hubs have them. onnx: model.onnx, opset {OPSET}. "
+        "torchscript: model.pt. export: model.pt2, of torch.export. The last three take images of one size, "
+        "in batches of any size"
     )
+    add("--format", type=Format, default="timm", help=help_)
     add("--overwrite", action="store_true", help="replace files of the same names in the folder")
     return parser
 
