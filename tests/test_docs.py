@@ -22,6 +22,7 @@ from locat.command import COMMANDS, main
 from locat_lightning import data, methods, tasks
 from locat_lightning.commands.study.command import read_study
 from locat_lightning.commands.study.report import NOTHING
+from tests.methods.runs import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -207,8 +208,12 @@ def test_make_targets_are_those_of_the_makefile():
 
 def test_every_config_has_a_row_and_every_row_a_config():
     rows = re.findall(r"^\| `([\w.]+\.yaml)` \|", TEXTS["docs/recipes.md"], flags=re.MULTILINE)
-    assert len(rows) == len(CONFIGS)
-    assert set(rows) == CONFIGS
+    assert sorted(rows) == sorted(CONFIGS)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_is_in_the_docs(method):
+    assert f".{method}\n" in TEXTS["docs/api/tasks.md"]
 
 
 @pytest.mark.parametrize("result", ["backbones-cpu.md", "segmentation-cpu.md"])

@@ -31,7 +31,8 @@ def subclasses(of):
 METHODS = {
     each.__name__: each
     for each in sorted(subclasses(Pretraining), key=lambda each: each.__name__)
-    if each.__module__.startswith("locat_lightning.methods.") and "compute_loss" in vars(each)
+    if each.__module__.startswith("locat_lightning.methods.")
+    and each.compute_loss is not Pretraining.compute_loss
 }
 # What makes each method small; beside that a teacher is needed where `teacher` is an option.
 TINY = {
