@@ -3,8 +3,11 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
-from multiprocessing import set_forkserver_preload
+import sys
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,13 @@ import torch
 from PIL import Image
 from torch.multiprocessing import start_processes
 
+from locat.command import main
+
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that a test runs as processes of their own
 
 SMALL = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
+# Drawing them takes as long as training; `small_options` does without.
+PICTURES = ["--pictures.every_n_epochs", "1", "--pictures.images", "2", "--pictures.side", "64"]
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +58,8 @@ def small_options(folder):
     return [
         *("--data.root", str(folder), "--data.img_size", "32", "--data.batch_size", "6"),
         *("--data.num_workers", "0", "--model.backbone_args", SMALL, "--model.warmup_epochs", "0"),
-        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--pictures.images", "2"),
-        *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--pictures.side", "64"),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1", "--pictures.every_n_epochs", "0"),
     ]
 
 
@@ -82,6 +89,14 @@ def trained(run_of_two_epochs, small, folder):
     return small
 
 
+@pytest.fixture(scope="session")
+def fork_server():
+    """A server that processes are forked from: it imports the libraries once for all tests."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "locat_lightning.commands.fit"])
+    return context
+
+
 def one_of_two(rank, port, function, arguments):
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -95,12 +110,8 @@ def one_of_two(rank, port, function, arguments):
 
 
 @pytest.fixture(scope="session")
-def two_processes():
-    """Calls `function(rank, *arguments)` in two processes, which are those of a trainer with two devices.
-
-    They are forked from a server that imports the libraries once for all tests.
-    """
-    set_forkserver_preload(["lightning.pytorch", "locat_lightning.tasks", "locat_lightning.methods"])
+def two_processes(fork_server):
+    """Calls `function(rank, *arguments)` in two processes, which are those of a trainer with two devices."""
 
     def run(function, *arguments):
         with socket.socket() as free:
@@ -109,6 +120,39 @@ def two_processes():
         start_processes(one_of_two, (port, function, arguments), nprocs=2, start_method="forkserver")
 
     return run
+
+
+def command_of_its_own(arguments, folder, output, environment):
+    """The `locat` of a shell's user: the first process of a session, with its output in a file."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.modules["__main__"].__spec__ = find_spec("locat.__main__")  # which Lightning starts again
+    main(list(arguments))
+
+
+@pytest.fixture
+def start_locat(fork_server, tmp_path):
+    """Starts `locat` as a process of its own in a folder; returns the process and the file of its output."""
+    started = []
+
+    def start(*arguments, folder=".", **environment):
+        output = tmp_path / f"output_{len(started)}.txt"
+        given = (arguments, Path(folder).absolute(), output, environment)
+        process = fork_server.Process(target=command_of_its_own, args=given)
+        process.start()
+        started.append(process)
+        return process, output
+
+    yield start
+    for process in started:
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 # Where each data set of segmentation has its images and masks, for training and for validation; how the names

@@ -1,6 +1,8 @@
 """What TensorBoard itself shows of a run of each task, asked over its HTTP interface."""
 
+import contextlib
 import json
+import shutil
 import time
 import warnings
 from importlib import import_module
@@ -8,7 +10,11 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from locat_lightning.callbacks import pictures
+from locat_lightning.callbacks.pictures import spaced_items
 from locat_lightning.commands.fit import main
 
 BACKBONE = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}"
@@ -17,7 +23,7 @@ SHORT = {
     "data.batch_size": 6,
     "model.backbone_args": BACKBONE,
     "pictures.images": 2,
-    "pictures.side": 64,
+    "pictures.side": 32,
     "pictures.every_n_epochs": 1,
     "trainer.accelerator": "cpu",
     "trainer.enable_progress_bar": "false",
@@ -74,15 +80,21 @@ PICTURES = {
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    """What TensorBoard answers to a path, once it has read a short run of each task."""
-    runs = tmp_path_factory.mktemp("tensorboard")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+def runs(tmp_path_factory):
+    """A directory with a short run of each task."""
+    folder = tmp_path_factory.mktemp("tensorboard")
+    with contextlib.chdir(folder), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*random: the model has not been trained")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of what tensorboard brings along
-        patch.chdir(runs)
         for task, options in TASKS.items():
             main(["fit", "--config", task, *(f"--{key}={value}" for key, value in (SHORT | options).items())])
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def shown(runs):
+    """What TensorBoard answers to a path, once it has read the runs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of what tensorboard brings along
         board = import_module("tensorboard.program").TensorBoard()
         board.configure(argv=[None, "--logdir", str(runs), "--port", "0", "--load_fast", "false"])
         url = board.launch() + "data/plugin/"
@@ -116,6 +128,19 @@ def test_pictures(shown, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_text(shown, task):
     assert of_task(shown("text/tags"), task) == {"config/text_summary", "versions/text_summary"}
+
+
+def test_a_resumed_segmentation_goes_on_drawing_and_reads_its_samples_once(runs, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(pictures, "spaced_items", lambda *of: read.append(spaced_items(*of)) or read[-1])
+    run = shutil.copytree(runs / "segment_digits" / "version_0", tmp_path / "copy" / "version_0")
+    last = run / "checkpoints" / "last.ckpt"
+    longer = ["--trainer.max_steps", "6", "--allow_changes", "true"]
+    main(["fit", "--ckpt_path", str(last), *longer])
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    events = EventAccumulator(str(run)).Reload()
+    assert [picture.step for picture in events.Images("pictures/validation")] == [1, 3, 5]
+    assert [len(items) for items in read] == [2]
 
 
 def test_hyper_parameters_stand_beside_the_final_metrics(shown):

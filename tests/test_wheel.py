@@ -37,8 +37,7 @@ def test_it_is_all_of_the_source_and_all_configs(installed):
 
 def test_configs_are_found_by_name_from_anywhere(installed, tmp_path):
     script = (
-        "from locat import command; command.main(['configs'])\n"
-        "from locat_lightning.commands.parsing import find_config; print(find_config('dino_small.yaml'))\n"
+        "from locat import command, configs; command.main(['configs']); print(configs.find('dino_small'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

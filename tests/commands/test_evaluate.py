@@ -129,7 +129,7 @@ def test_an_exported_folder_says_itself_what_it_is(small, images, folder):
     assert sorted(path.name for path in written) == ["config.yaml", "predictions.csv"]
     assert "ant" in Path("runs/out_predict/version_1/predictions.csv").read_text().splitlines()[0]
     fit = ["--model.warmup_epochs", "0", "--trainer.max_epochs", "1", "--data.batch_size", "6"]
-    run("fit", "--weights", "out", *own, *quiet, *fit, "--pictures.images", "2", "--name", "further")
+    run("fit", "--weights", "out", *own, *quiet, *fit, "--pictures.every_n_epochs", "0", "--name", "further")
     assert metrics("further")["epochs"] == 1
 
 
@@ -315,7 +315,7 @@ def test_a_segmentations_run_says_itself_what_is_to_be_retrieved(scenes, images)
         "0",
     ]
     steps = ["--trainer.max_steps", "1", "--trainer.val_check_interval", "1", "--data.batch_size", "3"]
-    steps += ["--trainer.log_every_n_steps", "1"]
+    steps += ["--trainer.log_every_n_steps", "1", "--pictures.every_n_epochs", "0"]
     run("fit", "--config", "segment_ade20k.yaml", "--weights", "net.pth", *data, *quiet, *steps)
     decoder = Path("runs/segment_ade20k/version_0/checkpoints/last.ckpt")
     run("retrieve", "--weights", decoder, "--image_size", "32", "--accelerator", "cpu")

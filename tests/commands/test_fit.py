@@ -1,14 +1,13 @@
 """`locat` as its user types it, in process."""
 
+import contextlib
 import csv
 import json
-import os
+import logging
 import pickle
-import signal
+import shutil
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,23 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from locat.runs import LOCK, list_runs
 from locat_lightning.commands.fit import main
+from locat_lightning.commands.messages import NO_NEWS
 from locat_lightning.commands.parsing import find_config
 from locat_lightning.data.classification import ImageData
 from locat_lightning.errors import InputError
 from locat_lightning.tasks import Classification
+from tests.conftest import PICTURES, small_options, write_images
 
 FIT = ["fit", "--config", "classify_tiny.yaml"]
 DINO = ["fit", "--config", "dino_tiny.yaml"]
 STEADY = ["--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4", "--model.lr", "1e-2"]
-# No epoch of it writes a checkpoint.
-ENDLESS = [
-    "--trainer.max_epochs",
-    "100000",
-    "--checkpoint.every_n_epochs",
-    "100000",
-    "--data.num_workers",
-    "1",
-]
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 RUN = Path("runs/classify_tiny/version_0")
 BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
@@ -63,7 +55,7 @@ def refusal(capsys, arguments):
 
 
 def test_a_run_leaves_its_record(small, caplog):
-    main([*FIT, *small])
+    main([*FIT, *small, *PICTURES])
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     assert config["model"]["init_args"]["backbone"] == "locatvit_tiny"
     assert config["trainer"]["gradient_clip_val"] == 5.0
@@ -97,7 +89,8 @@ def test_a_run_leaves_its_record(small, caplog):
     assert "embed_dim: 24" in written
     assert not any(line.startswith("_") for line in written.splitlines())
 
-    main([*FIT, *small, "--model.backbone_args.gaug", "false", "--model.backbone_args.prr", "false"])
+    plain = ["--model.backbone_args.gaug", "false", "--model.backbone_args.prr", "false"]
+    main([*FIT, *small, *plain, "--trainer.max_epochs", "1"])
     assert (RUN.parent / "version_1" / "metrics.json").is_file()
     assert "locatvit_tiny without GAug and PRR: " in caplog.text
 
@@ -213,6 +206,7 @@ NEGATIVE_LR = (
             [*DINO, "--data.views.local_size", "a"],
             'Parser key "local_size": Not of type PositiveInt',
         ),
+        ([*DINO, "--data.views.crops", "3"], "--data.views.crops: there is no such option; did you mean "),
         ([*FIT, "--data.hflip", "3"], 'Parser key "hflip": Not of type ClosedUnitInterval: 3'),
         ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),
         (
@@ -337,13 +331,23 @@ def test_nothing_in_a_file_of_weights_is_executed(small, capsys):
     assert not Path("exploited").exists()
 
 
-def test_a_run_goes_on_where_it_was_stopped(small):
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory):
+    """Options of a run of four epochs, and a directory with that run in one go, not to be changed."""
+    place = tmp_path_factory.mktemp("steady")
+    options = [*FIT, *small_options(write_images(place / "images")), *PICTURES, *STEADY]
+    with contextlib.chdir(place):
+        main([*options, "--checkpoint.save_top_k", "-1", "--checkpoint.filename", "{epoch}"])
+    return options, place
+
+
+def test_a_run_goes_on_where_it_was_stopped(steady):
     """From the checkpoint of the second epoch to the fourth: as four in one go, in the same directory."""
-    steady = [*FIT, *small, *STEADY]
-    main([*steady, "--checkpoint.save_top_k", "-1", "--checkpoint.filename", "{epoch}"])
+    options, place = steady
+    shutil.copytree(place / "runs", "runs")
     whole = torch.load(LAST, weights_only=True)
     LAST.write_bytes((RUN / "checkpoints/1.ckpt").read_bytes())
-    main([*steady, "--ckpt_path", "last"])
+    main([*options, "--ckpt_path", "last"])
 
     assert not (RUN.parent / "version_1").exists()
     part = torch.load(LAST, weights_only=True)
@@ -360,10 +364,10 @@ def test_a_run_goes_on_where_it_was_stopped(small):
     assert steps == list(range(12))
 
 
-def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(small, monkeypatch, capsys):
+def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(steady, monkeypatch, capsys):
     """The best checkpoint stays, and the end is that of a run in one go."""
-    main([*FIT, *small, *STEADY, "--name", "whole"])
-
+    options, place = steady
+    options = [*options, "--pictures.every_n_epochs", "0"]
     step = Classification.training_step
 
     def fail_once(self, batch, batch_idx):
@@ -373,18 +377,18 @@ def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(small, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(Classification, "training_step", fail_once)
-        assert refusal(capsys, [*FIT, *small, *STEADY]) == "a power cut"
+        assert refusal(capsys, options) == "a power cut"
     assert torch.load(LAST, weights_only=True)["global_step"] == 7
     assert torch.load(BEST, weights_only=True)["global_step"] % 3 == 0
-    main([*FIT, *small, *STEADY, "--ckpt_path", "last"])
+    main([*options, "--ckpt_path", "last"])
 
-    whole = torch.load("runs/whole/version_0/checkpoints/last.ckpt", weights_only=True)
+    whole = torch.load(place / LAST, weights_only=True)
     part = torch.load(LAST, weights_only=True)
     assert part["global_step"] == whole["global_step"] == 12
     for name, value in whole["state_dict"].items():
         torch.testing.assert_close(part["state_dict"][name], value, rtol=0, atol=0)
     for tag in ("train/loss", "train/lr", "val/loss"):
-        assert scalars(RUN, tag) == scalars("runs/whole/version_0", tag)
+        assert scalars(RUN, tag) == scalars(place / RUN, tag)
 
 
 def test_nothing_is_lost_where_nothing_can_go_on(trained, capsys, caplog):
@@ -538,6 +542,20 @@ def test_a_small_data_set_has_curves(small, recwarn):
     assert not [warning for warning in recwarn if "logging interval" in str(warning.message)]
 
 
+def test_what_tells_a_user_nothing_is_said_with_debug_alone(small, monkeypatch, capsys):
+    def said(*arguments):
+        main([*arguments, *FIT, *small, "--trainer.max_epochs", "1"])
+        lines = capsys.readouterr().err.splitlines()
+        assert any(line.startswith("run: runs/classify_tiny/version_") for line in lines)
+        return {beginning for beginning in NO_NEWS for line in lines if line.startswith(beginning)}
+
+    for name in ("lightning.pytorch", "lightning.fabric"):  # as outside of tests
+        monkeypatch.setattr(logging.getLogger(name), "propagate", False)
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    assert said() == set()
+    assert {"Seed set to", "GPU available"} <= said("--debug")
+
+
 def test_an_option_at_resuming_counts(small, capsys):
     main([*FIT, *small, "--model.lr", "0.1"])
     changed = ["--trainer.max_epochs", "3", "--model.lr", "0.25"]
@@ -617,12 +635,12 @@ def test_a_warm_start_leaves_a_head_of_another_size(trained, capsys, caplog):
 
 def test_weight_averaging_is_an_option(small):
     average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
-    main([*FIT, *small, *STEADY, *average])
+    main([*FIT, *small, *STEADY, *average, "--trainer.max_epochs", "2"])
     saved = torch.load(LAST, weights_only=True)
     name = "backbone.blocks.0.attn.qkv.weight"
     assert (saved["state_dict"][name] - saved["current_model_state"][name]).abs().max() > 1e-6
-    main(["fit", "--allow_changes", "true", "--ckpt_path", str(LAST), "--trainer.max_epochs", "5"])
-    assert torch.load(LAST, weights_only=True)["global_step"] == 15
+    main(["fit", "--allow_changes", "true", "--ckpt_path", str(LAST), "--trainer.max_epochs", "3"])
+    assert torch.load(LAST, weights_only=True)["global_step"] == 9
     main(["validate", "--weights", str(LAST), *QUIET])
     [(_, measured)] = scalars("runs/classify_tiny_validate/version_0", "val/loss")
     assert measured == pytest.approx(scalars(RUN, "val/loss")[-1][1], rel=1e-5)
@@ -638,79 +656,6 @@ def test_the_options_of_a_class_need_no_config(option, expected, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     assert f"--{option}.help {name}" in " ".join(capsys.readouterr().out.split())
-
-
-def locat(*arguments):
-    """A process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "locat", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("to", ["the process", "all processes"])
-def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small):
-    """A shell sends it to the process, a scheduler to the workers that read images, too."""
-    process = locat(*FIT, *small, *ENDLESS, "--trainer.check_val_every_n_epoch", "3")
-    deadline = time.monotonic() + 120
-    while not (RUN / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    (process.send_signal if to == "the process" else partial(os.killpg, process.pid))(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert "Traceback" not in said
-    assert "resume with: locat fit --ckpt_path" in said
-    step = torch.load(LAST, weights_only=True)["global_step"]
-    assert step > 0
-    longer = ["--trainer.max_epochs", str(step // 3 + 2), "--allow_changes", "true"]
-    main(["fit", "--ckpt_path", str(LAST), *longer])
-    assert torch.load(LAST, weights_only=True)["global_step"] == step // 3 * 3 + 6
-
-
-@pytest.mark.slow
-def test_an_interrupt_of_the_process_alone_ends_its_workers_too(small):
-    # A shell's background jobs ignore interrupts, and so would what they start.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = locat(*FIT, *small, *ENDLESS)
-    signal.signal(signal.SIGINT, before)
-    deadline = time.monotonic() + 120
-    while not (RUN / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, said
-    assert "Traceback" not in said
-    assert f"resume with: locat fit --ckpt_path {LAST}" in said
-    assert torch.load(LAST, weights_only=True)["global_step"] > 0
-
-
-@pytest.mark.slow
-def test_two_processes_are_as_one(small, folder):
-    """They share out an odd number of images: none is counted twice, none is left out."""
-    (folder / "val" / "ant" / "2.png").unlink()
-    both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    for command in ([*FIT, *small], ["predict", "--weights", str(BEST), *QUIET, "--name", "two"]):
-        process = locat(*command, *both)
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, said
-    assert [step for step, _ in scalars(RUN, "train/lr")] == [0, 1]  # of 18 images, 12 a step: one an epoch
-    assert list(Path("runs/classify_tiny").iterdir()) == [RUN]
-
-    main(["validate", "--weights", str(LAST), *QUIET])
-    for tag in ("val/top1", "val/loss"):
-        [(_, alone)] = scalars("runs/classify_tiny_validate/version_0", tag)
-        assert scalars(RUN, tag)[-1][1] == pytest.approx(alone, rel=1e-5)
-    main(["predict", "--weights", str(BEST), *QUIET, "--name", "one"])
-    one, two = (Path(f"runs/{name}_predict/version_0/predictions.csv") for name in ("one", "two"))
-    with one.open() as alone, two.open() as together:
-        rows = list(csv.DictReader(together))
-        assert [row["path"] for row in rows] == [row["path"] for row in csv.DictReader(alone)]
-    assert len({row["path"] for row in rows}) == len(rows) == 7
 
 
 def test_weights_and_a_run_to_go_on_with_exclude_each_other(trained, capsys):

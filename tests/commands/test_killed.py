@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,27 +50,11 @@ def options(tmp_path_factory):
         *("--config", "dino_digits.yaml", "--data.dataset", "folder", "--data.root", str(root)),
         *("--data.batch_size", str(BATCH), "--data.num_workers", "1", "--data.views.local_views", "2"),
         *("--model.backbone_args", backbone, "--model.out_dim", "64", "--model.hidden_dim", "32"),
-        *("--model.bottleneck_dim", "16", "--model.warmup_epochs", "1", "--pictures.images", "2"),
-        *("--trainer.max_epochs", str(EPOCHS), "--trainer.accelerator", "cpu", "--pictures.side", "64"),
+        *("--model.bottleneck_dim", "16", "--model.warmup_epochs", "1", "--pictures.images", "1"),
+        *("--trainer.max_epochs", str(EPOCHS), "--trainer.accelerator", "cpu", "--pictures.side", "32"),
         *("--trainer.enable_progress_bar", "false", "--trainer.callbacks+=test_killed.Watch"),
         *("--checkpoint.every_n_train_steps", str(EVERY)),
     ]
-
-
-def killed_at(folder, *arguments, place):
-    """`locat fit` in a process of its own, in a folder, until it is killed."""
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    own = {"OMP_NUM_THREADS": "1", "TEST_KILL_AT": place, "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, "-m", "locat", "fit", *arguments],
-        cwd=folder,
-        env=os.environ | own,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def last(folder):
@@ -97,7 +79,7 @@ def differences(a, b, at=""):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(options, tmp_path, monkeypatch):
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(options, tmp_path, monkeypatch, start_locat):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -105,8 +87,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(options, tmp_path, monke
     monkeypatch.chdir(whole)
     main(["fit", *options])
 
-    dead = killed_at(killed, *options, place=f"{KILLED[0]},{KILLED[1]}")
-    assert dead.returncode == -signal.SIGKILL, dead.stdout
+    place = f"{KILLED[0]},{KILLED[1]}"
+    dead, output = start_locat("fit", *options, folder=killed, TEST_KILL_AT=place)
+    dead.join(120)
+    assert dead.exitcode == -signal.SIGKILL, output.read_text()
     assert torch.load(last(killed), weights_only=True)["global_step"] == BEFORE
     begun = KILLED[0] * BATCHES + KILLED[1] + 1
     assert batches(killed) == batches(whole)[:begun]

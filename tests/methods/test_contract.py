@@ -10,10 +10,13 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from locat import configs
 from locat_lightning.callbacks.checkpoints import Checkpoints
+from locat_lightning.callbacks.pictures import Pictures
 from locat_lightning.data import MultiViewData
 from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
@@ -153,6 +156,24 @@ def test_gradients_are_clipped_by_parameter(name):
     fit(small(name, clip_grad=1e-3), [random_batch(4)] * 3, Norms())
     assert 0.9e-3 < max(found) < 1.001e-3
     assert sum(norm > 0.9e-3 for norm in found) > 10
+
+
+@every_method
+def test_it_trains_the_same_with_pictures(folder, tmp_path, name):
+    outcomes = []
+    for number, callbacks in enumerate(([], [Pictures(images=2, side=32)])):
+        task, seen = small(name, backbone_args={"drop_path_rate": 0.3}, lr=1e-2), Seen()
+        logger = TensorBoardLogger(tmp_path, name="", version=str(number))
+        options = {"logger": logger, "log_every_n_steps": 1, "limit_train_batches": 2, "max_epochs": 2}
+        trainer(seen, *callbacks, **options).fit(task, of_folder(folder))
+        outcomes.append((copied(task), seen.batches, torch.get_rng_state()))
+    drawn = EventAccumulator(logger.log_dir).Reload()
+    assert {"pictures/crops", "pictures/validation"} <= {*drawn.Tags()["images"]}
+    assert [image.step for image in drawn.Images("pictures/validation")] == [1, 3]
+    (weights, batches, state), (weights_with, batches_with, state_with) = outcomes
+    assert same(weights, weights_with)
+    assert batches == batches_with
+    assert torch.equal(state, state_with)
 
 
 @resuming
@@ -300,23 +321,24 @@ class Told(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stopped_and_resumed(rank, folder, told):
-    """Weights of a run, and of one of which process `told` is told to stop, before and after it resumes."""
+def stopped_and_resumed(rank, folder):
+    """Weights of a run, and of those of which one process is told to stop, before and after they resume."""
 
     def run(*callbacks, **options):
         run = trainer(*callbacks, devices=2, strategy="ddp", max_epochs=2)
         task = small("Dino", backbone_args={"drop_path_rate": 0.3}, warmup_epochs=1, lr=1e-2)
         stopped = False
         try:
-            run.fit(task, of_folder(folder.parent / "images"), **options)
+            run.fit(task, of_folder(folder / "images"), **options)
         except SIGTERMException:
             stopped = True
         return {"stopped": stopped, "step": run.global_step, "state": copied(task)}
 
     runs = {"whole": run()}
-    saving = Checkpoints(folder, save_last=True, save_on_exception=True)
-    runs["cut"] = run(saving, *([Told()] if rank == told else []))
-    runs["resumed"] = run(ckpt_path=str(folder / "last.ckpt"), weights_only=True)
+    for told in range(2):
+        saving = Checkpoints(folder / f"told {told}", save_last=True, save_on_exception=True)
+        cut = run(saving, *([Told()] if rank == told else []))
+        runs[told] = cut, run(ckpt_path=str(folder / f"told {told}" / "last.ckpt"), weights_only=True)
     return runs
 
 
@@ -332,7 +354,7 @@ def in_two_processes(rank, folder):
         }
         for name in METHODS
     }
-    found["told"] = [stopped_and_resumed(rank, folder / f"told {told}", told) for told in range(2)]
+    found["told"] = stopped_and_resumed(rank, folder)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -375,8 +397,8 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(of_two, name, looks)
 @pytest.mark.parametrize("told", [0, 1])
 def test_both_processes_stop_and_resume_if_one_is_told_to_stop(of_two, told):
     folder, found = of_two
-    for runs in (each["told"][told] for each in found):
-        whole, cut, resumed = runs["whole"], runs["cut"], runs["resumed"]
+    for runs in (each["told"] for each in found):
+        whole, (cut, resumed) = runs["whole"], runs[told]
         assert whole["step"] == resumed["step"] == 10
         assert cut["stopped"]
         assert cut["step"] == 4

@@ -1,0 +1,95 @@
+"""`locat fit` as processes: told to stop by a signal, and in two at once."""
+
+import csv
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from locat_lightning.commands.fit import main
+
+pytestmark = pytest.mark.slow
+
+FIT = ["fit", "--config", "classify_tiny.yaml"]
+# No epoch of it writes a checkpoint.
+ENDLESS = ["--data.num_workers", "1", "--trainer.max_epochs", "9999", "--checkpoint.every_n_epochs", "9999"]
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+RUN = Path("runs/classify_tiny/version_0")
+BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def scalars(run, tag):
+    events = EventAccumulator(str(run)).Reload()
+    return [(point.step, point.value) for point in events.Scalars(tag)]
+
+
+def wait_until_it_trains(process):
+    deadline = time.monotonic() + 120
+    while not (RUN / "metrics.csv").is_file() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("to", ["the process", "all processes"])
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small, start_locat):
+    """A shell sends it to the process, a scheduler to the workers that read images, too."""
+    process, output = start_locat(*FIT, *small, *ENDLESS, "--trainer.check_val_every_n_epoch", "3")
+    wait_until_it_trains(process)
+    (os.kill if to == "the process" else os.killpg)(process.pid, signal.SIGTERM)
+    process.join(60)
+    said = output.read_text()
+    assert process.exitcode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert "resume with: locat fit --ckpt_path" in said
+    step = torch.load(LAST, weights_only=True)["global_step"]
+    assert step > 0
+    longer = ["--trainer.max_epochs", str(step // 3 + 2), "--allow_changes", "true"]
+    main(["fit", "--ckpt_path", str(LAST), *longer])
+    assert torch.load(LAST, weights_only=True)["global_step"] == step // 3 * 3 + 6
+
+
+def test_an_interrupt_of_the_process_alone_ends_its_workers_too(small, start_locat):
+    process, output = start_locat(*FIT, *small, *ENDLESS)
+    wait_until_it_trains(process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    said = output.read_text()
+    assert process.exitcode == 128 + signal.SIGINT, said
+    assert "Traceback" not in said
+    assert f"resume with: locat fit --ckpt_path {LAST}" in said
+    assert torch.load(LAST, weights_only=True)["global_step"] > 0
+
+
+def predict(rank, *options):
+    main(["predict", "--weights", str(BEST), *QUIET, *options])
+
+
+def test_two_processes_are_as_one(small, folder, start_locat, two_processes):
+    """They share out an odd number of images: none is counted twice, none is left out."""
+    (folder / "val" / "ant" / "2.png").unlink()
+    both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    process, output = start_locat(*FIT, *small, *both)  # which starts the other one
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
+    two_processes(predict, "--name", "two", *both)
+    assert [step for step, _ in scalars(RUN, "train/lr")] == [0, 1]  # of 18 images, 12 a step: one an epoch
+    assert list(Path("runs/classify_tiny").iterdir()) == [RUN]
+
+    main(["validate", "--weights", str(LAST), *QUIET])
+    for tag in ("val/top1", "val/loss"):
+        [(_, alone)] = scalars("runs/classify_tiny_validate/version_0", tag)
+        assert scalars(RUN, tag)[-1][1] == pytest.approx(alone, rel=1e-5)
+    predict(0, "--name", "one")
+    one, two = (Path(f"runs/{name}_predict/version_0/predictions.csv") for name in ("one", "two"))
+    with one.open() as alone, two.open() as together:
+        rows = list(csv.DictReader(together))
+        assert [row["path"] for row in rows] == [row["path"] for row in csv.DictReader(alone)]
+    assert len({row["path"] for row in rows}) == len(rows) == 7
