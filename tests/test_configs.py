@@ -72,6 +72,7 @@ def test_there_are_configs():
     assert {Path(config).stem for config in CONFIGS} == known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_segmentation_runs_a_step_and_is_measured_again(name, scenes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -113,6 +114,7 @@ def test_segmentation_runs_a_step_and_is_measured_again(name, scenes, tmp_path, 
     assert shipped["data"]["init_args"]["dataset"] == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [config for config in CONFIGS if Path(config).stem in DROP_PATH])
 def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

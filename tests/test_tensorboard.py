@@ -17,6 +17,7 @@ from locat_lightning.callbacks import pictures
 from locat_lightning.callbacks.pictures import spaced_items
 from locat_lightning.commands.fit import main
 
+pytestmark = pytest.mark.slow
 BACKBONE = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}"
 SHORT = {
     "data.num_workers": 0,

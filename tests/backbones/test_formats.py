@@ -20,6 +20,10 @@ MODELS = {
     "locatjumbo_tiny": VIT | {"jumbo_multiplier": 2},
     "locatswin_tiny": SWIN | {"depths": (2,), "num_heads": (1,)},
 }
+# An ONNX file is written from the exported program, which is checked for each model.
+PROGRAMS = dict.fromkeys(MODELS, "export") | dict.fromkeys(["locatvit_tiny", "locatswin_tiny"], "export onnx")
+CASES = [(name, form) for name in MODELS for form in ("timm", "torchscript")]
+CASES += [pytest.param(name, forms, marks=pytest.mark.slow) for name, forms in PROGRAMS.items()]
 
 
 def trained(name="locatvit_tiny", **arguments):
@@ -51,11 +55,10 @@ def exported_once(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
-@pytest.mark.parametrize("forms", [["timm"], ["torchscript"], ["export", "onnx"]], ids=" ".join)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "forms"), CASES)
 def test_the_outputs_are_the_same_for_any_batch(tmp_path, exported_once, name, forms):
     model = trained(name)
-    for form in forms:
+    for form in forms.split():
         if form == "onnx":
             pytest.importorskip("onnxruntime")
         difference = write_model(model, tmp_path, form)

@@ -30,6 +30,7 @@ FIT = ["fit", "--config", "classify_tiny.yaml"]
 DINO = ["fit", "--config", "dino_tiny.yaml"]
 STEADY = ["--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4", "--model.lr", "1e-2"]
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+QUIET += ["--pictures.every_n_epochs", "0"]
 RUN = Path("runs/classify_tiny/version_0")
 BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
 
@@ -341,6 +342,7 @@ def steady(tmp_path_factory):
     return options, place
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(steady):
     """From the checkpoint of the second epoch to the fourth: as four in one go, in the same directory."""
     options, place = steady
@@ -364,6 +366,7 @@ def test_a_run_goes_on_where_it_was_stopped(steady):
     assert steps == list(range(12))
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(steady, monkeypatch, capsys):
     """The best checkpoint stays, and the end is that of a run in one go."""
     options, place = steady
@@ -556,6 +559,7 @@ def test_what_tells_a_user_nothing_is_said_with_debug_alone(small, monkeypatch, 
     assert {"Seed set to", "GPU available"} <= said("--debug")
 
 
+@pytest.mark.slow
 def test_an_option_at_resuming_counts(small, capsys):
     main([*FIT, *small, "--model.lr", "0.1"])
     changed = ["--trainer.max_epochs", "3", "--model.lr", "0.25"]
@@ -633,6 +637,7 @@ def test_a_warm_start_leaves_a_head_of_another_size(trained, capsys, caplog):
     assert "weights do not fit (head.bias, head.weight)" in refusal(capsys, refused)
 
 
+@pytest.mark.slow
 def test_weight_averaging_is_an_option(small):
     average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
     main([*FIT, *small, *STEADY, *average, "--trainer.max_epochs", "2"])

@@ -18,6 +18,7 @@ FIT = ["fit", "--config", "classify_tiny.yaml"]
 # No epoch of it writes a checkpoint.
 ENDLESS = ["--data.num_workers", "1", "--trainer.max_epochs", "9999", "--checkpoint.every_n_epochs", "9999"]
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+QUIET += ["--pictures.every_n_epochs", "0"]
 RUN = Path("runs/classify_tiny/version_0")
 BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
 

@@ -176,6 +176,7 @@ def test_it_trains_the_same_with_pictures(folder, tmp_path, name):
     assert torch.equal(state, state_with)
 
 
+@pytest.mark.slow
 @resuming
 @every_method
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 2), (3, 0)])
