@@ -1,7 +1,4 @@
-"""What every data module here shares: splits that are found once, and loaders for every process.
-
-A data module of your own needs none of it: `docs/extend.md` says what a task asks of one.
-"""
+"""What every data module here shares: splits that are found once, and loaders for every process."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

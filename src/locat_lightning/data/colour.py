@@ -48,9 +48,8 @@ def draw_colour(rng: np.random.Generator, blur: Sequence[float], solarize: Seque
     views = len(blur)
     low, high = np.transpose(JITTER_RANGES)
     parameters = np.tile(np.array(NEUTRAL, dtype=np.float32), (views, 1))
-    jitter = np.concatenate(
-        [rng.uniform(low, high, (views, 4)), rng.integers(len(JITTER_ORDERS), size=(views, 1))], axis=1
-    )
+    values, order = rng.uniform(low, high, (views, 4)), rng.integers(len(JITTER_ORDERS), size=(views, 1))
+    jitter = np.concatenate([values, order], axis=1)
     jittered = rng.random(views) < JITTER_PROBABILITY
     parameters[jittered, : ORDER + 1] = jitter[jittered]
     parameters[:, GRAYSCALE] = rng.random(views) < GRAYSCALE_PROBABILITY

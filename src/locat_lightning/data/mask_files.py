@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Source
@@ -61,7 +60,7 @@ class Layout:
         folder = self._existing(root, self.images, name)
         images: dict[str, str] = {}
         suffix = self.image_suffix.lower()
-        for path in files_beneath(folder, (suffix,) if suffix else IMG_EXTENSIONS):
+        for path in files_beneath(folder, (suffix,)) if suffix else files_beneath(folder):
             if self.images == self.masks and path.lower().endswith(self.mask_suffix.lower()):
                 continue
             stem = path[len(str(folder)) + 1 : -len(suffix) if suffix else path.rindex(".")]

@@ -52,10 +52,8 @@ def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
     for kind, parts in (("images", images), ("masks", masks)):
         sizes = list(dict.fromkeys(f"{part.shape[-1]} x {part.shape[-2]}" for part in parts))
         if len(sizes) > 1:
-            raise InputError(
-                f"{kind} of {sizes[0]} and {sizes[1]} pixels cannot be in one batch: set "
-                "--data.eval_batch_size 1"
-            )
+            two = " and ".join(sizes[:2])
+            raise InputError(f"{kind} of {two} pixels cannot be in one batch: set --data.eval_batch_size 1")
     return MaskBatch(torch.stack(images), torch.stack(masks), torch.tensor(indices))
 
 

@@ -1,8 +1,7 @@
 """Views of an image for self-supervision: what a method's batch holds, and DINO's multi-crop.
 
-A method that wants other views brings a `ViewTransform` of its own and names it in the config, as
-`data.views.class_path`. All random numbers come from one generator per image: (seed, epoch, index) fix its
-views.
+A method that wants other views names a `ViewTransform` of its own in the config, as `data.views.class_path`.
+All random numbers come from one generator per image: (seed, epoch, index) fix its views.
 
 Source of `MultiCrop`: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/dino.
 """
@@ -204,7 +203,8 @@ def draw_boxes(rng: np.random.Generator, size: tuple[int, int], scales: np.ndarr
         int [V, 4]: left, top, width, height. Where ten attempts do not fit, the largest central box of an
         allowed aspect ratio.
     """
-    shape, (low, high) = (len(scales), ATTEMPTS), ASPECT_RATIOS
+    shape = (len(scales), ATTEMPTS)
+    low, high = ASPECT_RATIOS
     area = size[0] * size[1] * rng.uniform(scales[:, :1], scales[:, 1:], shape)
     ratio = np.exp(rng.uniform(math.log(low), math.log(high), shape))
     extent = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], axis=-1))).astype(int)  # [V, 10, 2]
