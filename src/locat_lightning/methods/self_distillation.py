@@ -65,7 +65,7 @@ class SelfDistillation(Pretraining):
     ) -> None:
         super().__init__(backbone, **options)
         numbers = {name: value for name, value in self.hp.items() if isinstance(value, int | float)}
-        for name, value in numbers.items():  # a wrong one would train silently towards something else
+        for name, value in numbers.items():  # a subclass's, too; wrong ones would train silently
             if name.endswith("_temp") and not value > 0:
                 raise InputError(f"model.{name} ({value}) must be above 0")
             if name.endswith("momentum") and not 0 <= value <= 1:

@@ -76,10 +76,10 @@ class Task(LightningModule):
         return {"": self.backbone}
 
     def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
-        """Draw what the model makes of some samples: figures by name, images `side` pixels wide.
+        """Draw what the model makes of some samples: figures by name.
 
-        Samples are items of a data set of `data`: image, label, and perhaps more. The model is in evaluation
-        mode, without gradients.
+        Samples are items of a data set of `data`: image, label, and perhaps more. `side` is the shorter side
+        of an image in the picture, in pixels. The model is in evaluation mode, without gradients.
         """
         images = torch.stack([sample[0] for sample in samples])
         backbone: Any = self.backbone
