@@ -34,8 +34,8 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # What of a run's config is its recipe, besides the model's own options.
 OF_TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 OF_DATA = (
-    *("dataset", "batch_size", "auto_augment", "scale", "ratio", "hflip", "color_jitter"),
-    "random_erasing",
+    *("dataset", "batch_size", "auto_augment", "scale", "ratio", "hflip"),
+    *("color_jitter", "random_erasing"),
 )
 
 
@@ -143,9 +143,8 @@ def _card(model: Any, to: Path, form: Format, what: str, weights: Path, run: dic
 def _of_run(run: dict[str, Any], weights: Path) -> dict[str, dict[str, Any]]:
     """Return data, recipe and metrics of a run."""
     data, model, start = run["data"]["init_args"], run["model"], run.get("weights")
-    told = {key: data.get(key) for key in OF_DATA} | {
-        "folder": Path(data["root"]).name if data.get("root") else None
-    }
+    told = {key: data.get(key) for key in OF_DATA}
+    told["folder"] = Path(data["root"]).name if data.get("root") else None
     recipe = {"task": model["class_path"].rpartition(".")[2], **model["init_args"]}
     recipe |= {key: run.get("trainer", {}).get(key) for key in OF_TRAINER}
     recipe |= {"seed": run.get("seed_everything"), "class_names": None, "backbone_weights": None}

@@ -65,7 +65,6 @@ def write_report(
         command=command,
         page=page.stem,
         nothing=NOTHING,
-        machines=dict.fromkeys(result["machine"] for result in results),
         versions=dict.fromkeys(", ".join(map(" ".join, result["versions"].items())) for result in results),
         seconds=sum(sum(result["seconds"].values()) for result in results),
         options={name: [_option(*each) for each in arm.options.items()] for name, arm in study.arms.items()},
