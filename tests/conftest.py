@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,12 @@ def fork_server():
     return context
 
 
+def begin_child():
+    """Undo what a server hands on: its way of starting processes, which those that read images would take."""
+    set_start_method(None, force=True)
+    torch.set_num_threads(1)
+
+
 def one_of_two(rank, port, function, arguments):
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -105,7 +111,7 @@ def one_of_two(rank, port, function, arguments):
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
     }
-    torch.set_num_threads(1)
+    begin_child()
     function(rank, *arguments)
 
 
@@ -128,7 +134,7 @@ def command_of_its_own(arguments, folder, output, environment):
     os.chdir(folder)
     os.environ |= environment
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(1)
+    begin_child()
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
