@@ -8,6 +8,7 @@ FLOORS = [
     {
         "locat_lightning.errors",
         "locat_lightning.labels",
+        "locat_lightning.records",
         "locat",
         "locat.configs",
         "locat.errors",

@@ -79,6 +79,33 @@ def test_rarer_checkpoints(tmp_path):
     assert step_of(tmp_path / "last.ckpt") == 6  # at the end in any case
 
 
+def state_of(directory, best):
+    """The state that a checkpoint has of a run in `directory` with a best file."""
+    saving = Checkpoints(directory, monitor="score", mode="max")
+    own = {"best_model_path": str(best), "kth_best_model_path": str(best), "kth_value": torch.tensor(0.5)}
+    return saving.state_dict() | own | {"best_k_models": {str(best): torch.tensor(0.5)}}
+
+
+def test_a_state_from_elsewhere_deletes_no_file(tmp_path):
+    """A new best checkpoint replaces the one before it: that is one of this run's own."""
+    precious = tmp_path / "precious.ckpt"
+    precious.touch()
+    saving = Checkpoints(tmp_path / "run", monitor="score", mode="max")
+    saving.load_state_dict(state_of(tmp_path / "run", precious))
+    assert (saving.best_k_models, saving.best_model_path, saving.kth_best_model_path) == ({}, "", "")
+
+
+def test_a_run_that_was_moved_knows_its_best(tmp_path):
+    best = tmp_path / "moved" / "best.ckpt"
+    best.parent.mkdir()
+    best.touch()
+    saving = Checkpoints(best.parent, monitor="score", mode="max")
+    saving.load_state_dict(state_of(tmp_path / "run", tmp_path / "run" / "best.ckpt"))
+    assert saving.best_k_models == {str(best): torch.tensor(0.5)}
+    assert saving.best_model_path == saving.kth_best_model_path == str(best)
+    assert saving.kth_value == 0.5
+
+
 BATCHES = 4
 
 

@@ -14,7 +14,7 @@ from multiprocessing.resource_sharer import DupFd
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from locat_lightning.data.dataset import Failure, Images
 from locat_lightning.data.decoding import read_image, to_rgb
@@ -125,6 +125,16 @@ def test_a_truncated_file_raises(cut):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     with pytest.raises(OSError):
         read_image(io.BytesIO(saved(noise, "JPEG").getvalue()[:cut]))
+
+
+@pytest.mark.parametrize("suffix", ["EPS", "PDF", "GIF"])
+def test_other_formats_are_not_opened_whatever_the_file_is_called(suffix, tmp_path, monkeypatch):
+    """Pillow would start Ghostscript for EPS."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    file = tmp_path / "cat.jpg"
+    Image.new("RGB", (8, 8)).save(file, suffix)
+    with pytest.raises(UnidentifiedImageError):
+        read_image(file)
 
 
 class Numbers:

@@ -22,6 +22,7 @@ from locat_lightning.backbones.weights import (
     state_for,
 )
 from locat_lightning.errors import InputError, near
+from locat_lightning.records import plain
 
 
 def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
@@ -111,7 +112,7 @@ def find_backbone(
     contents = contents_of(weights) if contents is None else contents
     arguments = arguments or {}
     if name is None and contents is not None:
-        name, recorded = _recorded_model(contents)
+        name, recorded = _recorded_model(weights, contents)
         arguments = recorded | arguments
     elif name is None and timm.is_model(weights):
         name = weights
@@ -127,10 +128,10 @@ def find_backbone(
     return find_backbone(source, name, arguments)
 
 
-def _recorded_model(contents: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+def _recorded_model(weights: str, contents: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
     own = contents.get("hyper_parameters", {})
     if isinstance(own.get("backbone"), str):
-        return own["backbone"], noted_arguments(own)
+        return own["backbone"], plain(noted_arguments(own), weights, "backbone_args")
     architecture = contents.get("arch")  # as timm's training script has it
     if not isinstance(architecture, str):
         return None, {}

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from locat_lightning.errors import InputError
 
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of ModelCheckpoint
+
 
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's files of checkpoints, each replaced at once, and the one to resume from read only once.
@@ -52,6 +54,23 @@ class Checkpoints(ModelCheckpoint):
     """
 
     _told_to_stop = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what the state says of checkpoints that are in this run's directory, wherever it is now.
+
+        A new best checkpoint deletes the one before it: a state from elsewhere must not name the file.
+        """
+        scores = {
+            own: score for path, score in state_dict["best_k_models"].items() if (own := self._own(path))
+        }
+        paths = {name: self._own(state_dict[name]) for name in PATHS}
+        here = {"dirpath": self.dirpath} if scores else {}
+        super().load_state_dict(state_dict | paths | here | {"best_k_models": scores})
+
+    def _own(self, path: str) -> str:
+        """Return the path of the file of that name in this run's directory; "" if there is none."""
+        own = Path(str(self.dirpath)) / Path(path).name
+        return str(own) if own.is_file() else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from locat import configs
 from locat_lightning.backbones.weights import read_checkpoint
 from locat_lightning.commands.parsing import decisive_options
-from locat_lightning.commands.sources import check_weights, exported_config, record_of_run
+from locat_lightning.commands.sources import check_weights, exported_config, read_record, record_of_run
 from locat_lightning.errors import InputError
+from locat_lightning.records import plain, refused
 
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
 # How options of the data are named by timm.
@@ -28,7 +27,7 @@ def of_command(command: str, arguments: list[str]) -> dict[str, Any]:
         return {}
     checkpoint = _checkpoint(command, given)
     if (record := record_of_run(checkpoint)) is not None:
-        return _of_run(command, yaml.safe_load(record.read_text()), checkpoint)
+        return _of_run(command, record, checkpoint)
     if given.weights is not None:
         check_weights(given.weights)
     if checkpoint.is_file():
@@ -69,18 +68,21 @@ def checkpoint_to_resume(given: str, runs: str | Path, name: str | None) -> Path
     return found[-1]
 
 
-def _of_run(command: str, config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    keys = ["model", "data", "name", "runs"]
-    found = {}
+def _of_run(command: str, record: Path, checkpoint: Path) -> dict[str, Any]:
+    keys, groups = ["model", "data"], GROUPS if command == "fit" else ()
     if command == "fit":
         keys += ["seed_everything", "weights"]
-        found = {f"{group}.{key}": v for group in GROUPS for key, v in config.get(group, {}).items()}
-    else:
+    config = read_record(record, (*keys, *groups))
+    if config["left_out"]:
+        raise refused(record, f"sets {', '.join(sorted(config['left_out']))}")
+    found = {f"{group}.{key}": v for group in groups for key, v in config.get(group, {}).items()}
+    if command != "fit":
         # The data of a run decide how many classes it has; the data to predict may have none.
         arguments = config["model"]["init_args"]
         known = read_checkpoint(checkpoint).get("hyper_parameters", {})
+        known = plain(known, checkpoint)
         arguments |= {key: known[key] for key in arguments.keys() & known.keys()}
-    return found | {key: config[key] for key in keys if config.get(key) is not None}
+    return found | {key: config[key] for key in (*keys, "name", "runs") if config.get(key) is not None}
 
 
 def _of_export(command: str, config: dict[str, Any]) -> dict[str, Any]:

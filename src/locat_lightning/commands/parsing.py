@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from yaml.representer import SafeRepresenter
 
 from locat import configs
@@ -28,6 +28,7 @@ ALIASES = {
     "resume": "--ckpt_path",
     "pretrained": "--weights",
 }
+set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value will do, it stays a value
 # jsonargparse writes a config again when its class is replaced by another, but its restricted numbers are of
 # subclasses, which YAML by itself does not write.
 yaml.SafeDumper.add_multi_representer(int, SafeRepresenter.represent_int)

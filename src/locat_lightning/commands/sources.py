@@ -1,11 +1,28 @@
-"""What `--weights` and `--ckpt_path` name: a file, a run, an exported folder."""
+"""What `--weights` and `--ckpt_path` name: a file, a run, an exported folder; and what a run recorded.
+
+Whoever wrote a record chooses what is trained or measured, but neither which code runs nor where files go.
+"""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from locat_lightning.backbones.weights import check_source
-from locat_lightning.errors import InputError
+from locat_lightning.data.base import ImageModule
+from locat_lightning.data.views import ViewTransform
+from locat_lightning.errors import InputError, in_a_line
+from locat_lightning.records import plain
+from locat_lightning.tasks.base import Task
+
+# Options whose value is a class, and the base of those that a record may choose.
+CLASSES: dict[str, type] = {"model": Task, "data": ImageModule, "views": ViewTransform}
+# Options of the trainer and of the checkpoints that are code, or say where files are written.
+NOT_DATA = {"callbacks", "logger", "plugins", "profiler", "default_root_dir", "model_registry"}
+NOT_DATA |= {"dirpath", "filename"}
+UNUSED = (None, True, False, "best")  # their values if they are not used
 
 
 def check_weights(weights: str) -> None:
@@ -35,4 +52,37 @@ def local_dir(weights: str) -> str:
 def record_of_run(checkpoint: Path) -> Path | None:
     """Return where the run of a checkpoint recorded its config; None if the file is not of a run."""
     record = checkpoint.parent.parent / "config.yaml"
-    return record if checkpoint.is_file() and record.is_file() else None
+    in_a_run = checkpoint.parent.name == "checkpoints" and checkpoint.is_file()
+    return record if in_a_run and record.is_file() else None
+
+
+def read_record(file: Path, groups: Iterable[str]) -> dict[str, Any]:
+    """Return some groups of the options that a run recorded, and from its place its `name` and its `runs`.
+
+    Options of trainer and checkpoints that are not data are named in `left_out`.
+
+    Raises:
+        InputError: the file is no such record, or chooses what a record must not: see `records`.
+    """
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not the record of a run: {in_a_line(error)}") from error
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(key), dict) for key in ("model", "data")
+    ):
+        raise InputError(f"{file} is not the record of a run: it has no model and data")
+    chosen, left_out = {key: config[key] for key in groups if key in config}, []
+    for group in chosen.keys() & {"trainer", "checkpoint"}:
+        own = chosen[group] if isinstance(chosen[group], dict) else {}
+        chosen[group] = {k: v for k, v in own.items() if k not in NOT_DATA and _is_data(v)}
+        left_out += [f"{group}.{k}" for k in own.keys() - chosen[group].keys() if own[k] not in UNUSED]
+    known: dict[str, Any] = plain(chosen, file, classes=CLASSES)
+    known["data"]["init_args"].pop("download", None)  # done already, to a place that the record would choose
+    return known | {"name": file.parent.parent.name, "runs": str(file.parents[2]), "left_out": left_out}
+
+
+def _is_data(value: Any) -> bool:
+    """Check that an option of the trainer is no path of Python's: no name of Lightning's has a dot."""
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, int | float) or part is None or "." not in str(part) for part in parts)

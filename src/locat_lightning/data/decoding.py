@@ -13,6 +13,9 @@ from locat_lightning.errors import in_a_line
 
 log = logging.getLogger(__name__)
 
+# Those of torchvision's endings (IMG_EXTENSIONS), whatever a file is called. Pillow opens others by way of
+# other programs: EPS starts Ghostscript.
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Modes of more than 8 bits a channel, and the value that they show as white.
 WHITE = {"I": 65535, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "F": 1}
 
@@ -27,7 +30,7 @@ def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
 @contextmanager
 def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
     """Open an image like `read_image`, but without decoding a plain JPEG yet, which allows a draft of it."""
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         yield image if _is_plain(image) else to_rgb(image)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Source
-from locat_lightning.data.decoding import read_image, reason
+from locat_lightning.data.decoding import FORMATS, read_image, reason
 from locat_lightning.data.files import EXTENSIONS, files_beneath, listed
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
@@ -191,7 +191,7 @@ class Pairs(Source[np.ndarray]):
         """Read mask `index`, uint8 [H, W]; raise an `OSError` if that is impossible."""
         file = self.masks[index]
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 values = np.asarray(image)
         except Exception as error:  # decoders raise anything
             raise OSError(f"its mask {file}: {reason(error)}") from error

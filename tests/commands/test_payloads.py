@@ -1,0 +1,169 @@
+"""A run from elsewhere: whatever its files say, no command executes it or writes where it says."""
+
+import contextlib
+import copy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from locat.command import main
+
+CALL = {"class_path": "os.system", "init_args": {"command": "touch PWNED"}}
+HOOK = {
+    "class_path": "lightning.pytorch.callbacks.LambdaCallback",
+    "init_args": {"on_fit_start": "evil.touch"},
+}
+STATE = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"ddp_comm_state": CALL}}
+# By place in the config of a run, what somebody may have written there.
+IN_THE_RECORD = {
+    "model": ["evil.Task", CALL, {"class_path": "evil.Task"}, {"class_path": "locat_lightning.evil.Task"}],
+    "model.class_path": ["evil.Task", "os.system", "locat_lightning.commands.fit.LocatCLI"],
+    "model.init_args.backbone_args": [CALL, {"prr": CALL}, {"gaug": [CALL]}],
+    "model.init_args.locat": [CALL, {"start": CALL}],
+    "model.init_args.num_classes": [CALL],
+    "model.init_args.optimizer": [CALL, "evil.Optimizer"],
+    "data.class_path": ["evil.Data", "os.system"],
+    "data.init_args.views": ["evil.Views", CALL],
+    "data.init_args.scale": [CALL, [CALL]],
+    "data.init_args.dataset": [CALL],
+    "trainer.callbacks": [[HOOK], "evil.Callback", [CALL], ["EarlyStopping"]],
+    "trainer.strategy": [STATE, "evil.Strategy", CALL],
+    "trainer.accelerator": [CALL, "evil.Accelerator"],
+    "trainer.logger": [CALL, "evil.Logger", {"class_path": "CSVLogger", "init_args": {"save_dir": "PWNED"}}],
+    "trainer.plugins": [[CALL], "evil.Plugin"],
+    "trainer.profiler": [
+        CALL,
+        {"class_path": "SimpleProfiler", "init_args": {"dirpath": ".", "filename": "PWNED"}},
+    ],
+    "trainer.default_root_dir": ["PWNED"],
+    "trainer.devices": [CALL],
+    "checkpoint.dirpath": ["PWNED"],
+    "checkpoint.filename": ["../../../../PWNED"],
+    "checkpoint.monitor": [CALL],
+    "knn.data": ["evil.Data", CALL],
+    "pictures.images": [CALL],
+    "name": ["../PWNED"],
+    "runs": ["PWNED"],
+    "weights": [CALL],
+    "seed_everything": [CALL],
+}
+# The same in the checkpoint.
+IN_THE_CHECKPOINT = {
+    "hyper_parameters": [CALL],
+    "hyper_parameters._class_path": ["evil.Task"],
+    "hyper_parameters._instantiator": ["evil.touch"],
+    "hyper_parameters.backbone": [CALL, "hf-hub:evil/model", "local-dir:evil"],
+    "hyper_parameters.backbone_args": [
+        CALL,
+        {"prr": CALL},
+        {"pretrained": True},
+        {"checkpoint_path": "evil.pth"},
+    ],
+    "hyper_parameters.locat": [CALL, {"start": CALL}],
+    "hyper_parameters.class_names": [CALL, [CALL]],
+    "datamodule_hyper_parameters.views": [CALL],
+    "run": [CALL],
+    "decoder_of": [{"weights": "hf-hub:evil/model"}],
+}
+EVIL = """
+from pathlib import Path
+Path("PWNED").touch()
+from locat_lightning.tasks import Classification as Task
+from locat_lightning.data import ImageData as Data
+touch = Views = Callback = Strategy = Logger = Plugin = Accelerator = Optimizer = Task
+"""
+# Each command, and which groups of a run's record it reads.
+COMMANDS = {
+    "validate": (["validate", "--weights", "best"], ("model", "data", "name", "runs")),
+    "predict": (["predict", "--weights", "best"], ("model", "data", "name", "runs")),
+    "fit": (["fit", "--ckpt_path", "last"], ("",)),
+    "knn": (["knn", "--weights", "best", "--k", "3"], ("model", "data", "name", "runs")),
+    "export": (["export", "--weights", "best", "--to", "exported"], ("model", "data", "trainer")),
+    "info": (["info", "best", "--batch_size", "1"], ()),
+}
+
+
+def put(contents, place, value):
+    *parts, last = place.split(".")
+    for part in parts:
+        contents = contents.setdefault(part, {})
+    contents[last] = value
+
+
+@pytest.fixture
+def elsewhere(trained, tmp_path, monkeypatch):
+    """A run of somebody else's in `downloads`, and a module in the path that shows when it is imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("evil.py").write_text(EVIL)
+    Path("downloads").mkdir()
+    Path("runs/classify_tiny").rename("downloads/theirs")
+    shutil.rmtree("runs")
+    return Path("downloads/theirs/version_0")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def attempt(command, run):
+    """Run a command on the files of a run, and check that it does no more than it should."""
+    files = {name: str(run / f"checkpoints/{name}.ckpt") for name in ("best", "last")}
+    before = set(Path().iterdir())
+    with contextlib.suppress(SystemExit):
+        main([files.get(argument, argument) for argument in COMMANDS[command][0]])
+    assert "evil" not in sys.modules
+    assert set(Path().iterdir()) - before <= {Path("exported"), Path("runs")}
+    assert not list(Path().parent.rglob("*PWNED*"))
+    shutil.rmtree("exported", ignore_errors=True)  # else the next is refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_that_a_run_recorded_is_executed(command, elsewhere):
+    record = elsewhere / "config.yaml"
+    sound = yaml.safe_load(record.read_text())
+    for place, values in IN_THE_RECORD.items():
+        for value in values if place.startswith(COMMANDS[command][1]) else ():
+            config = copy.deepcopy(sound)
+            put(config, place, value)
+            record.write_text(yaml.safe_dump(config))
+            attempt(command, elsewhere)
+    record.write_text("model: !!python/object/apply:os.system ['touch PWNED']\n")
+    attempt(command, elsewhere)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_that_a_checkpoint_holds_is_executed(command, elsewhere):
+    files = [elsewhere / f"checkpoints/{name}.ckpt" for name in ("best", "last")]
+    sound = torch.load(files[1], weights_only=True)
+    for place, values in IN_THE_CHECKPOINT.items():
+        for value in values:
+            contents = copy.deepcopy(sound)
+            put(contents, place, value)
+            for file in files:
+                torch.save(contents, file)
+            attempt(command, elsewhere)
+
+
+def test_what_the_record_of_a_run_may_choose_is_as_it_was(elsewhere):
+    attempt("validate", elsewhere)
+    assert Path("downloads/theirs_validate/version_0").is_dir()
+
+
+def test_code_in_a_record_is_refused_in_a_line(elsewhere, capsys):
+    record = elsewhere / "config.yaml"
+    config = yaml.safe_load(record.read_text())
+    config["trainer"]["callbacks"] = [HOOK]
+    record.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--ckpt_path", str(elsewhere / "checkpoints/last.ckpt")])
+    assert stopped.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith(f"locat: error: {record}: sets trainer.callbacks: ")
+    assert line.endswith("if you trust it, give it as --config")
