@@ -38,20 +38,35 @@ def claim(directory: Path) -> Path:
 
 
 def lock(run: Path) -> int | None:
-    """Lock the directory of a run, so that other processes see that this one trains there.
+    """Lock the directory of a run, so that no other process trains there.
 
     Returns:
-        A file descriptor, to be kept open until training ends; None where there is nothing to lock.
+        A file descriptor, to be given to `unlock`; None where files cannot be locked.
+
+    Raises:
+        BlockingIOError: another process has locked it.
     """
-    if sys.platform == "win32" or not run.is_dir():
+    if sys.platform == "win32":
         return None
     descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError | PermissionError):
+            raise BlockingIOError(f"{run} is locked") from error
         return None
     return descriptor
+
+
+def unlock(run: Path, descriptor: int | None) -> None:
+    """Unlock the directory of a run, and remove what is empty, as when the run did not begin."""
+    if descriptor is not None:
+        (run / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+    for folder in (run, *run.parents[:2]):
+        with suppress(OSError):  # it is not empty, or gone
+            folder.rmdir()
 
 
 def is_locked(run: Path) -> bool:
@@ -77,6 +92,7 @@ def list_runs(directory: Path) -> str:
     rows += [(run.relative_to(directory).as_posix(), *_describe(run)) for run in sorted(found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines = ["".join(each if each.isprintable() else "?" for each in line) for line in lines]
     lines = [line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines]
     if any(state == "interrupted" for _, state, *_ in rows):
         lines.append(

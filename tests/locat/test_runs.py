@@ -1,7 +1,10 @@
 """The list of runs, and the lock of a run that trains."""
 
 import json
+from multiprocessing import Pipe, get_context
 from pathlib import Path
+
+import pytest
 
 from locat import runs
 
@@ -40,10 +43,43 @@ def test_runs_are_listed_with_state_seed_and_metrics(tmp_path, monkeypatch):
     assert lines[-1] == "resume an interrupted run: locat fit --ckpt_path runs/RUN/checkpoints/last.ckpt"
 
 
+def test_what_a_terminal_would_obey_is_not_printed(tmp_path):
+    (tmp_path / "a\x1b[31m").mkdir()
+    metrics = {"val/top1": "\x1b]0;title\x07", "epochs": "\x9b2J\r"}
+    (tmp_path / "a\x1b[31m" / "metrics.json").write_text(json.dumps(metrics))
+    printed = runs.list_runs(tmp_path)
+    assert all(each.isprintable() or each == "\n" for each in printed)
+    assert "a?[31m" in printed
+
+
 def test_a_directory_that_no_process_has_locked(tmp_path):
-    assert runs.lock(tmp_path / "nowhere") is None
     assert not runs.is_locked(tmp_path / "nowhere")
     assert not runs.is_locked(tmp_path)
+
+
+def hold(run, told):
+    kept = runs.lock(run)
+    told.send("locked")
+    told.recv()
+    runs.unlock(run, kept)
+    told.send("unlocked")
+
+
+def test_two_processes_cannot_lock_a_directory(tmp_path):
+    run = runs.claim(tmp_path / "runs" / "name")
+    here, there = Pipe()
+    process = get_context("fork").Process(target=hold, args=(run, there))
+    process.start()
+    assert here.recv() == "locked"
+    assert runs.is_locked(run)
+    with pytest.raises(BlockingIOError):
+        runs.lock(run)
+    here.send("enough")
+    assert here.recv() == "unlocked"
+    process.join()
+    assert not (tmp_path / "runs").exists()  # nothing was written there
+    run.mkdir(parents=True)
+    runs.unlock(run, runs.lock(run))
 
 
 def test_each_claim_gets_a_directory_of_its_own(tmp_path):

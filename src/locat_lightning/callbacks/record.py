@@ -1,7 +1,6 @@
 """What a run records: its config and versions, its curves as a table, and its results."""
 
 import csv
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.tensorboard.summary import hparams
 
-from locat.runs import HEADLINES, LOCK, lock, write_json
+from locat.runs import HEADLINES, LOCK, write_json
 from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
 
 PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
@@ -32,15 +31,14 @@ LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOC
 class RunRecord(SaveConfigCallback):
     """Record the config and the versions when a run starts, and its results when it ends."""
 
-    _lock: int | None = None
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Defer writing until training starts, so that a failed start leaves no directory behind."""
+        """Tell all processes the directory; defer writing until training starts, as the start may fail."""
+        # Private: a trainer's directory is known before its processes can talk to each other.
+        trainer._default_root_dir = trainer.strategy.broadcast(trainer.default_root_dir)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().setup(trainer, pl_module, str(trainer.state.fn))
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
-            self._lock = lock(Path(trainer.default_root_dir))
             rank_zero_info(_data(trainer))
         if self.config.trainer.log_every_n_steps is None:  # often enough for a small data set
             steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
@@ -107,12 +105,8 @@ class RunRecord(SaveConfigCallback):
                 logger.experiment._get_file_writer().add_summary(summary)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unlock the directory; after an evaluation, print where its log is, below its table."""
+        """After an evaluation, print where its log is, below its table."""
         directory = trainer.log_dir  # in every process: it is a collective operation
-        if self._lock is not None:
-            (Path(trainer.default_root_dir) / LOCK).unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
         if directory is not None and trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
             rank_zero_info(_where(directory))
 

@@ -9,11 +9,12 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 
 import locat_lightning.data
 import locat_lightning.methods  # noqa: F401 - as the line above: a config names its classes
-from locat.runs import is_locked
+from locat.runs import claim, lock, unlock
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import CheckpointFiles, Checkpoints
 from locat_lightning.callbacks.kernels import KernelWidths
@@ -44,6 +45,8 @@ HELP_TO_OPTIONS = (
 class LocatCLI(LightningCLI):
     """LightningCLI with a directory for each run, and weights from `--weights`."""
 
+    _held: tuple[Path, int | None] | None = None  # the directory of the run, and its lock
+
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
         self._given = decisive_options(arguments[1:])
@@ -53,13 +56,17 @@ class LocatCLI(LightningCLI):
         options = {"exit_on_error": False, "allow_abbrev": False}
         usage = f"locat {self._command} --config CONFIG [options]"
         own = options | {"usage": usage, "description": HELP_TO_OPTIONS}
-        super().__init__(
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_kwargs=options | {"prog": "locat", self._command: own},
-            args=arguments,
-        )
+        try:
+            super().__init__(
+                save_config_callback=RunRecord,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+                parser_kwargs=options | {"prog": "locat", self._command: own},
+                args=arguments,
+            )
+        finally:
+            if self._held is not None:
+                unlock(*self._held)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         # Only the command that is run: to build the parsers of the others takes time.
@@ -168,10 +175,10 @@ class LocatCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config[self.subcommand]
         step = self._resumed.get("global_step", 0)
-        place: dict[str, Any] = {"save_dir": config.runs, "name": self._name(config)}
-        if (run := self._directory) is not None:
-            place = {"save_dir": run.parent, "name": "", "version": run.name, "purge_step": step}
-        board = TensorBoardLogger(**place, default_hp_metric=False)  # it chooses the directory of the run
+        run = self._hold(config)
+        board = TensorBoardLogger(
+            run.parent, name="", version=run.name, purge_step=step or None, default_hp_metric=False
+        )
         if self.subcommand == "predict":
             kwargs["logger"] = False  # predictions are files, not curves
         elif config.trainer.logger in (None, True):
@@ -182,12 +189,24 @@ class LocatCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if isinstance(trainer.accelerator, CPUAccelerator):
             check_processes(trainer.num_devices)
-        # Before loggers are made: they cut off what came after the checkpoint.
-        if self._resume_from is not None and trainer.is_global_zero and is_locked(Path(board.log_dir)):
-            raise InputError(
-                f"--ckpt_path: another process is training in {board.log_dir}: wait for its end, or stop it"
-            )
         return trainer
+
+    def _hold(self, config: Namespace) -> Path:
+        """Return the directory of the run, which no other process has: a new one, or the resumed run's.
+
+        Processes other than the first are told by it later (`RunRecord.setup`).
+        """
+        new = Path(config.runs) / self._name(config)
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return self._directory or new / "version_0"
+        run = self._directory or claim(new)
+        try:
+            self._held = run, lock(run)
+        except BlockingIOError as error:
+            raise InputError(
+                f"--ckpt_path: another process is training in {run}: wait for its end, or stop it"
+            ) from error
+        return run
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what every run has: callbacks, and how checkpoints are written and read."""
