@@ -368,3 +368,33 @@ def test_half_a_file_and_no_checkpoint_are_refused(tmp_path):
         read_checkpoint(tmp_path / "list.pth")
     with pytest.raises(InputError, match="no such file"):
         read_checkpoint(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7, 0.9])
+def test_a_flipped_byte_is_noticed(tmp_path, place):
+    """PyTorch reads tensors without looking at their checksums."""
+    file = tmp_path / "a.pth"
+    torch.save({"state_dict": {"weight": torch.arange(5000.0)}}, file)
+    contents = bytearray(file.read_bytes())
+    contents[int(place * len(contents))] ^= 1
+    file.write_bytes(contents)
+    with pytest.raises(InputError, match=r"a.pth is damaged \(.* has another checksum"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
+    state = {"weight": torch.zeros(5), "bias": torch.tensor([0.0, value])}
+    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name} holds weights that are not finite numbers \(bias\)"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_weights_that_are_integers_are_refused(tmp_path):
+    model = timm.create_model("locatvit_tiny", **SMALL)
+    state = model.state_dict()
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].char()
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"patch_embed.proj.weight holds torch.int8, not floating-point"):
+        load_weights(model, str(tmp_path / "a.pth"))

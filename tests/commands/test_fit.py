@@ -342,6 +342,25 @@ def steady(tmp_path_factory):
     return options, place
 
 
+def test_a_run_that_diverges_stops_and_leaves_no_checkpoint(small, capsys):
+    """Else the top-1 of weights that are no numbers would be the share of the first class."""
+    said = refusal(capsys, [*FIT, *small, "--model.lr", "1e30", "--model.optimizer", "sgd"])
+    assert said.startswith("the loss is ")
+    assert " at optimizer step " in said
+    assert said.endswith("last good checkpoint: none yet")
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("command", ["validate", "predict", "fit"])
+def test_weights_that_are_not_finite_are_refused(command, trained, capsys):
+    contents = torch.load(LAST, weights_only=True)
+    next(iter(contents["state_dict"].values())).view(-1)[3] = torch.nan
+    torch.save(contents, LAST)
+    option = "--ckpt_path" if command == "fit" else "--weights"
+    said = refusal(capsys, [command, option, str(LAST)])
+    assert said.startswith(f"{LAST} holds weights that are not finite numbers (backbone.")
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(steady):
     """From the checkpoint of the second epoch to the fourth: as four in one go, in the same directory."""

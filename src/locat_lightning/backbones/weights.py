@@ -4,7 +4,8 @@ import argparse
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from zipfile import ZipFile, is_zipfile
 
 import timm
 import torch
@@ -58,6 +59,9 @@ def load_weights(
         return
     state = state_for(model, weights, network=network, contents=contents)
     own = model.state_dict()
+    for name, value in state.items():
+        if name in own and own[name].is_floating_point() and not value.is_floating_point():
+            raise InputError(f"{weights}: {name} holds {value.dtype}, not floating-point numbers")
     other_shape = sorted(k for k, v in state.items() if k in own and v.shape != own[k].shape)
     matched = {k: v for k, v in state.items() if k in own and k not in other_shape}
     missing = sorted(own.keys() - matched.keys() - set(other_shape))
@@ -115,17 +119,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU without executing anything in it.
 
     Raises:
-        InputError: the file is missing, broken, or holds more than tensors and plain values.
+        InputError: the file is missing or damaged, or holds more than tensors and plain values, or weights
+            that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no such file: {path.absolute()}")
+    damaged = None
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        # The original DINO code stores its command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            contents: Any = load_file(path)
+        else:
+            if is_zipfile(path):  # torch writes a checksum of each tensor, but does not look at it
+                damaged = ZipFile(path).testzip()
+            # The original DINO code stores its command line beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error):
             raise InputError(
@@ -138,6 +147,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read (truncated, or no checkpoint?): {reason}") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    if damaged is not None:
+        raise InputError(f"{path} is damaged ({damaged} has another checksum than when it was written)")
+    for weights in (contents, *(contents.get(name) for name in (*get_args(Role), *CONTAINERS))):
+        for name, value in weights.items() if isinstance(weights, dict) else ():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise InputError(f"{path} holds weights that are not finite numbers ({name}): use others")
     return contents
 
 

@@ -1,16 +1,12 @@
 """What every pre-training has: a loss of views, schedules by step, clipping, and a watch over the numbers."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerStatus
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,7 +74,6 @@ class Pretraining(Task):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._losses: list[tuple[int, Tensor]] = []  # not yet known to be finite, with their steps
         self._accumulated: list[Tensor] = []  # scalars of the batches of this step so far
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
@@ -116,8 +111,8 @@ class Pretraining(Task):
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW over matrices, which decay, and the other parameters."""
-        self.peak_lr = self.peak_learning_rate()
-        self.steps, self.warmup = self.optimizer_steps(), self.warmup_steps(self.hp.warmup_epochs)
+        peak, _ = self.peak_learning_rate(), self.optimizer_steps()
+        self.warmup = self.warmup_steps(self.hp.warmup_epochs)
         if self.trainer.gradient_clip_val:
             raise InputError(
                 f"trainer.gradient_clip_val ({self.trainer.gradient_clip_val}) clips by the global norm, but "
@@ -133,7 +128,7 @@ class Pretraining(Task):
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return AdamW(groups, lr=self.peak_lr, weight_decay=self.hp.weight_decay)
+        return AdamW(groups, lr=peak, weight_decay=self.hp.weight_decay)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return learning rate and weight decay of an optimizer step, from 0 on."""
@@ -162,9 +157,6 @@ class Pretraining(Task):
         """Return the method's loss, and log it with its scalars and signs of collapse."""
         output = self.compute_loss(batch)
         loss = output.loss.detach()
-        self._losses.append((self.global_step, loss))
-        if self._has_to_look(batch_idx):
-            self._stop_unless_finite()
         if self.is_logged(self.global_step + 1):  # where it is written: a GPU waits
             self.log("train/effective_rank", effective_rank(output.features))
         spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
@@ -179,11 +171,6 @@ class Pretraining(Task):
     def input_pictures(self, batch: ViewBatch, side: int) -> dict[str, Figure]:
         return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
 
-    def is_logged(self, number: int) -> bool:
-        """Return whether a batch or step is one of every `log_every_n_steps`, for which a GPU may wait."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and number % every == 0
-
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip each parameter's gradient by its own norm; `train/grad_norm` is the norm of all before."""
         gradients = [p.grad for p in self.trained() if p.grad is not None]
@@ -195,47 +182,3 @@ class Pretraining(Task):
 
     def after_step(self, step: int) -> None:
         self._accumulated.clear()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that losses and weights are finite, before a file is touched: `InputError` if not."""
-        super().on_save_checkpoint(checkpoint)
-        self._stop_unless_finite()
-        weights = [parameter.detach() for parameter in self.parameters()]
-        if not nn.utils.get_total_norm(weights, math.inf).isfinite():
-            self._stop("a weight is not finite", self.global_step)
-
-    def _has_to_look(self, batch_idx: int) -> bool:
-        """Return whether to look at the losses now: always on a CPU, elsewhere seldom, since a GPU waits.
-
-        The last step and every checkpoint (`on_save_checkpoint`) look, too.
-        """
-        last = self.trainer.is_last_batch or self.global_step + 1 == self.steps
-        return self.device.type == "cpu" or last or self.is_logged(batch_idx)
-
-    def _stop_unless_finite(self) -> None:
-        """Stop all processes if the mean of their losses is not finite."""
-        if not self._losses:
-            return
-        steps, losses = zip(*self._losses, strict=True)
-        self._losses.clear()
-        means = torch.stack(losses)
-        # An interrupted process looks at its own losses only: the others may be anywhere.
-        if self.trainer.state.status != TrainerStatus.INTERRUPTED:
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")
-        for step, loss in zip(steps, means.tolist(), strict=True):
-            if not math.isfinite(loss):
-                self._stop(f"the loss is {loss}", step)
-
-    def _stop(self, reason: str, step: int) -> NoReturn:
-        last = ""
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                callback.save_on_exception = False  # the weights may be spoilt already
-                written = (callback.last_model_path, callback.best_model_path, *callback.best_k_models)
-                # A checkpoint that was about to be written has its name already, but no file.
-                last = next((path for path in written if path and get_filesystem(path).exists(path)), last)
-        raise InputError(
-            f"{reason} at optimizer step {step} (epoch {self.current_epoch}): lower model.lr (its peak is "
-            f"{self.peak_lr:.3g}), lengthen model.warmup_epochs, or train with trainer.precision 32-true; "
-            f"last good checkpoint: {last or 'none yet'}"
-        )

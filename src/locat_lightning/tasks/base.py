@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
@@ -24,9 +24,10 @@ from locat_lightning.figures.validation import validation_figure
 from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 from locat_lightning.schedules import linear_rule
+from locat_lightning.tasks.watch import Watched
 
 
-class Task(LightningModule):
+class Task(Watched):
     """A LightningModule around a backbone, which knows the size of its run and answers for itself.
 
     Args:
@@ -180,6 +181,7 @@ class Task(LightningModule):
         hp, batch = self.hp, self.global_batch_size()
         peak: float = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, reference_batch)
         rank_zero_info(f"learning rate {peak:.3g} at {batch} images a step")
+        self.peak_lr = peak
         return peak
 
     def optimizer_steps(self) -> int:
@@ -187,7 +189,8 @@ class Task(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        return int(steps)
+        self.steps = int(steps)
+        return self.steps
 
     def warmup_steps(self, warmup_epochs: float) -> int:
         """Return the optimizer steps of the warm-up, which has to be shorter than the run."""
@@ -225,6 +228,7 @@ class Task(LightningModule):
         np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["seed"] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

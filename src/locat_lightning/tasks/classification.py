@@ -189,7 +189,7 @@ class Classification(Task):
     ) -> None:
         """Measure loss, top-1 and top-5 over the whole set, each image once."""
         images, labels = batch[:2]
-        logits = self(images)
+        logits = self.watched(self(images))
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update(logits, labels)
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
@@ -197,7 +197,9 @@ class Classification(Task):
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""
-        return batch.indices, self(batch.images).float().softmax(-1)
+        probabilities = self.watched(self(batch.images)).float().softmax(-1)
+        self.check_outputs()
+        return batch.indices, probabilities
 
     def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
         self._predicted.append((prediction[0].cpu(), prediction[1].cpu()))
@@ -239,7 +241,7 @@ def _classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
     """Return the classes of the data that a checkpoint's model was trained on; [] if it does not say."""
     options = checkpoint.get("hyper_parameters")
     named = options.get("class_names") if isinstance(options, Mapping) else None
-    return list(checkpoint.get(DATA_CLASSES) or named or [])
+    return [str(name) for name in checkpoint.get(DATA_CLASSES) or named or []]
 
 
 def _check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:

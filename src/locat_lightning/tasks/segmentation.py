@@ -233,7 +233,7 @@ class Segmentation(FrozenNetwork):
     def predicted(self, images: Tensor, masks: Tensor) -> Tensor:
         """Return classes [B, H, W] int64 of images [B, 3, H', W'], at the size of their masks [.., H, W]."""
         height, width = masks.shape[-2:]
-        return upsampled_argmax(self(images), (height, width))
+        return upsampled_argmax(self.watched(self(images)), (height, width))
 
     def validation_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
         """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
@@ -244,9 +244,11 @@ class Segmentation(FrozenNetwork):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self._conclude("val")
 
     def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
         self._conclude("test")
 
     def _conclude(self, split: str) -> None:
@@ -267,7 +269,9 @@ class Segmentation(FrozenNetwork):
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B], and classes [B, H, W] uint8 at the image's own size."""
-        return batch.indices, self.predicted(batch.images, batch.masks).byte()
+        predicted = self.predicted(batch.images, batch.masks).byte()
+        self.check_outputs()
+        return batch.indices, predicted
 
     def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
         """Write the classes of each image as PNGs: their indices, and their colours over the image."""

@@ -1,0 +1,103 @@
+"""A watch over the numbers of a run: it stops at a loss, a weight or an output that is not finite."""
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor, nn
+
+from locat_lightning.errors import InputError
+
+
+class Watched(LightningModule):
+    """A LightningModule that stops all processes of a run, and keeps the last good checkpoint.
+
+    Losses are looked at in every step on a CPU. Elsewhere looking means waiting for the device: they are
+    looked at where a step is logged, and before a checkpoint is written.
+
+    Attributes:
+        steps: optimizer steps of the run.
+        peak_lr: peak of its learning rate.
+    """
+
+    steps: int = 0
+    peak_lr: float = math.nan
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._losses: list[tuple[int, Tensor]] = []  # not yet known to be finite, with their steps
+        self._finite: Tensor | None = None  # whether all outputs of this evaluation so far are
+
+    def is_logged(self, number: int) -> bool:
+        """Return whether a batch or step is one of every `log_every_n_steps`, for which a GPU may wait."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and number % every == 0
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._losses.append((self.global_step, loss.detach()))
+        if self._has_to_look(self.trainer.fit_loop.batch_idx):
+            self._look_at_losses()
+
+    def _has_to_look(self, batch_idx: int) -> bool:
+        last = self.trainer.is_last_batch or self.global_step + 1 == self.steps
+        return self.device.type == "cpu" or last or self.is_logged(batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that losses and weights are finite, before a file is touched: `InputError` if not."""
+        self._look_at_losses()
+        weights = [parameter.detach() for parameter in self.parameters()]
+        if not nn.utils.get_total_norm(weights, math.inf).isfinite():
+            self._stop("a weight is not finite", self.global_step)
+
+    def watched(self, outputs: Tensor) -> Tensor:
+        """Return outputs of an evaluation, and note for `check_outputs` whether they are finite."""
+        finite = outputs.isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        return outputs
+
+    def check_outputs(self) -> None:
+        """Check that all `watched` outputs since the last time are finite: `InputError` if not."""
+        finite, self._finite = self._finite, None
+        if finite is not None and not finite:
+            raise InputError(
+                "the model's outputs are not finite numbers, so they say nothing: use other weights, or "
+                "--trainer.precision 32-true"
+            )
+
+    def on_validation_epoch_end(self) -> None:
+        self.check_outputs()
+
+    def on_test_epoch_end(self) -> None:
+        self.check_outputs()
+
+    def _look_at_losses(self) -> None:
+        """Stop all processes if the mean of their losses is not finite."""
+        if not self._losses:
+            return
+        steps, losses = zip(*self._losses, strict=True)
+        self._losses.clear()
+        means = torch.stack(losses)
+        # An interrupted process looks at its own losses only: the others may be anywhere.
+        if self.trainer.state.status != TrainerStatus.INTERRUPTED:
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        for step, loss in zip(steps, means.tolist(), strict=True):
+            if not math.isfinite(loss):
+                self._stop(f"the loss is {loss}", step)
+
+    def _stop(self, reason: str, step: int) -> NoReturn:
+        last = ""
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.save_on_exception = False  # the weights may be spoilt already
+                written = (callback.last_model_path, callback.best_model_path, *callback.best_k_models)
+                # A checkpoint that was about to be written has its name already, but no file.
+                last = next((path for path in written if path and get_filesystem(path).exists(path)), last)
+        raise InputError(
+            f"{reason} at optimizer step {step} (epoch {self.current_epoch}): lower model.lr (its peak is "
+            f"{self.peak_lr:.3g}), lengthen the warm-up, or train with trainer.precision 32-true; "
+            f"last good checkpoint: {last or 'none yet'}"
+        )
