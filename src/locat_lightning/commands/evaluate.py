@@ -144,7 +144,7 @@ def _parser(command: str) -> ArgumentParser:
 def _defaults(command: str, weights: str) -> dict[str, Any]:
     """Return what the weights say of the images that they are for, by option."""
     if (record := sources.record_of_run(Path(weights))) is not None:
-        return _of_data(command, sources.read_record(record, ["model", "data"])["data"])
+        return _of_data(command, sources.read_record(record, ["data"])["data"])
     if exported := sources.exported_config(weights):
         images = of_images(exported)
     else:

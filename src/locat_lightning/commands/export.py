@@ -20,7 +20,7 @@ from locat_lightning.commands.checks import check_writable
 from locat_lightning.commands.defaults import IMAGES
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import add_weights_options, command_parser, parse
-from locat_lightning.commands.sources import check_weights, local_dir, read_record, record_of_run
+from locat_lightning.commands.sources import check_weights, load_record, local_dir, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import count_parameters
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
         noted = ("license", "tag", "notes", "origin_url", "paper_ids", "paper_name")
         model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in noted}
     record = record_of_run(Path(weights))
-    run = read_record(record, ["model", "data", "trainer", "seed_everything", "weights"]) if record else {}
+    run = load_record(record) if record else {}  # words for the card
     names = contents.get("hyper_parameters", {}).get("class_names") or []
     classes = names if len(names) == model.num_classes else None
     what, images = _what(model, contents, network), _images(run)

@@ -56,6 +56,22 @@ def record_of_run(checkpoint: Path) -> Path | None:
     return record if in_a_run and record.is_file() else None
 
 
+def load_record(file: Path) -> dict[str, Any]:
+    """Return the options that a run recorded, as they are; `InputError` if it is no such record."""
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not the record of a run: {in_a_line(error)}") from error
+    for key in ("model", "data"):
+        group = config.get(key) if isinstance(config, dict) else None
+        spec = group if isinstance(group, dict) else {}
+        if not isinstance(spec.get("class_path"), str) or not isinstance(
+            spec.setdefault("init_args", {}), dict
+        ):
+            raise InputError(f"{file} is not the record of a run: {key} is {group!r:.80}")
+    return dict(config)
+
+
 def read_record(file: Path, groups: Iterable[str]) -> dict[str, Any]:
     """Return some groups of the options that a run recorded, and from its place its `name` and its `runs`.
 
@@ -64,14 +80,7 @@ def read_record(file: Path, groups: Iterable[str]) -> dict[str, Any]:
     Raises:
         InputError: the file is no such record, or chooses what a record must not: see `records`.
     """
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not the record of a run: {in_a_line(error)}") from error
-    if not isinstance(config, dict) or not all(
-        isinstance(config.get(key), dict) for key in ("model", "data")
-    ):
-        raise InputError(f"{file} is not the record of a run: it has no model and data")
+    config = load_record(file)
     chosen, left_out = {key: config[key] for key in groups if key in config}, []
     for group in chosen.keys() & {"trainer", "checkpoint"}:
         own = chosen[group] if isinstance(chosen[group], dict) else {}
