@@ -1,6 +1,7 @@
 """The `locat` command: a table of commands, each imported when it is called."""
 
 import os
+import signal
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -66,6 +67,8 @@ def _run(module: str, arguments: list[str]) -> None:
     try:
         import_module(module, "locat_lightning.commands").main(arguments)
         sys.stdout.flush()  # where a closed pipe shows
+    except KeyboardInterrupt:  # before the command itself could answer it: while it is imported
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # as by `locat runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
         sys.exit(1)
