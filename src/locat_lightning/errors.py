@@ -1,7 +1,9 @@
 """The exception for mistakes that a user can correct, and suggestions for their correction."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from math import isfinite
+from typing import Any
 
 
 class InputError(ValueError):
@@ -9,6 +11,15 @@ class InputError(ValueError):
 
     The command prints it without a traceback and exits with code 2 (`--debug` shows the traceback).
     """
+
+
+def check_finite(group: str, options: Mapping[str, Any]) -> None:
+    """Check that options of a group that are numbers, or tuples of them, are finite: `InputError` if not."""
+    for name, value in options.items():
+        parts = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(part, float) and not isfinite(part) for part in parts):
+            shown, what = (parts, "finite numbers") if len(parts) > 1 else (f"({value})", "a finite number")
+            raise InputError(f"{group}.{name} {shown} must be {what}")
 
 
 def near(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -2,6 +2,7 @@ import pickle
 import random
 import re
 import shutil
+from math import inf
 from types import SimpleNamespace
 
 import numpy as np
@@ -359,6 +360,8 @@ def test_an_augmentation_that_timm_does_not_know(root):
         ({"scale": (2, 0.1)}, "data.scale (2, 0.1) must be two numbers, 0 < low <= high <= 1"),
         ({"ratio": (2, 0.5)}, "data.ratio (2, 0.5) must be two numbers, 0 < low <= high"),
         ({"std": (1, 0, 1)}, "data.std (1, 0, 1) must be three numbers above 0"),
+        ({"mean": (0, inf, 0)}, "data.mean (0, inf, 0) must be finite numbers"),
+        ({"color_jitter": inf}, "data.color_jitter (inf) must be a finite number"),
     ],
 )
 def test_arguments_out_of_range(root, options, message):

@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from locat_lightning.data.dataset import Images
 from locat_lightning.data.loading import ImageLoader, ResumableLoader, UnreadableImages
 from locat_lightning.data.sampling import EvaluationOrder, TrainOrder
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, check_finite
 
 # The names under which each split is looked for, in this order.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test"), "test": ("test", "val", "validation")}
@@ -52,6 +52,7 @@ class ImageModule(LightningDataModule, Generic[Found]):
         self.save_hyperparameters()  # of the subclass as well
         if not all(0 < deviation < inf for deviation in std):
             raise InputError(f"data.std {tuple(std)} must be three numbers above 0")
+        check_finite("data", {"mean": mean})
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.normalisation = {"mean": tuple(mean), "std": tuple(std)}

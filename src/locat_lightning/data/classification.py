@@ -12,7 +12,7 @@ from torchvision.transforms import Compose
 from locat_lightning.data.base import check_span
 from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
-from locat_lightning.errors import InputError, in_a_line
+from locat_lightning.errors import InputError, check_finite, in_a_line
 
 
 class ImageData(LabelledData):
@@ -45,6 +45,7 @@ class ImageData(LabelledData):
         super().__init__(**kwargs)
         check_span("scale", scale, most=1)
         check_span("ratio", ratio)
+        check_finite("data", {"color_jitter": color_jitter})
         self.augmentation = {
             "scale": tuple(scale),
             "ratio": tuple(ratio),

@@ -111,7 +111,8 @@ class Pretraining(Task):
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW over matrices, which decay, and the other parameters."""
-        peak, _ = self.peak_learning_rate(), self.optimizer_steps()
+        peak = self.peak_learning_rate()
+        self.optimizer_steps()  # for `rates`
         self.warmup = self.warmup_steps(self.hp.warmup_epochs)
         if self.trainer.gradient_clip_val:
             raise InputError(

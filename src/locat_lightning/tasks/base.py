@@ -1,7 +1,7 @@
 """What all tasks share: a backbone with its weights, the size of the run, and the scalars of every step."""
 
 from collections.abc import Mapping, Sequence
-from math import ceil, inf, isfinite
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from locat_lightning.backbones.create import check_arguments, noted_arguments
 from locat_lightning.backbones.weights import check_source
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, check_finite
 from locat_lightning.evaluation.dense import patch_features
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.validation import validation_figure
@@ -52,9 +52,7 @@ class Task(Watched):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["weights", "backbone_weights"])
-        for name, value in self.hparams.items():
-            if isinstance(value, float) and not isfinite(value):
-                raise InputError(f"model.{name} ({value}) must be a finite number")
+        check_finite("model", self.hparams)
         self.weights = weights
 
     @property
@@ -177,7 +175,10 @@ class Task(Watched):
         return int(images * trainer.world_size * trainer.accumulate_grad_batches)
 
     def peak_learning_rate(self, reference_batch: int = 256) -> float:
-        """Return and print the peak: `lr`, or what `base_lr` for `reference_batch` images a step makes it."""
+        """Return and print the peak: `lr`, or what `base_lr` for `reference_batch` images a step makes it.
+
+        It is kept as `peak_lr`.
+        """
         hp, batch = self.hp, self.global_batch_size()
         peak: float = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, reference_batch)
         rank_zero_info(f"learning rate {peak:.3g} at {batch} images a step")
@@ -185,7 +186,7 @@ class Task(Watched):
         return peak
 
     def optimizer_steps(self) -> int:
-        """Return the optimizer steps of the whole run."""
+        """Return the optimizer steps of the whole run, and keep them as `steps`."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
