@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -59,12 +60,12 @@ def lock(run: Path) -> int | None:
     return descriptor
 
 
-def unlock(run: Path, descriptor: int | None) -> None:
-    """Unlock the directory of a run, and remove what is empty, as when the run did not begin."""
+def unlock(run: Path, descriptor: int | None, made: Iterable[Path] = ()) -> None:
+    """Unlock the directory of a run; of the directories made for it, remove those that are still empty."""
     if descriptor is not None:
         (run / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-    for folder in (run, *run.parents[:2]):
+    for folder in made:
         with suppress(OSError):  # it is not empty, or gone
             folder.rmdir()
 

@@ -61,7 +61,7 @@ def hold(run, told):
     kept = runs.lock(run)
     told.send("locked")
     told.recv()
-    runs.unlock(run, kept)
+    runs.unlock(run, kept, [run, *run.parents[:2]])
     told.send("unlocked")
 
 
@@ -80,6 +80,16 @@ def test_two_processes_cannot_lock_a_directory(tmp_path):
     assert not (tmp_path / "runs").exists()  # nothing was written there
     run.mkdir(parents=True)
     runs.unlock(run, runs.lock(run))
+
+
+def test_only_what_was_made_and_is_empty_is_removed(tmp_path):
+    run = runs.claim(tmp_path / "runs" / "name")
+    (run / "log").touch()
+    runs.unlock(run, runs.lock(run), [run, run.parent])
+    assert [file.name for file in run.iterdir()] == ["log"]
+    (run / "log").unlink()
+    runs.unlock(run, runs.lock(run), [run, run.parent])
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_each_claim_gets_a_directory_of_its_own(tmp_path):

@@ -45,7 +45,7 @@ HELP_TO_OPTIONS = (
 class LocatCLI(LightningCLI):
     """LightningCLI with a directory for each run, and weights from `--weights`."""
 
-    _held: tuple[Path, int | None] | None = None  # the directory of the run, and its lock
+    _held: tuple[Path, int | None, list[Path]] | None = None  # the arguments of `unlock`
 
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
@@ -199,9 +199,11 @@ class LocatCLI(LightningCLI):
         new = Path(config.runs) / self._name(config)
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return self._directory or new / "version_0"
+        missing = [each for each in (new, *new.parents) if not each.exists()]
         run = self._directory or claim(new)
+        made = [] if run == self._directory else [run, *missing]
         try:
-            self._held = run, lock(run)
+            self._held = run, lock(run), made
         except BlockingIOError as error:
             raise InputError(
                 f"--ckpt_path: another process is training in {run}: wait for its end, or stop it"
