@@ -24,25 +24,13 @@ from locat_lightning.commands.parsing import find_config
 from locat_lightning.data.classification import ImageData
 from locat_lightning.errors import InputError
 from locat_lightning.tasks import Classification
+from tests.commands.runs import BEST, FIT, LAST, QUIET, RUN, scalars
 from tests.conftest import PICTURES, small_options, write_images
 
-FIT = ["fit", "--config", "classify_tiny.yaml"]
+pytestmark = pytest.mark.usefixtures("workplace")
+
 DINO = ["fit", "--config", "dino_tiny.yaml"]
 STEADY = ["--model.mixup", "0", "--model.cutmix", "0", "--trainer.max_epochs", "4", "--model.lr", "1e-2"]
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-QUIET += ["--pictures.every_n_epochs", "0"]
-RUN = Path("runs/classify_tiny/version_0")
-BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def scalars(run, tag):
-    events = EventAccumulator(str(run)).Reload()
-    return [(point.step, point.value) for point in events.Scalars(tag)]
 
 
 def refusal(capsys, arguments):

@@ -8,29 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from locat_lightning.commands.fit import main
+from tests.commands.runs import BEST, FIT, LAST, QUIET, RUN, scalars
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
-FIT = ["fit", "--config", "classify_tiny.yaml"]
 # No epoch of it writes a checkpoint.
 ENDLESS = ["--data.num_workers", "1", "--trainer.max_epochs", "9999", "--checkpoint.every_n_epochs", "9999"]
-QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
-QUIET += ["--pictures.every_n_epochs", "0"]
-RUN = Path("runs/classify_tiny/version_0")
-BEST, LAST = RUN / "checkpoints/best.ckpt", RUN / "checkpoints/last.ckpt"
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def scalars(run, tag):
-    events = EventAccumulator(str(run)).Reload()
-    return [(point.step, point.value) for point in events.Scalars(tag)]
 
 
 def wait_until_it_trains(process):
