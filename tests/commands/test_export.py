@@ -146,10 +146,12 @@ def test_a_state_dict_and_a_folder_of_the_hub():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
-def test_a_program(capsys):
+@pytest.mark.parametrize("form", ["torchscript", "export"])
+def test_programs(form, capsys):
     model = backbone(num_classes=3)
-    export(of_run({"state_dict": beneath("backbone", model)}), "--format", "torchscript")
-    written = torch.jit.load("out/model.pt")
+    export(of_run({"state_dict": beneath("backbone", model)}), "--format", form)
+    written = torch.jit.load("out/model.pt") if form == "torchscript" else None
+    written = written or torch.export.load("out/model.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(written(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
     assert "of the largest" in capsys.readouterr().out
