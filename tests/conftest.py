@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch.multiprocessing import start_processes
 
@@ -112,6 +113,7 @@ def one_of_two(rank, port, function, arguments):
         "WORLD_SIZE": "2",
     }
     begin_child()
+    rank_zero_only.rank = rank  # which Lightning reads from the environment when a process imports it
     function(rank, *arguments)
 
 
