@@ -11,7 +11,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,onnx,retrieval]'
 	@touch $@
 
-.PHONY: help install quickstart segment study test test-fast coverage check format bench figures docs
+.PHONY: help install quickstart segment study test test-fast test-faults coverage check format bench figures docs
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -22,7 +22,10 @@ test: $(INSTALLED) ## run the tests, a file at a time on each core
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-fast: $(INSTALLED) ## run the tests but for those of whole runs
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not faults"
+
+test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs at random moments, and count what comes of it
+	$(BIN)/python -m pytest -n auto --dist loadfile -m faults tests/faults
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov=src --cov-report=term-missing:skip-covered

@@ -1,0 +1,56 @@
+"""The fault campaign: what a run's processes, disk and files may meet, at random places, counted.
+
+The places are drawn from fixed seeds; when a signal arrives is up to the machine. What is asserted holds for
+all of them, so that a failure is a fault of the software, and is printed with its place.
+"""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("faults")
+
+
+def pytest_terminal_summary(terminalreporter):
+    passed = [each for each in terminalreporter.stats.get("passed", []) if each.when == "call"]
+    counts = [f"{name}: {count}" for each in passed for name, count in each.user_properties]
+    if counts:
+        terminalreporter.section("faults")
+        terminalreporter.write_line("\n".join(sorted(counts)))
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def wait_for_the_end_of_all(process, seconds=60):
+    """Wait for a process and for those that it started; all are killed, and it fails, if some do not end."""
+    process.join(seconds)
+    ended = process.exitcode is not None
+    deadline = time.monotonic() + 10
+    while ended and time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("a process that it started does not end" if ended else "it does not end")
+
+
+def is_sound(checkpoint):
+    """Whether a checkpoint can be read, and is of a run that took a step."""
+    return torch.load(checkpoint, weights_only=True)["global_step"] > 0
