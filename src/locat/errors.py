@@ -1,14 +1,14 @@
-"""Mistakes in what the user typed: one line on standard error, and exit code 2."""
+"""Mistakes in what the user typed, and failures of the machine: one line on standard error."""
 
 import sys
 from argparse import ArgumentParser
 from typing import NoReturn
 
 
-def refuse(mistake: str) -> NoReturn:
-    """Print in one line what is wrong with the command, and exit with code 2."""
+def refuse(mistake: str, code: int = 2) -> NoReturn:
+    """Print in one line what is wrong with the command, and exit; code 1 says that it was not the command."""
     print(f"locat: error: {' '.join(mistake.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 class Parser(ArgumentParser):

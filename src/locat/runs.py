@@ -4,8 +4,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,27 @@ HEADLINES = ("val/top1", "val/miou", "knn/top1", "linear/top1", "retrieval/miou"
 LOCK = ".lock"  # in the directory of a run, while a process trains there
 
 
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Yield where to write so that `file` is there whole or as it was; of a failure nothing is left."""
+    part = Path(f"{file}.part")
+    try:
+        yield part
+        part.replace(file)
+    except OSError as error:
+        if error.filename in (None, str(part)):  # the system does not name a file that cannot be written on
+            error.filename = str(file)
+        raise
+    finally:
+        with suppress(OSError):  # it is whole, and has its name
+            part.unlink()
+
+
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
+    """Write JSON so that the file is there whole or as it was."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(file)
+    with replaced(file) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def claim(directory: Path) -> Path:

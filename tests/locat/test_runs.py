@@ -94,3 +94,22 @@ def test_only_what_was_made_and_is_empty_is_removed(tmp_path):
 
 def test_each_claim_gets_a_directory_of_its_own(tmp_path):
     assert [runs.claim(tmp_path / "knn").name for _ in range(2)] == ["version_0", "version_1"]
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path):
+    file = tmp_path / "last.ckpt"
+    file.write_text("before")
+
+    def fail():
+        with runs.replaced(file) as part:
+            part.write_text("half")
+            raise OSError(28, "No space left on device")  # as the system says it, without the file
+
+    with pytest.raises(OSError, match=r"last.ckpt'$"):
+        fail()
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+    with runs.replaced(file) as part:
+        part.write_text("after")
+    assert file.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [file]

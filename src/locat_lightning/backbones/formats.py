@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,13 +136,15 @@ def _program(model: nn.Module) -> torch.export.ExportedProgram:
 
 
 def _export(model: nn.Module, file: Path) -> Callable[[Tensor], Tensor]:
-    torch.export.save(_program(model), file)
+    torch.export.save(_program(model), program := BytesIO())
+    file.write_bytes(program.getvalue())  # on a full disk, torch's own writer ends the process
     written: Callable[[Tensor], Tensor] = torch.export.load(file).module()
     return written
 
 
 def _torchscript(model: nn.Module, file: Path) -> Callable[[Tensor], Tensor]:
-    torch.jit.save(torch.jit.trace(model, _images(model, 2), check_trace=False), str(file))
+    torch.jit.save(torch.jit.trace(model, _images(model, 2), check_trace=False), program := BytesIO())
+    file.write_bytes(program.getvalue())  # as above
     written: Callable[[Tensor], Tensor] = torch.jit.load(str(file))
     return written
 

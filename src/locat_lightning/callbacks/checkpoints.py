@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from locat.runs import replaced
 from locat_lightning.errors import InputError
 
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of ModelCheckpoint
@@ -34,9 +35,8 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path):  # an object store, which shows a file when it is complete
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        part = Path(f"{path}.part")
-        super().save_checkpoint(checkpoint, part, storage_options)
-        part.replace(path)
+        with replaced(Path(path)) as part:
+            super().save_checkpoint(checkpoint, part, storage_options)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         contents, self._resumed = self._resumed, None
@@ -101,15 +101,17 @@ class Checkpoints(ModelCheckpoint):
         """Write the last checkpoint, and say so. A batch that was under way counts as not begun."""
         if is_worthless(trainer, exception):
             return
-        if self._should_save_on_exception(trainer):
-            progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-            # Between the two counts the batch has been trained on: Lightning resumes from there as it should.
-            if progress.current.processed == progress.current.completed:
-                progress.current.reset_on_restart()
-                progress.total.reset_on_restart()
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        if self.last_model_path:
-            rank_zero_info(f"interrupted; resume with: locat fit --ckpt_path {self.last_model_path}")
+        try:
+            if self._should_save_on_exception(trainer):
+                progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+                # Between the two counts the batch has been trained on: Lightning resumes from there.
+                if progress.current.processed == progress.current.completed:
+                    progress.current.reset_on_restart()
+                    progress.total.reset_on_restart()
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        finally:  # on a full disk there is the one before
+            if Path(self.last_model_path).is_file():
+                rank_zero_info(f"interrupted; resume with: locat fit --ckpt_path {self.last_model_path}")
 
     def _save_last(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -4,6 +4,7 @@ import logging
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -41,6 +42,20 @@ NO_NEWS = (
     "Loading `train_dataloader` to estimate",
     "💡 Tip",
 )
+# Failures of the machine, as torch and the system say them, and what to do. The first that fits counts.
+REMEDIES = {
+    "shared memory|Bus error": (
+        "processes that read images need a larger /dev/shm (docker run --shm-size 8g), or data.num_workers 0"
+    ),
+    "No space left on device|Disk quota exceeded": "free some, then run the command again",
+    "OutOfMemory|out of memory|allocate memory|MemoryError": (
+        "lower data.batch_size (and raise trainer.accumulate_grad_batches as much), or data.num_workers"
+    ),
+    "DataLoader worker .*(killed|exited)": (
+        "a process that reads images was ended from outside, perhaps because memory ran out: lower "
+        "data.num_workers, then run the command again"
+    ),
+}
 
 
 # How Lightning's errors about options begin that are not a MisconfigurationException.
@@ -50,8 +65,8 @@ SAID_BY_LIGHTNING = ("`val_check_interval`", "Early stopping conditioned on metr
 def errors_in_a_line(run: Command) -> Command:
     """Make a command's `main` of a function that takes its arguments.
 
-    A mistake of the user is answered with one line on standard error and exit code 2; `--debug` among the
-    arguments shows its traceback, and all messages.
+    A mistake of the user is answered with one line on standard error and exit code 2, a failure of the
+    machine with one and exit code 1; `--debug` among the arguments shows the traceback, and all messages.
     """
 
     @wraps(run)
@@ -70,11 +85,15 @@ def errors_in_a_line(run: Command) -> Command:
             if isinstance(end.__context__, KeyboardInterrupt):
                 sys.exit(128 + signal.SIGINT)
             raise
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
         except Exception as error:
-            mistake = _mistake(error)
-            if debug or mistake is None:
+            chain = _chain(error)
+            failure = _failure(chain)
+            said = failure or _mistake(chain)
+            if debug or said is None:
                 raise
-            refuse(mistake)
+            refuse(said, code=1 if failure else 2)
 
     return main
 
@@ -94,17 +113,45 @@ def _direct_messages(debug: bool) -> None:
     messages = Messages()
     if not debug:
         messages.addFilter(lambda record: not record.getMessage().startswith(NO_NEWS))
+        threading.excepthook = _in_a_thread
     for name in ("lightning.pytorch", "lightning.fabric"):
         if not (logger := logging.getLogger(name)).propagate:  # else whoever imports this decides
             logger.handlers = [messages]
 
 
-def _mistake(error: BaseException) -> str | None:
+def _in_a_thread(arguments: threading.ExceptHookArgs) -> None:
+    """Leave a file that cannot be written to whoever waits for the thread: TensorBoard raises it again."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an error and those that it came from."""
+    cause = error.__cause__ or error.__context__
+    return [error, *(_chain(cause) if cause else ())]
+
+
+def _failure(chain: list[BaseException]) -> str | None:
+    """Return what failed that is no mistake of the user's, and what to do; None if there is nothing."""
+    for words, remedy in REMEDIES.items():
+        for each in chain:
+            sentences = [*re.split(r"\n|\. ", str(each)), type(each).__name__]
+            if said := [sentence for sentence in sentences if re.search(words, sentence)]:
+                return f"{_of_system(each) or said[0]}: {remedy}"
+    if any(isinstance(each, InputError) for each in chain):
+        return None
+    return next((text for each in chain if (text := _of_system(each))), None)
+
+
+def _of_system(error: BaseException) -> str:
+    """Return an error of the operating system as other commands put it; nothing of other errors."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return ""
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def _mistake(chain: list[BaseException]) -> str | None:
     """Return what the user can correct of an error or of one that it came from; None if there is nothing."""
-    chain, cause = [error], error.__cause__ or error.__context__
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
     for each in chain:
         said = str(each).strip()
         if isinstance(each, InputError | MisconfigurationException) or said.startswith(SAID_BY_LIGHTNING):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from locat.runs import replaced
 from locat_lightning.figures.segmentation import painted
 
 
@@ -20,7 +21,7 @@ def write_table(file: Path, paths: Iterable[str], probabilities: Tensor, class_n
     """
     names = list(class_names) or [str(label) for label in range(probabilities.shape[1])]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as opened:
+    with replaced(file) as part, part.open("w", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(["path", "class", *names])
         for path, row in zip(paths, probabilities, strict=True):
