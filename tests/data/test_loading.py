@@ -321,18 +321,36 @@ def work(ready):
     time.sleep(60)
 
 
-def test_a_worker_heeds_the_sigterm_of_its_run_and_no_other():
-    context = get_context("fork")
-    ready = context.Event()
-    worker = context.Process(target=work, args=(ready,), daemon=True)
-    worker.start()
-    assert ready.wait(10)
-    subprocess.run(
-        [sys.executable, "-c", f"import os; os.kill({worker.pid}, {signal.SIGTERM:d})"], check=True
-    )
+@pytest.fixture
+def told_by_another(monkeypatch):
+    """Starts a worker that a process other than its parent tells to end, and that obeys it after a time."""
+
+    def start(grace):
+        monkeypatch.setattr("locat_lightning.data.workers.GRACE", grace)
+        context = get_context("fork")
+        ready = context.Event()
+        worker = context.Process(target=work, args=(ready,), daemon=True)
+        worker.start()
+        assert ready.wait(10)
+        subprocess.run(
+            [sys.executable, "-c", f"import os; os.kill({worker.pid}, {signal.SIGTERM:d})"], check=True
+        )
+        return worker
+
+    return start
+
+
+def test_a_worker_heeds_the_sigterm_of_its_run_before_any_other(told_by_another):
+    worker = told_by_another(grace=50)
     worker.join(0.2)
     assert worker.is_alive()
     os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def test_a_worker_heeds_the_sigterm_of_others_in_the_end(told_by_another):
+    worker = told_by_another(grace=0.1)
     worker.join(10)
     assert worker.exitcode == 0
 

@@ -3,9 +3,11 @@
 import signal
 import threading
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,7 +38,9 @@ class CheckpointFiles(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with replaced(Path(path)) as part:
-            super().save_checkpoint(checkpoint, part, storage_options)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, contents := BytesIO())  # torch's own file would not say why it failed
+            part.write_bytes(contents.getbuffer())
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         contents, self._resumed = self._resumed, None

@@ -1,6 +1,7 @@
 """What a command says: mistakes in one line, and of Lightning's messages those that tell a user something."""
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -140,14 +141,15 @@ def _failure(chain: list[BaseException]) -> str | None:
                 return f"{_of_system(each) or said[0]}: {remedy}"
     if any(isinstance(each, InputError) for each in chain):
         return None
-    return next((text for each in chain if (text := _of_system(each))), None)
+    said = [text for each in chain if (text := _of_system(each))]
+    return f"{said[0]}: check that it is still there, and that this user may write there" if said else None
 
 
 def _of_system(error: BaseException) -> str:
     """Return an error of the operating system as other commands put it; nothing of other errors."""
     if not isinstance(error, OSError) or not error.strerror:
         return ""
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
 
 
 def _mistake(chain: list[BaseException]) -> str | None:

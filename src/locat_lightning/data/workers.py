@@ -4,17 +4,20 @@ import os
 import signal
 import sys
 from multiprocessing import parent_process
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
+
+GRACE = (
+    30  # seconds that a training process has to end its workers, before they obey others: Slurm's KillWait
+)
 
 
 def end_with_the_run(worker: int) -> None:
-    """Have a worker obey a SIGTERM only of the process that trains.
+    """Have a worker obey a SIGTERM of the process that trains at once, and one of others later.
 
     A scheduler sends SIGTERM to all processes of a job, and the training process still needs its workers to
-    save a checkpoint. A worker that ignored the signal altogether would keep alive a training process that
-    ends while it holds an unfinished iterator. On macOS and Windows, where the sender of a signal is unknown,
-    a worker obeys every SIGTERM.
+    save a checkpoint. On macOS and Windows, where the sender of a signal is unknown, a worker obeys every
+    SIGTERM at once.
 
     A worker whose run ends while a batch is on its way is silent about it: the run itself reports the reason.
     """
@@ -32,5 +35,5 @@ def _unless_the_receiver_left(kind: type[BaseException], *error: Any) -> None:
 
 def _end_when_told(by: int | None) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != by:
-        pass
+        Timer(GRACE, os._exit, (0,)).start()
     os._exit(0)
