@@ -112,6 +112,54 @@ def test_other_files_and_hidden_ones_are_left_out(root):
     assert len(images.train_dataloader().dataset) == 13
 
 
+@pytest.mark.parametrize(
+    "litter", [".ipynb_checkpoints", ".thumbnails", ".Trash-1000", "@eaDir", "__MACOSX", "more/.hidden"]
+)
+def test_what_other_tools_leave_in_a_class_is_not_read(root, litter):
+    for split in ("train", "val"):
+        write(root / split / "ant" / litter / "copy.png")
+    if "/" not in litter:
+        write(root / "train" / litter / "copy.png")
+    images = data(root)
+    assert images.num_classes == 3
+    assert len(images.train_dataloader().dataset) == 12
+    assert len(images.val_dataloader().dataset) == 5
+
+
+def test_links_are_followed_but_no_folder_is_read_twice_or_from_above(root, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere / "one.png")
+    (root / "train" / "ant" / "linked").symlink_to(elsewhere)  # data that lie on another disk
+    (root / "train" / "ant" / "file.png").symlink_to(elsewhere / "one.png")
+    (root / "train" / "ant" / "all").symlink_to(root / "train")  # else dogs would be cats
+    (root / "train" / "ant" / "other").symlink_to(root / "train" / "bee")
+    (root / "train" / "bee" / "back").symlink_to(root / "train" / "ant")
+    (root / "train" / "loop").symlink_to(root)
+    for one, two in (("a", "b"), ("b", "a")):
+        (root / "train" / "cat" / one).mkdir()
+        (root / "train" / "cat" / one / "to").symlink_to(root / "train" / "cat" / two)
+    images = data(root)
+    assert images.class_names == ["ant", "bee", "cat"]
+    source = images.source("train")
+    assert [source.labels.count(label) for label in range(3)] == [6, 4, 4]
+
+
+def test_a_class_is_one_however_unicode_writes_its_name(root):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for number, (split, name) in enumerate([("train", composed), ("train", decomposed), ("val", decomposed)]):
+        write(root / split / name / f"{number}.png")
+    images = data(root)
+    assert images.class_names == ["ant", "bee", "caf\u00e9", "cat"]
+    assert images.source("train").labels.count(2) == 2
+    assert images.source("val").labels.count(2) == 1
+
+
+def test_a_class_without_validation_images_is_named(root, caplog):
+    with caplog.at_level("INFO"):
+        data(root).source("val")
+    assert f"{root / 'val'} has no image of 1 of 3 classes: bee" in caplog.text
+
+
 def test_predict_reads_every_image_beneath_a_root_without_splits(tmp_path):
     write(tmp_path / "b.png", 1)
     write(tmp_path / "deep" / "er" / "a.jpg", 2)
@@ -310,6 +358,13 @@ def test_no_train(root):
 def test_no_validation(root):
     (root / "val").rename(root / "valid")
     assert error_of(root=root).startswith(f"no val/ or validation/ or test/ in {root}: ")
+
+
+@pytest.mark.parametrize("options", [{"img_size": 100_000}, {"crop_pct": 1e-9}])
+def test_images_larger_than_any_that_is_read(root, options):
+    assert re.match(
+        r"data.img_size and crop_pct: squares of [\d,]+ pixels a side", error_of(root=root, **options)
+    )
 
 
 def test_no_class_folders(tmp_path):

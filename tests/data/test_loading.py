@@ -14,7 +14,7 @@ from multiprocessing.resource_sharer import DupFd
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageCms, UnidentifiedImageError
 
 from locat_lightning.data.dataset import Failure, Images
 from locat_lightning.data.decoding import read_image, to_rgb
@@ -87,6 +87,41 @@ def test_more_than_8_bits_are_scaled_not_clipped(values, dtype, suffix, expected
     file = saved(Image.fromarray(values.astype(dtype)), suffix)
     assert Image.open(file).mode in {"I;16", "I;16B", "I", "F"}
     assert pixels(file)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan, 3.4e38, -9999.0, 1e6])
+@pytest.mark.parametrize("scale", [1, 200.0])
+def test_a_pixel_that_is_not_finite_or_an_outlier_does_not_darken_the_others(odd, scale):
+    values = np.linspace(0, 1, 2000, dtype=np.float32).reshape(40, 50) * scale
+    values[3, 7] = odd
+    levels = pixels(saved(Image.fromarray(values), "TIFF"))[..., 0]
+    expected = (np.linspace(0, 255, 2000).reshape(40, 50)).round()
+    expected[3, 7] = 255 if odd == 1e6 else 0
+    assert abs(levels - expected).max() <= 1
+
+
+def test_12_bits_in_16_are_visible():
+    values = np.linspace(0, 4095, 600).round().astype(np.uint16).reshape(20, 30)
+    levels = pixels(saved(Image.fromarray(values), "TIFF"))[..., 0]
+    assert abs(levels - values / 4095 * 255).max() <= 0.51
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "RGB")])
+def test_a_colour_profile_is_applied(suffix, mode):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # Another name, and red and blue exchanged: red in it is blue in sRGB.
+    other = srgb.replace("sRGB".encode("utf-16-be"), "other".encode("utf-16-be")[:8])
+    other = other.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+    image = Image.new("RGB", (16, 16), (204, 0, 0)).convert(mode)
+    for profile, expected in ((srgb, (204, 0, 0)), (other, (0, 0, 204)), (b"rubbish", (204, 0, 0))):
+        assert abs(pixels(saved(image, suffix, icc_profile=profile)).astype(int) - expected).max() <= 3
+
+
+def test_a_small_file_of_many_pixels_is_not_decoded():
+    file = saved(Image.new("1", (10_000, 10_000)), "PNG")
+    assert len(file.getvalue()) < 20_000
+    with pytest.raises(Image.DecompressionBombWarning, match="100000000 pixels"):
+        read_image(file)
 
 
 @pytest.mark.parametrize("suffix", ["PNG", "TIFF"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from locat_lightning.data.decoding import read_image
 from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
 from locat_lightning.errors import InputError
 
@@ -126,11 +127,44 @@ def test_an_unreadable_mask_is_named(tmp_path):
         pairs.read(0)
 
 
+@pytest.mark.parametrize("size", [(6, 4), (5, 5)])
+@pytest.mark.parametrize("tagged", ["image", "both", "mask is upright"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_with_its_image(tmp_path, orientation, tagged, size):
+    if tagged == "mask is upright" and (size == (5, 5) or orientation < 5):
+        return  # nobody can tell
+    values = np.random.default_rng(0).integers(3, size=size, dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    Image.fromarray(values * 100).convert("RGB").save(image, exif=exif)
+    if tagged == "mask is upright":
+        values = np.asarray(read_image(image))[..., 0] // 100
+    Image.fromarray(values).save(mask, **({"exif": exif} if tagged == "both" else {}))
+    shown, classes = Pairs([str(image)], [str(mask)], VALUES).read(0)
+    assert np.array_equal(np.asarray(shown)[..., 0], classes * 100)
+
+
+def test_classes_that_no_mask_has(tmp_path):
+    files = [write(tmp_path / f"{i}.png", value) for i, value in enumerate((0, 255, 2, 1))]
+    assert Pairs(files, files, MaskValues(4)).check_annotated(500) == [3]
+    assert Pairs(files[:3], files[:3], MaskValues(4)).check_annotated(500) == [1, 3]
+    assert Pairs(files, files, MaskValues(4)).check_annotated(1) == [1, 2, 3]  # reads the first
+    assert Pairs(files[1:], files[1:], MaskValues(4)).check_annotated(1) == [0, 1, 3]  # and more for a class
+
+
+def test_masks_of_0_and_255_are_not_two_classes(tmp_path):
+    files = [write(tmp_path / f"{i}.png", value) for i, value in enumerate((0, 255))]
+    message = error_of(lambda: Pairs(files, files, MaskValues(2)).check_annotated(500))
+    assert message.endswith("of its split are 0 and 255, but 255 means no class: write 1 for class 1")
+    assert Pairs(files, files, MaskValues(1)).check_annotated(500) == []  # one class, and what has none
+
+
 def test_some_pixel_must_have_a_class(tmp_path):
     files = [write(tmp_path / f"{i}.png", value) for i, value in enumerate((255, 9, 255, 1))]
     Path(files[2]).write_bytes(b"nothing")
-    Pairs(files, files, MaskValues(3, 9)).check_annotated()
-    message = error_of(Pairs(files[:3], files[:3], MaskValues(3, 9)).check_annotated)
+    Pairs(files, files, MaskValues(3, 9)).check_annotated(1)
+    message = error_of(lambda: Pairs(files[:3], files[:3], MaskValues(3, 9)).check_annotated(1))
     assert message.startswith(
         f"no pixel has a class in {files[0]} and the other masks of its split (3 in all):"
     )

@@ -10,6 +10,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
+from PIL.Image import MAX_IMAGE_PIXELS
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from locat_lightning.data.dataset import Images
@@ -20,6 +21,8 @@ from locat_lightning.errors import InputError, check_finite
 # The names under which each split is looked for, in this order.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test"), "test": ("test", "val", "validation")}
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+MOST_PIXELS = MAX_IMAGE_PIXELS or inf  # Pillow's limit
 
 Found = TypeVar("Found")
 
@@ -158,3 +161,9 @@ def check_span(name: str, span: Sequence[float], most: float = inf) -> None:
     if not 0 < low <= high <= most:
         limit = f" <= {most:g}" if most < inf else ""
         raise InputError(f"data.{name} ({low}, {high}) must be two numbers, 0 < low <= high{limit}")
+
+
+def check_side(name: str, side: float) -> None:
+    """Raise an `InputError` if squares of this side (pixels) are larger than the images that are read."""
+    if side**2 > MOST_PIXELS:
+        raise InputError(f"data.{name}: squares of {side:,.0f} pixels a side have more than {MOST_PIXELS:,}")

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+from unicodedata import normalize
 
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -13,6 +16,8 @@ from locat_lightning.data.dataset import Source
 from locat_lightning.data.decoding import open_image
 from locat_lightning.errors import InputError
 
+# Folders that file systems and archives of other machines leave in a folder.
+LITTER = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 EXTENSIONS = f"files ending in {', '.join(IMG_EXTENSIONS)} count"
 
 
@@ -40,15 +45,22 @@ def labelled_files(folder: Path, class_names: list[str], named_by: str, complete
 
     The class names are in the order of their labels, and come from the folder `named_by`.
     """
-    if unknown := sorted(set(class_folders(folder)) - set(class_names)):
+    folders = class_folders(folder)
+    if unknown := sorted(folders.keys() - set(class_names)):
         raise InputError(
             f"{folder} has classes that {named_by} lacks: {listed(unknown)}; remove or rename them"
         )
-    files = [files_beneath(folder / name) for name in class_names]
+    read = {os.path.realpath(each) for own in folders.values() for each in own}  # no class reads another's
+    files = [
+        [path for each in folders.get(name, []) for path in files_beneath(each, read=read)]
+        for name in class_names
+    ]
     if not any(files):
         raise InputError(f"no images in the class folders of {folder}: {EXTENSIONS}")
-    if complete and (empty := [name for name, paths in zip(class_names, files, strict=True) if not paths]):
-        raise InputError(f"class folders without an image in {folder}: {listed(empty)}; {EXTENSIONS}")
+    if empty := [name for name, paths in zip(class_names, files, strict=True) if not paths]:
+        if complete:
+            raise InputError(f"class folders without an image in {folder}: {listed(empty)}; {EXTENSIONS}")
+        rank_zero_info(f"{folder} has no image of {len(empty)} of {len(files)} classes: {listed(empty)}")
     labels = [label for label, paths in enumerate(files) for _ in paths]
     return Files([path for paths in files for path in paths], labels)
 
@@ -60,28 +72,68 @@ def unlabelled_files(folder: Path) -> Files:
     return Files(paths, [-1] * len(paths))
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted: each is a class."""
-    if not (names := subfolders(folder)):
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Return the folders of each class of a folder by its name: one, or those that Unicode takes for one."""
+    classes: dict[str, list[Path]] = {}
+    for name in subfolders(folder):
+        classes.setdefault(normalize("NFC", name), []).append(folder / name)
+    if not classes:
         raise InputError(
             f"no class folders in {folder}: the images of each class belong in a folder of its name"
         )
-    return names
+    return dict(sorted(classes.items()))
+
+
+def is_data(name: str) -> bool:
+    """Return whether a file or folder is the user's: not hidden, and not what other tools leave behind."""
+    return name[0] != "." and name not in LITTER
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-
-
-def files_beneath(folder: Path, endings: tuple[str, ...] = IMG_EXTENSIONS) -> list[str]:
-    """Return the images beneath a folder, or files of other endings (in lower case), sorted, not hidden."""
+    """Return the names of the folders in a folder that `is_data`, sorted, without links to what holds it."""
     return sorted(
-        os.path.join(parent, name)  # noqa: PTH118 - a Path for each of a million files takes seconds
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(endings) and name[0] != "."
+        entry.name
+        for entry in os.scandir(folder)
+        if is_data(entry.name) and entry.is_dir() and not (entry.is_symlink() and _holds(entry.path, folder))
     )
+
+
+def files_beneath(
+    folder: Path, endings: tuple[str, ...] = IMG_EXTENSIONS, read: set[str] | None = None
+) -> list[str]:
+    """Return the images beneath a folder, or files of other endings (in lower case), if they are `is_data`.
+
+    Links are followed, but each real folder is read once, and none that holds the given one.
+
+    Args:
+        folder: to look in.
+        endings: of the names.
+        read: real paths of the folders that count as read, to which those found are added.
+    """
+    found, read = [], set() if read is None else read
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if parent != str(folder) and (real in read or _holds(real, folder)):
+            folders.clear()
+            continue
+        read.add(real)
+        folders[:] = filter(is_data, folders)
+        # A Path for each of a million files takes seconds.
+        found += [
+            os.path.join(parent, name)  # noqa: PTH118
+            for name in names
+            if name.lower().endswith(endings) and is_data(name)
+        ]
+    return sorted(found)
+
+
+def _holds(other: str, folder: Path) -> bool:
+    """Return whether a folder is the other one, or lies in it."""
+    return folder.resolve().is_relative_to(os.path.realpath(other))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def listed(names: list[str], most: int = 10) -> str:

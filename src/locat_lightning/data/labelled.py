@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from locat_lightning.data import digits
-from locat_lightning.data.base import SPLITS, ImageModule
+from locat_lightning.data.base import SPLITS, ImageModule, check_side
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import class_folders, labelled_files, subfolders, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
@@ -54,6 +54,7 @@ class LabelledData(ImageModule[Source | Stream]):
         super().__init__(**kwargs)
         if not 0 < crop_pct <= 1:
             raise InputError(f"data.crop_pct ({crop_pct}) must be above 0 and at most 1")
+        check_side("img_size and crop_pct", img_size / crop_pct)
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
         self.download = download
@@ -64,7 +65,7 @@ class LabelledData(ImageModule[Source | Stream]):
     @cached_property
     def class_names(self) -> list[str]:
         if self.dataset == "folder":
-            return [] if self._is_unlabelled() else class_folders(self._class_folder())
+            return [] if self._is_unlabelled() else list(class_folders(self._class_folder()))
         if self.dataset == "digits":
             return digits.CLASS_NAMES
         source = self.source("train")
@@ -108,7 +109,7 @@ class LabelledData(ImageModule[Source | Stream]):
             folder = self._split_folder(split)
             if split == "test" != folder.name:
                 rank_zero_info(f"no test/ in {self.root}: using {folder.name}/")
-            names = self.class_names or class_folders(folder)
+            names = self.class_names or list(class_folders(folder))
             return labelled_files(folder, names, self._class_folder().name, complete=split == "train")
         if self.dataset == "digits":
             return digits.Digits(train=split == "train")

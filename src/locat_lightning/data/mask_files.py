@@ -5,13 +5,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Source
-from locat_lightning.data.decoding import FORMATS, read_image, reason
+from locat_lightning.data.decoding import FORMATS, orientation, reason, to_rgb
 from locat_lightning.data.files import EXTENSIONS, files_beneath, listed
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
@@ -63,7 +64,7 @@ class Layout:
         for path in files_beneath(folder, (suffix,)) if suffix else files_beneath(folder):
             if self.images == self.masks and path.lower().endswith(self.mask_suffix.lower()):
                 continue
-            stem = path[len(str(folder)) + 1 : -len(suffix) if suffix else path.rindex(".")]
+            stem = _stem(path, folder, len(suffix) or len(path) - path.rindex("."))
             if stem in images:
                 raise InputError(
                     f"{images[stem]} and {path} have the same name, and so the same mask: rename one"
@@ -71,7 +72,8 @@ class Layout:
             images[stem] = path
         if self.splits:
             file = self.folder(root) / self.splits.replace("{split}", name)
-            stems = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = normalize("NFC", file.read_text(encoding="utf-8")).splitlines()
+            stems = [line.strip() for line in lines if line.strip()]
             if missing := [stem for stem in stems if stem not in images]:
                 raise InputError(
                     f"{len(missing)} of {len(stems)} names in {file} have no image in {folder}:"
@@ -88,7 +90,7 @@ class Layout:
         images, name = self.images_of(root, split), self.name(root, split)
         image_folder, mask_folder = (self._existing(root, each, name) for each in (self.images, self.masks))
         masks = {
-            path[len(str(mask_folder)) + 1 : -len(self.mask_suffix)]: path
+            _stem(path, mask_folder, len(self.mask_suffix)): path
             for path in files_beneath(mask_folder, (self.mask_suffix.lower(),))
         }
         options = "" if self.home else " (--data.image_suffix, --data.mask_suffix)"
@@ -110,6 +112,11 @@ class Layout:
         if not folder.is_dir():
             raise InputError(f"no such folder: {folder}, which should hold images or masks of {name}")
         return folder
+
+
+def _stem(path: str, folder: Path, ending: int) -> str:
+    """Return the path of a file in a folder without so many characters at its end, as Unicode composes it."""
+    return normalize("NFC", path[len(str(folder)) + 1 : -ending])
 
 
 # As mmsegmentation's guide to preparing data sets leaves them (docs/en/user_guides/2_dataset_prepare.md).
@@ -166,7 +173,11 @@ class MaskValues:
 
 @dataclass(frozen=True)
 class Pairs(Source[np.ndarray]):
-    """Image files and their mask files."""
+    """Image files and their mask files.
+
+    Each is turned upright as its own EXIF tag says. A mask without one that is as large as its image before
+    that is turned was drawn on it, and is turned along.
+    """
 
     images: list[str]
     masks: list[str]
@@ -179,7 +190,11 @@ class Pairs(Source[np.ndarray]):
         return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        image, mask = read_image(self.images[index]), self.mask(index)
+        with Image.open(self.images[index], formats=FORMATS) as stored:
+            size, turned = stored.size, orientation(stored)
+            image = to_rgb(stored)
+            image.load()
+        mask = self.mask(index, size, turned)
         if image.size != mask.shape[::-1]:
             raise InputError(
                 f"mask {self.masks[index]} has {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
@@ -187,11 +202,23 @@ class Pairs(Source[np.ndarray]):
             )
         return image, mask
 
-    def mask(self, index: int) -> np.ndarray:
-        """Read mask `index`, uint8 [H, W]; raise an `OSError` if that is impossible."""
+    def mask(self, index: int, size: tuple[int, int] | None = None, turned: int = 1) -> np.ndarray:
+        """Read mask `index`, uint8 [H, W], beside an image stored in this size and orientation.
+
+        Raises:
+            OSError: the file cannot be read.
+            InputError: it holds no classes.
+        """
+        return self.values.classes(self._values(index, size, turned), self.masks[index])
+
+    def _values(self, index: int, size: tuple[int, int] | None = None, turned: int = 1) -> np.ndarray:
         file = self.masks[index]
         try:
             with Image.open(file, formats=FORMATS) as image:
+                if orientation(image) == 1 and image.size == size:
+                    image.getexif()[ExifTags.Base.Orientation] = turned
+                if orientation(image) != 1:
+                    ImageOps.exif_transpose(image, in_place=True)
                 values = np.asarray(image)
         except Exception as error:  # decoders raise anything
             raise OSError(f"its mask {file}: {reason(error)}") from error
@@ -200,18 +227,37 @@ class Pairs(Source[np.ndarray]):
                 f"mask {file} is a picture ({image.mode}), not one class a pixel: write the index of each"
                 " colour's class to a PNG of 8-bit grey levels (mode L) or with a palette (mode P)"
             )
-        return self.values.classes(values.astype(np.uint8) if values.dtype == bool else values, file)
+        return values.astype(np.uint8) if values.dtype == bool else values
 
-    def check_annotated(self) -> None:
-        """Check that some pixel has a class, by reading masks until one has, mostly the first."""
-        for index in range(len(self)):
+    def check_annotated(self, most: int) -> list[int]:
+        """Check that some pixel has a class, by reading masks until all classes have been seen.
+
+        At most so many masks are read, evenly spaced, and then others until a pixel has a class.
+
+        Returns:
+            The classes that no mask has that was read.
+        """
+        found: set[int] = set()  # values in the files
+        seen = np.zeros(256, bool)
+        every = -(-len(self) // most)
+        for index in sorted(range(len(self)), key=lambda each: each % every != 0):
+            if seen[: self.values.num_classes].all() or (index % every and seen[:IGNORE].any()):
+                break
             with suppress(OSError):  # counted as unreadable when its turn comes
-                if (self.mask(index) != IGNORE).any():
-                    return
-        raise InputError(
-            f"no pixel has a class in {self.masks[0]} and the other masks of its split ({len(self)} in all):"
-            " correct the masks or ignore_index, reduce_zero_label"
-        )
+                values = self._values(index)
+                seen[np.unique(self.values.classes(values, self.masks[index]))] = True
+                found |= set(np.unique(values).tolist())
+        if not seen[:IGNORE].any():
+            raise InputError(
+                f"no pixel has a class in {self.masks[0]} and the other masks of its split ({len(self)} in"
+                " all): correct the masks or ignore_index, reduce_zero_label"
+            )
+        if found == {0, IGNORE} and self.values.num_classes > 1:
+            raise InputError(
+                f"the values in {self.masks[0]} and the other masks of its split are 0 and {IGNORE}, but"
+                f" {IGNORE} means no class: write 1 for class 1"
+            )
+        return np.flatnonzero(~seen[: self.values.num_classes]).tolist()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Images for self-supervision: several views of each, and labels if there are any."""
 
-import os
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Failure, Images, Source
 from locat_lightning.data.decoding import reason
-from locat_lightning.data.files import Files, labelled_files, unlabelled_files
+from locat_lightning.data.files import Files, class_folders, is_data, labelled_files, unlabelled_files
 from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.timm_sources import Stream
@@ -101,11 +100,11 @@ class MultiViewData(LabelledData):
     def _labelled(self) -> dict[str, Files]:
         """The images of `train`, and of `val` if it exists, if they have labels; else {}."""
         folder = self.root / "train"
-        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."] if folder.is_dir() else []
-        names = sorted(entry.name for entry in entries if entry.is_dir())
-        if not names or any(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries):
+        names = [each.name for each in folder.iterdir() if is_data(each.name)] if folder.is_dir() else []
+        if not names or any(name.lower().endswith(IMG_EXTENSIONS) for name in names):
             return {}
         try:
+            names = list(class_folders(folder))
             found = {"train": labelled_files(folder, names, "train", complete=True)}
             if any((self.root / name).is_dir() for name in SPLITS["val"]):
                 found["val"] = labelled_files(self._split_folder("val"), names, "train", complete=False)

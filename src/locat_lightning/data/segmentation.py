@@ -8,20 +8,23 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from locat_lightning.data import scenes
-from locat_lightning.data.base import SPLITS, ImageModule, check_span
+from locat_lightning.data.base import SPLITS, ImageModule, check_side, check_span
 from locat_lightning.data.class_lists import KNOWN, Classes, named_classes, read_classes
 from locat_lightning.data.dataset import Images, Source
-from locat_lightning.data.files import Files, unlabelled_files
+from locat_lightning.data.files import Files, listed, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
 from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
+
+LOOKED_AT = 500  # masks of a split, before training
 
 
 class MaskBatch(NamedTuple):
@@ -117,6 +120,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
     ) -> None:
         super().__init__(batch_size=batch_size, **kwargs)
         check_span("ratio", ratio)
+        check_side("crop_size", crop_size)
+        check_side("scale", max(scale))
         if not 0 < cat_max_ratio <= 1:
             raise InputError(f"data.cat_max_ratio ({cat_max_ratio}) must be above 0 and at most 1")
         if ignore_index > IGNORE:
@@ -208,7 +213,11 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             return scenes.Scenes(training, 1000 if training else 200)
         paths = self.layout.pairs(self.root, split)
         pairs = Pairs(*paths, MaskValues(self.num_classes, self.ignore_index, self.reduce_zero_label))
-        pairs.check_annotated()
+        most = LOOKED_AT if self.dataset == "folder" else 1
+        unseen = [self.class_names[label] for label in pairs.check_annotated(most)]
+        if unseen and split == "train" and self.dataset == "folder":
+            looked_at = "" if len(pairs) <= most else f" of {most} that were looked at"
+            rank_zero_info(f"no training mask{looked_at} has any of the classes {listed(unseen)}")
         return pairs
 
     def _is_unlabelled(self) -> bool:
