@@ -162,6 +162,18 @@ def test_a_truncated_file_raises(cut):
         read_image(io.BytesIO(saved(noise, "JPEG").getvalue()[:cut]))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+def test_a_broken_file_raises(mode):
+    levels = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
+    image = (
+        Image.fromarray(levels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(levels).convert(mode)
+    )
+    data = bytearray(saved(image, "PNG").getvalue())
+    data[data.index(b"IDAT") + 200] ^= 1
+    with pytest.raises(OSError, match="broken data stream"):
+        read_image(io.BytesIO(data))
+
+
 @pytest.mark.parametrize("suffix", ["EPS", "PDF", "GIF"])
 def test_other_formats_are_not_opened_whatever_the_file_is_called(suffix, tmp_path, monkeypatch):
     """Pillow would start Ghostscript for EPS."""

@@ -59,6 +59,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16 bits, and of floating-point numbers from 0 to 1, the largest is white; where more than `OUTLIERS` of
     the pixels are brighter, the level that all but these reach. What is negative or not finite is black.
     """
+    image.load()  # broken pixels are an error, unlike the EXIF data that a PNG may have behind them
     if orientation(image) != 1:
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode in WHITE:

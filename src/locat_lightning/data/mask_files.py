@@ -215,6 +215,7 @@ class Pairs(Source[np.ndarray]):
         file = self.masks[index]
         try:
             with Image.open(file, formats=FORMATS) as image:
+                image.load()
                 if orientation(image) == 1 and image.size == size:
                     image.getexif()[ExifTags.Base.Orientation] = turned
                 if orientation(image) != 1:
