@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from locat.runs import replaced
 from locat_lightning.errors import InputError
 
+METRICS = "metrics"  # a checkpoint's key of the results measured last, by name
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of ModelCheckpoint
 
 
@@ -51,13 +53,17 @@ class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose `last.ckpt` is written after every epoch and on interruption.
 
     Lightning's own writes `last.ckpt` only along with a new best checkpoint, and overwrites the best one when
-    a run is interrupted.
+    a run is interrupted. This one waits until what follows the batch has been logged and measured: the next
+    batch, the next epoch or the end of the run.
 
     On SIGTERM, Lightning's handler calls a collective wherever its process is, and waits for others that are
     elsewhere. Here several processes agree after each batch on whether one of them was told to stop.
     """
 
     _told_to_stop = False
+    _last_is_due = False
+    _last_step = 0  # the step of `last.ckpt`
+    _metrics: Mapping[str, float] = MappingProxyType({})  # of the checkpoint that the run resumes from
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what the state says of checkpoints that are in this run's directory, wherever it is now.
@@ -70,16 +76,34 @@ class Checkpoints(ModelCheckpoint):
         paths = {name: self._own(state_dict[name]) for name in PATHS}
         here = {"dirpath": self.dirpath} if scores else {}
         super().load_state_dict(state_dict | paths | here | {"best_k_models": scores})
+        self._defer_save_until_validation = state_dict.get("deferred", False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"deferred": self._defer_save_until_validation}  # private
 
     def _own(self, path: str) -> str:
         """Return the path of the file of that name in this run's directory; "" if there is none."""
         own = Path(str(self.dirpath)) / Path(path).name
         return str(own) if own.is_file() else ""
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._last_step = checkpoint["global_step"]
+        self._metrics = checkpoint.get(METRICS, {})
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have Lightning take up what `on_save_checkpoint` noted: its private loops, as they are restored."""
         super().on_train_start(trainer, pl_module)
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._record)  # Lightning restores what was there before the run
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
+        loop: Any = trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        if epochs.ready == epochs.processed:
+            loop.epoch_loop.restarting = False  # also where max_steps ends the run
+        elif batches.processed == trainer.num_training_batches:
+            loop._data_fetcher.done = True  # the rest of the epoch is to be measured
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,46 +116,82 @@ class Checkpoints(ModelCheckpoint):
     def _record(self, *_: Any) -> None:
         self._told_to_stop = True
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_last(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._write_last(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        # Private, here and below: ModelCheckpoint has no public way to write `last.ckpt` alone.
-        if self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
-            self._save_last(trainer)
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._last_is_due = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save_last(trainer)
+        self._last_is_due = True
+        self._write_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the last checkpoint, and say so. A batch that was under way counts as not begun."""
+        """Write the last checkpoint, and say so."""
         if is_worthless(trainer, exception):
             return
         try:
-            if self._should_save_on_exception(trainer):
-                progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-                # Between the two counts the batch has been trained on: Lightning resumes from there.
-                if progress.current.processed == progress.current.completed:
-                    progress.current.reset_on_restart()
-                    progress.total.reset_on_restart()
-                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            if self.save_on_exception and self._last_step != trainer.global_step:
+                batches = trainer.fit_loop.epoch_loop.batch_progress.current
+                if batches.processed != batches.completed:  # it is not logged yet
+                    trainer._logger_connector.update_train_step_metrics()  # private
+                self._last_is_due = True
+                self._write_last(trainer)
         finally:  # on a full disk there is the one before
             if Path(self.last_model_path).is_file():
                 rank_zero_info(f"interrupted; resume with: locat fit --ckpt_path {self.last_model_path}")
 
-    def _save_last(self, trainer: Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+    # Private: ModelCheckpoint has no public way to write `last.ckpt` alone.
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        self._last_is_due = True
+
+    def _write_last(self, trainer: Trainer) -> None:
+        if self._last_is_due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._last_is_due = False
+            super()._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._last_step = trainer.global_step
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let a run interrupted between the batches of a step repeat them: gradients are not saved."""
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        processed = progress["current"]["processed"]
-        surplus = processed % trainer.accumulate_grad_batches
-        if surplus and processed != trainer.num_training_batches:  # the last batches are a step, however few
-            for count in ("current", "total"):
-                behind = progress[count]["processed"] - surplus
-                progress[count] = dict.fromkeys(progress[count], behind)
+        """Set the counts of Lightning's loops so that a resumed run does what has not been done.
+
+        A batch under way counts as not begun, and so do the batches of a step that was not taken, as
+        gradients are not saved. In an epoch that has not ended, what follows its last batch is repeated:
+        validation, probes, and the choice of the best weights.
+        """
+        metrics = trainer.callback_metrics.items()
+        checkpoint[METRICS] = {k: float(v) for k, v in metrics if not k.startswith("train/")}
+        loops: dict[str, Any] = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        processed = batches["current"]["processed"]
+        is_last = processed == trainer.num_training_batches
+        surplus = 0 if is_last else processed % trainer.accumulate_grad_batches  # the last ones are a step
+        begun = epochs["total"]["started"] > epochs["total"]["completed"] and processed > surplus
+        # Private: whether a validation follows this batch.
+        follows = begun and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        validates = follows and (is_last or trainer.validating)
+        goes_on = begun and not is_last and not validates
+        for count in ("current", "total"):
+            ended = epochs[count]["completed"]
+            epochs[count] = {"ready": ended + begun, "started": ended + begun}
+            epochs[count] |= {"processed": ended, "completed": ended}
+            trained = batches[count]["processed"] - surplus
+            batches[count] = dict.fromkeys(batches[count], trained) | {"completed": trained - goes_on}
+            if validates:  # from its first batch on
+                validation = loops["epoch_loop.val_loop.batch_progress"]
+                validation[count] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        batches["is_last_batch"] = is_last
+        if pl_module.automatic_optimization:  # Lightning adds a step as it resumes
+            steps = checkpoint["global_step"] - (goes_on or validates)
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
 
 
 def is_worthless(trainer: Trainer, exception: BaseException) -> bool:

@@ -4,7 +4,7 @@ import csv
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
@@ -15,11 +15,12 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
-from locat.runs import HEADLINES, LOCK, write_json
+from locat.runs import HEADLINES, LOCK, replaced, write_json
 from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
 
 PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
@@ -111,8 +112,49 @@ class RunRecord(SaveConfigCallback):
             rank_zero_info(_where(directory))
 
 
+class _Table(ExperimentWriter):
+    """Lightning's writer, which would delete a table or rewrite it in place; this one replaces it at once."""
+
+    def __init__(self, directory: str, step: int) -> None:
+        self._step = step
+        self.kept: set[tuple[int, frozenset[str]]] = set()  # rows by step and names
+        super().__init__(directory)
+
+    # Private, both: what Lightning calls before the first row, and when a row has a new column.
+    def _check_log_dir_exists(self) -> None:
+        table = Path(self.metrics_file_path)
+        if not table.is_file():
+            return
+        text = table.read_text(errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # the last line may be cut
+        rows: Any = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(whole.splitlines())]
+        rows = [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) < self._step]
+        self.kept = {(int(row["step"]), frozenset(row) - {"step"}) for row in rows}
+        if not rows:
+            table.unlink()
+            return
+        self.metrics = rows
+        with self._replacing() as part:
+            part.unlink()
+            self.save()
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with self._replacing():
+            super()._rewrite_with_new_header(fieldnames)
+
+    @contextmanager
+    def _replacing(self) -> Iterator[Path]:
+        """Let the table be changed as a copy of it, which takes its place."""
+        table = Path(self.metrics_file_path)
+        with replaced(table) as part:
+            shutil.copyfile(table, part)
+            self.metrics_file_path = str(part)
+            yield part
+            self.metrics_file_path = str(table)
+
+
 class MetricsTable(CSVLogger):
-    """`metrics.csv` of a run. A resumed run keeps the rows before its first step.
+    """`metrics.csv` of a run. A resumed run keeps the rows before its first step, and has each row once.
 
     Args:
         directory: of the run.
@@ -126,14 +168,15 @@ class MetricsTable(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Return Lightning's writer; it deletes an existing table, so the rows to keep are written again."""
         if self._experiment is None:
-            table = Path(self.log_dir) / "metrics.csv"
-            lines = table.read_text().splitlines() if table.is_file() else []
-            writer: Any = super().experiment
-            writer.metrics = [row for row in csv.DictReader(lines) if int(row["step"]) < self._step]
-            writer.save()
-        return super().experiment
+            self._experiment = _Table(self.log_dir, self._step)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Add a row, unless it was measured again because the run was cut off after it."""
+        if (step, frozenset(metrics)) not in self.experiment.kept:
+            super().log_metrics(metrics, step)
 
 
 def versions() -> dict[str, str]:
