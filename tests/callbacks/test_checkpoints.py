@@ -1,10 +1,16 @@
 """Which checkpoints a run leaves behind."""
 
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from timm.layers import DropPath
+from torch.utils.data import DataLoader
 
 from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.data.classification import ImageData
@@ -165,3 +171,129 @@ def test_a_run_cut_off_anywhere_ends_as_one_in_one_go(folder, tmp_path, hook, ac
     assert resumed_steps == steps
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
+class Rows(CSVLogger):
+    """Keeps what is logged, by step and names."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.rows = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.rows[step, *sorted(metrics)] = sorted(metrics.values())
+
+
+class Measured(BoringModel):
+    """Has a validation and, as a probe, a measurement at the end of an epoch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", self.layer.weight.sum())
+
+    def on_train_epoch_end(self):
+        self.log("probe", self.layer.weight.norm())
+
+    def train_dataloader(self):
+        images = torch.randn(BATCHES, 32, generator=torch.Generator().manual_seed(0))
+        return Positions(images, self.trainer)
+
+
+class Positions(DataLoader):
+    """Goes on with the next batch, as the loader of our data does."""
+
+    def __init__(self, images, trainer):
+        super().__init__(images)
+        self.trainer = trainer
+
+    def __iter__(self):
+        seen = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        yield from islice(super().__iter__(), seen, None)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class Killed(BaseException):
+    pass
+
+
+class CutAt(Callback):
+    """Ends a run at the nth of the hooks that follow a batch."""
+
+    def __init__(self, place=None):
+        self.place, self.passed = place, []
+        for hook in AFTER_A_BATCH:
+            setattr(self, hook, partial(self.passes, hook))
+
+    def passes(self, hook, *arguments):
+        self.passed.append(hook)
+        if len(self.passed) == self.place:
+            raise Killed
+
+
+AFTER_A_BATCH = ("on_validation_start", "on_validation_batch_end", "on_validation_end", "on_train_epoch_end")
+AFTER_A_BATCH = (*AFTER_A_BATCH, "on_train_epoch_start", "on_train_batch_start", "on_train_end")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
+@pytest.mark.parametrize("saved", [True, False], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 2},
+        {"max_epochs": 2, "limit_val_batches": 0},
+        {"max_epochs": 2, "check_val_every_n_epoch": 2},
+        {"max_epochs": 2, "val_check_interval": 0.5},
+        {"max_steps": 6},
+    ],
+    ids=str,
+)
+def test_what_follows_a_batch_is_made_up_for(options, saved, tmp_path):
+    """Wherever a run is cut off, its weights, its best ones and its rows are those of a run in one go."""
+
+    def run(name, cut, **resume):
+        seed_everything(0)
+        monitor = "probe" if "limit_val_batches" in options else "score"
+        named = {"filename": "best", "monitor": monitor, "enable_version_counter": False}
+        often = {} if monitor == "score" and len(options) > 1 else {"every_n_epochs": 1}
+        saving = Checkpoints(
+            tmp_path / name, save_last=True, save_on_exception=saved or cut.place is None, **named, **often
+        )
+        rows = Rows(tmp_path / name)
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=rows,
+            log_every_n_steps=1,
+            callbacks=[cut, saving],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **({"limit_val_batches": 2} | options),
+        )
+        with suppress(Killed):
+            trainer.fit(Measured(), weights_only=True, **resume)
+        return rows.rows
+
+    whole = run("whole", every := CutAt())
+    for place in range(1, len(every.passed) + 1, 3):
+        before = run(str(place), CutAt(place))
+        last = tmp_path / str(place) / "last.ckpt"
+        step = step_of(last) if last.is_file() else 0
+        after = run(str(place), CutAt(), ckpt_path=str(last) if step else None)
+        before = {key: row for key, row in before.items() if key[0] < step}
+        assert before | after == whole, every.passed[place - 1]
+        for name in ("best.ckpt", "last.ckpt"):
+            expected, found = (
+                torch.load(tmp_path / each / name, weights_only=True)["state_dict"]
+                for each in ("whole", str(place))
+            )
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
@@ -113,14 +112,14 @@ def test_a_run_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path, mon
     class Killed(BaseException):
         pass
 
-    def half(io, checkpoint, path, storage_options=None):
-        save(io, checkpoint, path)
-        if checkpoint["global_step"] == 4:
-            Path(path).write_bytes(Path(path).read_bytes()[:1000])
+    def half(file, contents):
+        files.append(file)
+        write(file, contents if len(files) < 2 else contents[:1000])
+        if len(files) == 2:
             raise Killed
 
-    save = TorchCheckpointIO.save_checkpoint
-    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", half)
+    files, write = [], Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", half)
     saving = Checkpoints(tmp_path, save_top_k=0, save_last=True, every_n_train_steps=2)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"accelerator": "cpu", "limit_val_batches": 0}

@@ -139,7 +139,7 @@ class Checkpoints(ModelCheckpoint):
             return
         try:
             if self.save_on_exception and self._last_step != trainer.global_step:
-                batches = trainer.fit_loop.epoch_loop.batch_progress.current
+                batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
                 if batches.processed != batches.completed:  # it is not logged yet
                     trainer._logger_connector.update_train_step_metrics()  # private
                 self._last_is_due = True
