@@ -112,3 +112,9 @@ def test_a_thread_leaves_a_full_disk_to_who_waits_for_it(capsys):
     said = capsys.readouterr().err
     assert "a fault of ours" in said
     assert "No space left" not in said
+
+
+def test_a_package_that_an_option_needs_is_named(capsys):
+    missing = ModuleNotFoundError("Requirement 'wandb>=0.12.10' not met.")
+    line, code = answered(caused(ValueError("trainer.logger"), missing), capsys)
+    assert (line, code) == ("Requirement 'wandb>=0.12.10' not met.", 2)

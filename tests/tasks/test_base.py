@@ -5,7 +5,14 @@ from functools import partialmethod
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino, Distillation
@@ -98,6 +105,27 @@ def test_averaged_weights_are_saved_and_resumed(tmp_path):
 def test_a_second_average_is_refused():
     with pytest.raises(InputError, match=r"model\.ema: the teacher is a moving average already"):
         Dino(ema=0.99).check(trainer(max_epochs=20), training=True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "callback"),
+    [
+        (Dino, EMAWeightAveraging()),
+        (Dino, StochasticWeightAveraging(1e-3)),
+        (Classification, StochasticWeightAveraging(1e-3)),
+        (Classification, LearningRateFinder()),
+        (Classification, BatchSizeFinder()),
+        (Classification, BackboneFinetuning()),
+    ],
+    ids=lambda each: each.__name__ if isinstance(each, type) else type(each).__name__,
+)
+def test_callbacks_that_would_change_what_the_options_say_are_refused(cls, callback):
+    with pytest.raises(InputError, match=f"no {type(callback).__name__} here: "):
+        cls().check(trainer(callback, max_epochs=20), training=True)
+
+
+def test_an_average_is_fit_for_what_has_none():
+    Classification().check(trainer(EMAWeightAveraging(), max_epochs=20), training=True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from locat_lightning.commands.fit import main
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation import gather
 from locat_lightning.tasks import Classification
-from locat_lightning.tasks.prediction_files import file_names, write_classes
+from locat_lightning.tasks.prediction_files import file_names, write_classes, write_table
 
 DATA = SimpleNamespace(predict_paths=[f"{i}.jpg" for i in range(4)])
 
@@ -21,6 +22,18 @@ DATA = SimpleNamespace(predict_paths=[f"{i}.jpg" for i in range(4)])
 def part(*rows):
     positions, probabilities = zip(*rows, strict=True)
     return torch.tensor(positions), torch.tensor(probabilities)
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_it_is(tmp_path):
+    path = os.fsdecode(b"caf\xe9.jpg")
+    write_table(
+        tmp_path / "run" / "predictions.csv", [path], torch.tensor([[0.25, 0.75]]), ["ant", "bier\u00e9"]
+    )
+    found = (tmp_path / "run" / "predictions.csv").read_bytes().splitlines()
+    assert found == [
+        "path,class,ant,bier\u00e9".encode(),
+        b"caf\xe9.jpg," + "bier\u00e9,0.250000,0.750000".encode(),
+    ]
 
 
 def read(folder):

@@ -59,6 +59,8 @@ REMEDIES = {
 }
 
 
+# The last of these: a package that an option needs.
+MISTAKES = (InputError, MisconfigurationException, ModuleNotFoundError)
 # How Lightning's errors about options begin that are not a MisconfigurationException.
 SAID_BY_LIGHTNING = ("`val_check_interval`", "Early stopping conditioned on metric")
 
@@ -156,7 +158,7 @@ def _mistake(chain: list[BaseException]) -> str | None:
     """Return what the user can correct of an error or of one that it came from; None if there is nothing."""
     for each in chain:
         said = str(each).strip()
-        if isinstance(each, InputError | MisconfigurationException) or said.startswith(SAID_BY_LIGHTNING):
+        if isinstance(each, MISTAKES) or said.startswith(SAID_BY_LIGHTNING):
             return said
     of_parser = [str(each) for each in chain if isinstance(each, ArgumentError)]
     if not of_parser:

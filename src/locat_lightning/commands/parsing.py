@@ -1,6 +1,7 @@
 """Parsing that all commands share: configs by name, options of weights, suggestions for unknown options."""
 
 import argparse
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ ALIASES = {
 }
 set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value will do, it stays a value
 # jsonargparse writes a config again when its class is replaced by another, but its restricted numbers are of
-# subclasses, which YAML by itself does not write.
+# subclasses, which YAML by itself does not write, and some defaults of Lightning's are enums.
 yaml.SafeDumper.add_multi_representer(int, SafeRepresenter.represent_int)
 yaml.SafeDumper.add_multi_representer(float, SafeRepresenter.represent_float)
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, each: dumper.represent_data(each.value))
 
 
 class ConfigByName(ActionConfigFile):

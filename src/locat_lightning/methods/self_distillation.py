@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +15,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Pretraining
 from locat_lightning.schedules import cosine, linear_warmup
+from locat_lightning.tasks.base import UNFIT
+
+AVERAGED = "the teacher is a moving average already (see model.momentum)"
 
 
 class Network(nn.Module):
@@ -53,6 +57,8 @@ class SelfDistillation(Pretraining):
         options: those of every pre-training (`Pretraining`).
     """
 
+    unfit = UNFIT | {WeightAveraging: AVERAGED}
+
     def __init__(
         self,
         backbone: str = "locatvit_small",
@@ -88,7 +94,7 @@ class SelfDistillation(Pretraining):
     def check(self, trainer: Trainer, *, training: bool) -> None:
         super().check(trainer, training=training)
         if self.hp.ema is not None:
-            raise InputError("model.ema: the teacher is a moving average already (see model.momentum)")
+            raise InputError(f"model.ema: {AVERAGED}")
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
         backbones = (make_backbone() for _ in range(2))

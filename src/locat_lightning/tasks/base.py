@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -26,6 +32,14 @@ from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefin
 from locat_lightning.schedules import linear_rule
 from locat_lightning.tasks.watch import Watched
 
+# Callbacks of Lightning that would change what a task computes from its options, and what to do instead.
+UNFIT: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "it would replace the schedule; --model.ema averages the weights",
+    LearningRateFinder: "the schedule follows from --model.lr: compare short runs with several",
+    BatchSizeFinder: "the schedule follows from --data.batch_size: set that",
+    BackboneFinetuning: "freeze parameters in a callback of your own, in on_fit_start",
+}
+
 
 class Task(Watched):
     """A LightningModule around a backbone, which knows the size of its run and answers for itself.
@@ -40,6 +54,7 @@ class Task(Watched):
     """
 
     backbone: nn.Module
+    unfit = UNFIT
     _seed: int | None = None  # of the run
 
     def __init__(
@@ -128,6 +143,10 @@ class Task(Watched):
             check_arguments(self.hp.backbone, noted_arguments(self.hp))
         if self.weights is not None:
             check_source(self.weights)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for unfit, instead in self.unfit.items():
+                if isinstance(callback, unfit):
+                    raise InputError(f"trainer.callbacks: no {type(callback).__name__} here: {instead}")
         epochs, warmup = trainer.max_epochs or 0, self.hp.get("warmup_epochs", 0)
         if training and trainer.max_steps == -1 and epochs > 0 and epochs <= warmup:
             raise InputError(

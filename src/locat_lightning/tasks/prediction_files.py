@@ -16,12 +16,15 @@ from locat_lightning.figures.segmentation import painted
 def write_table(file: Path, paths: Iterable[str], probabilities: Tensor, class_names: Sequence[str]) -> None:
     """Write a CSV with a row for each image: path, class, and the probability of every class.
 
-    `probabilities` is [images, classes]; without `class_names`, classes are labels' numbers. The directory of
-    the file may not exist yet.
+    Paths are written in the bytes of the file system, all else in UTF-8. `probabilities` is [images,
+    classes]; without `class_names`, classes are labels' numbers. The directory of the file may not exist yet.
     """
     names = list(class_names) or [str(label) for label in range(probabilities.shape[1])]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(file) as part, part.open("w", newline="") as opened:
+    with (
+        replaced(file) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened,
+    ):
         writer = csv.writer(opened)
         writer.writerow(["path", "class", *names])
         for path, row in zip(paths, probabilities, strict=True):
