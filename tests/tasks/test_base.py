@@ -125,7 +125,7 @@ def test_callbacks_that_would_change_what_the_options_say_are_refused(cls, callb
 
 
 def test_an_average_is_fit_for_what_has_none():
-    Classification().check(trainer(EMAWeightAveraging(), max_epochs=20), training=True)
+    Classification().check(trainer(EMAWeightAveraging(), max_epochs=30), training=True)
 
 
 @pytest.mark.parametrize(
