@@ -21,8 +21,8 @@ from locat_lightning.tasks.base import Task
 CLASSES: dict[str, type] = {"model": Task, "data": ImageModule, "views": ViewTransform}
 # Options of the trainer and of the checkpoints that are code, or say where files are written.
 NOT_DATA = {"callbacks", "logger", "plugins", "profiler", "default_root_dir", "model_registry"}
-NOT_DATA |= {"dirpath", "filename"}
-UNUSED = (None, True, False, "best")  # their values if they are not used
+NOT_DATA |= {"dirpath"}
+UNUSED = (None, True, False)  # their values if they are not used
 
 
 def check_weights(weights: str) -> None:
@@ -84,14 +84,16 @@ def read_record(file: Path, groups: Iterable[str]) -> dict[str, Any]:
     chosen, left_out = {key: config[key] for key in groups if key in config}, []
     for group in chosen.keys() & {"trainer", "checkpoint"}:
         own = chosen[group] if isinstance(chosen[group], dict) else {}
-        chosen[group] = {k: v for k, v in own.items() if k not in NOT_DATA and _is_data(v)}
+        chosen[group] = {k: v for k, v in own.items() if k not in NOT_DATA and _is_data(k, v)}
         left_out += [f"{group}.{k}" for k in own.keys() - chosen[group].keys() if own[k] not in UNUSED]
     known: dict[str, Any] = plain(chosen, file, classes=CLASSES)
     known["data"]["init_args"].pop("download", None)  # done already, to a place that the record would choose
     return known | {"name": file.parent.parent.name, "runs": str(file.parents[2]), "left_out": left_out}
 
 
-def _is_data(value: Any) -> bool:
-    """Check that an option of the trainer is no path of Python's: no name of Lightning's has a dot."""
-    parts = value if isinstance(value, list) else [value]
+def _is_data(option: str, value: Any) -> bool:
+    """Check that an option of trainer or checkpoints is no path of Python's, nor leads out of the run."""
+    if option == "filename":
+        return not Path(str(value)).is_absolute() and ".." not in str(value)
+    parts = value if isinstance(value, list) else [value]  # no name of Lightning's has a dot
     return all(isinstance(part, int | float) or part is None or "." not in str(part) for part in parts)
