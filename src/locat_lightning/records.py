@@ -5,9 +5,14 @@ give them plain values; all else is taken from the command line and from `--conf
 """
 
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any
 
+from torch import Tensor
+
 from locat_lightning.errors import InputError
+
+LARGEST = 2**32 - 1  # whole number of an option or a count; numpy takes no larger seed
 
 
 def plain(value: Any, file: object, option: str = "", classes: Mapping[str, type] | None = None) -> Any:
@@ -37,6 +42,41 @@ def plain(value: Any, file: object, option: str = "", classes: Mapping[str, type
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise refused(file, f"{option} is a {type(value).__name__}")
+
+
+def check_like(found: Any, own: Any, file: object, place: str) -> None:
+    """Check that a state in a checkpoint has the structure of the one that would be written now.
+
+    Args:
+        found: of mappings, lists and single values; entries besides those of `own` may be anything single.
+        own: the state to compare with; null stands for any single value.
+        file: for the message.
+        place: dotted name of the state, for the message.
+
+    Raises:
+        InputError: it lacks an entry, or has a value of another kind, or a number that counts nothing.
+    """
+    if isinstance(own, Mapping) and isinstance(found, Mapping) and own.keys() <= found.keys():
+        for key, value in found.items():
+            check_like(value, own.get(key), file, f"{place}.{key}")
+        return
+    if isinstance(own, list | tuple) and isinstance(found, list | tuple) and len(own) == len(found):
+        for number, (value, like) in enumerate(zip(found, own, strict=True)):
+            check_like(value, like, file, f"{place}.{number}")
+        return
+    if isinstance(own, bool | str):
+        fits = isinstance(found, type(own))
+    elif isinstance(own, int):
+        fits = type(found) is int and 0 <= found <= LARGEST
+    elif isinstance(own, float):
+        fits = type(found) in (int, float) and isfinite(found)
+    else:
+        single = not isinstance(found, Tensor) or found.numel() == 1
+        fits = single and not isinstance(own, Mapping | list | tuple)
+    if not fits:
+        kind = type(found).__name__
+        shown = f"{found!r:.60}" if isinstance(found, str | int | float | None) else f"a {kind}"
+        raise InputError(f"{file}: {place} ({shown}) is not what a run has there: take another checkpoint")
 
 
 def refused(file: object, choice: str) -> InputError:

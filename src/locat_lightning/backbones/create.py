@@ -65,8 +65,10 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
         model: nn.Module = timm.create_model(name, **own)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"model.backbone_args do not fit {name}: {str(error) or arguments}") from error
-    except (KeyError, ArithmeticError) as error:  # whose messages alone say nothing
+    except (LookupError, ArithmeticError, AttributeError) as error:  # whose messages alone say nothing
         raise InputError(f"model.backbone_args do not fit {name}: {error!r} of {arguments}") from error
+    if 0 in (getattr(getattr(model, "patch_embed", None), "grid_size", None) or ()):
+        raise InputError(f"model.backbone_args: a patch of {name} is larger than its images ({arguments})")
     try:
         return model if locat is None else add_locat(model, **locat)
     except (TypeError, ValueError) as error:
@@ -83,8 +85,10 @@ def create_for_any_size(name: str, arguments: dict[str, Any] | None) -> nn.Modul
 
 def noted_arguments(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `create_backbone` in a task's hyper-parameters: `backbone_args` and `locat`."""
-    locat = hyper_parameters.get("locat")
-    return (hyper_parameters.get("backbone_args") or {}) | ({} if locat is None else {"locat": locat})
+    locat, arguments = hyper_parameters.get("locat"), hyper_parameters.get("backbone_args")
+    if not isinstance(arguments, Mapping | None):
+        raise InputError(f"backbone_args has to be a dictionary, not a {type(arguments).__name__}")
+    return dict(arguments or {}) | ({} if locat is None else {"locat": locat})
 
 
 class Source(NamedTuple):

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +24,12 @@ RANDOM = "random"
 DECODER_OF = "decoder_of"  # key of a decoder's checkpoint: the frozen backbone that it was trained on
 
 # Keys of the weights in the checkpoints of training scripts, best first; DINO's two networks come before.
-CONTAINERS = ("state_dict_ema", "state_dict", "model_ema", "model")
+CONTAINERS = (
+    *("state_dict_ema", "ema_state_dict", "state_dict", "model_state_dict"),
+    *("model_ema", "model", "net"),
+)
+
+CHUNK = re.compile(r"(?<=blocks\.)\d+\.(?=\d+\.)")  # DINOv2's: blocks.0.7 is block 7
 
 LOCAT = (GaussianAugmentation, GaussianMixture, PatchRefinement)
 
@@ -149,6 +155,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
     if damaged is not None:
         raise InputError(f"{path} is damaged ({damaged} has another checksum than when it was written)")
+    for key in {"hyper_parameters", DECODER_OF} & contents.keys():
+        if not isinstance(contents[key], dict):
+            raise InputError(f"{path}: {key} is a {type(contents[key]).__name__}, not a dictionary")
     for weights in (contents, *(contents.get(name) for name in (*get_args(Role), *CONTAINERS))):
         for name, value in weights.items() if isinstance(weights, dict) else ():
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
@@ -188,6 +197,9 @@ def pretrained(name: str, **arguments: Any) -> nn.Module:
 def _below_prefix(state: dict[str, Tensor], model: nn.Module, network: Role) -> dict[str, Tensor]:
     """Return the part of a state dict below the prefix (`module.`, `backbone.`, …) with most of the model."""
     own = list(model.state_dict())
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # torch.compile's
+    if not any(CHUNK.search(name) for name in own):
+        state = {CHUNK.sub("", name): value for name, value in state.items()}
     prefixes = {name.removesuffix(own[0]) for name in state if name.endswith(own[0])} | {""}
     best = max(
         sorted(prefixes),

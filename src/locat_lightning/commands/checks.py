@@ -9,23 +9,42 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from locat_lightning.errors import InputError
+from locat_lightning.records import LARGEST
+
+LONGEST = 200  # bytes of the name of a run, which is the beginning of a folder's name
 
 NUMBERS = {
     "accumulate_grad_batches": PositiveInt,
     "check_val_every_n_epoch": PositiveInt,
     "gradient_clip_val": NonNegativeFloat,
     "limit_train_batches": PositiveFloat,
+    "val_check_interval": PositiveFloat,
 }
 
 
-def check_numbers(trainer: Namespace) -> None:
-    """Check options of a trainer that Lightning takes whatever they are, and fails on later (`NUMBERS`)."""
+def check_numbers(config: Namespace) -> None:
+    """Check numbers that Lightning takes whatever they are, and fails on later (`NUMBERS`, and huge ones)."""
+    for option, value in config.items():
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise InputError(f"{option.replace('.init_args.', '.')}: {value} is above {LARGEST:,}")
     for option, type_ in NUMBERS.items():
+        value = config.trainer[option]
         try:
-            if trainer[option] is not None:
-                type_(trainer[option])
+            if isinstance(value, int | float):
+                type_(value)
         except ValueError as error:
             raise InputError(f"trainer.{option}: {error}") from error
+
+
+def check_name(name: str | None) -> None:
+    """Check that the name of a run, or of nested folders, is one of a folder below that of all runs."""
+    parts = Path(name or "run").parts
+    long = max(len(os.fsencode(part)) for part in parts) > LONGEST
+    if name and (long or ".." in parts or Path(name).is_absolute() or not name.isprintable()):
+        raise InputError(
+            f"--name: {name[:40]!r} is not the name of a folder in --runs: take at most {LONGEST} letters, "
+            "without '..' or control characters"
+        )
 
 
 def check_root(options: argparse.Namespace, dataset: str | None) -> None:

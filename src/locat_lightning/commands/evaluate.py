@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     config = parsing.parse(parser, arguments)
     config.weights = sources.local_dir(config.weights)
+    checks.check_name(config.name)
     checks.check_root(given, config.data.get("dataset"))
     autocast_type(config.precision)  # a mistake shows before anything is read
     directory = Path(config.runs) / (config.name or f"{_name_of(config.weights)}_{command}")

@@ -26,7 +26,13 @@ from locat_lightning.callbacks.record import MetricsTable, RunRecord
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.commands import defaults, resume
-from locat_lightning.commands.checks import check_numbers, check_processes, check_root, check_writable
+from locat_lightning.commands.checks import (
+    check_name,
+    check_numbers,
+    check_processes,
+    check_root,
+    check_writable,
+)
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import ConfigByName, decisive_options, mixed_precision, parse
 from locat_lightning.commands.sources import local_dir, record_of_run
@@ -112,7 +118,7 @@ class LocatCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Private: LightningCLI's parser of the command.
         self.config = parse(parser, args, self._subcommand_parsers[self._command])
-        check_numbers(self.config[self._command].trainer)
+        check_numbers(self.config[self._command])
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a resumed run has the options that it is given, not those of its checkpoint."""
@@ -124,6 +130,7 @@ class LocatCLI(LightningCLI):
                 f"locat {self.subcommand} needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained model)"
             )
+        check_name(config.name)
         check_root(self._given, config.get("data.init_args.dataset") if "data" in config else None)
         locat = (config.get("model.init_args.locat") if "model" in config else None) or {}
         if locat.get("start") == "identity" and config.weights is None and config.ckpt_path is None:
@@ -141,7 +148,7 @@ class LocatCLI(LightningCLI):
                 raise InputError("--weights starts a run, --ckpt_path resumes one: give only one of them")
             config.ckpt_path = None
             self._resumed = read_checkpoint(self._resume_from)
-            if "global_step" not in self._resumed:
+            if not isinstance(self._resumed.get("global_step"), int):
                 raise InputError(
                     f"--ckpt_path: {self._resume_from} is not a checkpoint of a run (see --weights)"
                 )
@@ -164,6 +171,7 @@ class LocatCLI(LightningCLI):
             config = self.config[self.subcommand]
             now = {"model": self.model.hparams, "data": self.datamodule.hparams}
             now |= resume.of_trainer(self.trainer, config.seed_everything)
+            resume.check_states(self._resumed, self.trainer, self._resume_from)
             before = resume.of_checkpoint(self._resumed)
             resume.check(before, now, allowed=config.allow_changes, checkpoint=self._resume_from)
         if isinstance(self.model, Task):  # not a module of the user's own

@@ -4,6 +4,7 @@ The schedules follow from the options of the whole run. Another batch size, numb
 in the middle of a run bends them, so none of these changes silently.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from locat_lightning.callbacks.record import flat_options
 from locat_lightning.data.base import ImageModule
 from locat_lightning.errors import InputError
+from locat_lightning.records import check_like
 
 OPTION = "allow_changes"
 IMAGES = "the number of training images"
@@ -82,6 +84,30 @@ def of_data(trainer: Trainer) -> dict[str, Any]:
     """Return what of the images shapes a training, once the data are set up: how many there are."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return {IMAGES: len(data.source("train"))} if isinstance(data, ImageModule) else {}
+
+
+def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) -> None:
+    """Check that a checkpoint has the structure of one that the trainer would write: `InputError` if not."""
+    states, callbacks = checkpoint.get("callbacks"), trainer.callbacks  # type: ignore[attr-defined]
+    known = states.keys() if isinstance(states, Mapping) else ()
+    own = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": "",
+        "state_dict": {},
+        "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+        "callbacks": {each.state_key: each.state_dict() for each in callbacks if each.state_key in known},
+    }
+    for key in own.keys() | ({RECORD, "hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys()):
+        check_like(checkpoint.get(key), own.get(key, {}), file, key)
+    counted = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+    steps = counted["optimizer"]["step"]["total"]["completed"]
+    if steps != checkpoint["global_step"] or not re.match(
+        r"\d+\.\d", checkpoint["pytorch-lightning_version"]
+    ):
+        raise InputError(
+            f"{file} contradicts itself, so that no run can resume from it: take another checkpoint"
+        )
 
 
 def of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from locat_lightning.backbones.create import check_arguments, noted_arguments
 from locat_lightning.backbones.weights import check_source
-from locat_lightning.errors import InputError, check_finite
+from locat_lightning.errors import InputError, check_finite, in_a_line
 from locat_lightning.evaluation.dense import patch_features
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.validation import validation_figure
@@ -152,6 +152,13 @@ class Task(Watched):
             raise InputError(
                 f"model.warmup_epochs ({warmup:g}) has to be less than trainer.max_epochs ({epochs})"
             )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Load the weights of a checkpoint: `InputError` if they are not of this model."""
+        try:
+            return super().load_state_dict(state_dict, *args, **options)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise InputError(f"the weights of the checkpoint do not fit: {in_a_line(error)[:200]}") from error
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Prepare to resume from a checkpoint, given without its weights: read no others."""

@@ -1,0 +1,42 @@
+"""Fields of a checkpoint and of a run's record that are something else."""
+
+import pytest
+import torch
+
+from locat.command import main
+from tests.commands.runs import LAST
+
+pytestmark = pytest.mark.usefixtures("workplace")
+
+RESUMED = ["fit", "--ckpt_path", str(LAST)]
+# Without them no run can resume: whatever else is there, it is refused.
+NEEDED = (
+    *("global_step", "epoch", "pytorch-lightning_version", "state_dict", "loops", "callbacks"),
+    *("hyper_parameters", "run"),
+)
+
+
+def code_of(arguments, capsys):
+    """The exit code of a command; what it says of a mistake is one line."""
+    capsys.readouterr()
+    try:
+        main(arguments)
+    except SystemExit as end:
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(errors) == 1, errors
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("field", NEEDED)
+def test_a_resumed_run_refuses_a_field_that_is_of_another_kind(field, trained, capsys):
+    contents = torch.load(LAST, weights_only=True)
+    for value in ("word", [1, "a"], 0.5, 10**20):
+        torch.save(contents | {field: value}, LAST)
+        assert code_of(RESUMED, capsys) == 2, (field, value)
+
+
+def test_counts_that_contradict_each_other_are_refused(trained, capsys):
+    contents = torch.load(LAST, weights_only=True)
+    torch.save(contents | {"global_step": contents["global_step"] + 1}, LAST)
+    assert code_of(RESUMED, capsys) == 2
