@@ -123,9 +123,12 @@ def _describe(run: Path) -> tuple[str, str, str, str]:
         state = "training"
     elif (file := run / "metrics.json").is_file():
         try:
-            state, metrics = "finished", dict(json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError):
-            state = "finished, but metrics.json cannot be read"
+            found = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError):
+            found = None
+        is_record = isinstance(found, dict)
+        state = "finished" if is_record else "finished, but metrics.json cannot be read"
+        metrics = found if is_record else {}
     else:
         state = "interrupted" if (run / "checkpoints" / "last.ckpt").is_file() else "no checkpoint"
     # To parse the YAML of many runs takes seconds.

@@ -1,6 +1,7 @@
 """The list of runs, and the lock of a run that trains."""
 
 import json
+import os
 from multiprocessing import Pipe, get_context
 from pathlib import Path
 
@@ -113,3 +114,15 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
         part.write_text("after")
     assert file.read_text() == "after"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("text", ["", "[[1, 2]]", "3", "null", '"x"', "[" * 100_000, "\udce9"])
+def test_a_foreign_record_hides_no_other_run(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a", text), ("b", '{"val/top1": 0.5}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_bytes(os.fsencode(content))
+    (tmp_path / "a" / "config.yaml").write_bytes(b"seed_everything: 3\xe9\nckpt_path: \xff")
+    _, first, second = runs.list_runs(Path()).splitlines()
+    assert "finished, but metrics.json cannot be read" in first
+    assert "val/top1 0.5" in second

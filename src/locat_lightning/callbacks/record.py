@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -81,6 +82,7 @@ class RunRecord(SaveConfigCallback):
         if not self.already_saved or not trainer.is_global_zero or directory is None:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(DURING)}
+        metrics = {k: v for k, v in metrics.items() if isfinite(v)}  # a probe that did not measure says NaN
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, Checkpoints) and checkpoint.best_model_score is not None:
                 metrics[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
