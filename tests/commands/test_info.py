@@ -15,7 +15,7 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_head
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(info, "images_per_second", lambda *_, **__: 12.25)
+    monkeypatch.setattr(info.cost, "images_per_second", lambda *_, **__: 12.25)
 
 
 def numbers(capsys, *arguments):

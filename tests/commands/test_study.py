@@ -21,8 +21,13 @@ from locat_lightning.commands.study import command, steps
 from locat_lightning.commands.study.folders import some_of_each_class, unpacked
 from locat_lightning.commands.study.pictures import lines_figure, points_figure
 from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Step
-from locat_lightning.commands.study.report import difference_between, in_words, write_report
-from locat_lightning.commands.study.statistics import Difference, paired_difference
+from locat_lightning.commands.study.report import (
+    Difference,
+    difference_between,
+    in_words,
+    paired_difference,
+    write_report,
+)
 from locat_lightning.errors import InputError
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -23,12 +23,7 @@ from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import add_backbone_options, command_parser, mixed_precision, parse
 from locat_lightning.commands.sources import check_weights, local_dir
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.cost import (
-    activation_bytes,
-    count_parameters,
-    images_per_second,
-    multiply_adds,
-)
+from locat_lightning.evaluation import cost
 from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.inspection import kernel_widths
 
@@ -43,8 +38,9 @@ def main(arguments: list[str]) -> None:
     """Run `locat info …`."""
     parser = command_parser("info", DESCRIPTION)
     add = parser.add_argument
-    help_ = "timm's name of a model (without weights), or weights, as --weights elsewhere"
-    add("model", type=str, help=help_)
+    add(
+        "model", type=str, help="timm's name of a model (without weights), or weights, as --weights elsewhere"
+    )
     add_backbone_options(parser)
     add("--batch_size", type=PositiveInt, default=16, help="images at once, for the throughput")
     add("--device", type=str | None, default=None, help="torch's name of it; a GPU if there is one")
@@ -74,8 +70,9 @@ def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained
     """
     size = tuple(get_model_input_config(model)["input_size"])
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    batch = image.expand(batch_size, -1, -1, -1)
     precision = mixed_precision() if device.type == "cuda" else None
-    parameters, of_gaug = count_parameters(model)
+    parameters, of_gaug = cost.count_parameters(model)
     threads = torch.get_num_threads()
     of_cpu = f"{device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
     widths = kernel_widths(model, _photographs(model, size).to(device)) if trained else []
@@ -85,11 +82,9 @@ def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained
         "gaug_parameters": of_gaug,
         "image_size": size,
         "grid": _grid(model, size),
-        "multiply_adds": multiply_adds(model, image),
-        "activation_bytes": activation_bytes(model, image),
-        "images_per_second": images_per_second(
-            model, image.expand(batch_size, -1, -1, -1), autocast_dtype=autocast_type(precision)
-        ),
+        "multiply_adds": cost.multiply_adds(model, image),
+        "activation_bytes": cost.activation_bytes(model, image),
+        "images_per_second": cost.images_per_second(model, batch, autocast_dtype=autocast_type(precision)),
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else of_cpu,
         "precision": precision or "32-true",

@@ -33,12 +33,7 @@ LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
 
 def draw_colour(rng: np.random.Generator, blur: Sequence[float], solarize: Sequence[float]) -> Tensor:
-    """Draw what happens to the colours of an image's V views.
-
-    Args:
-        rng: where the random numbers come from.
-        blur: V probabilities of a Gaussian blur.
-        solarize: V probabilities of inverting the bright pixels.
+    """Draw what happens to the colours of an image's V views, blurred and solarized with V probabilities.
 
     Returns:
         float32 [V, 8], columns `BRIGHTNESS` to `SOLARIZE`: three factors, a shift of the hue in turns, the
@@ -146,11 +141,7 @@ def _saturation(x: Tensor, factor: Tensor) -> None:
 
 
 def turn_hue(x: Tensor, turns: Tensor) -> None:
-    """Turn the hue of HSV by at most 1/6 of a turn, without computing saturation and value.
-
-    Args:
-        x: RGB from 0 to 1, [N, 3, H, W], changed in place.
-        turns: [N, 1, 1, 1], shares of a full turn.
+    """Turn the hue of RGB pixels [N, 3, H, W] from 0 to 1, in place, by [N, 1, 1, 1] of at most 1/6 turn.
 
     With u, v, w = (red, green, blue - smallest) / chroma, one of them 0 and one 1, the hue in sixths of a
     turn, -3 to 3 with red at 0, is ±(1 - u + v + w), positive where green is above blue. A channel is at its

@@ -112,14 +112,11 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def distort_colours(pixels: Tensor) -> None:
-    """Change brightness, contrast, saturation and hue, each with probability 1/2, in place.
+    """Change brightness, contrast, saturation and hue of RGB pixels [3, H, W] from 0 to 1, in place.
 
-    torchvision draws the changes, which are applied as mmsegmentation does: brightness is added, contrast
-    and saturation are factors, the hue is turned. torchvision would multiply the brightness, change contrast
-    and saturation about grey values, and permute the channels.
-
-    Args:
-        pixels: RGB from 0 to 1, [3, H, W].
+    torchvision draws the changes, each with probability 1/2. They are applied as mmsegmentation does:
+    brightness is added, contrast and saturation are factors, the hue is turned. torchvision would multiply
+    the brightness, change contrast and saturation about grey values, and permute the channels.
     """
     drawn = DISTORTION.make_params([pixels])
     contrast = drawn["contrast_factor"]

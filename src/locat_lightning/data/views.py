@@ -194,10 +194,7 @@ class MultiCrop(ViewTransform):
 def draw_boxes(rng: np.random.Generator, size: tuple[int, int], scales: np.ndarray) -> np.ndarray:
     """Draw the boxes of an image's V views as torchvision's `RandomResizedCrop` does.
 
-    Args:
-        rng: the image's own generator.
-        size: the image's (width, height) in pixels.
-        scales: [V, 2], smallest and largest share of the image's area.
+    `size` is (width, height), `scales` [V, 2] the smallest and largest share of the image's area.
 
     Returns:
         int [V, 4]: left, top, width, height. Where ten attempts do not fit, the largest central box of an

@@ -31,11 +31,7 @@ def unpacked(source: Path, beneath: Path, option: str) -> Path:
 def some_of_each_class(root: Path, count: int, beneath: Path, option: str) -> Path:
     """Return a folder in `beneath` with links to some training images of each class, chosen at random once.
 
-    Args:
-        root: has `train/` with a folder for each class; whatever else it has is linked as it is.
-        count: images of each class; a class with fewer keeps all.
-        beneath: directory to make it in.
-        option: that gave `root`, for errors.
+    What `root` has beside `train/` is linked as it is. A class with fewer than `count` images keeps all.
     """
     chosen = beneath / f"{root.name}_{count}_per_class"
     if chosen.is_dir():

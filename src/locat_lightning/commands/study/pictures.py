@@ -27,6 +27,7 @@ from locat_lightning.figures.segmentation import class_column, class_legend
 IMAGES, SIDE = 4, 120  # rows, and the shorter side of a tile in pixels
 LEGEND: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}  # beside the axes
 Points = Sequence[tuple[float, float]]
+Places = Mapping[str, Path]  # of the runs of each arm
 
 
 def draw(study: Study, results: Results, directory: Path, folders: Mapping[str, str]) -> dict[str, Figure]:
@@ -81,7 +82,7 @@ def lines_figure(arms: Mapping[str, Sequence[float]], x: str, y: str, *, level: 
     return figure
 
 
-def features_figure(arms: Mapping[str, Path], step: Step, folders: Mapping[str, str]) -> Figure:
+def features_figure(arms: Places, step: Step, folders: Mapping[str, str]) -> Figure:
     """Draw the principal components of each arm's patch features on the validation images of a step."""
     data = _data(next(iter(arms.values())) / step.run, step, folders)
     images = torch.stack([image for image, *_ in spaced_items(data.val_dataloader(), IMAGES)])
@@ -93,9 +94,7 @@ def features_figure(arms: Mapping[str, Path], step: Step, folders: Mapping[str, 
     return grid(columns, shown, SIDE)
 
 
-def predictions_figure(
-    arms: Mapping[str, Path], predicted: Step, trained: Step, folders: Mapping[str, str]
-) -> Figure:
+def predictions_figure(arms: Places, predicted: Step, trained: Step, folders: Mapping[str, str]) -> Figure:
     """Draw the label maps that a step of each arm predicted for some validation images of another."""
     data = _data(next(iter(arms.values())) / trained.run, trained, folders)
     source = data.source("val")

@@ -188,6 +188,5 @@ class Study:
 
 
 def _check(option: str, name: str, known: Collection[str]) -> None:
-    """Check that a name is a known one."""
     if name not in known:
         raise InputError(f"{option}: {name!r} is not one of {', '.join(known) or 'none'}{near(name, known)}")

@@ -1,16 +1,18 @@
 """The report of a study: a page of tables, words and pictures of the results so far."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import inf, sqrt
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 from jinja2 import Template
+from scipy.stats import t as student
 
 from locat.runs import write_json
 from locat_lightning.commands.study.pictures import draw
 from locat_lightning.commands.study.plan import Study
-from locat_lightning.commands.study.statistics import Difference, paired_difference
 from locat_lightning.commands.study.steps import Results, by_seed
 
 NOTHING = "–"  # noqa: RUF001 - an empty cell
@@ -29,16 +31,7 @@ COST = {  # title, scale and format of each number
 def write_report(
     page: Path, study: Study, results: Results, directory: Path, folders: Mapping[str, str], command: str
 ) -> None:
-    """Write a Markdown page with the results so far, its pictures and a `.json` beside it.
-
-    Args:
-        page: the Markdown file.
-        study: what was planned.
-        results: of the finished arms and seeds (`read_results`).
-        directory: of the study's runs.
-        folders: that the study reads, by name.
-        command: that writes the page.
-    """
+    """Write a Markdown page with the results of `read_results`, its pictures and a `.json` beside it."""
     write_json(page.with_suffix(".json"), {"command": command, "results": results})
     figures = draw(study, results, directory, folders)
     for name, figure in figures.items():
@@ -78,6 +71,22 @@ def write_report(
         baselines=dict.fromkeys(map(study.baseline_of, study.arms)),
     )
     page.write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+class Difference(NamedTuple):
+    """A mean of paired differences and its 95 % interval, which has no ends for a single pair."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+
+def paired_difference(differences: Sequence[float]) -> Difference:
+    """Return the mean of paired differences with Student's 95 % interval, mean ± t · s / √n."""
+    n, middle = len(differences), mean(differences)
+    half = float(student.ppf(0.975, n - 1)) * stdev(differences) / sqrt(n) if n > 1 else inf
+    return Difference(middle, middle - half, middle + half, n)
 
 
 def difference_between(baseline: str, arm: str, measure: str, results: Results) -> Difference | None:

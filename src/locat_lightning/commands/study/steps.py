@@ -31,15 +31,9 @@ MISTAKE = 2  # exit code of a command that refuses its options
 
 
 def run_step(step: Step, directory: Path, folders: Mapping[str, str]) -> bool:
-    """Run a step unless it is finished, resuming it where possible, and record the outcome in `NAME.json`.
+    """Run a step unless it is finished, resuming it where possible; return whether it had to run.
 
-    Args:
-        step: to run.
-        directory: of the runs of its arm and seed.
-        folders: that the study reads, by name.
-
-    Returns:
-        Whether it had to run.
+    Its record, `NAME.json`, is in the directory of the runs of its arm and seed.
     """
     file, log, run = directory / f"{step.name}.json", directory / f"{step.name}.log", directory / step.run
     command = shlex.join(step.arguments({name: Path(folder).name for name, folder in folders.items()}))
