@@ -30,6 +30,7 @@ def code_of(arguments, capsys):
 
 @pytest.mark.parametrize("field", NEEDED)
 def test_a_resumed_run_refuses_a_field_that_is_of_another_kind(field, trained, capsys):
+    assert code_of(RESUMED, capsys) == 0  # as it is
     contents = torch.load(LAST, weights_only=True)
     for value in ("word", [1, "a"], 0.5, 10**20):
         torch.save(contents | {field: value}, LAST)

@@ -94,12 +94,13 @@ def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) ->
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": "",
-        "state_dict": {},
         "loops": {"fit_loop": trainer.fit_loop.state_dict()},
         "callbacks": {each.state_key: each.state_dict() for each in callbacks if each.state_key in known},
     }
     for key in own.keys() | ({RECORD, "hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys()):
         check_like(checkpoint.get(key), own.get(key, {}), file, key)
+    if not isinstance(checkpoint.get("state_dict"), Mapping):  # `Task.load_state_dict` compares the weights
+        raise InputError(f"{file} holds no weights of a run (state_dict): take another checkpoint")
     counted = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
     steps = counted["optimizer"]["step"]["total"]["completed"]
     if steps != checkpoint["global_step"] or not re.match(
