@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from locat.runs import replaced
@@ -86,6 +86,11 @@ class Checkpoints(ModelCheckpoint):
         own = Path(str(self.dirpath)) / Path(path).name
         return str(own) if own.is_file() else ""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Before other callbacks end: the averaging of weights then puts the average in their place.
+        trainer.callbacks = [LambdaCallback(on_train_end=self._write_at_the_end), *trainer.callbacks]  # type: ignore[attr-defined]
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -130,6 +135,9 @@ class Checkpoints(ModelCheckpoint):
             self._last_is_due = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: see `setup`."""
+
+    def _write_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_is_due = True
         self._write_last(trainer)
 
