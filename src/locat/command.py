@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from importlib import import_module
 from importlib.metadata import version
 
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(module: str, arguments: list[str]) -> None:
     given = sys.argv
+    is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
+    before = signal.signal(signal.SIGTERM, _end) if is_main else None
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
     sys.argv = [given[0], *arguments]
     try:
@@ -74,3 +77,11 @@ def _run(module: str, arguments: list[str]) -> None:
         sys.exit(1)
     finally:
         sys.argv = given
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: object) -> None:
+    """Leave as after Ctrl-C, so that nothing is left behind."""
+    signal.signal(number, signal.SIG_IGN)  # once
+    sys.exit(128 + number)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.commands.runs import FIT, LAST, RUN
+from tests.commands.test_fit_processes import wait_until_it_trains
 from tests.faults.conftest import is_sound, wait_for_the_end_of_all
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -66,12 +67,13 @@ def test_a_signal_while_python_starts(number, small, record_property):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
-def test_a_signal_to_two_processes_of_a_run(number, small, start_locat, record_property):
+def test_a_signal_to_two_processes_that_train(number, small, start_locat, record_property):
     moment = random.Random(int(number))
     both = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.num_workers", "1"]
     for _ in range(TRIES // 2):
         process, output = start_locat(*FIT, *small, *ENDLESS, *both)
-        process.join(60 if moment.random() < 0 else moment.uniform(8, 20))
+        wait_until_it_trains(process)
+        process.join(moment.uniform(0, 4))
         os.killpg(process.pid, number)
         wait_for_the_end_of_all(process)
         check(output.read_text(), process.exitcode, number)

@@ -100,8 +100,10 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have Lightning take up what `on_save_checkpoint` noted: its private loops, as they are restored."""
         super().on_train_start(trainer, pl_module)
-        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._record)  # Lightning restores what was there before the run
+        if threading.current_thread() is threading.main_thread():
+            # Lightning restores what was there before the run; its own handler is private.
+            own: Any = trainer._signal_connector._sigterm_notifier_fn
+            signal.signal(signal.SIGTERM, own if trainer.world_size == 1 else self._record)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
         loop: Any = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current

@@ -1,5 +1,6 @@
 """`locat fit`, `validate`, `test`, `predict`: LightningCLI with configs by name and a directory per run."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,8 @@ class LocatCLI(LightningCLI):
                 )
             if (record := record_of_run(self._resume_from)) is not None:
                 self._directory = record.parent
-        if self._directory is not None:
-            check_writable("--ckpt_path", self._directory)
-        else:
-            check_writable("--runs", Path(config.runs) / self._name(config))
+        option = "--runs" if self._directory is None else "--ckpt_path"
+        check_writable(option, self._directory or Path(config.runs) / self._name(config))
 
     def _name(self, config: Namespace) -> str:
         """Return the name of the directory that groups runs of this kind."""
@@ -197,6 +196,8 @@ class LocatCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if isinstance(trainer.accelerator, CPUAccelerator):
             check_processes(trainer.num_devices)
+        if trainer.world_size > 1:  # Lightning kills all processes when it sees that one has ended
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return trainer
 
     def _hold(self, config: Namespace) -> Path:

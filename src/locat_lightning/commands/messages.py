@@ -52,6 +52,9 @@ REMEDIES = {
     "OutOfMemory|out of memory|allocate memory|MemoryError": (
         "lower data.batch_size (and raise trainer.accumulate_grad_batches as much), or data.num_workers"
     ),
+    "gloo|Gloo|NCCL|ProcessGroup": (
+        "another process of the run has ended: see what it said, then resume the run with --ckpt_path last"
+    ),
     "DataLoader worker .*(killed|exited)": (
         "a process that reads images was ended from outside, perhaps because memory ran out: lower "
         "data.num_workers, then run the command again"
