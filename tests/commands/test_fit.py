@@ -719,3 +719,14 @@ def test_classes_may_have_names_of_their_own(small):
     assert saved["hyper_parameters"]["class_names"] == ["Ameise", "Biene", "Katze"]
     assert saved["data_classes"] == ["ant", "bee", "cat"]
     main(["validate", "--weights", str(LAST), *QUIET])
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(small, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classification, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main([*FIT, *small])
+    assert stopped.value.code == 130
+    assert not Path("runs").exists()

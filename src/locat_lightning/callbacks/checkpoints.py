@@ -205,6 +205,6 @@ class Checkpoints(ModelCheckpoint):
 
 
 def is_worthless(trainer: Trainer, exception: BaseException) -> bool:
-    """Check whether a user's mistake ends a run before it logged a step, so that nothing is worth keeping."""
-    fresh = trainer.ckpt_path is None
-    return fresh and isinstance(exception, InputError) and trainer.global_step < trainer.log_every_n_steps  # type: ignore[attr-defined]
+    """Check whether a run ends before its first step, or by a user's mistake before it logged one."""
+    steps = trainer.log_every_n_steps if isinstance(exception, InputError) else 1  # type: ignore[attr-defined]
+    return trainer.ckpt_path is None and trainer.global_step < steps
