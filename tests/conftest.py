@@ -69,6 +69,12 @@ def small(folder):
     return small_options(folder)
 
 
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def run_of_two_epochs(tmp_path_factory):
     """A directory with `images` and with the run of classify_tiny.yaml on them, not to be changed."""

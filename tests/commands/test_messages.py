@@ -118,3 +118,8 @@ def test_a_package_that_an_option_needs_is_named(capsys):
     missing = ModuleNotFoundError("Requirement 'wandb>=0.12.10' not met.")
     line, code = answered(caused(ValueError("trainer.logger"), missing), capsys)
     assert (line, code) == ("Requirement 'wandb>=0.12.10' not met.", 2)
+
+
+@pytest.mark.parametrize("path", ["images/igloo", "gloo/out of memory", "Bus error"])
+def test_words_in_a_path_that_a_mistake_names_are_no_failure(path, capsys):
+    assert answered(InputError(f"no images in {path}"), capsys) == (f"no images in {path}", 2)

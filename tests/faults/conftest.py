@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
 import torch
 
 
@@ -27,12 +26,6 @@ def pytest_terminal_summary(terminalreporter):
     if counts:
         terminalreporter.section("faults")
         terminalreporter.write_line("\n".join(sorted(counts)))
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
 
 
 def wait_for_the_end_of_all(process, seconds=60):

@@ -52,7 +52,7 @@ REMEDIES = {
     "OutOfMemory|out of memory|allocate memory|MemoryError": (
         "lower data.batch_size (and raise trainer.accumulate_grad_batches as much), or data.num_workers"
     ),
-    "gloo|Gloo|NCCL|ProcessGroup": (
+    r"\b(gloo|Gloo|NCCL)\b|ProcessGroup": (
         "another process of the run has ended: see what it said, then resume the run with --ckpt_path last"
     ),
     "DataLoader worker .*(killed|exited)": (
@@ -139,12 +139,13 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _failure(chain: list[BaseException]) -> str | None:
     """Return what failed that is no mistake of the user's, and what to do; None if there is nothing."""
+    others = [each for each in chain if not isinstance(each, InputError)]  # which may quote any path
     for words, remedy in REMEDIES.items():
-        for each in chain:
+        for each in others:
             sentences = [*re.split(r"\n|\. ", str(each)), type(each).__name__]
             if said := [sentence for sentence in sentences if re.search(words, sentence)]:
                 return f"{_of_system(each) or said[0]}: {remedy}"
-    if any(isinstance(each, InputError) for each in chain):
+    if len(others) < len(chain):
         return None
     said = [text for each in chain if (text := _of_system(each))]
     return f"{said[0]}: check that it is still there, and that this user may write there" if said else None

@@ -7,9 +7,8 @@ from multiprocessing import parent_process
 from threading import Thread, Timer
 from typing import Any
 
-GRACE = (
-    30  # seconds that a training process has to end its workers, before they obey others: Slurm's KillWait
-)
+# Seconds that a training process has to end its workers, before they obey others: Slurm's KillWait.
+GRACE = 30
 
 
 def end_with_the_run(worker: int) -> None:
