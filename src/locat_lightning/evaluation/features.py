@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen, measuring
+from locat_lightning.evaluation.batches import frozen, measuring
 from locat_lightning.evaluation.gather import gather_rows
 
 # By Lightning's names. Autocast also serves weights in half precision ("bf16-true") with images in float32.
@@ -92,13 +93,13 @@ def check_size(
 
 def extract_features(
     backbone: nn.Module,
-    loader: Batches[LabelledBatch],
+    loader: DataLoader,
     device: torch.device | str,
     *,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Features:
-    """Run every image once through a frozen backbone (see `image_features`) that is on `device`.
+    """Run every image of `ImageBatch`es once through a frozen backbone (see `image_features`) on `device`.
 
     With `torch.distributed` initialised, each process brings its part of the data set and all get the whole;
     parts may differ in size or overlap (`DistributedSampler` repeats images). A training around this call is

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import Progress, track
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.batches import Batches, LabelledBatch, frozen
+from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.features import extract_features, image_features
 from locat_lightning.evaluation.gather import distributed, first_process
 from locat_lightning.evaluation.knn import check_labelled, check_same_width, inverse_norms, label_ranks
@@ -46,8 +46,8 @@ class LinearSweep(NamedTuple):
 
 def train_linear(
     backbone: nn.Module,
-    train_loader: Batches[LabelledBatch],
-    val_loader: Batches[LabelledBatch],
+    train_loader: DataLoader,
+    val_loader: DataLoader,
     device: torch.device | str,
     *,
     num_classes: int,
@@ -58,7 +58,7 @@ def train_linear(
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> LinearResult:
-    """Train a linear classifier on augmented images, as DINO and the paper do.
+    """Train a linear classifier on `ImageBatch`es of augmented images, as DINO and the paper do.
 
     SGD with momentum 0.9 and no weight decay, at a learning rate of `learning_rate` * `batch_size` / 256 that
     falls as a cosine to 0; `batch_size` is the number of images in a step, over all processes. `seed` is that

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.batches import Batches, MaskedBatch, measuring
+from locat_lightning.evaluation.batches import measuring
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.gather import distributed, gather_rows, parts
 from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
@@ -77,8 +78,8 @@ class Memory(NamedTuple):
 
 def segment_by_retrieval(
     backbone: nn.Module,
-    train_loader: Batches[MaskedBatch],
-    val_loader: Batches[MaskedBatch],
+    train_loader: DataLoader,
+    val_loader: DataLoader,
     device: torch.device | str,
     settings: Retrieval,
     *,
@@ -89,10 +90,10 @@ def segment_by_retrieval(
 ) -> IoU:
     """Measure how well patch features alone tell the classes of pixels: build a memory, then `retrieve`.
 
-    Masks of `train_loader` are of the images' size and not augmented at random; those of `val_loader` may be
-    of another size: scores of patches are upsampled to it bilinearly, and the largest is the prediction. The
-    backbone (see `patch_features`) is on `device`, and only it computes in `autocast_dtype`. The memory is on
-    `device`, too.
+    Both loaders give `MaskBatch`es. Masks of `train_loader` are of the images' size and not augmented at
+    random; those of `val_loader` may be of another size: scores of patches are upsampled to it bilinearly,
+    and the largest is the prediction. The backbone (see `patch_features`) is on `device`, and only it
+    computes in `autocast_dtype`. The memory is on `device`, too.
 
     With `torch.distributed` initialised, each process brings its part of both data sets, an image that
     several bring counts once, and all get the whole result. If they bring only a part of the training images,
@@ -135,7 +136,7 @@ def segment_by_retrieval(
 
 def build_memory(
     backbone: nn.Module,
-    loader: Batches[MaskedBatch],
+    loader: DataLoader,
     device: torch.device | str,
     settings: Retrieval,
     *,
@@ -157,7 +158,8 @@ def build_memory(
     it is built, it takes twice its size.
     """
     check_classes(num_classes)
-    device, number = torch.device(device), len(loader.dataset if places is None else places)
+    device = torch.device(device)
+    number = len(loader.dataset if places is None else places)  # type: ignore[arg-type]
     # Keys, features and histograms of each batch, which say at last how large the memory is.
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with measuring(backbone, loader, "Building the memory", progress) as batches:
