@@ -173,6 +173,85 @@ def test_a_run_cut_off_anywhere_ends_as_one_in_one_go(folder, tmp_path, hook, ac
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
 
 
+class Steps(Callback):
+    """Notes images and learning rate of each optimizer step; stops after so many batches of an epoch."""
+
+    def __init__(self, epoch=None, batches=None):
+        self.cut = (epoch, batches)
+        self.images, self.rates, self.batch, self.begun = {}, [], [], []
+
+    def on_train_batch_start(self, trainer, module, batch, number):
+        if (trainer.current_epoch, number) == self.cut:
+            raise RuntimeError("stop")
+        self.begun += batch.indices.tolist()
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.images.setdefault(trainer.current_epoch, []).extend(self.begun)
+        self.begun.clear()
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def steps_of(folder, run, batch_size, accumulate, steps, **resume):
+    data = ImageData(root=str(folder), img_size=32, batch_size=batch_size, num_workers=0)
+    size = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    task = Classification(backbone_args=size, warmup_epochs=1, lr=1e-3)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        accumulate_grad_batches=accumulate,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[steps, Checkpoints(run, save_last=True, save_on_exception=True)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with suppress(RuntimeError):
+        trainer.fit(task, data, **resume)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("before", "cut", "after"),
+    [
+        ((3, 1), 1, (6, 1)),
+        ((3, 1), 2, (6, 1)),
+        ((3, 1), 5, (6, 1)),
+        ((3, 1), 5, (9, 1)),
+        ((6, 1), 1, (3, 1)),
+        ((6, 1), 2, (9, 1)),
+        ((3, 1), 2, (18, 1)),
+        ((3, 1), 2, (64, 1)),
+        ((3, 2), 3, (6, 1)),
+        ((3, 2), 3, (3, 1)),
+        ((3, 1), 3, (2, 4)),
+        ((2, 4), 7, (3, 2)),
+        ((4, 1), 3, (3, 1)),
+        ((2, 1), 8, (5, 1)),
+        ((4, 1), 1, (4, 1)),
+    ],
+    ids=str,
+)
+def test_a_run_with_other_batches_goes_on_with_the_images_it_has_not_seen(
+    folder, tmp_path, before, cut, after
+):
+    """Of 18 images; batches and accumulation before and after the second epoch is cut off."""
+    steps_of(folder, tmp_path, *before, begun := Steps(1, cut))
+    last = tmp_path / "last.ckpt"
+    trainer = steps_of(folder, tmp_path, *after, rest := Steps(), ckpt_path=str(last), weights_only=True)
+    assert trainer.current_epoch == 3
+    assert len(rest.images[2]) == (18 // after[0] * after[0] or 18)
+    both = begun.images[1] + rest.images[1]
+    assert len(both) == len(set(both))
+    assert len(begun.images.get(1, ())) == cut * before[0] - cut % before[1] * before[0]
+    dropped = 18 % after[0] if after[0] < 18 else 0
+    assert len(both) == 18 - dropped or len(begun.images[1]) >= 18 - dropped
+    # The schedule goes on where it was, and ends with the run.
+    steps_of(folder, tmp_path / "whole", *after, whole := Steps())
+    assert rest.rates == whole.rates[-len(rest.rates) :]
+    assert trainer.global_step == len(begun.rates) + len(rest.rates)
+
+
 class Rows(CSVLogger):
     """Keeps what is logged, by step and names."""
 

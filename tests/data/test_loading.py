@@ -242,6 +242,30 @@ def test_batches_follow_from_seed_and_epoch_whatever_the_number_of_workers():
         assert (other_images[other_indices.argsort(), 1:] != drawn).all()
 
 
+@pytest.mark.parametrize("before", [(1, 3), (2, 2), (3, 1)])
+@pytest.mark.parametrize("after", [(1, 2), (2, 3), (3, 2), (4, 3)])
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_an_epoch_that_other_processes_began_goes_on_with_the_images_that_they_have_not_seen(
+    before, after, batches
+):
+    def images_of(world, size, seen=0):
+        orders = [
+            TrainOrder(Images(Numbers(24), noisy), world, rank, batch_size=size) for rank in range(world)
+        ]
+        for order in orders:
+            order.set_epoch(1)
+            order.seen = seen
+        shares = [[item - 24 for item in order] for order in orders]
+        assert {len(share) for share in shares} == {orders[0].rest}  # else some would wait for others
+        return [image for images in zip(*shares, strict=True) for image in images]
+
+    whole, seen = images_of(*before), batches * before[0] * before[1]
+    rest = images_of(*after, seen)
+    assert set(whole[:seen]).isdisjoint(rest[: 24 - seen])
+    assert sorted(whole[:seen] + rest[: 24 - seen]) == list(range(24))
+    assert len(rest) - (24 - seen) < after[0]  # repeated, so that all processes have as many
+
+
 def test_persistent_workers_see_the_epoch_change():
     images = Images(Numbers(6), noisy)
     order = TrainOrder(images, 1, 0)

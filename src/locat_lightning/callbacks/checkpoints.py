@@ -15,9 +15,11 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from locat.runs import replaced
+from locat_lightning.data.loading import ResumableLoader
 from locat_lightning.errors import InputError
 
 METRICS = "metrics"  # a checkpoint's key of the results measured last, by name
+SEEN = "images_seen"  # and of how many images of an epoch have been seen, where it has not ended
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of ModelCheckpoint
 
 
@@ -63,7 +65,9 @@ class Checkpoints(ModelCheckpoint):
     _told_to_stop = False
     _last_is_due = False
     _last_step = 0  # the step of `last.ckpt`
-    _metrics: Mapping[str, float] = MappingProxyType({})  # of the checkpoint that the run resumes from
+    # Of the checkpoint that the run resumes from.
+    _metrics: Mapping[str, float] = MappingProxyType({})
+    _seen: int | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what the state says of checkpoints that are in this run's directory, wherever it is now.
@@ -95,7 +99,7 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._last_step = checkpoint["global_step"]
-        self._metrics = checkpoint.get(METRICS, {})
+        self._metrics, self._seen = checkpoint.get(METRICS, {}), checkpoint.get(SEEN)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have Lightning take up what `on_save_checkpoint` noted: its private loops, as they are restored."""
@@ -106,11 +110,19 @@ class Checkpoints(ModelCheckpoint):
             signal.signal(signal.SIGTERM, own if trainer.world_size == 1 else self._record)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
         loop: Any = trainer.fit_loop
-        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
         if epochs.ready == epochs.processed:
             loop.epoch_loop.restarting = False  # also where max_steps ends the run
-        elif batches.processed == trainer.num_training_batches:
+            return
+        begun, number = batches.current.processed, trainer.num_training_batches
+        if batches.is_last_batch:
             loop._data_fetcher.done = True  # the rest of the epoch is to be measured
+            begun = number
+        elif isinstance(loader := trainer.train_dataloader, ResumableLoader) and self._seen is not None:
+            begun = min(loader.resume(trainer.current_epoch, self._seen), int(number) - 1)
+        more = begun - batches.current.processed  # not 0 if batches have another size than before
+        for count, value in batches.current.state_dict().items():
+            setattr(batches.current, count, value + more)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -199,6 +211,8 @@ class Checkpoints(ModelCheckpoint):
                 validation = loops["epoch_loop.val_loop.batch_progress"]
                 validation[count] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         batches["is_last_batch"] = is_last
+        if begun and not is_last and isinstance(loader := trainer.train_dataloader, ResumableLoader):
+            checkpoint[SEEN] = loader.seen(batches["current"]["processed"])
         if pl_module.automatic_optimization:  # Lightning adds a step as it resumes
             steps = checkpoint["global_step"] - (goes_on or validates)
             loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps

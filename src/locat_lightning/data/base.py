@@ -114,12 +114,11 @@ class ImageModule(LightningDataModule, Generic[Found]):
 
     def _shuffled(self, images: Images, **options: Any) -> ResumableLoader:
         """Return batches of these images in random order, the same number for every process."""
-        order = TrainOrder(images, *self._processes(), seed=self.seed)
+        order = TrainOrder(images, *self._processes(), batch_size=self.batch_size, seed=self.seed)
         return ResumableLoader(
             images,
             trainer=self.trainer,
             sampler=order,
-            drop_last=len(order) > self.batch_size,
             **self._loader_options(training=True),
             **options,
         )

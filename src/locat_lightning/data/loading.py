@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
+from math import ceil
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -82,19 +83,17 @@ class ImageLoader(DataLoader):
         self.unreadable = unreadable
         self.collate = collate
 
-    def seen(self) -> int:
-        """Return how many batches of the epoch to skip, because an interrupted run has seen them."""
+    def begin(self) -> int:
+        """Prepare an epoch, and return how many of its batches are left out, as a run has seen them."""
         return 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: the workers start at the first batch, after Lightning has set the epoch.
         batches = None
-        last, seen = len(self), self.seen()
-        if isinstance(self.sampler, TrainOrder):
-            self.sampler.skip = seen * (self.batch_size or 1)
+        last, begun = len(self), self.begin()
         try:
             batches = super().__iter__()
-            for number, (batch, failures) in enumerate(batches, seen + 1):
+            for number, (batch, failures) in enumerate(batches, begun + 1):
                 self.unreadable.add(failures)
                 if number == last:  # Lightning does not ask for one more
                     self.unreadable.report()
@@ -119,14 +118,32 @@ class ImageLoader(DataLoader):
 class ResumableLoader(ImageLoader):
     """An `ImageLoader` in `TrainOrder` that a resumed run continues where its trainer was interrupted."""
 
+    sampler: TrainOrder
+
     def __init__(self, dataset: Images, *, trainer: Trainer | None, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.trainer = trainer
+        self._size: int = options["batch_size"]
+        self._seen: dict[int, int] = {}  # images of the epoch in which a run resumed, before that
 
-    def seen(self) -> int:
+    def seen(self, batches: int) -> int:
+        """Return how many images all processes have seen when so many batches of the epoch have ended."""
+        assert self.trainer is not None  # whose run it is
+        before = self._seen.get(self.trainer.current_epoch, 0)
+        return max(before, batches * self._size * self.sampler.num_replicas)
+
+    def resume(self, epoch: int, images: int) -> int:
+        """Have an epoch begin after so many images; return how many batches that makes."""
+        self._seen = {epoch: images}
+        self.sampler.seen = images
+        return len(self) - ceil(self.sampler.rest / self._size)
+
+    def begin(self) -> int:
         if self.trainer is None or self.trainer.train_dataloader is not self:
-            return 0  # someone else iterates
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            return super().begin()  # someone else iterates
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        self.sampler.seen = self.seen(batches)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the trainer's progress says it all. Lightning asks for it in mid-epoch."""

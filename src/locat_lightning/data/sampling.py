@@ -1,19 +1,40 @@
 """The order of images: shuffled for training, unchanged for evaluation; shared out among processes."""
 
 from collections.abc import Iterator
-from itertools import islice
+from math import ceil
 
+import torch
 from torch.utils.data.distributed import DistributedSampler
+
+from locat_lightning.data.dataset import Images
 
 
 class TrainOrder(DistributedSampler):
-    """The items of `Images` for one epoch, shuffled anew each epoch and shared evenly among processes."""
+    """The items of `Images` for one epoch, shuffled anew each epoch and shared evenly among processes.
 
-    skip = 0  # items of this process at the beginning of the epoch
+    An epoch has whole batches only, if it has one. The first `seen` images, of all processes, are left out.
+    """
+
+    seen = 0
+
+    def __init__(
+        self, images: Images, processes: int, rank: int, *, batch_size: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__(images, processes, rank, seed=seed)
+        self.images = len(images)
+        if self.num_samples > batch_size:
+            self.num_samples -= self.num_samples % batch_size
+
+    @property
+    def rest(self) -> int:
+        """The images of this process that are left: of whole batches, or all if those have been seen."""
+        whole = self.num_samples * self.num_replicas
+        return ceil(((whole if self.seen < whole else self.images) - self.seen) / self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
-        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]
-        return (start + index for index in islice(super().__iter__(), self.skip, None))
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        mine = torch.arange(self.rest) * self.num_replicas + self.rank + self.seen
+        return iter((self.epoch * self.images + order[mine % self.images]).tolist())
 
 
 class EvaluationOrder(DistributedSampler):

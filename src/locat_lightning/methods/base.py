@@ -139,7 +139,7 @@ class Pretraining(Task):
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
         matrices, others = groups
-        matrices["lr"], matrices["weight_decay"] = self.rates(self.global_step)
+        matrices["lr"], matrices["weight_decay"] = self.rates(self.step)
         others["lr"] = matrices["lr"]
 
     def on_fit_start(self) -> None:

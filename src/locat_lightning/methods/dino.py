@@ -89,7 +89,7 @@ class Dino(SelfDistillation):
             "kl": divergence,
             "centre_norm": self.loss.center.norm(),
             "teacher_temp": temperature,
-            "momentum": self.momentum(self.global_step),
+            "momentum": self.momentum(self.step),
             "last_layer_frozen": float(self.current_epoch < self.hp.freeze_last_layer_epochs),
         }
         return Output(loss, scalars, features)

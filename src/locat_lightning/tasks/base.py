@@ -56,6 +56,7 @@ class Task(Watched):
     backbone: nn.Module
     unfit = UNFIT
     _seed: int | None = None  # of the run
+    _surplus = 0  # steps that a resumed run has taken more than it would have with batches as they are now
 
     def __init__(
         self,
@@ -248,6 +249,21 @@ class Task(Watched):
                 except (AssertionError, AttributeError) as error:
                     raise InputError(f"model.checkpoint_blocks: {self.hp.backbone}: {error}") from error
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, for schedules: as many as if batches had always been as they are now."""
+        return self.global_step - self._surplus
+
+    def on_train_start(self) -> None:
+        trainer: Any = self.trainer
+        if trainer.max_steps == -1:
+            loop, number = trainer.fit_loop, trainer.num_training_batches
+            together: int = trainer.accumulate_grad_batches
+            epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current.ready
+            begun, steps = epochs.ready > epochs.processed, ceil(number / together)
+            of_this_epoch = (steps if batches == number else batches // together) if begun else 0
+            self._surplus = self.global_step - epochs.processed * steps - of_this_epoch
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed drop path and mixup by seed, epoch and batch: a resumed run draws the same numbers."""
         state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
@@ -279,7 +295,7 @@ class Task(Watched):
 
         They follow from the step and the options alone, so that a resumed run may have other options.
         """
-        step = self.global_step
+        step = self.step
         self.set_rates(optimizer.param_groups)
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         self.after_step(step)

@@ -232,7 +232,7 @@ class Classification(Task):
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
-            group["lr"] = self._learning_rate(self.global_step)
+            group["lr"] = self._learning_rate(self.step)
             if group["weight_decay"] > 0:  # perhaps from a checkpoint
                 group["weight_decay"] = self.hp.weight_decay
 

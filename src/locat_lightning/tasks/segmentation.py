@@ -328,7 +328,7 @@ class Segmentation(FrozenNetwork):
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
-            group["lr"] = self._learning_rate(self.global_step) * group.get("lr_scale", 1.0)
+            group["lr"] = self._learning_rate(self.step) * group.get("lr_scale", 1.0)
 
 
 def _load_decoder(decoder: MlpDecoder, state: dict[str, Tensor]) -> str:
