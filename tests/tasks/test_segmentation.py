@@ -8,8 +8,8 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from locat_lightning.backbones.create import create_backbone
-from locat_lightning.backbones.weights import DECODER_OF
+from locat_lightning.backbones.create import create_backbone, load_backbone
+from locat_lightning.backbones.weights import DECODER_OF, check_here
 from locat_lightning.data.segmentation import MaskBatch, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
@@ -185,11 +185,34 @@ def test_a_moved_backbone_is_said(tmp_path, weights):
     saved(fit(tmp_path, module), tmp_path / "a.ckpt")
     moved = tmp_path / "moved.pt"
     (tmp_path / "backbone.pt").rename(moved)
-    with pytest.raises(InputError, match=r"backbone\.pt, which does not exist: set"):
+    with pytest.raises(InputError, match=r"backbone\.pt', which are not on this machine: set"):
         trainer(tmp_path).validate(task(str(tmp_path / "a.ckpt")), datamodule=Batches())
     again = task(str(tmp_path / "a.ckpt"), backbone_weights=str(moved))
     trainer(tmp_path).validate(again, datamodule=Batches(), verbose=False)
     torch.testing.assert_close(again.iou.per_class, module.iou.per_class)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:evil/model", "vit_tiny_patch16_224.augreg_in21k", "../none.pt", 3, None]
+)
+def test_a_name_in_a_checkpoint_is_not_downloaded(tmp_path, weights, name, monkeypatch):
+    monkeypatch.setattr("locat_lightning.backbones.create.pretrained", None)  # which would download it
+    monkeypatch.setattr("locat_lightning.backbones.weights.HF_HUB_CACHE", str(tmp_path))
+    decoder = tmp_path / "a.ckpt"
+    saved(fit(tmp_path, task(weights)), decoder)
+    contents = torch.load(decoder, weights_only=True)
+    torch.save(contents | {DECODER_OF: {"weights": name}}, decoder)
+    with pytest.raises(InputError, match=r"not on this machine: set model\.backbone_weights"):
+        trainer(tmp_path).validate(task(str(decoder)), datamodule=Batches())
+    with pytest.raises(InputError, match=r"not on this machine: set model\.backbone_weights"):
+        load_backbone(str(decoder))
+    resumed = task(None)
+    with pytest.raises(InputError, match=r"not on this machine: set model\.backbone_weights"):
+        resumed.resume(torch.load(decoder, weights_only=True))
+    check_here(weights, decoder, "")
+    check_here("random", decoder, "")
+    (tmp_path / "models--evil--model").mkdir()
+    check_here("hf-hub:evil/model@main", decoder, "")  # which this user has downloaded before
 
 
 def test_another_backbone_is_refused(tmp_path, weights):

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -15,6 +14,7 @@ from locat_lightning.backbones.weights import (
     DECODER_OF,
     RANDOM,
     Role,
+    check_here,
     check_source,
     contents_of,
     load_weights,
@@ -122,14 +122,16 @@ def find_backbone(
         name = weights
     if contents is None or (reference := contents.get(DECODER_OF)) is None:
         return Source(weights, name, arguments, contents)
-    source = moved or reference["weights"]
-    if Path(source).is_absolute() and not Path(source).is_file():
-        raise InputError(
-            f"{weights} is a decoder for the backbone in {source}, which does not exist: set "
-            "model.backbone_weights to where it is now, or move it back"
-        )
+    source = backbone_of_decoder(reference, weights, moved)
     check_source(source)
     return find_backbone(source, name, arguments)
+
+
+def backbone_of_decoder(reference: dict[str, Any], file: object, moved: str | None) -> str:
+    """Return where the frozen backbone is that a decoder's file refers to, or where it has `moved`."""
+    if moved is None:
+        check_here(reference.get("weights"), file, "model.backbone_weights")
+    return moved or str(reference["weights"])
 
 
 def _recorded_model(weights: str, contents: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:

@@ -10,6 +10,7 @@ from zipfile import ZipFile, is_zipfile
 
 import timm
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
@@ -30,6 +31,8 @@ CONTAINERS = (
 )
 
 CHUNK = re.compile(r"(?<=blocks\.)\d+\.(?=\d+\.)")  # DINOv2's: blocks.0.7 is block 7
+
+HUBS = ("hf-hub:", "hf_hub:")
 
 LOCAT = (GaussianAugmentation, GaussianMixture, PatchRefinement)
 
@@ -113,11 +116,28 @@ def state_for(
 
 def check_source(weights: str, option: str = "--weights") -> None:
     """Check that there is such a source of weights, without reading it: `InputError` if not."""
-    remote = weights.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    remote = weights.startswith((*HUBS, "local-dir:"))
     if not (weights == RANDOM or remote or Path(weights).is_file() or timm.is_model(weights)):
         raise InputError(
             f"{option}: no such file: {Path(weights).absolute()}; timm knows no such model either"
             f"{near(weights, timm.list_models())}"
+        )
+
+
+def check_here(weights: Any, file: object, option: str) -> None:
+    """Check that weights that a file names are on this machine: only what a user types is downloaded."""
+    name = str(weights)
+    known = None if name.startswith(HUBS) else timm.get_pretrained_cfg(name, allow_unregistered=True)
+    hub = name.partition(":")[2] if known is None else known.hf_hub_id
+    cached = Path(HF_HUB_CACHE) / f"models--{(hub or '').partition('@')[0].replace('/', '--')}"
+    if (
+        name != RANDOM
+        and not Path(name.removeprefix("local-dir:")).exists()
+        and not (hub and cached.is_dir())
+    ):
+        raise InputError(
+            f"{file} needs the weights {name!r}, which are not on this machine: set {option} to where they "
+            "are now, or to this name if they are to be downloaded"
         )
 
 

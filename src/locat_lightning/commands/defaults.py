@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from locat import configs
-from locat_lightning.backbones.weights import read_checkpoint
+from locat_lightning.backbones.weights import check_here, read_checkpoint
 from locat_lightning.commands.parsing import decisive_options
 from locat_lightning.commands.sources import check_weights, exported_config, read_record, record_of_run
 from locat_lightning.errors import InputError
@@ -13,6 +13,7 @@ from locat_lightning.records import plain, refused
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
 # How options of the data are named by timm.
 IMAGES = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolation": "interpolation"}
+SOURCES = {"teacher", "backbone_weights"}  # options of models that say where weights are
 # A command with one of these needs no defaults: it has a config, or only prints.
 WITHOUT = {"--help", "-h", "--print_config", "--model.help", "--data.help"}
 
@@ -23,11 +24,12 @@ def of_command(command: str, arguments: list[str]) -> dict[str, Any]:
     So `locat validate --weights runs/…/best.ckpt` and `locat fit --ckpt_path runs/…/last.ckpt` need no more.
     """
     given = decisive_options(arguments)
-    if given.config or WITHOUT & {argument.partition("=")[0] for argument in arguments}:
+    typed = {argument.partition("=")[0] for argument in arguments}
+    if given.config or WITHOUT & typed:
         return {}
     checkpoint = _checkpoint(command, given)
     if (record := record_of_run(checkpoint)) is not None:
-        return _of_run(command, record, checkpoint)
+        return _of_run(command, record, checkpoint, typed)
     if given.weights is not None:
         check_weights(given.weights)
     if checkpoint.is_file():
@@ -68,7 +70,7 @@ def checkpoint_to_resume(given: str, runs: str | Path, name: str | None) -> Path
     return found[-1]
 
 
-def _of_run(command: str, record: Path, checkpoint: Path) -> dict[str, Any]:
+def _of_run(command: str, record: Path, checkpoint: Path, typed: set[str]) -> dict[str, Any]:
     keys, groups = ["model", "data"], GROUPS if command == "fit" else ()
     if command == "fit":
         keys += ["seed_everything", "weights"]
@@ -76,12 +78,14 @@ def _of_run(command: str, record: Path, checkpoint: Path) -> dict[str, Any]:
     if config["left_out"]:
         raise refused(record, f"sets {', '.join(sorted(config['left_out']))}")
     found = {f"{group}.{key}": v for group in groups for key, v in config.get(group, {}).items()}
+    arguments = config["model"]["init_args"]
     if command != "fit":
         # The data of a run decide how many classes it has; the data to predict may have none.
-        arguments = config["model"]["init_args"]
-        known = read_checkpoint(checkpoint).get("hyper_parameters", {})
-        known = plain(known, checkpoint)
+        known = plain(read_checkpoint(checkpoint).get("hyper_parameters", {}), checkpoint)
         arguments |= {key: known[key] for key in arguments.keys() & known.keys()}
+    for option in SOURCES - {each.removeprefix("--model.") for each in typed}:
+        if arguments.get(option) is not None:
+            check_here(arguments[option], record, f"--model.{option}")
     return found | {key: config[key] for key in (*keys, "name", "runs") if config.get(key) is not None}
 
 

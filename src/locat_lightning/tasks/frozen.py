@@ -29,10 +29,10 @@ def check_same(own: dict[str, str], recorded: dict[str, str], what: str, option:
 
     `what` is the network that is needed, and `option` says where it is, for the message.
     """
-    if own["digest"] != recorded["digest"]:
+    if own["digest"] != recorded.get("digest"):
+        recorded_as = recorded.get("weights")
         raise InputError(
-            f"{own['weights']} is not {what} ({recorded['weights']}, the weights differ): pass that one as "
-            f"{option}"
+            f"{own['weights']} is not {what} ({recorded_as}, the weights differ): pass that one as {option}"
         )
 
 

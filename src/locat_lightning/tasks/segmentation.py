@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from locat_lightning.backbones.create import create_for_any_size, find_backbone, load_backbone
+from locat_lightning.backbones.create import (
+    backbone_of_decoder,
+    create_for_any_size,
+    find_backbone,
+    load_backbone,
+)
 from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Role, check_source, contents_of
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
@@ -132,7 +137,8 @@ class Segmentation(FrozenNetwork):
         own = checkpoint["hyper_parameters"]
         self.hp.backbone, self.hp.backbone_args = own["backbone"], own["backbone_args"]
         reference = checkpoint.get(DECODER_OF)
-        self.weights = None if reference is None else self.backbone_weights or reference["weights"]
+        moved = self.backbone_weights
+        self.weights = reference and backbone_of_decoder(reference, "the checkpoint", moved)
 
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
