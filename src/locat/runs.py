@@ -97,11 +97,15 @@ def is_locked(run: Path) -> bool:
     return False
 
 
+def is_record(config: Path) -> bool:
+    """Check that a file is what a training recorded: it alone has a checkpoint to resume from."""
+    return re.search("^ckpt_path:", _read(config), re.MULTILINE) is not None
+
+
 def list_runs(directory: Path) -> str:
     """Return a table of the runs in a directory: state, seed, epochs, and headline metrics with the best."""
     found = {path.parent for path in directory.rglob("metrics.json")}
-    # Of configs, those of trainings: they alone have a checkpoint to resume from.
-    found |= {c.parent for c in directory.rglob("config.yaml") if "\nckpt_path:" in _read(c)}
+    found |= {config.parent for config in directory.rglob("config.yaml") if is_record(config)}
     if not found:
         return f"no runs in {directory}"
     rows = [(f"run in {directory}", "state", "seed", "epochs", "metrics")]

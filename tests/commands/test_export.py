@@ -47,6 +47,7 @@ def of_run(checkpoint, **config):
         "data": {"class_path": "locat_lightning.data.ImageData", "init_args": data | {"batch_size": 48}},
         "trainer": {"max_epochs": 7, "max_steps": -1},
         "weights": str(Path("secret/start.ckpt").absolute()),
+        "ckpt_path": None,
     }
     (run / "config.yaml").write_text(yaml.safe_dump(record | config))
     (run / "metrics.json").write_text(json.dumps({"epochs": 7, "best val/top1": 0.87654321}))

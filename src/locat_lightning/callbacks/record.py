@@ -26,8 +26,9 @@ from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
 
 PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
 DURING = ("train/", "gaug_")  # metrics of the training itself; all others are results
+LOGGERS = "loggers"  # folder in the directory of a run, for the files of loggers that the user adds
 # What a run writes before it has results.
-LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOCK)
+LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOGGERS, LOCK)
 
 
 class RunRecord(SaveConfigCallback):

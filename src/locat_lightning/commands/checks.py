@@ -8,6 +8,7 @@ from tempfile import TemporaryFile
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from locat_lightning.backbones.weights import RANDOM
 from locat_lightning.errors import InputError
 from locat_lightning.records import LARGEST
 
@@ -54,6 +55,16 @@ def check_root(options: argparse.Namespace, dataset: str | None) -> None:
         raise InputError(
             f"data.root: {root} would not be read, because data.dataset is digits: for the images there add "
             "--data.dataset folder, for the digits leave data.root out"
+        )
+
+
+def check_start(config: Namespace) -> None:
+    """Check that a model which starts from the function of its weights has some."""
+    locat = (config.get("model.init_args.locat") if "model" in config else None) or {}
+    if locat.get("start") == "identity" and config.weights is None and config.ckpt_path is None:
+        raise InputError(
+            "model.locat: with start: identity a model starts from the function of its weights: pass "
+            f"--weights (or '{RANDOM}')"
         )
 
 

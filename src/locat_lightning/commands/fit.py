@@ -32,8 +32,10 @@ from locat_lightning.commands.checks import (
     check_numbers,
     check_processes,
     check_root,
+    check_start,
     check_writable,
 )
+from locat_lightning.commands.loggers import OptionParser, make_loggers
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import ConfigByName, decisive_options, mixed_precision, parse
 from locat_lightning.commands.sources import local_dir, record_of_run
@@ -69,6 +71,7 @@ class LocatCLI(LightningCLI):
                 save_config_kwargs={"overwrite": True},
                 auto_configure_optimizers=False,
                 parser_kwargs=options | {"prog": "locat", self._command: own},
+                parser_class=OptionParser,
                 args=arguments,
             )
         finally:
@@ -131,14 +134,11 @@ class LocatCLI(LightningCLI):
                 f"locat {self.subcommand} needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained model)"
             )
+        if self.subcommand == "predict":
+            config.trainer.logger = False  # predictions are files, not curves
         check_name(config.name)
         check_root(self._given, config.get("data.init_args.dataset") if "data" in config else None)
-        locat = (config.get("model.init_args.locat") if "model" in config else None) or {}
-        if locat.get("start") == "identity" and config.weights is None and config.ckpt_path is None:
-            raise InputError(
-                "model.locat: with start: identity a model starts from the function of its weights: pass "
-                f"--weights (or '{RANDOM}')"
-            )
+        check_start(config)
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self._resumed: dict[str, Any] = {}  # contents of the checkpoint that a run resumes from
         self._resume_from: Path | None = None
@@ -178,6 +178,10 @@ class LocatCLI(LightningCLI):
                 self.model.resume(self._resumed)
             self.model.check(self.trainer, training=self.subcommand == "fit")
         self._resumed = {}  # the trainer has it, and frees it when it has taken it up
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # After all checks: some loggers write files when they are made.
+            given = self._get(self.config_init, "trainer").logger
+            self.trainer.loggers += make_loggers(given, Path(self.trainer.default_root_dir))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config[self.subcommand]
@@ -186,12 +190,9 @@ class LocatCLI(LightningCLI):
         board = TensorBoardLogger(
             run.parent, name="", version=run.name, purge_step=step or None, default_hp_metric=False
         )
-        if self.subcommand == "predict":
-            kwargs["logger"] = False  # predictions are files, not curves
-        elif config.trainer.logger in (None, True):
-            kwargs["logger"] = [board, MetricsTable(board.log_dir, step)]
+        logger = config.trainer.logger is not False and [board, MetricsTable(board.log_dir, step)]
         try:
-            trainer = super().instantiate_trainer(default_root_dir=board.log_dir, **kwargs)
+            trainer = super().instantiate_trainer(default_root_dir=board.log_dir, logger=logger, **kwargs)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"trainer: {error}") from error
         if isinstance(trainer.accelerator, CPUAccelerator):

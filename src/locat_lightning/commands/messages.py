@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from locat.errors import refuse
-from locat_lightning.errors import InputError
+from locat_lightning.errors import InputError, in_a_line
 
 Command = Callable[[list[str]], None]
 
@@ -61,6 +61,7 @@ REMEDIES = {
     ),
 }
 
+SERVICES = ("wandb", "mlflow", "comet_ml")  # packages of loggers, whose errors say what to do
 
 # The last of these: a package that an option needs.
 MISTAKES = (InputError, MisconfigurationException, ModuleNotFoundError)
@@ -147,6 +148,9 @@ def _failure(chain: list[BaseException]) -> str | None:
                 return f"{_of_system(each) or said[0]}: {remedy}"
     if len(others) < len(chain):
         return None
+    for each in chain:
+        if (package := type(each).__module__.partition(".")[0]) in SERVICES:
+            return f"{package}: {in_a_line(each)}"
     said = [text for each in chain if (text := _of_system(each))]
     return f"{said[0]}: check that it is still there, and that this user may write there" if said else None
 

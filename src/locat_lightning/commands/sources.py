@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from locat.runs import is_record
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.data.base import ImageModule
 from locat_lightning.data.views import ViewTransform
@@ -51,9 +52,11 @@ def local_dir(weights: str) -> str:
 
 def record_of_run(checkpoint: Path) -> Path | None:
     """Return where the run of a checkpoint recorded its config; None if the file is not of a run."""
+    if len(checkpoint.parents) < 4:  # relative to its own run, whose name is not in the path
+        checkpoint = checkpoint.absolute()
     record = checkpoint.parent.parent / "config.yaml"
-    in_a_run = checkpoint.parent.name == "checkpoints" and checkpoint.is_file()
-    return record if in_a_run and record.is_file() else None
+    of_a_run = checkpoint.suffix == ".ckpt" and checkpoint.parent.name == "checkpoints"
+    return record if of_a_run and checkpoint.is_file() and is_record(record) else None
 
 
 def load_record(file: Path) -> dict[str, Any]:
