@@ -123,6 +123,11 @@ def test_mistakes_in_a_sweep(change, message):
         sweep_linear(**(inputs | change), progress=False)
 
 
+def test_heads_that_all_diverged_are_no_result():
+    with pytest.raises(InputError, match=r"diverged at learning rate 1e\+38: lower it"):
+        sweep_linear(*digits(), learning_rates=[2e38, 1e38], epochs=20, progress=False)
+
+
 def backbone():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5)).train()
@@ -166,3 +171,12 @@ def test_mistakes_in_train_linear(train_labels, val_labels, batch, classes, mess
         train_linear(
             backbone(), train, val, "cpu", num_classes=classes, batch_size=2, epochs=1, progress=False
         )
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_features_that_are_not_finite_train_no_head(split):
+    images = {"training": torch.rand(4, 64), "validation": torch.rand(4, 64)}
+    images[split][3, 0] = torch.inf
+    train, val = (batches(each, torch.tensor([0, 1, 1, 0]), 2) for each in images.values())
+    with pytest.raises(InputError, match=f"1 of . {split} features are not finite"):
+        train_linear(backbone(), train, val, "cpu", num_classes=2, batch_size=2, epochs=1, progress=False)

@@ -78,6 +78,7 @@ def train_linear(
         )
     val = extract_features(backbone, val_loader, device, autocast_dtype=autocast_dtype, progress=progress)
     _check_labels(val.labels, "validation", num_classes)
+    inverse_norms(val.features, "validation")  # for its check that they are finite
     val = val.to(device)
     heads = _Heads([learning_rate], batch_size, steps, num_classes, val.features.shape[1], seed, device)
     sampler = getattr(train_loader, "sampler", None)
@@ -92,6 +93,7 @@ def train_linear(
                 with torch.inference_mode():
                     images = batch.images.to(device, non_blocking=True)
                     features = image_features(backbone, images, autocast_dtype=autocast_dtype)
+                    inverse_norms(features, "training")  # as above
                 heads.step(features, batch.labels.to(device), average_processes=distributed())
                 bar.advance(task)
             if shown:
@@ -213,7 +215,11 @@ class _Heads:
 
     @torch.inference_mode(False)
     def results(self, features: Tensor, labels: Tensor) -> tuple[LinearResult, ...]:
-        """Measure each head on features [M, D] and labels [M]."""
+        """Measure each head on features [M, D] and labels [M]: `InputError` if all of them diverged."""
+        if not self.weight.isfinite().flatten(1).all(1).any():
+            raise InputError(
+                f"the linear classifier diverged at learning rate {min(self.learning_rates):g}: lower it"
+            )
         found = []
         for number, (top1, top5) in enumerate(self.accuracy(features, labels)):
             head = nn.Linear(self.weight.shape[2], self.weight.shape[1], device="meta").to_empty(device="cpu")
