@@ -239,3 +239,10 @@ def test_nothing_is_drawn_for_nobody(tmp_path, options):
 def test_arguments_out_of_range(name, least):
     with pytest.raises(InputError, match=rf"pictures.{name} \({least - 1}\) must be at least {least}"):
         Pictures(**{name: least - 1})
+
+
+@pytest.mark.parametrize("options", [{"images": 100_000}, {"side": 100_000}, {"images": 20, "side": 500}])
+def test_pictures_that_would_take_minutes_are_refused(options):
+    with pytest.raises(InputError, match=r"images · side² must be at most 4,000,000"):
+        Pictures(**options)
+    Pictures(images=16, side=500)

@@ -159,6 +159,15 @@ def test_programs(form, capsys):
     assert "[batch, 3, 32, 32]" in Path("out/README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["m.onnx", "model.pt2", "m.safetensors"])
+def test_a_file_s_name_is_no_folder(name, capsys):
+    weights = of_run({"state_dict": beneath("backbone", backbone())})
+    assert f"--to: {name} is the name of a file: give a folder" in refused(
+        capsys, "--weights", weights, "--to", name
+    )
+    assert not Path(name).exists()
+
+
 def test_a_folder_with_something_in_it_is_left_alone(capsys):
     weights = of_run({"state_dict": beneath("backbone", backbone())})
     Path("out").mkdir()

@@ -195,6 +195,10 @@ NEGATIVE_LR = (
             [*DINO, "--data.views.local_size", "a"],
             'Parser key "local_size": Not of type PositiveInt',
         ),
+        (
+            [*DINO, "--data.views={crops: 3}"],
+            "'locat_lightning.data.views.MultiCrop': Option 'crops' is not accepted",
+        ),
         ([*DINO, "--data.views.crops", "3"], "--data.views.crops: there is no such option; did you mean "),
         ([*FIT, "--data.hflip", "3"], 'Parser key "hflip": Not of type ClosedUnitInterval: 3'),
         ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),

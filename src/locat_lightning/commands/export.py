@@ -92,6 +92,8 @@ def _parser() -> ArgumentParser:
 
 
 def _check_target(to: Path, overwrite: bool) -> None:
+    if to.suffix in {Path(file).suffix for file in FILES.values()}:
+        raise InputError(f"--to: {to} is the name of a file: give a folder, in which export names the files")
     if to.exists() and not to.is_dir():
         raise InputError(f"--to: {to} is a file: give a folder")
     if to.is_dir() and any(to.iterdir()) and not overwrite:

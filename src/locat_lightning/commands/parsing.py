@@ -109,7 +109,8 @@ def parse(parser: ArgumentParser, arguments: list[str], subparser: ArgumentParse
         typed = arguments if subparser is None else arguments[1:]
         own, chosen = _known_options(subparser or parser, typed)
         for option in (_option(each) for each in typed if each.startswith("--")):
-            if option not in own and not any(f"{option}.".startswith(f"{each}.") for each in chosen):
+            below = any(f"{option}.".startswith(f"{each}.") for each in chosen)
+            if option not in own and not below and not any(each.startswith(f"{option}.") for each in chosen):
                 similar = _similar(option, own | chosen)
                 raise InputError(f"{option}: there is no such option{similar}") from error
         raise
