@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -95,6 +96,55 @@ def test_every_kind_of_checkpoint_is_read(tmp_path, write):
     load_weights(fresh, str(tmp_path / "weights.pth"))
     for name, value in trained.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def chunked(name):
+    """DINOv2's name of a weight where blocks are in chunks of one."""
+    return re.sub(r"blocks\.(\d+)\.", r"blocks.\1.\1.", name)
+
+
+def compiled(name):
+    """The name of a weight where each block was compiled by itself."""
+    return re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", name)
+
+
+@pytest.mark.parametrize("rename", [chunked, compiled, lambda name: f"_orig_mod.{compiled(name)}"])
+@pytest.mark.parametrize(
+    "container", [None, "state_dict", "model_state_dict", "net", "ema_state_dict", "model_ema", "teacher"]
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_names_of_other_scripts_are_read(tmp_path, rename, container, prefix):
+    source, target = model(1), model(2)
+    state = {prefix + rename(name): value for name, value in source.state_dict().items()}
+    assert state.keys().isdisjoint(k for k in source.state_dict() if k.startswith("blocks."))
+    plain(state if container is None else {container: state, "epoch": 3}, tmp_path / "a.pth")
+    load_weights(target, str(tmp_path / "a.pth"))
+    assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+def test_a_block_of_a_chunk_is_the_block_of_its_own_number(tmp_path):
+    """DINOv2's second number counts through all chunks: blocks.0.0, blocks.0.1, blocks.1.2, blocks.1.3."""
+    source, target = (timm.create_model("vit_tiny_patch16_224", depth=4, img_size=32) for _ in range(2))
+    chunks = {
+        re.sub(r"blocks\.(\d)", lambda found: f"blocks.{int(found[1]) // 2}.{found[1]}", name): value
+        for name, value in source.state_dict().items()
+    }
+    assert "blocks.1.3.norm1.weight" in chunks
+    plain(chunks, tmp_path / "a.pth")
+    load_weights(target, str(tmp_path / "a.pth"))
+    assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [("state_dict_ema", "state_dict"), ("ema_state_dict", "model_state_dict"), ("teacher", "student")],
+)
+def test_of_two_containers_the_averaged_one_is_read(tmp_path, better, worse):
+    source, target = model(1), model(2)
+    state = source.state_dict()
+    plain({worse: {name: value + 1 for name, value in state.items()}, better: state}, tmp_path / "a.pth")
+    load_weights(target, str(tmp_path / "a.pth"))
+    assert_close(target.state_dict(), state, rtol=0, atol=0)
 
 
 def test_safetensors_and_a_directory_of_timm_s(tmp_path):

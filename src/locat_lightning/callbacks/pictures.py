@@ -45,8 +45,8 @@ class Pictures(Callback):
                 raise InputError(f"pictures.{name} ({value}) must be at least {least}")
         if images * side**2 > MOST_PIXELS:
             raise InputError(
-                f"pictures.images ({images}) of pictures.side ({side}) pixels: images · side² must be at most "
-                f"{MOST_PIXELS:,}"
+                f"pictures.images ({images}) of pictures.side ({side}) pixels: images · side² must be at "
+                f"most {MOST_PIXELS:,}"
             )
         self.images = images
         self.every_n_epochs = every_n_epochs
