@@ -4,7 +4,7 @@ import csv
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -12,13 +12,12 @@ from textwrap import indent
 from typing import Any
 
 import torch
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from locat.runs import HEADLINES, LOCK, replaced, write_json
@@ -75,12 +74,11 @@ class RunRecord(SaveConfigCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the results to `metrics.json` and to TensorBoard's HParams, and print them."""
-        directory = trainer.log_dir  # in every process: it is a collective operation
         if not self.already_saved:
             rank_zero_info(
                 "nothing is left to train: raise trainer.max_epochs (with --allow_changes true) to continue"
             )
-        if not self.already_saved or not trainer.is_global_zero or directory is None:
+        if not self.already_saved or not trainer.is_global_zero:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(DURING)}
         metrics = {k: v for k, v in metrics.items() if isfinite(v)}  # a probe that did not measure says NaN
@@ -94,8 +92,8 @@ class RunRecord(SaveConfigCallback):
         if protocol := summary() if summary else "":
             record["protocol"] = protocol
             line += f"   ({protocol})"
-        write_json(Path(directory) / "metrics.json", record)
-        rank_zero_info(f"{line}\n{_where(directory)}")
+        write_json(Path(trainer.default_root_dir) / "metrics.json", record)
+        rank_zero_info(f"{line}\n{_where(trainer.default_root_dir)}")
 
     def _write_hparams(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
         options = {"seed_everything": self.config.get("seed_everything"), "model": pl_module.hparams}
@@ -110,53 +108,11 @@ class RunRecord(SaveConfigCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """After an evaluation, print where its log is, below its table."""
-        directory = trainer.log_dir  # in every process: it is a collective operation
-        if directory is not None and trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
-            rank_zero_info(_where(directory))
+        if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            rank_zero_info(_where(trainer.default_root_dir))
 
 
-class _Table(ExperimentWriter):
-    """Lightning's writer, which would delete a table or rewrite it in place; this one replaces it at once."""
-
-    def __init__(self, directory: str, step: int) -> None:
-        self._step = step
-        self.kept: set[tuple[int, frozenset[str]]] = set()  # rows by step and names
-        super().__init__(directory)
-
-    # Private, both: what Lightning calls before the first row, and when a row has a new column.
-    def _check_log_dir_exists(self) -> None:
-        table = Path(self.metrics_file_path)
-        if not table.is_file():
-            return
-        text = table.read_text(errors="replace")
-        whole = text[: text.rfind("\n") + 1]  # the last line may be cut
-        rows: Any = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(whole.splitlines())]
-        rows = [row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) < self._step]
-        self.kept = {(int(row["step"]), frozenset(row) - {"step"}) for row in rows}
-        if not rows:
-            table.unlink()
-            return
-        self.metrics = rows
-        with self._replacing() as part:
-            part.unlink()
-            self.save()
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        with self._replacing():
-            super()._rewrite_with_new_header(fieldnames)
-
-    @contextmanager
-    def _replacing(self) -> Iterator[Path]:
-        """Let the table be changed as a copy of it, which takes its place."""
-        table = Path(self.metrics_file_path)
-        with replaced(table) as part:
-            shutil.copyfile(table, part)
-            self.metrics_file_path = str(part)
-            yield part
-            self.metrics_file_path = str(table)
-
-
-class MetricsTable(CSVLogger):
+class MetricsTable(Logger):
     """`metrics.csv` of a run. A resumed run keeps the rows before its first step, and has each row once.
 
     Args:
@@ -164,22 +120,50 @@ class MetricsTable(CSVLogger):
         step: the first to log.
     """
 
-    def __init__(self, directory: str, step: int) -> None:
-        super().__init__(directory, name="", version="")
-        self._step = step
+    name = version = None  # the run's directory says both
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        if self._experiment is None:
-            self._experiment = _Table(self.log_dir, self._step)
-        return self._experiment
+    def __init__(self, directory: str, step: int) -> None:
+        super().__init__()
+        self._file, self._step = Path(directory) / "metrics.csv", step
+        self._rows: list[dict[str, Any]] = []
+        self._kept: set[tuple[int, frozenset[str]]] = set()  # rows of before by step and names
+        self._columns: list[str] = []
 
     @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add a row, unless it was measured again because the run was cut off after it."""
-        if (step, frozenset(metrics)) not in self.experiment.kept:
-            super().log_metrics(metrics, step)
+        if not self._columns and self._file.is_file():
+            self._read()
+        if (step, frozenset(metrics)) in self._kept:
+            return
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self._rows.append(row | {"step": step})
+        columns = sorted({"step", *self._columns, *row})
+        if columns != self._columns:
+            self._write(columns)
+            return
+        with self._file.open("a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(self._rows[-1])
+
+    def _read(self) -> None:
+        text = self._file.read_text(errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # the last line may be cut
+        rows: Any = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(whole.splitlines())]
+        self._rows = [
+            row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) < self._step
+        ]
+        self._kept = {(int(row["step"]), frozenset(row) - {"step"}) for row in self._rows}
+        self._write(sorted({"step", *(name for row in self._rows for name in row)}))
+
+    def _write(self, columns: list[str]) -> None:
+        self._columns = columns
+        with replaced(self._file) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: they are in `config.yaml`."""
 
 
 def versions() -> dict[str, str]:

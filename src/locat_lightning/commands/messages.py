@@ -20,8 +20,7 @@ from locat_lightning.errors import InputError, in_a_line
 Command = Callable[[list[str]], None]
 
 EXPECTED_WARNINGS = (
-    # A run's directory has TensorBoard's log before metrics.csv is begun; a resumed run's has everything.
-    "Experiment logs directory .* exists and is not empty",
+    # That of a resumed run.
     "Checkpoint directory .* exists and is not empty",
     # A checkpoint from elsewhere starts a run of its own.
     "The dirpath has changed from .* to ",
