@@ -64,24 +64,23 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(module: str, arguments: list[str]) -> None:
     given = sys.argv
     is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
-    before = signal.signal(signal.SIGTERM, _end) if is_main else None
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, _end) for number in numbers}
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
     sys.argv = [given[0], *arguments]
     try:
         import_module(module, "locat_lightning.commands").main(arguments)
         sys.stdout.flush()  # where a closed pipe shows
-    except KeyboardInterrupt:  # before the command itself could answer it: while it is imported
-        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # as by `locat runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
         sys.exit(1)
     finally:
         sys.argv = given
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame: object) -> None:
-    """Leave as after Ctrl-C, so that nothing is left behind."""
+    """Leave by an exception, so that nothing is left behind, with the exit code that a shell reports."""
     signal.signal(number, signal.SIG_IGN)  # once
     sys.exit(128 + number)

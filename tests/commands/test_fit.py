@@ -4,8 +4,10 @@ import contextlib
 import csv
 import json
 import logging
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -727,9 +729,9 @@ def test_classes_may_have_names_of_their_own(small):
 
 def test_an_interrupt_before_the_first_step_leaves_nothing(small, monkeypatch):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Classification, "training_step", interrupted)
+    monkeypatch.setattr(Classification, "on_train_epoch_start", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main([*FIT, *small])
     assert stopped.value.code == 130

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from tests.commands.runs import BEST, FIT, LAST, QUIET, RUN, scalars
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
+BOTH = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+# A module of a callback that sends a signal to the process of a rank, in the middle of a batch.
+TELL = """
+import os
+from lightning.pytorch import Callback
+
+class Tell(Callback):
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 3 and str(trainer.global_rank) == os.environ.get("TOLD"):
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+"""
 # No epoch of it writes a checkpoint.
 ENDLESS = ["--data.num_workers", "1", "--trainer.max_epochs", "9999", "--checkpoint.every_n_epochs", "9999"]
 
@@ -61,11 +73,10 @@ def predict(rank, *options):
 def test_two_processes_are_as_one(small, folder, start_locat, two_processes):
     """They share out an odd number of images: none is counted twice, none is left out."""
     (folder / "val" / "ant" / "2.png").unlink()
-    both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    process, output = start_locat(*FIT, *small, *both)  # which starts the other one
+    process, output = start_locat(*FIT, *small, *BOTH)  # which starts the other one
     process.join(120)
     assert process.exitcode == 0, output.read_text()
-    two_processes(predict, "--name", "two", *both)
+    two_processes(predict, "--name", "two", *BOTH)
     assert [step for step, _ in scalars(RUN, "train/lr")] == [0, 1]  # of 18 images, 12 a step: one an epoch
     assert list(Path("runs/classify_tiny").iterdir()) == [RUN]
 
@@ -79,3 +90,56 @@ def test_two_processes_are_as_one(small, folder, start_locat, two_processes):
         rows = list(csv.DictReader(together))
         assert [row["path"] for row in rows] == [row["path"] for row in csv.DictReader(alone)]
     assert len({row["path"] for row in rows}) == len(rows) == 7
+
+
+def state_of(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+@pytest.fixture
+def tell(small, start_locat, monkeypatch):
+    """Starts a run of two processes, one of which is sent a signal; returns its exit code and its output."""
+    Path("tell.py").write_text(TELL)
+    monkeypatch.syspath_prepend(Path.cwd())
+    options = ["--model.backbone_args.drop_path_rate", "0.3", "--trainer.callbacks+=tell.Tell"]
+
+    def start(rank, number, *more):
+        environment = {"TOLD": str(rank), "SIGNAL": str(int(number)), "PYTHONPATH": os.pathsep.join(sys.path)}
+        given = [*FIT, *small, *BOTH, *options, "--trainer.max_epochs", "8", *more]
+        process, output = start_locat(*given, **environment)
+        process.join(300)
+        return process.exitcode, output.read_text()
+
+    return start
+
+
+def test_two_processes_resume_as_if_they_had_not_been_told_to_stop(tell):
+    """The second one is told, in the middle of a batch; the first saves, without the other."""
+    code, said = tell("none", 0)
+    assert code == 0, said
+    whole = state_of(LAST)
+    RUN.rename(RUN.with_name("whole"))
+    code, said = tell(1, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == f"interrupted; resume with: locat fit --ckpt_path {LAST}"
+    assert 3 < torch.load(LAST, weights_only=True)["global_step"] < 8
+    code, said = tell("none", 0, "--ckpt_path", str(LAST))
+    assert code == 0, said
+    resumed = state_of(LAST)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_last_line_says_what_to_do_if_a_process_is_lost(rank, tell):
+    code, said = tell(rank, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    assert code == (1 if rank else -signal.SIGKILL), said
+    output = next(Path().glob("output_*.txt"))
+    while "--ckpt_path last" not in output.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)  # of rank 0, the other process says it
+    said = output.read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].endswith("then resume the run with --ckpt_path last")
+    if rank:
+        assert torch.load(LAST, weights_only=True)["global_step"] in (3, 4)

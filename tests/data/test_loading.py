@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from multiprocessing import current_process, get_context
@@ -384,6 +385,16 @@ def test_reading_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pixels(saved(Image.new("P", (2, 2)), "PNG", transparency=bytes([0, 255])))
+
+
+def test_workers_need_a_short_name_of_the_temporary_folder(monkeypatch):
+    """They hand over images by a socket there; where its name is too long, the training would wait."""
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "t" * 74)
+    loader(workers=1)
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "t" * 75)
+    loader(workers=0)
+    with pytest.raises(InputError, match="TMPDIR: the name of a temporary folder has 76 bytes"):
+        loader(workers=1)
 
 
 def work(ready):

@@ -1,10 +1,8 @@
 """A full disk: one line with the cause, exit code 1, the checkpoint before is whole, no half of a file."""
 
-import ctypes
 import json
 import os
 import shutil
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -15,10 +13,10 @@ import torch
 from locat.command import main
 from tests.commands.runs import LAST
 from tests.conftest import begin_child
+from tests.faults.conftest import mount_small_disk
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
-NEW_NAMESPACE = 0x00020000  # CLONE_NEWNS: the disk is seen by this process alone, and goes with it
 COMMANDS = {
     "fit": ["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "6", "--allow_changes", "true"],
     "predict": ["predict", "--weights", str(LAST)],
@@ -28,12 +26,8 @@ COMMANDS = {
 
 def on_a_small_disk(size, free, arguments, result, output):
     """Run a command on a copy of a run, on a disk with so many free bytes; write down what is left of it."""
-    if ctypes.CDLL(None, use_errno=True).unshare(NEW_NAMESPACE) != 0:
-        return
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     Path("disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "disk"]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
+    if not mount_small_disk("disk", size):
         return
     shutil.copytree("runs", "disk/runs")
     os.chdir("disk")

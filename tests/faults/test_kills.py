@@ -4,13 +4,16 @@ import csv
 import os
 import random
 import signal
+import time
 
 import pytest
 import torch
 
 from locat_lightning.commands.fit import main
 from tests.commands.runs import BEST, FIT, LAST, RUN
+from tests.commands.test_fit_processes import BOTH, wait_until_it_trains
 from tests.commands.test_killed import differences
+from tests.faults.conftest import children, is_sound, wait_for_the_end_of_all
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -71,3 +74,35 @@ def test_a_run_killed_again_and_again(small, folder, start_locat, record_propert
         assert differences(expected["state_dict"], found["state_dict"]) == [], name
     assert list(rows(tmp_path / RUN / "metrics.csv")) == list(rows(RUN / "metrics.csv"))
     record_property("SIGKILL at random moments", f"{kills} of a run that ends as if there had been none")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_is_killed(rank, small, start_locat, record_property):
+    process, output = start_locat(*FIT, *small, *RUN_OF_MANY, *BOTH)
+    wait_until_it_trains(process)
+    process.join(random.Random(rank).uniform(0, 2))
+    second = next(child for child, of_rank in children(process).items() if of_rank)
+    os.kill(second if rank else process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while "--ckpt_path last" not in output.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.join(60)
+    said = output.read_text()
+    assert process.exitcode == (1 if rank else -signal.SIGKILL), said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].endswith("resume the run with --ckpt_path last")
+    assert is_sound(LAST)
+    record_property("SIGKILL of one of two processes", f"rank {rank}")
+
+
+def test_a_process_that_reads_images_is_killed(small, start_locat, record_property):
+    process, output = start_locat(*FIT, *small, *RUN_OF_MANY, "--trainer.max_epochs", "9999")
+    wait_until_it_trains(process)
+    os.kill(max(children(process)), signal.SIGKILL)
+    wait_for_the_end_of_all(process)
+    said = output.read_text()
+    assert process.exitcode == 1, said
+    assert "Traceback" not in said
+    assert "lower data.num_workers" in said.splitlines()[-1]
+    assert is_sound(LAST)
+    record_property("SIGKILL of a process that reads images", "1")

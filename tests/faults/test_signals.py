@@ -10,8 +10,8 @@ import time
 import pytest
 
 from tests.commands.runs import FIT, LAST, RUN
-from tests.commands.test_fit_processes import wait_until_it_trains
-from tests.faults.conftest import is_sound, wait_for_the_end_of_all
+from tests.commands.test_fit_processes import BOTH, wait_until_it_trains
+from tests.faults.conftest import children, is_sound, wait_for_the_end_of_all
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -66,15 +66,21 @@ def test_a_signal_while_python_starts(number, small, record_property):
     record_property(f"{number.name} from the start of Python on", f"{TRIES // 2}")
 
 
+@pytest.mark.parametrize("to", ["the first", "the second", "both"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda each: each.name)
-def test_a_signal_to_two_processes_that_train(number, small, start_locat, record_property):
-    moment = random.Random(int(number))
-    both = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.num_workers", "1"]
-    for _ in range(TRIES // 2):
-        process, output = start_locat(*FIT, *small, *ENDLESS, *both)
-        wait_until_it_trains(process)
-        process.join(moment.uniform(0, 4))
-        os.killpg(process.pid, number)
+def test_a_signal_to_two_processes(number, to, small, start_locat, record_property):
+    moment, trained = random.Random(f"{number} {to}"), 0
+    for starts in (True, False):
+        process, output = start_locat(*FIT, *small, *ENDLESS, *BOTH)
+        if not starts:
+            wait_until_it_trains(process)
+        process.join(moment.uniform(0.1, 4))
+        second = [child for child, rank in children(process).items() if rank]
+        if to == "both":
+            os.killpg(process.pid, number)
+        else:
+            os.kill(second[0] if to == "the second" and second else process.pid, number)
         wait_for_the_end_of_all(process)
+        trained += LAST.is_file()
         check(output.read_text(), process.exitcode, number)
-    record_property(f"{number.name} to two processes of a run", f"{TRIES // 2}")
+    record_property(f"{number.name} to {to} of two processes", f"2, {trained} of them of a run that trained")

@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from locat import configs
@@ -308,35 +305,6 @@ def train_until_nan(name, rank, folder, looks):
     return ""
 
 
-class Told(Callback):
-    """Sends its own process SIGTERM, once, in the middle of a batch."""
-
-    def on_after_backward(self, trainer, module):
-        if trainer.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def stopped_and_resumed(rank, folder):
-    """Weights of a run, and of those of which one process is told to stop, before and after they resume."""
-
-    def run(*callbacks, **options):
-        run = trainer(*callbacks, devices=2, strategy="ddp", max_epochs=2)
-        task = small("Dino", backbone_args={"drop_path_rate": 0.3}, warmup_epochs=1, lr=1e-2)
-        stopped = False
-        try:
-            run.fit(task, of_folder(folder / "images"), **options)
-        except SIGTERMException:
-            stopped = True
-        return {"stopped": stopped, "step": run.global_step, "state": copied(task)}
-
-    runs = {"whole": run()}
-    for told in range(2):
-        saving = Checkpoints(folder / f"told {told}", save_last=True, save_on_exception=True)
-        cut = run(saving, *([Told()] if rank == told else []))
-        runs[told] = cut, run(ckpt_path=str(folder / f"told {told}" / "last.ckpt"), weights_only=True)
-    return runs
-
-
 def in_two_processes(rank, folder):
     """All that is tested of two processes: they take long to start."""
     found = {
@@ -349,7 +317,6 @@ def in_two_processes(rank, folder):
         }
         for name in METHODS
     }
-    found["told"] = stopped_and_resumed(rank, folder)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -386,17 +353,3 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(of_two, name, looks)
     assert not list(folder.rglob("*.part"))
     last = torch.load(folder / f"{name} {looks}" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
-def test_both_processes_stop_and_resume_if_one_is_told_to_stop(of_two, told):
-    folder, found = of_two
-    for runs in (each["told"] for each in found):
-        whole, (cut, resumed) = runs["whole"], runs[told]
-        assert whole["step"] == resumed["step"] == 10
-        assert cut["stopped"]
-        assert cut["step"] == 4
-        assert not same(cut["state"], whole["state"])
-        assert torch.load(folder / f"told {told}" / "last.ckpt", weights_only=True)["global_step"] == 4
-        assert same(resumed["state"], whole["state"])

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 
+from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino, Distillation
 from locat_lightning.tasks import Classification, Segmentation
@@ -75,6 +76,30 @@ def test_recomputed_blocks_classify_the_same(tmp_path):
     assert lean.backbone.grad_checkpointing
     for name, value in plain.state_dict().items():
         assert torch.equal(value, lean.state_dict()[name]), name
+
+
+def test_a_run_that_is_interrupted_in_a_validation_keeps_weights_and_average_apart(tmp_path):
+    """Validated are the average weights."""
+
+    class Interrupted(Classification):
+        def validation_step(self, batch, batch_idx):
+            self.trained, self.validated = steps[-1], state(self.backbone)
+            raise InputError("stop")
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            steps.append(state(self.backbone))
+
+    steps = []
+    module = task(Interrupted, lr=0.1, ema=0.5, mixup=0, cutmix=0)
+    saving = Checkpoints(tmp_path, save_last=True, save_on_exception=True)
+    options = {"callbacks": [saving], "enable_checkpointing": True}
+    with pytest.raises(InputError, match="stop"):
+        fit(tmp_path, module, max_epochs=1, **options)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for name, value in module.trained.items():
+        assert torch.equal(saved["current_model_state"][f"backbone.{name}"], value), name
+        assert torch.equal(saved["state_dict"][f"backbone.{name}"], module.validated[name]), name
+    assert not torch.equal(module.trained["cls_token"], module.validated["cls_token"])
 
 
 def test_averaged_weights_are_saved_and_resumed(tmp_path):

@@ -1,7 +1,5 @@
 """Checkpoints of a run: its best weights, and its last state, from which it resumes."""
 
-import signal
-import threading
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -9,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
@@ -56,13 +55,11 @@ class Checkpoints(ModelCheckpoint):
 
     Lightning's own writes `last.ckpt` only along with a new best checkpoint, and overwrites the best one when
     a run is interrupted. This one waits until what follows the batch has been logged and measured: the next
-    batch, the next epoch or the end of the run.
-
-    On SIGTERM, Lightning's handler calls a collective wherever its process is, and waits for others that are
-    elsewhere. Here several processes agree after each batch on whether one of them was told to stop.
+    batch, the next epoch or the end of the run. When a run of several processes ends by an exception, the
+    first writes it without the others, which may be anywhere: after a step each has the same state.
     """
 
-    _told_to_stop = False
+    _is_stepping = False  # in a step that has not been taken completely
     _last_is_due = False
     _last_step = 0  # the step of `last.ckpt`
     # Of the checkpoint that the run resumes from.
@@ -104,10 +101,6 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have Lightning take up what `on_save_checkpoint` noted: its private loops, as they are restored."""
         super().on_train_start(trainer, pl_module)
-        if threading.current_thread() is threading.main_thread():
-            # Lightning restores what was there before the run; its own handler is private.
-            own: Any = trainer._signal_connector._sigterm_notifier_fn
-            signal.signal(signal.SIGTERM, own if trainer.world_size == 1 else self._record)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
         loop: Any = trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
@@ -124,16 +117,14 @@ class Checkpoints(ModelCheckpoint):
         for count, value in batches.current.state_dict().items():
             setattr(batches.current, count, value + more)
 
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self._is_stepping = True
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._is_stepping = False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
-            # Private: the flag that Lightning's own handler sets, and its loop reads after each batch.
-            trainer._signal_connector.received_sigterm = True
-
-    def _record(self, *_: Any) -> None:
-        self._told_to_stop = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_last(trainer)
@@ -157,10 +148,13 @@ class Checkpoints(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last checkpoint, and say so."""
-        if is_worthless(trainer, exception):
+        if dist.is_available() and dist.is_initialized():
+            dist.group.WORLD = None  # what follows waits for no other process
+        if not trainer.is_global_zero or is_worthless(trainer, exception):
             return
         try:
-            if self.save_on_exception and self._last_step != trainer.global_step:
+            is_new = self._last_step != trainer.global_step and not self._is_stepping
+            if self.save_on_exception and is_new:
                 batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
                 if batches.processed != batches.completed:  # it is not logged yet
                     trainer._logger_connector.update_train_step_metrics()  # private

@@ -1,6 +1,6 @@
 """`locat fit`, `validate`, `test`, `predict`: LightningCLI with configs by name and a directory per run."""
 
-import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import locat_lightning.methods  # noqa: F401 - as the line above: a config names
 from locat.runs import claim, lock, unlock
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.checkpoints import CheckpointFiles, Checkpoints
+from locat_lightning.callbacks.interrupts import Interrupts
 from locat_lightning.callbacks.kernels import KernelWidths
 from locat_lightning.callbacks.pictures import Pictures
 from locat_lightning.callbacks.predictions import Predictions
@@ -54,8 +55,6 @@ HELP_TO_OPTIONS = (
 class LocatCLI(LightningCLI):
     """LightningCLI with a directory for each run, and weights from `--weights`."""
 
-    _held: tuple[Path, int | None, list[Path]] | None = None  # the arguments of `unlock`
-
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
         self._given = decisive_options(arguments[1:])
@@ -65,7 +64,7 @@ class LocatCLI(LightningCLI):
         options = {"exit_on_error": False, "allow_abbrev": False}
         usage = f"locat {self._command} --config CONFIG [options]"
         own = options | {"usage": usage, "description": HELP_TO_OPTIONS}
-        try:
+        with ExitStack() as self._held:  # the directory of the run, and the signals
             super().__init__(
                 save_config_callback=RunRecord,
                 save_config_kwargs={"overwrite": True},
@@ -74,9 +73,6 @@ class LocatCLI(LightningCLI):
                 parser_class=OptionParser,
                 args=arguments,
             )
-        finally:
-            if self._held is not None:
-                unlock(*self._held)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         # Only the command that is run: to build the parsers of the others takes time.
@@ -197,8 +193,10 @@ class LocatCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if isinstance(trainer.accelerator, CPUAccelerator):
             check_processes(trainer.num_devices)
-        if trainer.world_size > 1:  # Lightning kills all processes when it sees that one has ended
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        release = self._held.pop_all().close
+        self._held.callback(release)
+        trainer.callbacks.append(interrupts := Interrupts(trainer, release))  # type: ignore[attr-defined]
+        self._held.enter_context(interrupts)
         return trainer
 
     def _hold(self, config: Namespace) -> Path:
@@ -213,7 +211,7 @@ class LocatCLI(LightningCLI):
         run = self._directory or claim(new)
         made = [] if run == self._directory else [run, *missing]
         try:
-            self._held = run, lock(run), made
+            self._held.callback(unlock, run, lock(run), made)
         except BlockingIOError as error:
             raise InputError(
                 f"--ckpt_path: another process is training in {run}: wait for its end, or stop it"

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import signal
 import sys
 import threading
 import warnings
@@ -12,7 +11,6 @@ from functools import wraps
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from locat.errors import refuse
 from locat_lightning.errors import InputError, in_a_line
@@ -51,8 +49,8 @@ REMEDIES = {
     "OutOfMemory|out of memory|allocate memory|MemoryError": (
         "lower data.batch_size (and raise trainer.accumulate_grad_batches as much), or data.num_workers"
     ),
-    r"\b(gloo|Gloo|NCCL)\b|ProcessGroup": (
-        "another process of the run has ended: see what it said, then resume the run with --ckpt_path last"
+    r"\b(gloo|Gloo|NCCL)\b|ProcessGroup|process .*of the run has ended": (
+        "see what the other processes said, then resume the run with --ckpt_path last"
     ),
     "DataLoader worker .*(killed|exited)": (
         "a process that reads images was ended from outside, perhaps because memory ran out: lower "
@@ -81,16 +79,6 @@ def errors_in_a_line(run: Command) -> Command:
         _direct_messages(debug)
         try:
             run([argument for argument in arguments if argument != "--debug"])
-        # As a shell reports it: whoever sent the signal sees that it was obeyed.
-        except SIGTERMException:
-            sys.exit(128 + signal.SIGTERM)
-        except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
-        except SystemExit as end:
-            # Lightning, having ended the run, exits with 1.
-            if isinstance(end.__context__, KeyboardInterrupt):
-                sys.exit(128 + signal.SIGINT)
-            raise
         except BrokenPipeError:  # nobody reads what is printed
             raise
         except Exception as error:

@@ -92,7 +92,9 @@ class LabelledData(ImageModule[Source | Stream]):
     def _loader(self, split: str, transform: Callable[[Image.Image], Any], *, training: bool) -> ImageLoader:
         source = self.source(split)
         if isinstance(source, Stream):
-            return ImageLoader(replace(source, transform=transform), **self._loader_options(training))
+            options = self._loader_options(training)
+            options["num_workers"] = source.most_workers(self._processes()[0], options["num_workers"])
+            return ImageLoader(replace(source, transform=transform), **options)
         images = Images(source, transform, self.seed)
         return self._shuffled(images) if training else self._in_order(images)
 

@@ -14,7 +14,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from locat_lightning.data.dataset import Failure, ImageBatch, Images
 from locat_lightning.data.sampling import TrainOrder
-from locat_lightning.data.workers import end_with_the_run
+from locat_lightning.data.workers import check_temporary_folder, end_with_the_run
 from locat_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class ImageLoader(DataLoader):
     ) -> None:
         read = partial(_collate, refill=training, collate=collate)
         super().__init__(dataset, collate_fn=read, worker_init_fn=end_with_the_run, **options)
+        if self.num_workers:
+            check_temporary_folder()
         self.training = training
         self.unreadable = unreadable
         self.collate = collate

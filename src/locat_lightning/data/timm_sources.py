@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.reader_wds import ReaderWds
 from torch.utils.data import IterableDataset
 
 from locat_lightning.data.base import SPLITS
@@ -54,6 +55,15 @@ class Stream(IterableDataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def most_workers(self, processes: int, workers: int) -> int:
+        """Return how many of so many workers have a shard in each process: one without waits for ever."""
+        if not isinstance(self.dataset.reader, ReaderWds):
+            return workers
+        shards = len(self.dataset.reader.split_info.filenames)
+        if shards < processes:
+            raise InputError(f"{shards} shards for {processes} processes: use --trainer.devices {shards}")
+        return min(workers, shards // processes)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         for image, label in self.dataset:

@@ -3,23 +3,38 @@
 import os
 import signal
 import sys
+import tempfile
 from multiprocessing import parent_process
 from threading import Thread, Timer
 from typing import Any
 
+from locat_lightning.errors import InputError
+
 # Seconds that a training process has to end its workers, before they obey others: Slurm's KillWait.
 GRACE = 30
+# Bytes that a socket's path may have, and those that multiprocessing adds to the temporary folder's.
+LONGEST, ADDED = 107, 32
+
+
+def check_temporary_folder() -> None:
+    """Check that workers can hand over images in the system's temporary folder, where they would wait."""
+    if (length := len(os.fsencode(tempfile.gettempdir()))) > LONGEST - ADDED:
+        raise InputError(
+            f"TMPDIR: the name of a temporary folder has {length} bytes, but processes that read images can "
+            f"only use one of at most {LONGEST - ADDED}: set TMPDIR=/tmp, or --data.num_workers 0"
+        )
 
 
 def end_with_the_run(worker: int) -> None:
-    """Have a worker obey a SIGTERM of the process that trains at once, and one of others later.
+    """Have a worker obey a SIGTERM of the process that trains at once, one of others later, and no Ctrl-C.
 
-    A scheduler sends SIGTERM to all processes of a job, and the training process still needs its workers to
-    save a checkpoint. On macOS and Windows, where the sender of a signal is unknown, a worker obeys every
-    SIGTERM at once.
+    A scheduler sends SIGTERM to all processes of a job, a terminal SIGINT, and the training process still
+    needs its workers to end its batch. On macOS and Windows, where the sender of a signal is unknown, a
+    worker obeys every SIGTERM at once.
 
     A worker whose run ends while a batch is on its way is silent about it: the run itself reports the reason.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _unless_the_receiver_left
     parent = parent_process()
     if parent is not None and hasattr(signal, "sigwaitinfo"):

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
-    EMAWeightAveraging,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
@@ -30,6 +29,7 @@ from locat_lightning.figures.validation import validation_figure
 from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 from locat_lightning.schedules import linear_rule
+from locat_lightning.tasks.averaging import Averaging
 from locat_lightning.tasks.watch import Watched
 
 # Callbacks of Lightning that would change what a task computes from its options, and what to do instead.
@@ -166,7 +166,7 @@ class Task(Watched):
         self.weights = None
 
     def configure_callbacks(self) -> list[Callback]:
-        return [] if self.hp.ema is None else [EMAWeightAveraging(decay=self.hp.ema)]
+        return [] if self.hp.ema is None else [Averaging(decay=self.hp.ema)]
 
     def agree_on_classes(self, option: str) -> tuple[int, list[str]]:
         """Return number and names of the classes in the data, and note them in the options.

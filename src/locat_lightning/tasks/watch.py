@@ -7,7 +7,6 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
 from locat_lightning.errors import InputError
@@ -80,10 +79,7 @@ class Watched(LightningModule):
             return
         steps, losses = zip(*self._losses, strict=True)
         self._losses.clear()
-        means = torch.stack(losses)
-        # An interrupted process looks at its own losses only: the others may be anywhere.
-        if self.trainer.state.status != TrainerStatus.INTERRUPTED:
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        means = self.trainer.strategy.reduce(torch.stack(losses), reduce_op="mean")
         for step, loss in zip(steps, means.tolist(), strict=True):
             if not math.isfinite(loss):
                 self._stop(f"the loss is {loss}", step)

@@ -1,0 +1,127 @@
+"""How a run ends before its time: told to by a signal, or because one of its processes was lost."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from subprocess import Popen
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from locat_lightning.data.workers import GRACE
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAUNCHED_BY = "LOCAT_LAUNCHED_BY"  # environment variable: the process of the run that started this one
+GRACE_AT_START = 3  # seconds, until the processes have met: there is nothing to save
+
+
+class Interrupts(Callback):
+    """Ends a run on SIGINT or SIGTERM, or when one of its processes was lost: after the batch under way.
+
+    Of several processes, the first saves without waiting for the others, which may be anywhere, and ends
+    them; they pass signals on to it. One that waits for a lost process does not react, and is ended.
+
+    Args:
+        trainer: of the run.
+        release: called before a process is ended that does not react.
+    """
+
+    def __init__(self, trainer: Trainer, release: Callable[[], None]) -> None:
+        self._trainer = trainer
+        self._release = release
+        self._told = 0  # the signal
+        self._lost = ""  # which process
+        self._ended = False
+        self._others: list[Popen[bytes]] = []  # which this one has started
+        self._process = os.getpid()
+        is_launched = int(os.environ.get("LOCAL_RANK", 0)) > 0
+        self._parent = int(os.environ.get(LAUNCHED_BY, 0)) if is_launched else 0
+        os.environ[LAUNCHED_BY] = str(self._process)
+
+    def __enter__(self) -> None:
+        # Private: Lightning's own handler calls a collective wherever its process is.
+        self._trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        if self._trainer.world_size > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._ended = True
+        self._look()
+        for other in self._others:
+            if kind is not None:
+                other.kill()
+            other.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._told and trainer.is_global_zero:
+            self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Be silent if the first process speaks for the run."""
+        if self._told and not trainer.is_global_zero:
+            sys.exit(128 + self._told)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process or self._trainer.interrupted:
+            return  # a process that reads images, just forked; or one that is ending
+        if not self._lost:
+            self._told = self._told or number
+        if self._lost or self._trainer.is_global_zero:
+            batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
+            if batches.started == batches.completed:
+                self._end()
+        elif os.getppid() == self._parent:
+            os.kill(self._parent, number)
+
+    def _end(self) -> NoReturn:
+        if self._lost:
+            raise ConnectionError(self._lost)
+        sys.exit(128 + self._told)
+
+    def _watch(self) -> None:
+        """Look after the other processes; tell this one until it reacts, or end it."""
+        since = 0.0
+        while not self._ended and not self._trainer.interrupted:
+            self._look()
+            if self._told or self._lost:
+                since = since or time.monotonic()
+                if time.monotonic() - since > (GRACE if dist.is_initialized() else GRACE_AT_START):
+                    self._give_up()
+                if self._lost or self._trainer.is_global_zero:
+                    os.kill(self._process, signal.SIGTERM)
+            time.sleep(0.2)
+
+    def _look(self) -> None:
+        """Find the processes that this one has started, and which of all was lost."""
+        started = getattr(self._trainer.strategy.launcher, "procs", [])
+        if started and isinstance(started[0], Popen):
+            self._others += started
+            started.clear()  # Lightning's own observer would kill this process before it has saved
+        for rank, other in enumerate(self._others, start=1):
+            code = other.poll() or 0
+            number = -code if code < 0 else code - 128
+            if number in SIGNALS:  # at its start, when it could not pass it on
+                self._told = self._told or number
+            elif code:
+                self._lost = f"process {rank} of the run has ended with code {code}"
+        if self._parent and os.getppid() != self._parent:
+            self._lost = "the first process of the run has ended"
+
+    def _give_up(self) -> None:
+        for other in self._others:
+            other.kill()
+        self._release()
+        if self._lost or self._trainer.global_step:
+            said = self._lost or "another process of the run does not react"
+            remedy = "resume the run with --ckpt_path last" if self._trainer.global_step else "start it again"
+            print(f"locat: error: {said}: {remedy}", file=sys.stderr, flush=True)
+        os._exit(128 + self._told if self._told else 1)
