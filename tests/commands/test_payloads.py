@@ -2,6 +2,9 @@
 
 import contextlib
 import copy
+import json
+import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -78,12 +81,48 @@ from locat_lightning.tasks import Classification as Task
 from locat_lightning.data import ImageData as Data
 touch = Views = Callback = Strategy = Logger = Plugin = Accelerator = Optimizer = Task
 """
+# The same in config.json of an exported folder.
+IN_THE_FOLDER = {
+    "architecture": [CALL, "hf-hub:evil/model", "evil.Model", "local-dir:evil", 3],
+    "model_args": [CALL, {"prr": CALL}, {"pretrained": True}, {"checkpoint_path": "evil.pth"}, "evil"],
+    "model_args.img_size": [CALL, "evil", [CALL]],
+    "num_classes": [CALL],
+    "label_names": [CALL, [CALL]],
+    "pretrained_cfg": [CALL, "evil"],
+    "pretrained_cfg.custom_load": [True, "hf", CALL],
+    "pretrained_cfg.file": ["evil.pth", CALL],
+    "pretrained_cfg.hf_hub_id": ["evil/model", CALL],
+    "pretrained_cfg.source": ["hf-hub", CALL],
+    "pretrained_cfg.url": ["https://localhost:1/evil.pth", CALL],
+    "pretrained_cfg.mean": [CALL, [CALL]],
+    "pretrained_cfg.interpolation": [CALL, "evil"],
+    "pretrained_cfg.first_conv": [CALL, "evil"],
+}
 # Each command, and which groups of a run's record it reads.
 COMMANDS = {
     "validate": (["validate", "--weights", "best"], ("model", "data", "name", "runs")),
+    "test": (["test", "--weights", "best"], ("model", "data", "name", "runs")),
     "predict": (["predict", "--weights", "best"], ("model", "data", "name", "runs")),
     "fit": (["fit", "--ckpt_path", "last"], ("",)),
     "knn": (["knn", "--weights", "best", "--k", "3"], ("model", "data", "name", "runs")),
+    "linear": (
+        ["linear", "--weights", "best", "--protocol", "sweep", "--epochs", "1"],
+        ("model", "data", "name", "runs"),
+    ),
+    "retrieve": (
+        [
+            "retrieve",
+            "--weights",
+            "best",
+            "--data.dataset",
+            "digits",
+            "--image_size",
+            "32",
+            "--neighbours",
+            "3",
+        ],
+        ("model", "data", "name", "runs"),
+    ),
     "export": (["export", "--weights", "best", "--to", "exported"], ("model", "data", "trainer")),
     "info": (["info", "best", "--batch_size", "1"], ()),
 }
@@ -110,7 +149,10 @@ def elsewhere(trained, tmp_path, monkeypatch):
 
 def attempt(command, run):
     """Run a command on the files of a run, and check that it does no more than it should."""
-    files = {name: str(run / f"checkpoints/{name}.ckpt") for name in ("best", "last")}
+    attempt_on(command, {name: str(run / f"checkpoints/{name}.ckpt") for name in ("best", "last")})
+
+
+def attempt_on(command, files):
     before = set(Path().iterdir())
     with contextlib.suppress(SystemExit):
         main([files.get(argument, argument) for argument in COMMANDS[command][0]])
@@ -147,6 +189,29 @@ def test_nothing_that_a_checkpoint_holds_is_executed(command, elsewhere):
             for file in files:
                 torch.save(contents, file)
             attempt(command, elsewhere)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["validate", "knn", "export", "info"])
+def test_nothing_in_an_exported_folder_is_executed(command, elsewhere, monkeypatch):
+    main(["export", "--weights", str(elsewhere / "checkpoints/best.ckpt"), "--to", "downloads/folder"])
+    config, weights = Path("downloads/folder/config.json"), Path("downloads/folder/model.safetensors")
+    sound = json.loads(config.read_text())
+    for place, values in IN_THE_FOLDER.items():
+        for value in values:
+            contents = copy.deepcopy(sound)
+            put(contents, place, value)
+            config.write_text(json.dumps(contents))
+            attempt_on(command, {"best": "downloads/folder"})
+    config.write_text(json.dumps(sound))
+    weights.unlink()
+    Path("downloads/folder/pytorch_model.bin").write_bytes(pickle.dumps(Touch(), 2))
+    attempt_on(command, {"best": "downloads/folder"})
+
+
+class Touch:
+    def __reduce__(self):
+        return os.system, ("touch PWNED",)
 
 
 def test_what_the_record_of_a_run_may_choose_is_as_it_was(elsewhere):

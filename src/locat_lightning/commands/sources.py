@@ -15,7 +15,7 @@ from locat_lightning.backbones.weights import check_source
 from locat_lightning.data.base import ImageModule
 from locat_lightning.data.views import ViewTransform
 from locat_lightning.errors import InputError, in_a_line
-from locat_lightning.records import plain
+from locat_lightning.records import check_like, plain
 from locat_lightning.tasks.base import Task
 
 # Options whose value is a class, and the base of those that a record may choose.
@@ -40,9 +40,22 @@ def suggest_file(path: Path) -> str:
 
 
 def exported_config(weights: str) -> dict[str, Any]:
-    """Return `config.json` of a folder that `locat export` wrote (`DIR` or `local-dir:DIR`), {} of others."""
+    """Return `config.json` of a folder that `locat export` wrote (`DIR` or `local-dir:DIR`), {} of others.
+
+    Raises:
+        InputError: it is no such file, or holds more than data: see `records`.
+    """
     file = Path(weights.removeprefix("local-dir:")) / "config.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file} is not the config of an exported model: {in_a_line(error)}") from error
+    own: dict[str, Any] = {"architecture": "", "num_classes": 0}
+    own |= {key: {} for key in ("model_args", "pretrained_cfg") if key in config}
+    check_like(config, own, file, "config")
+    return dict(plain(config, file))
 
 
 def local_dir(weights: str) -> str:
