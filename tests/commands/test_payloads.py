@@ -110,17 +110,7 @@ COMMANDS = {
         ("model", "data", "name", "runs"),
     ),
     "retrieve": (
-        [
-            "retrieve",
-            "--weights",
-            "best",
-            "--data.dataset",
-            "digits",
-            "--image_size",
-            "32",
-            "--neighbours",
-            "3",
-        ],
+        ["retrieve", "--weights", "best", "--data.root", "folder", "--data.classes", "[a, b, c]"],
         ("model", "data", "name", "runs"),
     ),
     "export": (["export", "--weights", "best", "--to", "exported"], ("model", "data", "trainer")),
@@ -136,11 +126,12 @@ def put(contents, place, value):
 
 
 @pytest.fixture
-def elsewhere(trained, tmp_path, monkeypatch):
+def elsewhere(trained, scenes, tmp_path, monkeypatch):
     """A run of somebody else's in `downloads`, and a module in the path that shows when it is imported."""
     monkeypatch.syspath_prepend(tmp_path)
     Path("evil.py").write_text(EVIL)
     Path("downloads").mkdir()
+    scenes("folder")  # for retrieve
     Path("runs/classify_tiny").rename("downloads/theirs")
     shutil.rmtree("runs")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a decoder may name a hub

@@ -7,10 +7,13 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 
@@ -141,6 +144,9 @@ def test_a_second_average_is_refused():
         (Classification, LearningRateFinder()),
         (Classification, BatchSizeFinder()),
         (Classification, BackboneFinetuning()),
+        (Classification, BaseFinetuning()),
+        (Classification, GradientAccumulationScheduler({0: 2})),
+        (Classification, ModelPruning("l1_unstructured", amount=0.5)),
     ],
     ids=lambda each: each.__name__ if isinstance(each, type) else type(each).__name__,
 )

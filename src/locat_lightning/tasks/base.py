@@ -10,9 +10,11 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
+    GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities import rank_zero_info
@@ -37,7 +39,9 @@ UNFIT: dict[type[Callback], str] = {
     StochasticWeightAveraging: "it would replace the schedule; --model.ema averages the weights",
     LearningRateFinder: "the schedule follows from --model.lr: compare short runs with several",
     BatchSizeFinder: "the schedule follows from --data.batch_size: set that",
-    BackboneFinetuning: "freeze parameters in a callback of your own, in on_fit_start",
+    GradientAccumulationScheduler: "the schedule follows from --trainer.accumulate_grad_batches: set that",
+    ModelPruning: "it would rename the weights in checkpoints; prune those of a finished run",
+    BaseFinetuning: "freeze parameters in a callback of your own, in on_fit_start",
 }
 
 
