@@ -553,6 +553,12 @@ def test_the_last_run_of_a_name_goes_on_without_its_config(trained, capsys):
     assert torch.load(LAST, weights_only=True)["global_step"] == 9
 
 
+def test_a_record_as_config_resumes_wherever_it_stands(trained, caplog):
+    main(["fit", "--ckpt_path", "last", "--config", str(RUN / "config.yaml")])
+    assert "nothing is left to train" in caplog.text
+    assert [run.name for run in RUN.parent.iterdir()] == ["version_0"]
+
+
 def test_a_small_data_set_has_curves(small, recwarn):
     main([*FIT, *small, "--trainer.log_every_n_steps", "null"])  # 50, of 3 batches an epoch
     assert [step for step, _ in scalars(RUN, "train/loss")] == [2, 5]

@@ -27,15 +27,7 @@ from locat_lightning.callbacks.progress import EpochLines, ProgressBar
 from locat_lightning.callbacks.record import MetricsTable, RunRecord
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.callbacks.throughput import Throughput
-from locat_lightning.commands import defaults, resume
-from locat_lightning.commands.checks import (
-    check_name,
-    check_numbers,
-    check_processes,
-    check_root,
-    check_start,
-    check_writable,
-)
+from locat_lightning.commands import checks, defaults, resume
 from locat_lightning.commands.loggers import OptionParser, make_loggers
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import ConfigByName, decisive_options, mixed_precision, parse
@@ -118,23 +110,25 @@ class LocatCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Private: LightningCLI's parser of the command.
         self.config = parse(parser, args, self._subcommand_parsers[self._command])
-        check_numbers(self.config[self._command])
+        checks.check_numbers(self.config[self._command])
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: a resumed run has the options that it is given, not those of its checkpoint."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if self.subcommand != "fit" and config.weights is None:
+        if self.subcommand == "fit":
+            config.ckpt_path = config.ckpt_path or self._given.ckpt_path  # a record as --config says null
+        elif config.weights is None:
             raise InputError(
                 f"locat {self.subcommand} needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained model)"
             )
         if self.subcommand == "predict":
             config.trainer.logger = False  # predictions are files, not curves
-        check_name(config.name)
-        check_root(self._given, config.get("data.init_args.dataset") if "data" in config else None)
-        check_start(config)
+        checks.check_name(config.name)
+        checks.check_root(self._given, config.get("data.init_args.dataset") if "data" in config else None)
+        checks.check_start(config)
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self._resumed: dict[str, Any] = {}  # contents of the checkpoint that a run resumes from
         self._resume_from: Path | None = None
@@ -152,7 +146,7 @@ class LocatCLI(LightningCLI):
             if (record := record_of_run(self._resume_from)) is not None:
                 self._directory = record.parent
         option = "--runs" if self._directory is None else "--ckpt_path"
-        check_writable(option, self._directory or Path(config.runs) / self._name(config))
+        checks.check_writable(option, self._directory or Path(config.runs) / self._name(config))
 
     def _name(self, config: Namespace) -> str:
         """Return the name of the directory that groups runs of this kind."""
@@ -192,7 +186,7 @@ class LocatCLI(LightningCLI):
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise InputError(f"trainer: {error}") from error
         if isinstance(trainer.accelerator, CPUAccelerator):
-            check_processes(trainer.num_devices)
+            checks.check_processes(trainer.num_devices)
         release = self._held.pop_all().close
         self._held.callback(release)
         trainer.callbacks.append(interrupts := Interrupts(trainer, release))  # type: ignore[attr-defined]
