@@ -256,9 +256,9 @@ def test_collapse_is_said_in_words():
     uniform, constant = Collapse(), Collapse()
     uniform.constant, constant.constant = False, True
     with pytest.warns(UserWarning, match=r"collapsed at step 0, uniform: .*teacher_temp"):
-        fit(small(lr=0.0, base_lr=0.0, min_lr=0.0), [random_batch(4)], uniform)
+        fit(small(lr=0.0, base_lr=0.0, min_lr=0.0), [random_batch(4)], uniform, log_every_n_steps=1)
     with pytest.warns(UserWarning, match=r"collapsed at step 0, constant: .*single prototype"):
-        fit(small(), [random_batch(4)], constant)
+        fit(small(), [random_batch(4)], constant, log_every_n_steps=1)
 
 
 def test_a_teacher_that_is_certain_of_each_image_has_not_collapsed():
@@ -268,7 +268,7 @@ def test_a_teacher_that_is_certain_of_each_image_has_not_collapsed():
             module.loss.center.copy_(torch.cat(logits).mean(0))
 
     task, batch = small(teacher_temp=1e-6), random_batch(8)
-    [metrics] = fit(task, [batch], Centre()).metrics
+    [metrics] = fit(task, [batch], Centre(), log_every_n_steps=1).metrics
     assert metrics["train/teacher_entropy"] < 0.01 * math.log(64)
     assert task.collapse == ""
 

@@ -13,10 +13,12 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino, Distillation
 from locat_lightning.tasks import Classification, Segmentation
+from locat_lightning.tasks.average import move
 from tests.methods.runs import fit as pretrain
 from tests.methods.runs import random_batch, small, trainer
 from tests.tasks.test_classification import Batches, fit, task
@@ -158,3 +160,18 @@ def test_numbers_out_of_range_are_refused_by_their_type(cls, option):
     parser.parse_args(given)
     with pytest.raises(Exception, match=option.partition("=")[0].removeprefix("--")):
         parser.parse_args([*given, option])
+
+
+def test_the_average_is_lightnings():
+    """Of weights and counts, over some updates; the first one copies them."""
+    models = [torch.nn.BatchNorm1d(5) for _ in range(4)]
+    for number, model in enumerate(models):
+        model.num_batches_tracked.fill_(number)
+        model.weight.data.normal_(generator=torch.Generator().manual_seed(number))
+    expected = AveragedModel(torch.nn.BatchNorm1d(5), avg_fn=get_ema_avg_fn(0.75), use_buffers=True)
+    average = torch.nn.BatchNorm1d(5)
+    for number, model in enumerate(models):
+        expected.update_parameters(model)
+        move(average, model, 0.25 if number else 1.0)
+    torch.testing.assert_close(average.weight, expected.module.weight)
+    assert average.num_batches_tracked == 3  # the newest

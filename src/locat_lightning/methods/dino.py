@@ -81,7 +81,7 @@ class Dino(SelfDistillation):
             log_p = self.loss.teacher_log_probabilities(taught, temperature)
             entropy = -(log_p.exp() * log_p).sum(-1).mean()
         divergence = loss.detach() - entropy
-        if self.is_logged(self.trainer.fit_loop.batch_idx):
+        if self.is_logged():
             of_mean = torch.special.entr(log_p.exp().mean((0, 1))).sum()
             self._warn_of_collapse(entropy.item(), of_mean.item(), divergence.item())
         scalars = {

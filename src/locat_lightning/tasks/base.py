@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
-    EMAWeightAveraging,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
@@ -30,6 +29,7 @@ from locat_lightning.figures.validation import validation_figure
 from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 from locat_lightning.schedules import linear_rule
+from locat_lightning.tasks.average import WeightAverage
 from locat_lightning.tasks.watch import Watched
 
 # Callbacks of Lightning that would change what a task computes from its options, and what to do instead.
@@ -165,7 +165,7 @@ class Task(Watched):
         self.weights = None
 
     def configure_callbacks(self) -> list[Callback]:
-        return [] if self.hp.ema is None else [EMAWeightAveraging(decay=self.hp.ema)]
+        return [] if self.hp.ema is None else [WeightAverage(self.hp.ema)]
 
     def agree_on_classes(self, option: str) -> tuple[int, list[str]]:
         """Return number and names of the classes in the data, and note them in the options.
@@ -261,6 +261,15 @@ class Task(Watched):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("seed")
 
+    @property
+    def fused(self) -> bool | None:
+        """Whether AdamW updates all weights in one kernel: on CUDA, and torch's own choice (None) elsewhere.
+
+        With 16-mixed a fused one would see gradients that are still scaled, and clipping, too.
+        """
+        on_cuda = self.trainer.strategy.root_device.type == "cuda"
+        return True if on_cuda and self.trainer.precision != "16-mixed" else None
+
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
@@ -268,7 +277,10 @@ class Task(Watched):
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        trained = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])  # type: ignore[misc]
+        if gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         self.log("train/grad_norm", norm)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
@@ -288,7 +300,7 @@ class Task(Watched):
         """Do what follows an optimizer step, counted from 0."""
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.log("train/lr", max(group["lr"] for group in optimizer.param_groups), prog_bar=True)
+        self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
 
 

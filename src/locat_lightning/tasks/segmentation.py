@@ -227,7 +227,7 @@ class Segmentation(FrozenNetwork):
         padded_height, padded_width = padded_size(self.backbone, (height, width))
         masks = F.pad(masks, (0, padded_width - width, 0, padded_height - height), value=IGNORE)
         loss = upsampled_cross_entropy(self.decoder(self.features(images)), masks)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         return loss
 
     def predicted(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ class Segmentation(FrozenNetwork):
             groups += param_groups_layer_decay(
                 backbone, hp.weight_decay, no_weight_decay_list=without_decay, layer_decay=hp.layer_decay
             )
-        return AdamW(groups, lr=hp.lr, weight_decay=hp.weight_decay)
+        return AdamW(groups, lr=hp.lr, weight_decay=hp.weight_decay, fused=self.fused)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
