@@ -1,10 +1,11 @@
 """Options of every task: compiled backbones, recomputed blocks, averaged weights; ranges of numbers."""
 
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -15,18 +16,22 @@ from lightning.pytorch.callbacks import (
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino, Distillation
 from locat_lightning.tasks import Classification, Segmentation
 from locat_lightning.tasks.average import move
+from tests.methods.runs import Batches as InMemory
 from tests.methods.runs import fit as pretrain
 from tests.methods.runs import random_batch, small, trainer
-from tests.tasks.test_classification import Batches, fit, task
+from tests.tasks import test_segmentation
+from tests.tasks.test_classification import BACKBONE, Batches, fit, task
 from tests.tasks.test_classification import trainer as of_classification
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
+    pytest.mark.filterwarnings("ignore:.*eval mode at the start"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
 ]
@@ -57,10 +62,57 @@ def test_a_compiled_backbone_keeps_its_names_and_figures(tmp_path, monkeypatch):
 
 def test_both_networks_of_self_distillation_are_compiled(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    module = small(compile=True)
-    pretrain(module, [random_batch(2)])
-    assert compiled == [module.student.backbone, module.teacher.backbone]
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda *each, **options: compiled.append((*each, options))
+    )
+    for choice, mode in ((True, None), ("reduce-overhead", "reduce-overhead")):
+        module = small(compile=choice)
+        pretrain(module, [random_batch(2)])
+        options = {"dynamic": False, "mode": mode}
+        assert compiled == [(module.student, options), (module.teacher, options)]
+        compiled.clear()
+
+
+class Graphs(Callback):
+    """A compiler that only counts the graphs that it is given, by batch."""
+
+    def __init__(self):
+        self.of_batch = []
+
+    def __call__(self, graph, inputs):
+        self.of_batch[-1] += 1
+        return graph.forward
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.of_batch.append(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [
+        ("Dino", [2, 0, 0]),  # student and teacher, with backbone and head; the student's has two sizes
+        ("Distillation", [4, 0, 0]),  # two sizes of two networks
+        ("Classification", [1, 0, 0]),
+        ("Segmentation", [1, 1, 0]),  # the grid of its crops is noted in the first step
+    ],
+)
+def test_nothing_is_compiled_after_the_second_step(tmp_path, monkeypatch, name, graphs):
+    torch._dynamo.reset()  # its limit is by function, over all tests
+    counted = Graphs()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    if name == "Classification":
+        module, data = (
+            task(mixup=0, cutmix=0, compile=True, backbone_args=BACKBONE | {"depth": 1}),
+            Batches(3),
+        )
+    elif name == "Segmentation":
+        module = test_segmentation.task(test_segmentation.weights_in(tmp_path), compile=True)
+        data = test_segmentation.Batches(3)
+    else:
+        module, data = small(name, compile=True), InMemory([random_batch(2)] * 3)
+        data.views = MultiCrop(32, 16, 3)
+    trainer(counted).fit(module, data)
+    assert counted.of_batch == graphs
 
 
 @pytest.mark.parametrize("name", ["Dino", "Distillation"])

@@ -31,8 +31,8 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head: Any = head
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return features [views · B, D], and logits [B, out_dim] of each view, float32.
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return features [views · B, D] and logits [views, B, out_dim], the latter in float32.
 
         `views` holds, for each size, [V, B, 3, H, W], which are one batch.
         """
@@ -40,7 +40,7 @@ class Network(nn.Module):
         # Logits in bfloat16, divided by the temperature, would be off by a tenth.
         with torch.autocast(features.device.type, enabled=False):
             logits = self.head(features.float())
-        return features, list(logits.split(views[0].shape[1]))
+        return features, logits.unflatten(0, (-1, views[0].shape[1]))
 
 
 class SelfDistillation(Pretraining):
@@ -87,6 +87,9 @@ class SelfDistillation(Pretraining):
 
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student.backbone, "teacher": self.teacher.backbone}
+
+    def to_compile(self) -> Iterable[nn.Module]:
+        return self.student, self.teacher  # backbones and heads; what looks at a backbone alone stays eager
 
     def trained(self) -> Iterable[nn.Parameter]:
         return self.student.parameters()

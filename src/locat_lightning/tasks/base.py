@@ -1,9 +1,9 @@
 """What all tasks share: a backbone with its weights, the size of the run, and the scalars of every step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,9 @@ class Task(Watched):
 
     Args:
         weights: where the weights of the backbone come from (see --weights); null starts from random ones.
-        compile: whether to compile the backbone with `torch.compile`; the names of its weights stay.
+        compile: whether to compile the networks with `torch.compile`, for each size of images; the names of
+            the weights stay. `reduce-overhead` also records CUDA graphs, for small batches, which a GPU
+            computes faster than Python starts its kernels.
         checkpoint_blocks: whether to recompute the activations of each block in the backward pass instead of
             keeping them: less memory, longer steps.
         ema: decay of a moving average of all weights, 0.9999 for example, which is validated and saved in
@@ -61,7 +63,7 @@ class Task(Watched):
         self,
         *,
         weights: str | None = None,
-        compile: bool = False,  # noqa: A002 - the option's name
+        compile: bool | Literal["reduce-overhead"] = False,  # noqa: A002 - the option's name
         checkpoint_blocks: bool = False,
         ema: ClosedUnitInterval | None = None,
     ) -> None:
@@ -88,6 +90,14 @@ class Task(Watched):
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks to look at, by name; the only one has no name."""
         return {"": self.backbone}
+
+    def to_compile(self) -> Iterable[nn.Module]:
+        """Return the modules that `compile` compiles."""
+        return self.networks().values()
+
+    def compiler_options(self) -> dict[str, Any]:
+        """Return the options of `torch.compile`: one graph for each size, instead of one for any size."""
+        return {"dynamic": False, "mode": None if self.hp.compile is True else self.hp.compile}
 
     def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
         """Draw what the model makes of some samples: figures by name.
@@ -239,9 +249,10 @@ class Task(Watched):
     def on_fit_start(self) -> None:
         if self._seed is None:  # no checkpoint brought it
             self._seed = torch.initial_seed()
+        if self.hp.compile:
+            for module in self.to_compile():
+                module.compile(**self.compiler_options())
         for network in self.networks().values():
-            if self.hp.compile:
-                network.compile()
             if self.hp.checkpoint_blocks and any(p.requires_grad for p in network.parameters()):
                 try:
                     network.set_grad_checkpointing()  # type: ignore[operator]
@@ -250,6 +261,8 @@ class Task(Watched):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed drop path and mixup by seed, epoch and batch: a resumed run draws the same numbers."""
+        if self.hp.compile == "reduce-overhead":  # the graphs' outputs of the last step may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
         np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state

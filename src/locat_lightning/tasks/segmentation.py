@@ -1,6 +1,6 @@
 """Semantic segmentation by a small decoder on the patch features of a backbone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from math import isnan
@@ -149,7 +149,7 @@ class Segmentation(FrozenNetwork):
             raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
         if decoder and self.trainer.training:
             rank_zero_info(f"{self.weights}: {obstacle or 'training begins with its decoder'}")
-        self._patch_features = torch.compile(patch_features) if self.hp.compile else patch_features
+        self._compiled_features = torch.compile(patch_features, **self.compiler_options())
         if self.hp.train_backbone:
             self._freeze_what_is_not_read()
         else:
@@ -159,6 +159,9 @@ class Segmentation(FrozenNetwork):
         whole = sum(p.numel() for p in self.parameters())
         rank_zero_info(f"{self.hp.backbone}: {whole:,} parameters with the decoder, {trained:,} are trained")
         self.train(self.training)
+
+    def to_compile(self) -> Iterable[nn.Module]:
+        return ()  # the features are compiled as a whole
 
     def _freeze_what_is_not_read(self) -> None:
         """Freeze what follows the features (norm, pooling): DDP would wait for its gradients."""
@@ -202,8 +205,10 @@ class Segmentation(FrozenNetwork):
         """Return patch features [B, D, h, w] of images [B, 3, H, W], padded to whole patches."""
         on = torch.is_autocast_enabled(images.device.type)
         dtype = torch.get_autocast_dtype(images.device.type) if on else None
+        # In evaluation every image may have a size of its own.
+        find = self._compiled_features if self.hp.compile and self.training else patch_features
         with nullcontext() if self.hp.train_backbone else torch.inference_mode():
-            found = self._patch_features(self.backbone, images, autocast_dtype=dtype)
+            found = find(self.backbone, images, autocast_dtype=dtype)
         if found.is_inference():
             found = found.clone()  # an ordinary tensor, fit for autograd
         return found.to(next(self.decoder.parameters()).dtype)  # half only if the trainer made all weights so
