@@ -128,6 +128,14 @@ def rows_of(name: str, arguments: list[str], seconds: float) -> Iterator[dict[st
     yield {"state": "cut off" if cut else "done" if code == 0 else f"failed with exit code {code}"}
 
 
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write a result as JSON and Markdown, by the name of its card."""
+    if result["machine"]:
+        card = re.sub(r"\W+", "-", result["machine"]["card"].lower()).removeprefix("nvidia-")
+        (folder / f"gpu-{card}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / f"gpu-{card}.md").write_text(markdown(result))
+
+
 def main(given: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,6 +160,7 @@ def main(given: list[str]) -> None:
         group = result["groups"][name] = {"state": "not measured", "rows": []}
         seconds = min(end - monotonic(), 60 * args.minutes * GROUPS[name].share)
         if seconds < 5 or (name == "study" and not (args.images and args.masks)):
+            write(result, folder)
             continue
         for row in rows_of(name, given, seconds):
             if "machine" in row:
@@ -162,10 +171,7 @@ def main(given: list[str]) -> None:
             else:
                 group["rows"].append(row)
                 print(name, *(f"{key}: {show(value)}" for key, value in row.items()), sep="  ", flush=True)
-            if result["machine"]:
-                card = re.sub(r"\W+", "-", result["machine"]["card"].lower()).removeprefix("nvidia-")
-                (folder / f"gpu-{card}.json").write_text(json.dumps(result, indent=1) + "\n")
-                (folder / f"gpu-{card}.md").write_text(markdown(result))
+            write(result, folder)
     if not result["machine"]:
         sys.exit("nothing was measured: see the messages above")
     print("\n" + markdown(result))

@@ -265,6 +265,19 @@ def test_mixed_precision_keeps_head_and_loss_in_float32():
     assert mixed.losses != plain.losses
 
 
+def test_tf32_is_for_the_steps_alone(monkeypatch):
+    class Watch(Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+
+    seen, before = [], torch.backends.cuda.matmul.fp32_precision
+    for tf32 in (False, True):
+        monkeypatch.setattr(Dino, "tf32", tf32)
+        fit(small(), [random_batch(2)], Watch())
+    assert seen == [before, "tf32"]
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
 @pytest.mark.parametrize("colour_on", ["device", "worker"])
 def test_a_step_in_mixed_precision(tmp_path, colour_on):
     """The weights and the colours of the views are those of float32."""

@@ -129,7 +129,30 @@ class SelfDistillation(Pretraining):
         """Return the teacher's share of itself in the update after an optimizer step, from 0 on."""
         return cosine(step, steps=self.steps, start=self.hp.momentum, end=1.0)
 
+    @property
+    def tf32(self) -> bool:
+        """Whether the head multiplies in TF32: with bf16-mixed on CUDA, whose features are less exact."""
+        return self.device.type == "cuda" and self.trainer.precision == "bf16-mixed"
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._float32 = set_float32_products("tf32") if self.tf32 else None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._float32 is not None:
+            set_float32_products(self._float32)
+
     def after_step(self, step: int) -> None:
         super().after_step(step)
         move = get_ema_multi_avg_fn(self.momentum(step))
         move(list(self.teacher.parameters()), list(self.student.parameters()), 0)
+
+
+def set_float32_products(precision: str) -> str:
+    """Set how CUDA multiplies matrices in float32 (`tf32`, `ieee`), and return how it did before."""
+    cuda: Any = torch.backends.cuda.matmul
+    if hasattr(cuda, "fp32_precision"):  # torch 2.9
+        before, cuda.fp32_precision = cuda.fp32_precision, precision
+    else:
+        before, cuda.allow_tf32 = "tf32" if cuda.allow_tf32 else "ieee", precision == "tf32"
+    return str(before)
