@@ -103,28 +103,29 @@ def rows_of(name: str, arguments: list[str], seconds: float) -> Iterator[dict[st
     """Run a process for a group and yield what it prints; end it after some seconds."""
     command = [sys.executable, str(Path(__file__)), "--group", name, *arguments]
     own = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | own, start_new_session=True
-    )
-    cut = []
+    options: dict[str, Any] = {"env": os.environ | own, "start_new_session": True}
+    cut = False
 
     def end() -> None:
-        cut.append(True)
+        nonlocal cut
+        cut = True
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # with the workers that read images
 
-    timer = Timer(seconds, end)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(MARK):
-                yield json.loads(line.removeprefix(MARK))
-    finally:
-        timer.cancel()
-        if process.poll() is None and sys.exc_info()[0] is not None:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
+        timer = Timer(seconds, end)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    yield json.loads(line.removeprefix(MARK))
+        except BaseException:
             end()
-    code = process.wait()
+            raise
+        finally:
+            timer.cancel()
+    code = process.returncode
     yield {"state": "cut off" if cut else "done" if code == 0 else f"failed with exit code {code}"}
 
 
@@ -157,7 +158,8 @@ def main(given: list[str]) -> None:
     end = monotonic() + 60 * args.minutes
     result: dict[str, Any] = {"machine": None, "tiny": args.tiny, "groups": {}}
     for name in args.groups:
-        group = result["groups"][name] = {"state": "not measured", "rows": []}
+        group: dict[str, Any] = {"state": "not measured", "rows": []}
+        result["groups"][name] = group
         seconds = min(end - monotonic(), 60 * args.minutes * GROUPS[name].share)
         if seconds < 5 or (name == "study" and not (args.images and args.masks)):
             write(result, folder)

@@ -1,7 +1,7 @@
 """Attention on a GPU: exactness against float64, and time beside torch's own kernels (rows of `gpu.py`)."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from statistics import median
 from time import perf_counter
@@ -16,6 +16,8 @@ from locat_lightning.nn import GaussianAugmentation, gaussian_attention, gaussia
 from locat_lightning.nn.attention import gaussian_augmented_attention
 
 BUILT_FOR = 14, 14
+
+Triple = tuple[Tensor, Tensor, Tensor]  # q, k, v [B, h, N, d]
 
 
 class Shape(NamedTuple):
@@ -70,7 +72,7 @@ def milliseconds(run: Callable[[], object], device: str, seconds: float = 0.3) -
     return 1e3 * median(took(times) / times for _ in range(7))
 
 
-def inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[list[Tensor], GaussianAugmentation]:
+def inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Triple, GaussianAugmentation]:
     """Return q, k, v as a layer cuts them out of one projection, and the layer's kernels."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(shape.images, shape.tokens, 3, shape.heads, shape.width, generator=generator)
@@ -79,14 +81,14 @@ def inputs(shape: Shape, device: str, dtype: torch.dtype) -> tuple[list[Tensor],
     with torch.no_grad():  # wide and narrow, strong and weak ones
         gaug.log_var.weight.copy_(torch.randn(gaug.log_var.weight.shape, generator=generator) * 0.3)
         gaug.log_alpha.weight.copy_(torch.randn(gaug.log_alpha.weight.shape, generator=generator) * 0.3)
-    return [each.requires_grad_() for each in (q, k, v)], gaug
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), gaug
 
 
-def attention(qkv: list[Tensor], gaug: GaussianAugmentation, grid: tuple[int, int]) -> Tensor:
+def attention(qkv: Triple, gaug: GaussianAugmentation, grid: tuple[int, int]) -> Tensor:
     return gaussian_attention(*qkv, gaug(qkv[0], grid, BUILT_FOR))
 
 
-def in_full(qkv: list[Tensor], gaug: GaussianAugmentation, grid: tuple[int, int]) -> Tensor:
+def in_full(qkv: Triple, gaug: GaussianAugmentation, grid: tuple[int, int]) -> Tensor:
     """The equation in float64."""
     return gaussian_augmented_attention(*qkv, gaussian_kernel(gaug(qkv[0], grid, BUILT_FOR)).double())
 
@@ -98,7 +100,7 @@ def poison(device: str) -> None:
             torch.full((size,), torch.nan, device=device)
 
 
-def gradients(out: Tensor, trained: list[Tensor]) -> list[Tensor]:
+def gradients(out: Tensor, trained: Sequence[Tensor]) -> list[Tensor]:
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return [out.detach(), *torch.autograd.grad(out, trained, upstream)]
 
@@ -111,7 +113,8 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def exactness(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
     qkv, gaug = inputs(shape, device, dtype)
-    wide = [each.detach().double().requires_grad_() for each in qkv]
+    q, k, v = (each.detach().double().requires_grad_() for each in qkv)
+    wide = q, k, v
     reference = GaussianAugmentation(shape.width).to(device).double()
     reference.load_state_dict(gaug.state_dict())
     weights = [gaug.log_var.weight, gaug.log_alpha.weight]
@@ -119,8 +122,8 @@ def exactness(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
     runs = []
     for _ in range(2):
         poison(device)
-        runs.append(gradients(attention(qkv, gaug, shape.grid), qkv + weights))
-    expected = gradients(in_full(wide, reference, shape.grid), wide + wide_weights)
+        runs.append(gradients(attention(qkv, gaug, shape.grid), [*qkv, *weights]))
+    expected = gradients(in_full(wide, reference, shape.grid), [*wide, *wide_weights])
     plain = gradients(F.scaled_dot_product_attention(*qkv), qkv)
     plain_expected = gradients(F.scaled_dot_product_attention(*wide), wide)
     same = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -133,7 +136,7 @@ def exactness(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def time_of(run: Callable[[], Tensor], trained: list[Tensor], device: str) -> float | None:
+def time_of(run: Callable[[], Tensor], trained: Sequence[Tensor], device: str) -> float | None:
     """Return the milliseconds of forward and backward; None where torch has no such kernel."""
     try:
         upstream = torch.randn_like(run())

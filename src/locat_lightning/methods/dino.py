@@ -149,7 +149,8 @@ class Loss(DINOLoss):
     def teacher_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
         """Return the teacher's distributions of its logits [T, B, K], and note these for the centre."""
         self.update_center(logits)
-        return (logits - self.center).div_(temperature).softmax(-1)
+        p: Tensor = (logits - self.center).div_(temperature).softmax(-1)
+        return p
 
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor) -> None:
@@ -189,7 +190,8 @@ class _CrossViewEntropy(torch.autograd.Function):
             total += count * log_sum.sum() - (q * z).sum() / temperature
         ctx.save_for_backward(p, logits)
         ctx.temperature, ctx.terms = temperature, p.shape[1] * len(p) * (len(logits) - 1)
-        return total / ctx.terms
+        loss: Tensor = total / ctx.terms
+        return loss
 
     @staticmethod
     @once_differentiable
