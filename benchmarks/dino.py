@@ -79,7 +79,7 @@ def bare_step(task: Dino, steps: int) -> Callable[[ViewBatch], float]:
         with torch.no_grad():
             _, taught = teacher(views[:1])
         _, learnt = student(views)
-        value = loss(taught, learnt, teacher_temp=0.04)
+        value = loss(loss.teacher_probabilities(taught, 0.04), learnt)
         optimizer.zero_grad()
         value.backward()
         gradients = [p.grad for p in student.parameters() if p.grad is not None]

@@ -1,17 +1,20 @@
 """Measure again what README and docs show, and write it there: `make figures`.
 
 Takes a `--runs` directory with the quickstart's two runs, the two segmentations of its digits and the run
-of DINO, and the tables that the other scripts print. Labels beside the figures say what to replace: the
+of DINO, and the tables that the other scripts print. Without one it only puts the results of `make gpu` into
+the pages, between `<!-- gpu -->` and `<!-- /gpu -->`. Labels beside the figures say what to replace: the
 first column of a table, the path of a run; in the text, a figure is replaced wherever it stands as it was.
 The results of a study are left alone: `locat study` writes their page.
 """
 
 import csv
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from gpu import RESULTS, markdown
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
@@ -23,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "results.md")]
 TABLES = {"backbones.py": "backbones-cpu.md", "segmentation.py": "segmentation-cpu.md", "rows.py": None}
 PICTURES = {"quickstart_locatvit": "pictures.png", "segment_locatvit": "segmentation.png"}
+OF_GPU = {"README.md": ["step", "dino"], "docs/scaling.md": None}  # pages, and the tables there if not all
+NOT_MEASURED = "Nothing has been measured on a GPU yet: `make gpu` does it.\n"
 KNN = "k-NN top-1 (knn/top1)"
 LINE = rf"{re.escape(KNN)} [\d.]+ untrained -> [\d.]+"
 
@@ -90,7 +95,19 @@ def last_picture(run: Path) -> bytes:
     return picture
 
 
+def with_gpu_tables(text: str, results: list[Path], groups: list[str] | None) -> str:
+    """Return a page with the tables of some groups of each result, or with the words that there is none."""
+    tables = [markdown(json.loads(result.read_text()), groups) for result in results]
+    section = "\n".join(tables) or NOT_MEASURED
+    return re.sub(r"(?<=<!-- gpu -->\n).*?(?=<!-- /gpu -->)", lambda _: section, text, flags=re.DOTALL)
+
+
 def main() -> None:
+    for name, groups in OF_GPU.items():
+        page = ROOT / name
+        page.write_text(with_gpu_tables(page.read_text(), sorted(RESULTS.glob("gpu-*.json")), groups))
+    if len(sys.argv) == 1:
+        return
     runs = Path(sys.argv[1])
     measured = ""
     for script, result in TABLES.items():

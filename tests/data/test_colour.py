@@ -161,7 +161,7 @@ def test_a_crop_goes_through_its_operations_in_its_own_order():
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_gathered_as_on_a_gpu_equals_one_by_one(size):
+def test_all_together_as_on_a_gpu_equals_one_by_one(size):
     generator = torch.Generator().manual_seed(0)
     crops = torch.randint(0, 256, (40, 3, size, size), dtype=torch.uint8, generator=generator)
     parameters = C.draw_colour(np.random.default_rng(0), [0.5] * 40, [0.2] * 40)
@@ -171,6 +171,18 @@ def test_gathered_as_on_a_gpu_equals_one_by_one(size):
     one_by_one = C._augment_one_by_one(crops, parameters, mean, std)
     torch.testing.assert_close(together, one_by_one, atol=2e-5, rtol=0)
     assert torch.equal(crops, kept)
+
+
+def test_all_together_is_one_graph():
+    """Without a break, so that a compiler fuses what works on single pixels."""
+    crops = torch.randint(
+        0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    values = torch.rand(4, 2 * len(C.SLOTS) + len(C.NEUTRAL), generator=torch.Generator().manual_seed(1)) / 6
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[..., None, None]
+    compiled = torch.compile(C._augment, backend="eager", fullgraph=True, dynamic=False)
+    expected = C._augment(crops, values, mean, std)
+    torch.testing.assert_close(compiled(crops, values, mean, std), expected, atol=1e-5, rtol=0)
 
 
 def test_neutral_parameters_only_normalise():

@@ -236,7 +236,7 @@ def test_the_first_step_after_a_resume_has_its_own_schedule(tmp_path, name):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, looks, name):
     """On a GPU nobody looks at each loss; it comes out when a checkpoint is about to be written."""
     if looks == "when it saves":
-        monkeypatch.setattr(Pretraining, "_has_to_look", lambda self, batch_idx: False)
+        monkeypatch.setattr(Pretraining, "_has_to_look", lambda self: False)
     batches = [random_batch(4, seed) for seed in range(4)]
     spoil(batches[2])
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, save_on_exception=True)
@@ -267,7 +267,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, when, name):
 
 @every_method
 def test_a_run_interrupted_after_a_loss_that_is_not_finite_saves_nothing(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(Pretraining, "_has_to_look", lambda self, batch_idx: False)
+    monkeypatch.setattr(Pretraining, "_has_to_look", lambda self: False)
     batches = [random_batch(4, seed) for seed in range(4)]
     spoil(batches[1])
     saving = Checkpoints(tmp_path, save_last=True, save_on_exception=True)
@@ -295,7 +295,7 @@ def train_until_nan(name, rank, folder, looks):
     saving = Checkpoints(folder, every_n_train_steps=1, save_last=True, save_on_exception=True)
     usual = Pretraining._has_to_look
     if looks == "when it saves":
-        Pretraining._has_to_look = lambda self, batch_idx: False
+        Pretraining._has_to_look = lambda self: False
     try:
         fit(small(name), batches, saving, devices=2, strategy="ddp", use_distributed_sampler=False)
     except InputError as error:

@@ -2,18 +2,23 @@
 
 import json
 import math
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from lightly.loss import DINOLoss
 from lightning.pytorch import Callback, seed_everything
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from locat_lightning.data.views import ViewBatch, Views
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino
+from locat_lightning.methods.dino import Loss
 from locat_lightning.schedules import cosine, linear_warmup, warmup_then_cosine
 from tests.methods.runs import (
     BACKBONE,
@@ -97,6 +102,63 @@ def test_eight_steps_are_those_of_the_original_code():
     torch.testing.assert_close(lr, golden["lr"], **exactly)
     torch.testing.assert_close(weight_decay, golden["weight_decay"], **exactly)
     torch.testing.assert_close(momentum, golden["momentum"], **exactly)
+
+
+@pytest.mark.parametrize(("taught", "learnt"), [(2, 2), (2, 5), (1, 3)])
+@pytest.mark.parametrize("scale", [1, 100])
+def test_the_loss_and_its_gradient_are_lightlys(taught, learnt, scale):
+    """In float64, with sharp and flat distributions; the distributions are the teacher's."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(taught, 3, 17, generator=generator, dtype=torch.float64) * scale / 25
+    student = torch.randn(learnt, 3, 17, generator=generator, dtype=torch.float64) * scale / 10
+    theirs, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
+    expected, loss = DINOLoss(17).double(), Loss(17).double()
+    for each in (expected, loss):
+        each.center.copy_(torch.randn(17, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    p = loss.teacher_probabilities(teacher, 0.07)
+    found = loss(p, ours)
+    reference = expected(list(teacher), list(theirs), teacher_temp=0.07)
+    torch.testing.assert_close(found, reference, atol=1e-12, rtol=1e-6)  # lightly's temperature is float32
+    (3 * found).backward()
+    (3 * reference).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-8, rtol=1e-6)
+    assert torch.autograd.gradcheck(lambda z: loss(p, z), ours)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in tree_leaves(out):
+            if (
+                isinstance(each, torch.Tensor)
+                and (storage := each.untyped_storage())._cdata not in self.known
+            ):
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return out
+
+    def forget(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def test_the_loss_takes_little_memory_beside_logits_and_their_gradient():
+    """Measured in the logits of one view: those of ten come in, and as much goes out; lightly's takes 46."""
+    images, prototypes = 4, 512
+    x, weight = torch.randn(10, images, 8), torch.randn(8, prototypes, requires_grad=True)
+    taught, loss = torch.randn(2, images, prototypes), Loss(prototypes)
+    with Live() as live:
+        logits = x @ weight
+        loss(loss.teacher_probabilities(taught, 0.04), logits).backward()
+    assert live.peak < 26 * 4 * images * prototypes
 
 
 def test_schedules_begin_and_end_as_they_say():
@@ -203,6 +265,19 @@ def test_mixed_precision_keeps_head_and_loss_in_float32():
     assert mixed.losses != plain.losses
 
 
+def test_tf32_is_for_the_steps_alone(monkeypatch):
+    class Watch(Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+
+    seen, before = [], torch.backends.cuda.matmul.fp32_precision
+    for tf32 in (False, True):
+        monkeypatch.setattr(Dino, "tf32", tf32)
+        fit(small(), [random_batch(2)], Watch())
+    assert seen == [before, "tf32"]
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
 @pytest.mark.parametrize("colour_on", ["device", "worker"])
 def test_a_step_in_mixed_precision(tmp_path, colour_on):
     """The weights and the colours of the views are those of float32."""
@@ -256,19 +331,19 @@ def test_collapse_is_said_in_words():
     uniform, constant = Collapse(), Collapse()
     uniform.constant, constant.constant = False, True
     with pytest.warns(UserWarning, match=r"collapsed at step 0, uniform: .*teacher_temp"):
-        fit(small(lr=0.0, base_lr=0.0, min_lr=0.0), [random_batch(4)], uniform)
+        fit(small(lr=0.0, base_lr=0.0, min_lr=0.0), [random_batch(4)], uniform, log_every_n_steps=1)
     with pytest.warns(UserWarning, match=r"collapsed at step 0, constant: .*single prototype"):
-        fit(small(), [random_batch(4)], constant)
+        fit(small(), [random_batch(4)], constant, log_every_n_steps=1)
 
 
 def test_a_teacher_that_is_certain_of_each_image_has_not_collapsed():
     class Centre(Callback):
         def on_train_start(self, trainer, module):
             logits = module.teacher([batch.views[0].crops])[1]
-            module.loss.center.copy_(torch.cat(logits).mean(0))
+            module.loss.center.copy_(logits.mean((0, 1)))
 
     task, batch = small(teacher_temp=1e-6), random_batch(8)
-    [metrics] = fit(task, [batch], Centre()).metrics
+    [metrics] = fit(task, [batch], Centre(), log_every_n_steps=1).metrics
     assert metrics["train/teacher_entropy"] < 0.01 * math.log(64)
     assert task.collapse == ""
 

@@ -1,10 +1,11 @@
 """Options of every task: compiled backbones, recomputed blocks, averaged weights; ranges of numbers."""
 
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
@@ -16,19 +17,25 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from locat_lightning.callbacks.checkpoints import Checkpoints
+from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Dino, Distillation
 from locat_lightning.tasks import Classification, Segmentation
+from locat_lightning.tasks.average import move
+from tests.methods.runs import Batches as InMemory
 from tests.methods.runs import fit as pretrain
 from tests.methods.runs import random_batch, small, trainer
-from tests.tasks.test_classification import Batches, fit, task
+from tests.tasks import test_segmentation
+from tests.tasks.test_classification import BACKBONE, Batches, fit, task
 from tests.tasks.test_classification import trainer as of_classification
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
+    pytest.mark.filterwarnings("ignore:.*eval mode at the start"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
 ]
@@ -59,10 +66,57 @@ def test_a_compiled_backbone_keeps_its_names_and_figures(tmp_path, monkeypatch):
 
 def test_both_networks_of_self_distillation_are_compiled(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    module = small(compile=True)
-    pretrain(module, [random_batch(2)])
-    assert compiled == [module.student.backbone, module.teacher.backbone]
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda *each, **options: compiled.append((*each, options))
+    )
+    for choice, mode in ((True, None), ("reduce-overhead", "reduce-overhead")):
+        module = small(compile=choice)
+        pretrain(module, [random_batch(2)])
+        options = {"dynamic": False, "mode": mode}
+        assert compiled == [(module.student, options), (module.teacher, options)]
+        compiled.clear()
+
+
+class Graphs(Callback):
+    """A compiler that only counts the graphs that it is given, by batch."""
+
+    def __init__(self):
+        self.of_batch = []
+
+    def __call__(self, graph, inputs):
+        self.of_batch[-1] += 1
+        return graph.forward
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.of_batch.append(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [
+        ("Dino", [2, 0, 0]),  # student and teacher, with backbone and head; the student's has two sizes
+        ("Distillation", [4, 0, 0]),  # two sizes of two networks
+        ("Classification", [1, 0, 0]),
+        ("Segmentation", [1, 1, 0]),  # the grid of its crops is noted in the first step
+    ],
+)
+def test_nothing_is_compiled_after_the_second_step(tmp_path, monkeypatch, name, graphs):
+    torch._dynamo.reset()  # its limit is by function, over all tests
+    counted = Graphs()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    if name == "Classification":
+        module, data = (
+            task(mixup=0, cutmix=0, compile=True, backbone_args=BACKBONE | {"depth": 1}),
+            Batches(3),
+        )
+    elif name == "Segmentation":
+        module = test_segmentation.task(test_segmentation.weights_in(tmp_path), compile=True)
+        data = test_segmentation.Batches(3)
+    else:
+        module, data = small(name, compile=True), InMemory([random_batch(2)] * 3)
+        data.views = MultiCrop(32, 16, 3)
+    trainer(counted).fit(module, data)
+    assert counted.of_batch == graphs
 
 
 @pytest.mark.parametrize("name", ["Dino", "Distillation"])
@@ -189,3 +243,18 @@ def test_numbers_out_of_range_are_refused_by_their_type(cls, option):
     parser.parse_args(given)
     with pytest.raises(Exception, match=option.partition("=")[0].removeprefix("--")):
         parser.parse_args([*given, option])
+
+
+def test_the_average_is_lightnings():
+    """Of weights and counts, over some updates; the first one copies them."""
+    models = [torch.nn.BatchNorm1d(5) for _ in range(4)]
+    for number, model in enumerate(models):
+        model.num_batches_tracked.fill_(number)
+        model.weight.data.normal_(generator=torch.Generator().manual_seed(number))
+    expected = AveragedModel(torch.nn.BatchNorm1d(5), avg_fn=get_ema_avg_fn(0.75), use_buffers=True)
+    average = torch.nn.BatchNorm1d(5)
+    for number, model in enumerate(models):
+        expected.update_parameters(model)
+        move(average, model, 0.25 if number else 1.0)
+    torch.testing.assert_close(average.weight, expected.module.weight)
+    assert average.num_batches_tracked == 3  # the newest

@@ -52,8 +52,7 @@ class Batches(LightningDataModule):
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
-@pytest.fixture
-def weights(tmp_path):
+def weights_in(tmp_path):
     """A file with the weights of a backbone."""
     seed_everything(1)
     path = tmp_path / "backbone.pt"
@@ -66,6 +65,11 @@ def weights(tmp_path):
         path,
     )
     return str(path)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return weights_in(tmp_path)
 
 
 def trainer(tmp_path, **options):

@@ -1,5 +1,7 @@
 """Progress of a command: a bar on a terminal, a line for each epoch in a file."""
 
+from math import inf
+from time import perf_counter
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,15 +13,19 @@ from rich.progress import TimeRemainingColumn
 
 WIDE = 150  # columns of a terminal with room for a full bar, elapsed time and batches per second
 SHORT = 6  # columns of the bar on any other terminal
-NAMES = {"train/images_per_s": "images/s"}
+OF_TRAINING = {"train/loss": "loss", "train/lr": "lr", "train/images_per_s": "images/s"}
 
 
 def metrics_in_order(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return `loss`, `lr`, `images/s`, the monitored metric and the others, by the names that are shown."""
+    """Return `loss`, `lr`, `images/s`, the monitored metric and the others, by the names that are shown.
+
+    Those of the training are not among the given `metrics`: Lightning would read them in each step
+    (`prog_bar=True`), and wait for a GPU.
+    """
+    found = trainer.callback_metrics
+    first = {shown: found[name].item() for name, shown in OF_TRAINING.items() if name in found}
     monitor = getattr(trainer.checkpoint_callback, "monitor", None)
-    first = ("train/loss", "train/lr", "train/images_per_s", monitor)
-    order = sorted(metrics, key=lambda name: first.index(name) if name in first else len(first))
-    return {NAMES.get(name, name.removeprefix("train/")): metrics[name] for name in order}
+    return first | dict(sorted(metrics.items(), key=lambda item: item[0] != monitor))
 
 
 def epoch_of_all(trainer: Trainer, epoch: int) -> str:
@@ -45,11 +51,25 @@ class EpochLines(Callback):
 class ProgressBar(RichProgressBar):
     """Lightning's rich bar on one line, with the time left and as many metrics as the terminal has room for.
 
-    It counts epochs from 1, and stops before the results of the run are printed.
+    It counts epochs from 1, and stops before the results of the run are printed. In training it reads the
+    metrics no more often than it is drawn, because to read them is to wait for a GPU.
     """
 
     def __init__(self) -> None:
         super().__init__(theme=RichProgressBarTheme(metrics_format=".4g", progress_bar="cyan"))
+        self._read_at = -inf  # seconds
+        self._hold_metrics = False
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._hold_metrics = perf_counter() < self._read_at + 1 / self.refresh_rate
+        super().on_train_batch_end(trainer, *args)
+        self._hold_metrics = False
+
+    def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Private, here and below: what RichProgressBar itself calls to update, to redraw and to stop.
+        if not self._hold_metrics:
+            super()._update_metrics(trainer, pl_module)
+            self._read_at = perf_counter()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
@@ -72,7 +92,6 @@ class ProgressBar(RichProgressBar):
         return columns
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Private, here and below: what RichProgressBar itself calls to redraw and to stop.
         self._update_metrics(trainer, pl_module)
         self._stop_progress()
 

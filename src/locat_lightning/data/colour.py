@@ -6,8 +6,10 @@ a pure function that runs on any device and never waits for it. A resumed run th
 Source: `DataAugmentationDINO` in `main_dino.py` of github.com/facebookresearch/dino.
 """
 
-from collections import defaultdict
+import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -23,6 +25,8 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 JITTER_PROBABILITY = 0.8
 JITTER_RANGES = ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))  # of the columns BRIGHTNESS to HUE
 JITTER_ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
+# A sequence that has every order of the three operations on single pixels as a part, and the dear one once.
+SLOTS = [BRIGHTNESS, SATURATION, BRIGHTNESS, HUE, BRIGHTNESS, SATURATION, BRIGHTNESS]
 GRAYSCALE_PROBABILITY = 0.2
 BLUR_SIGMAS = (0.1, 2.0)  # pixels
 BLUR_REACH = 6  # pixels that the widest of these blurs reaches to each side
@@ -56,9 +60,8 @@ def draw_colour(rng: np.random.Generator, blur: Sequence[float], solarize: Seque
 def apply_colour(crops: Tensor, parameters: Tensor) -> Tensor:
     """Jitter, grayscale, blur, solarize and normalise crops, each by its own parameters.
 
-    Every operation runs only for the crops that need it. On a GPU those with the same operation at the same
-    step are gathered, by indices that are known on the CPU: the device is never waited for. A CPU takes crop
-    by crop, in its cache.
+    A CPU takes crop by crop, in its cache, and runs the operations that each needs. A GPU takes all together,
+    and is never waited for.
 
     Args:
         crops: uint8 [N, 3, S, S] on any device.
@@ -77,6 +80,22 @@ def apply_colour(crops: Tensor, parameters: Tensor) -> Tensor:
 def _beside(crops: Tensor, x: Tensor) -> Tensor:
     """Move x to the crops' device; only CUDA, whose stream keeps copy and use in order, need not wait."""
     return x.to(crops.device, non_blocking=crops.is_cuda)
+
+
+def _used() -> Tensor:
+    """Return which `SLOTS` each of `JITTER_ORDERS` takes, before and after its contrast: bool [24, 2, 7]."""
+    used = torch.zeros(len(JITTER_ORDERS), 2, len(SLOTS), dtype=torch.bool)
+    for order, columns in enumerate(JITTER_ORDERS):
+        contrast = columns.index(CONTRAST)
+        for half, own in enumerate((columns[:contrast], columns[contrast + 1 :])):
+            slot = 0
+            for column in own:
+                slot = SLOTS.index(column, slot)
+                used[order, half, slot] = True
+    return used
+
+
+_USED = _used()
 
 
 def _steps(parameters: list[float]) -> list[tuple[int, int]]:
@@ -100,21 +119,43 @@ def _augment_one_by_one(crops: Tensor, parameters: Tensor, mean: Tensor, std: Te
 
 
 def _augment_together(crops: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for row, values in enumerate(parameters.tolist()):
-        for step in _steps(values):
-            groups[step].append(row)
-    steps = sorted(groups)
-    flat = torch.tensor([row for step in steps for row in groups[step]], dtype=torch.long)
-    rows = _beside(crops, flat).split([len(groups[step]) for step in steps])
-    on_device = _beside(crops, parameters)
+    """Augment all crops at once: each goes through all operations, those that it has not with neutral values.
 
-    x = torch.mul(crops.contiguous(), 1 / 255)
-    for (_, column), r in zip(steps, rows, strict=True):
-        part, values = x[r], on_device[r, column, None, None, None]
-        _OPERATIONS[column](part, _blur_bands(x.shape[-1], values) if column == SIGMA else values)
-        x[r] = part
+    The jitter before the contrast and that after it are two passes through `SLOTS`.
+    """
+    orders = parameters[:, ORDER].long()
+    slots = torch.where(_USED[orders], parameters[:, None, SLOTS], torch.tensor(NEUTRAL)[SLOTS])
+    values = _beside(crops, torch.cat([slots.flatten(1), parameters], 1))
+    return _compiled(crops.device.type)(crops, values, mean, std)
+
+
+def _augment(crops: Tensor, values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Augment crops by values [N, 14 + 8]: of `SLOTS` before and after the contrast, and the parameters."""
+    columns = values[..., None, None, None].unbind(1)
+    before, after, own = columns[: len(SLOTS)], columns[len(SLOTS) : -len(NEUTRAL)], columns[-len(NEUTRAL) :]
+    x = _in_slots(crops * (1 / 255), before)
+    _contrast(x, own[CONTRAST])
+    x = _in_slots(x, after)
+    x = torch.where(own[GRAYSCALE] > 0, _luma(x), x)
+    _blur(x, _blur_bands(x.shape[-1], own[SIGMA]))
+    x = torch.where((own[SOLARIZE] > 0) & (x >= SOLARIZE_THRESHOLD), 1 - x, x)
     return x.sub_(mean).div_(std)
+
+
+def _in_slots(x: Tensor, values: Sequence[Tensor]) -> Tensor:
+    for column, value in zip(SLOTS, values, strict=True):
+        before = x.clone() if column == HUE else x
+        _OPERATIONS[column](x, value)
+        if column == HUE:  # the others leave the pixels exactly as they are if the value is neutral
+            x = torch.where(value != 0, x, before)
+    return x
+
+
+@cache
+def _compiled(device: str) -> Callable[..., Tensor]:
+    """Return `_augment`, compiled where that is quick: on CUDA, a graph for each size of crops."""
+    triton = importlib.util.find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+    return torch.compile(_augment, dynamic=False) if device == "cuda" and triton else _augment
 
 
 # Each operation changes crops [N, 3, S, S] in place by values [N, 1, 1, 1]. Arithmetic stands where
@@ -152,10 +193,10 @@ def turn_hue(x: Tensor, turns: Tensor) -> None:
     chroma = largest - smallest
     hue = (green + blue).sub_(red).sub_(smallest).div_(chroma.clamp_min(torch.finfo(x.dtype).tiny)).add_(1)
     hue.copysign_(green - blue).add_(turns, alpha=6)
-    torch.addcmul(largest.add_(chroma), chroma, hue.abs().clamp_(1, 2), value=-1, out=red)
+    red.copy_(largest.add_(chroma)).addcmul_(chroma, hue.abs().clamp_(1, 2), value=-1)
     green_and_blue = torch.arange(2, -3, -4, device=x.device)[:, None, None]  # their hues: 2 and -2
     distance = (hue - green_and_blue).abs_().sub_(3).abs_().clamp_(1, 2)
-    torch.addcmul(smallest.sub_(chroma), chroma, distance, out=x[:, 1:])
+    x[:, 1:].copy_(smallest.sub_(chroma)).addcmul_(chroma, distance)
 
 
 def _grayscale(x: Tensor, _: Tensor) -> None:
@@ -175,7 +216,7 @@ def _banded_product(band: Tensor, x: Tensor, out: Tensor) -> None:
     for start in range(0, band.shape[-1], BLOCK):
         rows = slice(start, start + BLOCK)
         near = slice(max(0, start - BLUR_REACH), start + BLOCK + BLUR_REACH)
-        torch.bmm(band[:, rows, near], x[:, near], out=out[:, rows])
+        out[:, rows].baddbmm_(band[:, rows, near], x[:, near], beta=0)
 
 
 def _blur_bands(size: int, sigma: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Pretraining(Task):
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return AdamW(groups, lr=peak, weight_decay=self.hp.weight_decay)
+        return AdamW(groups, lr=peak, weight_decay=self.hp.weight_decay, fused=self.fused)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return learning rate and weight decay of an optimizer step, from 0 on."""
@@ -158,7 +158,7 @@ class Pretraining(Task):
         """Return the method's loss, and log it with its scalars and signs of collapse."""
         output = self.compute_loss(batch)
         loss = output.loss.detach()
-        if self.is_logged(self.global_step + 1):  # where it is written: a GPU waits
+        if self.is_logged():  # singular values make the host wait for a GPU
             self.log("train/effective_rank", effective_rank(output.features))
         spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
         scalars = {"loss": loss, "feature_std": spread, **output.scalars}
@@ -166,7 +166,7 @@ class Pretraining(Task):
         self._accumulated.append(torch.stack(list(tensors.values())))
         means = dict(zip(tensors, torch.stack(self._accumulated).mean(0).unbind(), strict=True))
         for name, value in (scalars | means).items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
+            self.log(f"train/{name}", value)
         return output.loss
 
     def input_pictures(self, batch: ViewBatch, side: int) -> dict[str, Figure]:

@@ -11,6 +11,7 @@ from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.evaluation.gather import distributed
@@ -77,12 +78,12 @@ class Dino(SelfDistillation):
         _, learnt = self.student(views)
         temperature = self.teacher_temperature(self.current_epoch)
         with torch.autocast(self.device.type, enabled=False):
-            loss: Tensor = self.loss(taught, learnt, teacher_temp=temperature)
-            log_p = self.loss.teacher_log_probabilities(taught, temperature)
-            entropy = -(log_p.exp() * log_p).sum(-1).mean()
+            p = self.loss.teacher_probabilities(taught, temperature)
+            loss: Tensor = self.loss(p, learnt)
+            entropy = torch.special.entr(p).sum(-1).mean()
         divergence = loss.detach() - entropy
-        if self.is_logged(self.trainer.fit_loop.batch_idx):
-            of_mean = torch.special.entr(log_p.exp().mean((0, 1))).sum()
+        if self.is_logged():
+            of_mean = torch.special.entr(p.mean((0, 1))).sum()
             self._warn_of_collapse(entropy.item(), of_mean.item(), divergence.item())
         scalars = {
             "teacher_entropy": entropy,
@@ -122,9 +123,10 @@ class Dino(SelfDistillation):
 
 
 class Loss(DINOLoss):
-    """lightly's `DINOLoss`, whose centre moves once an optimizer step (`move_center`).
+    """lightly's `DINOLoss`, in less memory, with a centre that moves once an optimizer step (`move_center`).
 
-    lightly moves it in every forward pass: more than once a step under accumulation.
+    lightly holds the logits of all views four times over, and moves the centre in every forward pass: more
+    than once a step under accumulation.
     """
 
     def __init__(self, out_dim: int, **options: Any) -> None:
@@ -133,9 +135,26 @@ class Loss(DINOLoss):
         self._sum: Tensor | float = 0.0
         self._count = 0
 
+    def forward(self, p: Tensor, logits: Tensor) -> Tensor:
+        """Return the mean cross-entropy from the teacher's views to the student's other views.
+
+        Args:
+            p: the teacher's distributions [T, B, K] of B images in T views.
+            logits: the student's [S, B, K], S ≥ T, of the same T views first.
+        """
+        loss: Tensor = _CrossViewEntropy.apply(p, logits, self.student_temp)
+        return loss
+
+    @torch.no_grad()
+    def teacher_probabilities(self, logits: Tensor, temperature: float) -> Tensor:
+        """Return the teacher's distributions of its logits [T, B, K], and note these for the centre."""
+        self.update_center(logits)
+        p: Tensor = (logits - self.center).div_(temperature).softmax(-1)
+        return p
+
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor) -> None:
-        """Add up logits [V, B, out_dim], at the end of each forward pass."""
+        """Add up logits [V, B, out_dim] of a batch."""
         if not self.training:
             return
         self._sum = self._sum + teacher_out.float().sum((0, 1))
@@ -153,8 +172,39 @@ class Loss(DINOLoss):
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
         self._sum, self._count = 0.0, 0
 
-    @torch.no_grad()
-    def teacher_log_probabilities(self, teacher_out: list[Tensor], temperature: float) -> Tensor:
-        """Return the teacher's log-probabilities [views, B, out_dim] of logits [B, out_dim] of each view."""
-        log_p: Tensor = ((torch.stack(teacher_out) - self.center) / temperature).log_softmax(-1)
-        return log_p
+
+class _CrossViewEntropy(torch.autograd.Function):
+    """Σ_s n_s · logsumexp(z_s / τ) − q_s · z_s / τ over the student's views s, by number of pairs and images.
+
+    q_s is the sum of the teacher's distributions of the n_s views other than s. The gradient of z_s is
+    (n_s · softmax(z_s / τ) − q_s) / τ: the backward pass needs no more than what came in, and takes one view
+    after another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        of_all, total = p.sum(0), p.new_zeros(())
+        for view, z in enumerate(logits):
+            count, q = _others(p, of_all, view)
+            log_sum = (z / temperature).logsumexp(-1)
+            total += count * log_sum.sum() - (q * z).sum() / temperature
+        ctx.save_for_backward(p, logits)
+        ctx.temperature, ctx.terms = temperature, p.shape[1] * len(p) * (len(logits) - 1)
+        loss: Tensor = total / ctx.terms
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        p, logits = ctx.saved_tensors
+        of_all, grads = p.sum(0), torch.empty_like(logits)
+        for view, (z, out) in enumerate(zip(logits, grads, strict=True)):
+            count, q = _others(p, of_all, view)
+            torch.softmax(z / ctx.temperature, -1, out=out)
+            out.mul_(count).sub_(q)
+        return None, grads.mul_(grad / (ctx.terms * ctx.temperature)), None
+
+
+def _others(p: Tensor, of_all: Tensor, view: int) -> tuple[int, Tensor]:
+    """Return how many of the teacher's views [T, B, K] are others than a view, and the sum of these."""
+    return (len(p) - 1, of_all - p[view]) if view < len(p) else (len(p), of_all)

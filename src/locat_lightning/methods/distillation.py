@@ -1,6 +1,6 @@
 """Feature distillation: a student learns the [CLS] and patch features of a frozen teacher."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -70,10 +70,13 @@ class Distillation(Pretraining, FrozenNetwork):
         self.project_cls, self.project_patches = (
             nn.Identity() if own == taught else nn.Linear(own, taught) for own, taught in pairs
         )
-        self._features = torch.compile(features) if hp.compile else features
+        self._features = torch.compile(features, **self.compiler_options()) if hp.compile else features
 
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.backbone, "teacher": self.teacher}
+
+    def to_compile(self) -> Iterable[nn.Module]:
+        return ()  # `_features` is compiled as a whole
 
     def compute_loss(self, batch: ViewBatch) -> Output:
         """Compare the features of all views."""

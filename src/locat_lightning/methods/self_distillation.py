@@ -31,8 +31,8 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head: Any = head
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return features [views · B, D], and logits [B, out_dim] of each view, float32.
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return features [views · B, D] and logits [views, B, out_dim], the latter in float32.
 
         `views` holds, for each size, [V, B, 3, H, W], which are one batch.
         """
@@ -40,7 +40,7 @@ class Network(nn.Module):
         # Logits in bfloat16, divided by the temperature, would be off by a tenth.
         with torch.autocast(features.device.type, enabled=False):
             logits = self.head(features.float())
-        return features, list(logits.split(views[0].shape[1]))
+        return features, logits.unflatten(0, (-1, views[0].shape[1]))
 
 
 class SelfDistillation(Pretraining):
@@ -88,6 +88,9 @@ class SelfDistillation(Pretraining):
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student.backbone, "teacher": self.teacher.backbone}
 
+    def to_compile(self) -> Iterable[nn.Module]:
+        return self.student, self.teacher  # backbones and heads; what looks at a backbone alone stays eager
+
     def trained(self) -> Iterable[nn.Parameter]:
         return self.student.parameters()
 
@@ -126,7 +129,30 @@ class SelfDistillation(Pretraining):
         """Return the teacher's share of itself in the update after an optimizer step, from 0 on."""
         return cosine(step, steps=self.steps, start=self.hp.momentum, end=1.0)
 
+    @property
+    def tf32(self) -> bool:
+        """Whether the head multiplies in TF32: with bf16-mixed on CUDA, whose features are less exact."""
+        return self.device.type == "cuda" and self.trainer.precision == "bf16-mixed"
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._float32 = set_float32_products("tf32") if self.tf32 else None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._float32 is not None:
+            set_float32_products(self._float32)
+
     def after_step(self, step: int) -> None:
         super().after_step(step)
         move = get_ema_multi_avg_fn(self.momentum(step))
         move(list(self.teacher.parameters()), list(self.student.parameters()), 0)
+
+
+def set_float32_products(precision: str) -> str:
+    """Set how CUDA multiplies matrices in float32 (`tf32`, `ieee`), and return how it did before."""
+    cuda: Any = torch.backends.cuda.matmul
+    if hasattr(cuda, "fp32_precision"):  # torch 2.9
+        before, cuda.fp32_precision = cuda.fp32_precision, precision
+    else:
+        before, cuda.allow_tf32 = "tf32" if cuda.allow_tf32 else "ieee", precision == "tf32"
+    return str(before)

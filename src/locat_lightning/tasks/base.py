@@ -1,9 +1,9 @@
 """What all tasks share: a backbone with its weights, the size of the run, and the scalars of every step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from locat_lightning.figures.validation import validation_figure
 from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 from locat_lightning.schedules import linear_rule
-from locat_lightning.tasks.averaging import Averaging
+from locat_lightning.tasks.average import WeightAverage
 from locat_lightning.tasks.watch import Watched
 
 # Callbacks of Lightning that would change what a task computes from its options, and what to do instead.
@@ -50,7 +50,9 @@ class Task(Watched):
 
     Args:
         weights: where the weights of the backbone come from (see --weights); null starts from random ones.
-        compile: whether to compile the backbone with `torch.compile`; the names of its weights stay.
+        compile: whether to compile the networks with `torch.compile`, for each size of images; the names of
+            the weights stay. `reduce-overhead` also records CUDA graphs, for small batches, which a GPU
+            computes faster than Python starts its kernels.
         checkpoint_blocks: whether to recompute the activations of each block in the backward pass instead of
             keeping them: less memory, longer steps.
         ema: decay of a moving average of all weights, 0.9999 for example, which is validated and saved in
@@ -66,7 +68,7 @@ class Task(Watched):
         self,
         *,
         weights: str | None = None,
-        compile: bool = False,  # noqa: A002 - the option's name
+        compile: bool | Literal["reduce-overhead"] = False,  # noqa: A002 - the option's name
         checkpoint_blocks: bool = False,
         ema: ClosedUnitInterval | None = None,
     ) -> None:
@@ -93,6 +95,14 @@ class Task(Watched):
     def networks(self) -> dict[str, nn.Module]:
         """Return the networks to look at, by name; the only one has no name."""
         return {"": self.backbone}
+
+    def to_compile(self) -> Iterable[nn.Module]:
+        """Return the modules that `compile` compiles."""
+        return self.networks().values()
+
+    def compiler_options(self) -> dict[str, Any]:
+        """Return the options of `torch.compile`: one graph for each size, instead of one for any size."""
+        return {"dynamic": False, "mode": None if self.hp.compile is True else self.hp.compile}
 
     def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
         """Draw what the model makes of some samples: figures by name.
@@ -170,7 +180,7 @@ class Task(Watched):
         self.weights = None
 
     def configure_callbacks(self) -> list[Callback]:
-        return [] if self.hp.ema is None else [Averaging(decay=self.hp.ema)]
+        return [] if self.hp.ema is None else [WeightAverage(self.hp.ema)]
 
     def agree_on_classes(self, option: str) -> tuple[int, list[str]]:
         """Return number and names of the classes in the data, and note them in the options.
@@ -244,9 +254,10 @@ class Task(Watched):
     def on_fit_start(self) -> None:
         if self._seed is None:  # no checkpoint brought it
             self._seed = torch.initial_seed()
+        if self.hp.compile:
+            for module in self.to_compile():
+                module.compile(**self.compiler_options())
         for network in self.networks().values():
-            if self.hp.compile:
-                network.compile()
             if self.hp.checkpoint_blocks and any(p.requires_grad for p in network.parameters()):
                 try:
                     network.set_grad_checkpointing()  # type: ignore[operator]
@@ -270,6 +281,8 @@ class Task(Watched):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed drop path and mixup by seed, epoch and batch: a resumed run draws the same numbers."""
+        if self.hp.compile == "reduce-overhead":  # the graphs' outputs of the last step may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         state = np.random.SeedSequence([self._seed or 0, self.current_epoch, batch_idx, self.global_rank])
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
         np.random.seed(state.generate_state(4))  # noqa: NPY002 - timm's mixup draws from the global state
@@ -281,6 +294,15 @@ class Task(Watched):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("seed")
 
+    @property
+    def fused(self) -> bool | None:
+        """Whether AdamW updates all weights in one kernel: on CUDA, and torch's own choice (None) elsewhere.
+
+        With 16-mixed a fused one would see gradients that are still scaled, and clipping, too.
+        """
+        on_cuda = self.trainer.strategy.root_device.type == "cuda"
+        return True if on_cuda and self.trainer.precision != "16-mixed" else None
+
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
@@ -288,7 +310,10 @@ class Task(Watched):
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
+        trained = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])  # type: ignore[misc]
+        if gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         self.log("train/grad_norm", norm)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
@@ -308,7 +333,7 @@ class Task(Watched):
         """Do what follows an optimizer step, counted from 0."""
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.log("train/lr", max(group["lr"] for group in optimizer.param_groups), prog_bar=True)
+        self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
         self.log("train/weight_decay", max(group["weight_decay"] for group in optimizer.param_groups))
 
 

@@ -104,7 +104,10 @@ class Classification(Task):
             load_weights(self.backbone, self.weights, warm_start=self._is_training(), contents=contents)
         tops = [k for k in (1, 5) if k < num_classes]
         accuracy = MetricCollection(
-            {f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro") for k in tops}
+            {
+                f"top{k}": MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
+                for k in tops
+            }
         )
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             accuracy.clone(prefix=f"{split}/") for split in ("train", "val", "test")
@@ -174,8 +177,9 @@ class Classification(Task):
             logits = self(images)
             loss = F.cross_entropy(logits, targets)
             labels = targets.argmax(-1)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict(self.train_accuracy(logits, labels))
+        self.log("train/loss", loss)
+        if self.is_logged():
+            self.log_dict(self.train_accuracy(logits, labels))
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
@@ -225,8 +229,9 @@ class Classification(Task):
         self._learning_rate = partial(
             warmup_then_linear, steps=steps, warmup=warmup, peak=peak, start=hp.warmup_lr, end=hp.min_lr
         )
+        own = {"fused": self.fused} if hp.optimizer in ("adam", "adamw") else {}  # of torch
         optimizer: Optimizer = create_optimizer_v2(
-            self.backbone, opt=hp.optimizer, lr=peak, weight_decay=hp.weight_decay
+            self.backbone, opt=hp.optimizer, lr=peak, weight_decay=hp.weight_decay, **own
         )
         return optimizer
 

@@ -1,6 +1,6 @@
 """Semantic segmentation by a small decoder on the patch features of a backbone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from math import isnan
@@ -155,7 +155,7 @@ class Segmentation(FrozenNetwork):
             raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
         if decoder and self.trainer.training:
             rank_zero_info(f"{self.weights}: {obstacle or 'training begins with its decoder'}")
-        self._patch_features = torch.compile(patch_features) if self.hp.compile else patch_features
+        self._compiled_features = torch.compile(patch_features, **self.compiler_options())
         if self.hp.train_backbone:
             self._freeze_what_is_not_read()
         else:
@@ -165,6 +165,9 @@ class Segmentation(FrozenNetwork):
         whole = sum(p.numel() for p in self.parameters())
         rank_zero_info(f"{self.hp.backbone}: {whole:,} parameters with the decoder, {trained:,} are trained")
         self.train(self.training)
+
+    def to_compile(self) -> Iterable[nn.Module]:
+        return ()  # the features are compiled as a whole
 
     def _freeze_what_is_not_read(self) -> None:
         """Freeze what follows the features (norm, pooling): DDP would wait for its gradients."""
@@ -208,8 +211,10 @@ class Segmentation(FrozenNetwork):
         """Return patch features [B, D, h, w] of images [B, 3, H, W], padded to whole patches."""
         on = torch.is_autocast_enabled(images.device.type)
         dtype = torch.get_autocast_dtype(images.device.type) if on else None
+        # In evaluation every image may have a size of its own.
+        find = self._compiled_features if self.hp.compile and self.training else patch_features
         with nullcontext() if self.hp.train_backbone else torch.inference_mode():
-            found = self._patch_features(self.backbone, images, autocast_dtype=dtype)
+            found = find(self.backbone, images, autocast_dtype=dtype)
         if found.is_inference():
             found = found.clone()  # an ordinary tensor, fit for autograd
         return found.to(next(self.decoder.parameters()).dtype)  # half only if the trainer made all weights so
@@ -233,7 +238,7 @@ class Segmentation(FrozenNetwork):
         padded_height, padded_width = padded_size(self.backbone, (height, width))
         masks = F.pad(masks, (0, padded_width - width, 0, padded_height - height), value=IGNORE)
         loss = upsampled_cross_entropy(self.decoder(self.features(images)), masks)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         return loss
 
     def predicted(self, images: Tensor, masks: Tensor) -> Tensor:
@@ -330,7 +335,7 @@ class Segmentation(FrozenNetwork):
             groups += param_groups_layer_decay(
                 backbone, hp.weight_decay, no_weight_decay_list=without_decay, layer_decay=hp.layer_decay
             )
-        return AdamW(groups, lr=hp.lr, weight_decay=hp.weight_decay)
+        return AdamW(groups, lr=hp.lr, weight_decay=hp.weight_decay, fused=self.fused)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:

@@ -16,7 +16,7 @@ class Watched(LightningModule):
     """A LightningModule that stops all processes of a run, and keeps the last good checkpoint.
 
     Losses are looked at in every step on a CPU. Elsewhere looking means waiting for the device: they are
-    looked at where a step is logged, and before a checkpoint is written.
+    looked at where a step is logged or ends an epoch, and before a checkpoint is written.
 
     Attributes:
         steps: optimizer steps of the run.
@@ -31,19 +31,29 @@ class Watched(LightningModule):
         self._losses: list[tuple[int, Tensor]] = []  # not yet known to be finite, with their steps
         self._finite: Tensor | None = None  # whether all outputs of this evaluation so far are
 
-    def is_logged(self, number: int) -> bool:
-        """Return whether a batch or step is one of every `log_every_n_steps`, for which a GPU may wait."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and number % every == 0
+    def is_logged(self) -> bool:
+        """Return whether the scalars of this optimizer step are written down."""
+        # `_trainer` is private, but `trainer` is an error where there is none.
+        every = 0 if self._trainer is None else self._trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1) % every == 0
+
+    def may_wait(self) -> bool:
+        """Return whether this step may wait for a GPU: it is logged, or ends an epoch or the run."""
+        return self.is_logged() or self.trainer.is_last_batch or self.global_step + 1 == self.steps
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        """Log a value; a number stays on the CPU, since to copy it to a GPU would be to wait for it."""
+        if isinstance(value, int | float) and not options.get("sync_dist"):
+            value = torch.tensor(float(value))
+        super().log(name, value, *args, **options)
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._losses.append((self.global_step, loss.detach()))
-        if self._has_to_look(self.trainer.fit_loop.batch_idx):
+        if self._has_to_look():
             self._look_at_losses()
 
-    def _has_to_look(self, batch_idx: int) -> bool:
-        last = self.trainer.is_last_batch or self.global_step + 1 == self.steps
-        return self.device.type == "cpu" or last or self.is_logged(batch_idx)
+    def _has_to_look(self) -> bool:
+        return self.device.type == "cpu" or self.may_wait()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that losses and weights are finite, before a file is touched: `InputError` if not."""

@@ -1,0 +1,74 @@
+"""A moving average of all weights, on their device, which is validated and saved in their place."""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+
+
+class WeightAverage(EMAWeightAveraging):
+    """Lightning's `EMAWeightAveraging` that never waits for a GPU, and whose validation may be interrupted.
+
+    Lightning's makes the average before the weights have moved to their device, so that each step copies all
+    of them to the CPU, and reads a counter on the device. For a validation it exchanges weights and average,
+    and an interrupted run would save them exchanged: here the weights come back from a copy.
+    """
+
+    _trained: list[Tensor] = []  # noqa: RUF012 - the copy during a validation; never changed in place
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay)
+        self.decay = decay
+
+    @property
+    def state_key(self) -> str:  # as in the checkpoints of earlier versions
+        return EMAWeightAveraging.__qualname__
+
+    # Private, below: the attributes in which Lightning keeps the average, and how far it is.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step, average = trainer.global_step, self._average_model
+        assert average is not None
+        if step > self._latest_update_step and self.should_update(step_idx=step - 1):
+            move(average.module, pl_module, 1 - self.decay if self._latest_update_step else 1.0)
+            average.n_averaged += 1
+            self._latest_update_step = step
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._average_model is not None:
+            self._trained = [each.detach().clone() for each in tensors_of(pl_module)]
+            self._copy_average_to_current(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for tensor, trained in zip(tensors_of(pl_module), self._trained, strict=False):
+            tensor.data.copy_(trained)
+        self._trained = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_validation_epoch_end(trainer, pl_module)
+
+
+def tensors_of(module: nn.Module) -> "chain[Tensor]":
+    """Return parameters and buffers."""
+    return chain(module.parameters(), module.buffers())
+
+
+@torch.no_grad()
+def move(average: nn.Module, module: nn.Module, weight: float) -> None:
+    """Move parameters and buffers of an average by a share of the way to those of a module: 1 copies them."""
+    own: list[Tensor] = []
+    new: list[Tensor] = []
+    for a, b in zip(tensors_of(average), tensors_of(module), strict=True):
+        if a.is_floating_point():
+            own.append(a)
+            new.append(b)
+        else:
+            a.copy_(b)
+    torch._foreach_lerp_(own, new, weight)

@@ -1,0 +1,81 @@
+"""The command that measures on a GPU: how it writes, what a cut leaves, and what pages hold of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"card": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "python": "3.12"}
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Import a module of `benchmarks/`, which is no package."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield lambda name: __import__(name)
+    for name in ("gpu", "refresh"):
+        sys.modules.pop(name, None)
+
+
+def test_a_table_has_the_columns_of_all_rows(benchmarks):
+    rows = [{"row": "a", "ms": 1234.4, "GiB": None}, {"row": "b", "ms": 0.12345, "kernel": "flash"}]
+    assert benchmarks("gpu").table(rows).splitlines() == [
+        "|  | ms | GiB | kernel |",
+        "| --- | --- | --- | --- |",
+        "| a | 1,234 |  |  |",
+        "| b | 0.123 |  | flash |",
+    ]
+
+
+def test_pages_hold_the_tables_of_each_card_or_say_that_there_is_none(benchmarks, tmp_path):
+    refresh = benchmarks("refresh")
+    rows = [{"row": "small", "images/s": 1000.0}]
+    groups = {"step": {"state": "cut off", "rows": rows}, "dino": {"state": "not measured", "rows": []}}
+    (tmp_path / "gpu-h200.json").write_text(json.dumps({"machine": MACHINE, "groups": groups}))
+    page = "Text.\n\n<!-- gpu -->\nold\n<!-- /gpu -->\n\nMore.\n"
+    filled = refresh.with_gpu_tables(page, [tmp_path / "gpu-h200.json"], ["step"])
+    assert "NVIDIA H200, torch 2.11, Triton 3.6:\n\nTraining step" in filled
+    assert "(cut off):\n\n|  | images/s |\n| --- | --- |\n| small | 1,000 |\n<!-- /gpu -->" in filled
+    assert refresh.with_gpu_tables(filled, [], None) == page.replace("old\n", refresh.NOT_MEASURED)
+    for name, shown in refresh.OF_GPU.items():
+        page = (ROOT / name).read_text()
+        assert page.count("<!-- gpu -->") == 1
+        assert refresh.with_gpu_tables(page, sorted(refresh.RESULTS.glob("gpu-*.json")), shown) == page
+
+
+def test_each_row_is_written_at_once(benchmarks, tmp_path, capsys, monkeypatch):
+    """A group that fails and one without time leave what the others found."""
+    gpu = benchmarks("gpu")
+
+    def rows_of(name, arguments, seconds):
+        yield {"machine": MACHINE}
+        yield {"row": "first", "ms": 1.0}
+        written = json.loads((tmp_path / "gpu-h200.json").read_text())
+        assert written["groups"][name] == {"state": "cut off", "rows": [{"row": "first", "ms": 1.0}]}
+        if name == "layer":
+            yield {"state": "failed with exit code 1"}
+        else:
+            yield {"row": "second", "ms": 2.0}
+            yield {"state": "done"}
+
+    monkeypatch.setattr(gpu, "rows_of", rows_of)
+    gpu.main(["--groups", "exact", "layer", "study", "--output", str(tmp_path)])
+    groups = json.loads((tmp_path / "gpu-h200.json").read_text())["groups"]
+    found = {name: (group["state"], len(group["rows"])) for name, group in groups.items()}
+    failed = ("failed with exit code 1", 1)
+    assert found == {"exact": ("done", 2), "layer": failed, "study": ("not measured", 0)}
+    assert (tmp_path / "gpu-h200.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_process_measures_a_group_and_is_ended_in_time(benchmarks):
+    gpu = benchmarks("gpu")
+    *rows, state = gpu.rows_of("exact", ["--device", "cpu", "--tiny"], seconds=300)
+    assert state == {"state": "done"}
+    assert rows[0]["machine"]["card"] == "CPU"
+    bf16, fp16 = rows[1:]
+    assert 0 < fp16["error"] < bf16["error"] < 0.03
+    assert bf16["same twice"] == "yes"
+    assert list(gpu.rows_of("exact", ["--device", "cpu", "--tiny"], seconds=0.1)) == [{"state": "cut off"}]
