@@ -1,11 +1,18 @@
 """Attention with a Gaussian kernel added to its logits: the equation, and the choice of how to compute it."""
 
+import os
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from locat_lightning.errors import InputError
 from locat_lightning.nn.chunked_attention import chunked_attention
-from locat_lightning.nn.gaussian import Gaussians, gaussian_kernel
+from locat_lightning.nn.fused_attention import fused_attention, unsupported
+from locat_lightning.nn.gaussian import Gaussians, LazyGaussians, gaussian_kernel
+
+FORCED = os.environ.get("LOCAT_ATTENTION", "")
 
 
 def gaussian_augmented_attention(
@@ -31,22 +38,53 @@ def gaussian_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gaussians: Gaussians | Tensor,
+    gaussians: LazyGaussians | Gaussians | Tensor,
     *,
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Compute `gaussian_augmented_attention`, without all of S in memory where that is possible.
 
-    S has to exist as a whole under `torch.compile`, `torch.export` and `torch.jit.trace`, with dropout or a
-    bias, and for kernels that are not a product of two factors. Everything else is `chunked_attention`.
-    `gaussians` are the kernels of the queries, or S itself; the result has the type of v.
+    `gaussians` are the kernels of the queries, computed or not, or S itself; the result has the type of v.
     """
+    way, _ = implementation(v, gaussians, bias=bias, dropout=dropout)
+    if way == "Triton":
+        return fused_attention(q, k, v, gaussians)
+    if isinstance(gaussians, LazyGaussians):
+        if gaussians.q is q:  # both want it dense
+            q = q.contiguous()
+            gaussians = gaussians._replace(q=q)
+        gaussians = gaussians.compute()
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
-    if isinstance(gaussians, Gaussians):
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        # `traced` comes first: a look at the number of images would fix it in an exported program.
-        if not traced and gaussians.cross is None and bias is None and dropout == 0 and len(q):
-            return chunked_attention(q, k, v, gaussians)
-        gaussians = gaussian_kernel(gaussians)
-    return gaussian_augmented_attention(q, k, v, gaussians, bias=bias, dropout=dropout)
+    if way == "chunks":
+        return chunked_attention(q, k, v, gaussians)
+    s = gaussian_kernel(gaussians) if isinstance(gaussians, Gaussians) else gaussians
+    return gaussian_augmented_attention(q, k, v, s, bias=bias, dropout=dropout)
+
+
+def implementation(
+    v: Tensor, gaussians: LazyGaussians | Gaussians | Tensor, *, bias: Tensor | None = None, dropout: float = 0.0
+) -> tuple[Literal["Triton", "chunks", "plain"], str]:
+    """Choose how to compute an attention with values v [B, h, N, d], and say why it is not Triton.
+
+    S has to exist as a whole ("plain") under `torch.compile`, `torch.export` and `torch.jit.trace`, with dropout
+    or a bias, and for kernels that are not a product of two factors. LOCAT_ATTENTION=plain does so always;
+    LOCAT_ATTENTION=triton is an error where Triton is not possible.
+    """
+    if FORCED not in ("", "triton", "plain"):
+        raise InputError(f"LOCAT_ATTENTION is triton or plain, not {FORCED!r}")
+    if FORCED == "plain":
+        return "plain", "LOCAT_ATTENTION=plain"
+    if dropout or bias is not None:
+        why = "dropout of attention weights" if dropout else "a bias of the logits"
+    else:
+        why = unsupported(v, gaussians) if isinstance(gaussians, LazyGaussians) else "kernels that are given"
+    if not why:
+        return "Triton", ""
+    if FORCED == "triton":
+        raise InputError(f"LOCAT_ATTENTION=triton is not possible: {why}")
+    cross = gaussians.gaug.correlation if isinstance(gaussians, LazyGaussians) else getattr(gaussians, "cross", gaussians)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    # `traced` comes first: a look at the number of images would fix it in an exported program.
+    whole = traced or cross is not None or bias is not None or dropout or not len(v)
+    return "plain" if whole else "chunks", why
