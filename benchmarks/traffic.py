@@ -25,8 +25,6 @@ OURS = {
     torch.ops.locat.gaussian_attention_backward.default: fused_attention.gaussian_attention_backward,
 }
 
-KERNELS = "forward", "d_queries", "d_keys_values"
-
 
 def nbytes(t: Tensor) -> int:
     """Bytes of a tensor's own elements; dimensions that are expanded are read once."""
@@ -36,11 +34,11 @@ def nbytes(t: Tensor) -> int:
     return count
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operators and launches (`count`) and the bytes that they move (`moved`)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = self.moved = 0
 
     def add(self, *tensors: Any) -> None:
@@ -53,7 +51,9 @@ class Traffic(TorchDispatchMode):
             with self:
                 return OURS[func]._init_fn(*args)  # the function behind the operator has no public name
         out = func(*args, **(kwargs or {}))
-        if func._schema.name.split("::")[1] not in VIEWS and any(isinstance(t, Tensor) for t in tree_leaves(out)):
+        if func._schema.name.split("::")[1] not in VIEWS and any(
+            isinstance(t, Tensor) for t in tree_leaves(out)
+        ):
             self.add(*tree_leaves((args, kwargs, out)))
         return out
 
@@ -71,10 +71,15 @@ class Launch:
 def count(images: int, heads: int, grid: tuple[int, int], d: int = 64, *, fused: bool = True) -> Traffic:
     """Count the forward and backward pass, from a packed q, k, v in bfloat16 to their gradient."""
     shape = images, 1 + grid[0] * grid[1], 3, heads, d
-    gaug = GaussianAugmentation(d)
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.multiple(fused_attention, INTERPRETED=True):
+    gaug, traffic = GaussianAugmentation(d), Traffic()
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(fused_attention, "INTERPRETED", True):
         qkv = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
-        with Traffic() as traffic, mock.patch.multiple(triton_attention, **dict.fromkeys(KERNELS, Launch(traffic))):
+        with (
+            traffic,
+            mock.patch.object(triton_attention, "forward", Launch(traffic)),
+            mock.patch.object(triton_attention, "d_queries", Launch(traffic)),
+            mock.patch.object(triton_attention, "d_keys_values", Launch(traffic)),
+        ):
             q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
             if fused:
                 out = gaussian_attention(q, k, v, gaug(q, grid, grid))
@@ -85,11 +90,12 @@ def count(images: int, heads: int, grid: tuple[int, int], d: int = 64, *, fused:
 
 
 def main() -> None:
-    for images, heads, side in ((256, 3, 14), (256, 6, 14), (256, 12, 14), (32, 6, 32), (32, 6, 40), (8, 6, 64)):
-        print(f"{images} images, {heads} heads, {1 + side * side} tokens", end="")
-        for name, fused in (("flash attention", False), ("fused GAug", True)):
-            traffic = count(images, heads, (side, side), fused=fused)
-            print(f"   {name}: {traffic.count:2} kernels, {traffic.moved / 1e9:.2f} GB", end="")
+    cases = (256, 3, 14), (256, 6, 14), (256, 12, 14), (32, 6, 32), (32, 6, 40), (8, 6, 64)
+    for images, heads, side in cases:
+        plain, ours = (count(images, heads, (side, side), fused=fused) for fused in (False, True))
+        print(f"{images:3} images, {heads:2} heads, {1 + side * side:4} tokens", end="")
+        for name, found in (("flash attention", plain), ("GAug", ours)):
+            print(f"   {name}: {found.count} kernels, {found.moved / 1e9:.2f} GB", end="")
         print()
 
 

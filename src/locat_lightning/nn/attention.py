@@ -48,43 +48,49 @@ def gaussian_attention(
     `gaussians` are the kernels of the queries, computed or not, or S itself; the result has the type of v.
     """
     way, _ = implementation(v, gaussians, bias=bias, dropout=dropout)
-    if way == "Triton":
-        return fused_attention(q, k, v, gaussians)
     if isinstance(gaussians, LazyGaussians):
-        if gaussians.q is q:  # both want it dense
-            q = q.contiguous()
+        if way == "Triton":
+            return fused_attention(q, k, v, gaussians)
+        if gaussians.q is q:
+            q = q.contiguous()  # as both want it
             gaussians = gaussians._replace(q=q)
         gaussians = gaussians.compute()
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
-    if way == "chunks":
-        return chunked_attention(q, k, v, gaussians)
-    s = gaussian_kernel(gaussians) if isinstance(gaussians, Gaussians) else gaussians
-    return gaussian_augmented_attention(q, k, v, s, bias=bias, dropout=dropout)
+    if isinstance(gaussians, Gaussians):
+        if way == "chunks":
+            return chunked_attention(q, k, v, gaussians)
+        gaussians = gaussian_kernel(gaussians)
+    return gaussian_augmented_attention(q, k, v, gaussians, bias=bias, dropout=dropout)
 
 
 def implementation(
-    v: Tensor, gaussians: LazyGaussians | Gaussians | Tensor, *, bias: Tensor | None = None, dropout: float = 0.0
+    v: Tensor,
+    gaussians: LazyGaussians | Gaussians | Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Literal["Triton", "chunks", "plain"], str]:
     """Choose how to compute an attention with values v [B, h, N, d], and say why it is not Triton.
 
-    S has to exist as a whole ("plain") under `torch.compile`, `torch.export` and `torch.jit.trace`, with dropout
-    or a bias, and for kernels that are not a product of two factors. LOCAT_ATTENTION=plain does so always;
-    LOCAT_ATTENTION=triton is an error where Triton is not possible.
+    S has to exist as a whole ("plain") under `torch.compile`, `torch.export` and `torch.jit.trace`, with
+    dropout or a bias, and for kernels that are not a product of two factors. LOCAT_ATTENTION=plain forces
+    that; LOCAT_ATTENTION=triton makes it an error where Triton cannot be used.
     """
     if FORCED not in ("", "triton", "plain"):
-        raise InputError(f"LOCAT_ATTENTION is triton or plain, not {FORCED!r}")
-    if FORCED == "plain":
-        return "plain", "LOCAT_ATTENTION=plain"
-    if dropout or bias is not None:
-        why = "dropout of attention weights" if dropout else "a bias of the logits"
+        raise InputError(f"LOCAT_ATTENTION must be triton or plain, not {FORCED!r}")
+    if isinstance(gaussians, LazyGaussians):
+        product, why = gaussians.gaug.correlation is None, unsupported(v, gaussians)
     else:
-        why = unsupported(v, gaussians) if isinstance(gaussians, LazyGaussians) else "kernels that are given"
+        product, why = getattr(gaussians, "cross", gaussians) is None, "the kernels are given"
+    if dropout or bias is not None:
+        why = "attention weights are dropped" if dropout else "logits have a bias"
+    if FORCED == "plain":
+        why = "LOCAT_ATTENTION=plain"
     if not why:
         return "Triton", ""
     if FORCED == "triton":
-        raise InputError(f"LOCAT_ATTENTION=triton is not possible: {why}")
-    cross = gaussians.gaug.correlation if isinstance(gaussians, LazyGaussians) else getattr(gaussians, "cross", gaussians)
+        raise InputError(f"LOCAT_ATTENTION=triton cannot be used: {why}")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     # `traced` comes first: a look at the number of images would fix it in an exported program.
-    whole = traced or cross is not None or bias is not None or dropout or not len(v)
-    return "plain" if whole else "chunks", why
+    chunks = not traced and product and not FORCED and not dropout and bias is None and len(v) > 0
+    return "chunks" if chunks else "plain", why

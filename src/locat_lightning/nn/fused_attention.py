@@ -31,22 +31,22 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, kernels: LazyGaussians) -> 
 def unsupported(v: Tensor, kernels: LazyGaussians) -> str:
     """Return why `fused_attention` cannot be computed; empty if it can."""
     if kernels.gaug.correlation is not None:
-        return "rotated kernels are not a product"
+        return "a rotated kernel is not a product"
     if not 16 <= v.shape[-1] <= 128:
-        return f"heads are 16 to 128 wide, not {v.shape[-1]}"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
-        return "an exported model runs anywhere"
-    if INTERPRETED:
-        return ""
-    if v.dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bfloat16 or float16, not {str(v.dtype).removeprefix('torch.')}"
-    return _unsupported_device(v.device)
+        return f"heads must be 16 to 128 wide, not {v.shape[-1]}"
+    if not INTERPRETED:
+        if why := _unsupported_device(v.device):
+            return why
+        if v.dtype not in (torch.bfloat16, torch.float16):
+            return f"it computes in bfloat16 or float16, not {str(v.dtype).removeprefix('torch.')}"
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return "an exported model has to run anywhere" if exported else ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # the name of a GPU is no part of a compiled graph
 def _unsupported_device(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip:
-        return "it needs a GPU of NVIDIA"
+        return "it needs an NVIDIA GPU"
     if torch.cuda.get_device_properties(device).major < 8:
         return "it needs an Ampere GPU or a later one"
     return "" if find_spec("triton") else "Triton is not installed"
@@ -65,7 +65,7 @@ def gaussian_attention(
     epsilon: float,
     cap: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute out [B, h, N, d] and, for the backward pass, lse [B, h, N] and (slope, α) [3, B, h, N].
+    """Compute out [B, h, N, d] and, for the backward pass, lse [B, h, N] and (slopes, softplus) [3, B, h, N].
 
     `source` [B, h, N, d] are the queries that say what their kernels are, if they are not q; `maps` and the
     rest are those of `triton_attention`.
@@ -77,11 +77,11 @@ def gaussian_attention(
     q, k, v, of_kernels = (_dense(t) for t in (q, k, v, q if source is None else source))
     B, h, N, d = q.shape
     if B:
-        triton_attention.forward[(math.ceil(N / triton_attention.QUERIES) * B * h,)](
+        triton_attention.forward[lambda meta: (math.ceil(N / meta["BM"]) * B * h,)](
             q, k, v, of_kernels, maps, out, lse, kernels,
             *_strides(q, k, v, of_kernels),
             h, N, rows, columns, tiles, widest, epsilon, float(cap), d**-0.5,
-            SAME=source is None, BM=triton_attention.QUERIES, **shape,
+            SAME=source is None, **shape,
         )  # fmt: skip
     return out, lse, kernels
 
@@ -119,13 +119,13 @@ def gaussian_attention_backward(
         q, k, v, of_kernels, maps, out, lse, kernels, d_out, d_q, d_source, partial, delta,
         *_strides(q, k, v, of_kernels, d_out),
         h, N, rows, columns, tiles, widest, epsilon, float(cap), d**-0.5,
-        SAME=source is None, BM=triton_attention.QUERIES, **shape,
+        SAME=source is None, **shape,
     )  # fmt: skip
     triton_attention.d_keys_values[(tiles * B * h,)](
-        q, k, v, lse, kernels, d_out, delta, d_k, d_v,
+        q, k, v, maps, lse, kernels, d_out, delta, d_k, d_v,
         *_strides(q, k, v, d_out),
         h, N, rows, columns, tiles, float(cap), d**-0.5,
-        BM=triton_attention.QUERIES, **shape,
+        **shape,
     )  # fmt: skip
     return d_q, d_k, d_v, d_source, torch.sum(partial, 0, out=d_maps)
 
@@ -136,7 +136,9 @@ def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @gaussian_attention_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, source: Tensor | None, maps: Tensor, *others: Any) -> Any:
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, source: Tensor | None, maps: Tensor, *others: Any
+) -> Any:
     return _empty_gradients(q, source, maps)
 
 

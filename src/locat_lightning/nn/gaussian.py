@@ -73,7 +73,7 @@ class Gaussians(NamedTuple):
 
 
 class LazyGaussians(NamedTuple):
-    """The kernels of queries [B, h, N, d] that are not computed yet: fused attention does so a tile at a time.
+    """The kernels of queries [B, h, N, d], not computed yet: fused attention does so a tile at a time.
 
     `grid` is (H, W), `built_for` (H0, W0).
     """
@@ -272,7 +272,9 @@ def factors(slope: Tensor, squares: tuple[Tensor, Tensor], *, keys: int = -1) ->
 
 def gaussian_kernel(gaussians: Gaussians | LazyGaussians) -> Tensor:
     """Return S [B, h, H·W, H·W] of the patches among themselves, float32."""
-    slope, alpha, grid, cap, cross = gaussians.compute() if isinstance(gaussians, LazyGaussians) else gaussians
+    slope, alpha, grid, cap, cross = (
+        gaussians.compute() if isinstance(gaussians, LazyGaussians) else gaussians
+    )
     patches = math.prod(grid)
     slope, alpha = slope[..., -patches:], alpha[..., -patches:]
     if cross is None:

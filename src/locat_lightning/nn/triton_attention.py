@@ -6,29 +6,59 @@ With q, k, v [B, h, N, d], and what a query of a patch p = (i, j) says of its ke
     P = softmax(A),    out = P v
 
 S is a product: so a tile of keys is R rows × WC columns of the patch grid, and S of a tile of queries is the
-outer product of y [BM, R] and x [BM, WC], one multiply-add a logit, in registers. Prefix tokens, whose S is 0,
-follow the patches: the token at row i and column j of the keys is that at place i·W + j of (patches, prefix).
-What is beyond W or N is masked.
+outer product of y [BM, R] and x [BM, WC], one multiply-add a logit, in registers. Prefix tokens, whose S is
+0, follow the patches: the token at row i and column j is at place i·W + j of (patches, prefix tokens). What
+is beyond W or N is masked.
 
     ∂A = P ∘ (∂out vᵀ − δ),    δ = Σ out ∘ ∂out
     ∂q = ∂A k / √d,    ∂k = ∂Aᵀ q / √d,    ∂v = Pᵀ ∂out
     ∂α = Σ ∂A y x,    ∂slope_y = α Σ ∂A y x (i − i')²,    ∂slope_x = α Σ ∂A y x (j − j')²
 
-One kernel computes ∂q and these sums by tiles of queries, another ∂k and ∂v by tiles of keys: nothing is added
-atomically, so that the same input gives the same bits. α and slope are computed from the query as it is, in
-float32, and so are logits and sums; products of matrices are of the type of q.
+One kernel computes ∂q and these sums by tiles of queries, another ∂k and ∂v by tiles of keys: nothing is
+added atomically, so that the same input gives the same bits. α and slope are computed from the query as it
+is, in float32, and so are logits and sums; products of matrices are of the type of q.
 
     z = source Wσ + bσ,    a = source Wα + bα;    σ² = widest · sigmoid(z),    slope = −½ / (σ² + ε)
     α = gain · softplus(a);    maps = [Wσ (2·d), Wα (d), bσ (2), bα, gain]
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-QUERIES = 64  # in a tile
-# Numbers of which no other program has to be compiled.
-kernel = triton.jit(do_not_specialize=["h", "N", "H", "W", "T"])
+QUERIES = 64  # of a program of `d_queries`
+
+
+def _repeatable(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
+    """Take the first where the same bits are wanted each time, and in Triton's interpreter."""
+    first = torch.are_deterministic_algorithms_enabled() or triton.knobs.runtime.interpret
+    return configs[:1] if first else configs
+
+
+def kernel(*configs: tuple[int, ...]) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function, with the fastest of some (queries, warps, stages).
+
+    They are compared once for each width of a head and shape of tiles, and remembered on disk.
+    """
+
+    def compiled(function: Callable[..., None]) -> Any:
+        # No other program for other sizes.
+        function = triton.jit(function, do_not_specialize=["h", "N", "H", "W", "T"])
+        return triton.autotune(
+            [
+                triton.Config({"BM": bm, "enable_fp_fusion": True}, num_warps=warps, num_stages=stages)
+                for bm, warps, stages in configs
+            ],
+            key=["D", "WC", "ONE"],
+            prune_configs_by={"early_config_prune": _repeatable},
+            cache_results=True,
+        )(function)
+
+    return compiled
 
 
 @triton.jit
@@ -62,13 +92,24 @@ def _z(source, maps, row: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _softplus(a):
-    return tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
+def _kernels(kernels, size, m, inside):
+    """Slopes in base 2 and softplus(a), which is 0 for queries of prefix tokens."""
+    slope_y = tl.load(kernels + m, mask=inside, other=-1.0)
+    slope_x = tl.load(kernels + size + m, mask=inside, other=-1.0)
+    return slope_y, slope_x, tl.load(kernels + 2 * size + m, mask=inside, other=0.0)
+
+
+@triton.jit
+def _d_slope(slope, widest, epsilon):
+    """∂slope / ∂z, not in base 2."""
+    total = -0.5 * LOG2E / slope
+    var = total - epsilon
+    return 0.5 / (total * total) * var * (1.0 - var / widest)
 
 
 @triton.jit
 def _place(token, N, H, W):
-    """Row and column of patches in the grid, as float32 (exact: the quotient is 1/2W or more from an integer)."""
+    """Row and column of patches, float32; exact, as the quotient is 1/2W or more away from an integer."""
     patch = (token - (N - H * W)).to(tl.float32)
     i = tl.floor((patch + 0.5) / W)
     return i, patch - i * W
@@ -100,7 +141,7 @@ def _keys(t, N, H, W, R: tl.constexpr, WC: tl.constexpr, ONE: tl.constexpr):
 
 @triton.jit
 def _xy(slope_y, slope_x, q_i, q_j, i, j, H, cap):
-    """y [BM, R] and x [BM, WC], and their squared distances."""
+    """The factors y [BM, R] and x [BM, WC], and their squared distances."""
     y, square_y = _factor(slope_y, q_i, i.to(tl.float32), cap)
     x, square_x = _factor(slope_x, q_j, j.to(tl.float32), cap)
     return tl.where((i < H)[None, :], y, 0.0), x, square_y, square_x
@@ -112,7 +153,7 @@ def _logits(qk, alpha, y, x, R: tl.constexpr, WC: tl.constexpr):
     return tl.reshape(qk, [BM, R, WC]) + (alpha[:, None] * y)[:, :, None] * x[:, None, :]
 
 
-@kernel
+@kernel((64, 4, 2), (128, 8, 2))
 def forward(
     q, k, v, source, maps, out, lse, kernels,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, s_b, s_h, s_n,
@@ -120,6 +161,7 @@ def forward(
     SAME: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ONE: tl.constexpr,
     BM: tl.constexpr, R: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
+    """Compute out, lse and (slopes, softplus) of a tile of queries."""
     head, block = tl.program_id(0) // tl.cdiv(N, BM), tl.program_id(0) % tl.cdiv(N, BM)
     b, head_ = (head // h).to(tl.int64), head % h
     m = block * BM + tl.arange(0, BM)
@@ -129,18 +171,17 @@ def forward(
     s_ = s_.to(tl.float32)
     slope_y = -0.5 * LOG2E / (widest * tl.sigmoid(_z(s_, maps, 0, D, BD)) + epsilon)
     slope_x = -0.5 * LOG2E / (widest * tl.sigmoid(_z(s_, maps, 1, D, BD)) + epsilon)
-    alpha = tl.load(maps + 3 * D + 3) * _softplus(_z(s_, maps, 2, D, BD)) / scale
-    alpha = tl.where(m < N - H * W, 0.0, alpha)
-    size = (tl.num_programs(0) // tl.cdiv(N, BM)).to(tl.int64) * N
+    z = _z(s_, maps, 2, D, BD)
+    softplus = tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))
     kernels += head.to(tl.int64) * N
+    size = (tl.num_programs(0) // tl.cdiv(N, BM)).to(tl.int64) * N
     tl.store(kernels + m, slope_y, mask=inside)
     tl.store(kernels + size + m, slope_x, mask=inside)
-    tl.store(kernels + 2 * size + m, alpha, mask=inside)
+    tl.store(kernels + 2 * size + m, tl.where(m < N - H * W, 0.0, softplus), mask=inside)
     tl.debug_barrier()
     # Read back, they are laid out over the threads as the logits are, which saves an exchange for each tile.
-    slope_y = tl.load(kernels + m, mask=inside, other=0.0)
-    slope_x = tl.load(kernels + size + m, mask=inside, other=0.0)
-    alpha = tl.load(kernels + 2 * size + m, mask=inside, other=0.0)
+    slope_y, slope_x, softplus = _kernels(kernels, size, m, inside)
+    alpha = softplus * tl.load(maps + 3 * D + 3) / scale
     q_i, q_j = _place(m, N, H, W)
 
     k += b * k_b + head_ * k_h
@@ -167,7 +208,7 @@ def forward(
     _store(out + b * N * h * D + head_ * D, m, h * D, inside, acc / total[:, None], D, BD)
 
 
-@kernel
+@kernel((QUERIES, 4, 2), (QUERIES, 4, 1))
 def d_queries(
     q, k, v, source, maps, out, lse, kernels, d_out, d_q, d_source, d_maps, delta,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, s_b, s_h, s_n, o_b, o_h, o_n,
@@ -175,6 +216,7 @@ def d_queries(
     SAME: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ONE: tl.constexpr,
     BM: tl.constexpr, R: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
+    """Compute ∂q, ∂source, δ and the share of ∂maps of a tile of queries."""
     head, block = tl.program_id(0) // tl.cdiv(N, BM), tl.program_id(0) % tl.cdiv(N, BM)
     b, head_ = (head // h).to(tl.int64), head % h
     m = block * BM + tl.arange(0, BM)
@@ -189,9 +231,9 @@ def d_queries(
     delta_ = tl.load(delta + row + m, mask=inside, other=0.0)
     q_ = _load(q + b * q_b + head_ * q_h, m, q_n, inside, D, BD)
     size = (tl.num_programs(0) // tl.cdiv(N, BM)).to(tl.int64) * N
-    slope_y = tl.load(kernels + row + m, mask=inside, other=0.0)
-    slope_x = tl.load(kernels + size + row + m, mask=inside, other=0.0)
-    alpha = tl.load(kernels + 2 * size + row + m, mask=inside, other=0.0)
+    slope_y, slope_x, softplus = _kernels(kernels + row, size, m, inside)
+    gain = tl.load(maps + 3 * D + 3)
+    alpha = softplus * gain / scale
     lse_ = tl.load(lse + row + m, mask=inside, other=0.0)
     q_i, q_j = _place(m, N, H, W)
 
@@ -216,33 +258,12 @@ def d_queries(
         of_alpha += over_rows
         of_x += over_rows * square_x
         of_y += tl.sum(d_a * (y * square_y)[:, :, None], 1) * x
-    patch = inside & (m >= N - H * W)
-    of_alpha, of_y, of_x = tl.sum(of_alpha, 1), tl.sum(of_y, 1), tl.sum(of_x, 1)
-
+    of_alpha = tl.sum(of_alpha, 1)
+    d_y = gain * softplus * tl.sum(of_y, 1) * _d_slope(slope_y, widest, epsilon)
+    d_x = gain * softplus * tl.sum(of_x, 1) * _d_slope(slope_x, widest, epsilon)
+    d_a = gain * (1.0 - tl.exp(-softplus)) * of_alpha
+    d_gain = softplus * of_alpha
     s_ = _load(source + b * s_b + head_ * s_h, m, s_n, inside, D, BD).to(tl.float32)
-    # ∂slope = α Σ …, ∂σ² = 2 slope² ∂slope, ∂z = σ² (1 − sigmoid(z)) ∂σ²
-    gain = tl.load(maps + 3 * D + 3)
-    a = _z(s_, maps, 2, D, BD)
-    soft = _softplus(a)
-    d_a = tl.where(patch, gain * tl.sigmoid(a) * of_alpha, 0.0)
-    d_gain = tl.where(patch, soft * of_alpha, 0.0)
-    part = tl.sigmoid(_z(s_, maps, 0, D, BD))
-    var = widest * part + epsilon
-    d_y = tl.where(patch, gain * soft * of_y * 0.5 / (var * var) * widest * part * (1.0 - part), 0.0)
-    part = tl.sigmoid(_z(s_, maps, 1, D, BD))
-    var = widest * part + epsilon
-    d_x = tl.where(patch, gain * soft * of_x * 0.5 / (var * var) * widest * part * (1.0 - part), 0.0)
-    d_s = (
-        d_y[:, None] * _map(maps, 0, D, BD)
-        + d_x[:, None] * _map(maps, 1, D, BD)
-        + d_a[:, None] * _map(maps, 2, D, BD)
-    )
-    acc *= scale
-    if SAME:
-        acc += d_s
-    else:
-        _store(d_source + own, m, h * D, inside, d_s, D, BD)
-    _store(d_q + own, m, h * D, inside, acc, D, BD)
     d_maps += tl.program_id(0).to(tl.int64) * (3 * D + 4)
     d = tl.arange(0, BD)
     tl.store(d_maps + d, tl.sum(d_y[:, None] * s_, 0), mask=d < D)
@@ -252,16 +273,25 @@ def d_queries(
     tl.store(d_maps + 3 * D + 1, tl.sum(d_x, 0))
     tl.store(d_maps + 3 * D + 2, tl.sum(d_a, 0))
     tl.store(d_maps + 3 * D + 3, tl.sum(d_gain, 0))
+    d_s = d_y[:, None] * _map(maps, 0, D, BD) + d_x[:, None] * _map(maps, 1, D, BD)
+    d_s += d_a[:, None] * _map(maps, 2, D, BD)
+    acc *= scale
+    if SAME:
+        acc += d_s
+    else:
+        _store(d_source + own, m, h * D, inside, d_s, D, BD)
+    _store(d_q + own, m, h * D, inside, acc, D, BD)
 
 
-@kernel
+@kernel((64, 4, 2), (64, 4, 1), (128, 8, 1))
 def d_keys_values(
-    q, k, v, lse, kernels, d_out, delta, d_k, d_v,
+    q, k, v, maps, lse, kernels, d_out, delta, d_k, d_v,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     h, N, H, W, T, cap, scale,
     D: tl.constexpr, BD: tl.constexpr, ONE: tl.constexpr,
     BM: tl.constexpr, R: tl.constexpr, WC: tl.constexpr,
 ):  # fmt: skip
+    """Compute ∂k and ∂v of a tile of keys."""
     head, tile = tl.program_id(0) // T, tl.program_id(0) % T
     b, head_ = (head // h).to(tl.int64), head % h
     token, valid, i, j = _keys(tile, N, H, W, R, WC, ONE)
@@ -271,6 +301,7 @@ def d_keys_values(
     d_out += b * o_b + head_ * o_h
     size = (tl.num_programs(0) // T).to(tl.int64) * N
     row = head.to(tl.int64) * N
+    strength = tl.load(maps + 3 * D + 3) / scale
     acc_k = tl.zeros([R * WC, BD], tl.float32)
     acc_v = tl.zeros([R * WC, BD], tl.float32)
     for start in range(0, N, BM):
@@ -278,14 +309,12 @@ def d_keys_values(
         inside = m < N
         q_ = _load(q, m, q_n, inside, D, BD)
         d_out_ = _load(d_out, m, o_n, inside, D, BD)
-        slope_y = tl.load(kernels + row + m, mask=inside, other=0.0)
-        slope_x = tl.load(kernels + size + row + m, mask=inside, other=0.0)
-        alpha = tl.load(kernels + 2 * size + row + m, mask=inside, other=0.0)
+        slope_y, slope_x, softplus = _kernels(kernels + row, size, m, inside)
         lse_ = tl.load(lse + row + m, mask=inside, other=float("inf"))
         delta_ = tl.load(delta + row + m, mask=inside, other=0.0)
         q_i, q_j = _place(m, N, H, W)
         y, x, _, _ = _xy(slope_y, slope_x, q_i, q_j, i, j, H, cap)
-        a = tl.reshape(_logits(tl.dot(q_, k_.T), alpha, y, x, R, WC), [BM, R * WC])
+        a = tl.reshape(_logits(tl.dot(q_, k_.T), softplus * strength, y, x, R, WC), [BM, R * WC])
         p = tl.exp2(a * (scale * LOG2E) - lse_[:, None])
         acc_v = tl.dot(p.to(v_.dtype).T, d_out_, acc_v)
         d_a = p * (tl.dot(d_out_, v_.T) - delta_[:, None])
