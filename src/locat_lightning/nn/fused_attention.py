@@ -22,23 +22,22 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, kernels: LazyGaussians) -> 
     """
     source = None if kernels.q is q else kernels.q
     q, k = q.to(v.dtype), k.to(v.dtype)
-    widest, epsilon, cap = kernels.gaug.limits(kernels.grid, kernels.built_for)
-    maps = kernels.gaug.maps(kernels.built_for)
-    out: Tensor = gaussian_attention(q, k, v, source, maps, *kernels.grid, widest, epsilon, cap)[0]
+    maps, limits = kernels.gaug.maps(kernels.built_for), kernels.gaug.limits(kernels.grid, kernels.built_for)
+    out: Tensor = gaussian_attention(q, k, v, source, maps, kernels.grid, limits)[0]
     return out
 
 
 def unsupported(v: Tensor, kernels: LazyGaussians) -> str:
     """Return why `fused_attention` cannot be computed; empty if it can."""
-    if kernels.gaug.correlation is not None:
-        return "a rotated kernel is not a product"
-    if not 16 <= v.shape[-1] <= 128:
-        return f"heads must be 16 to 128 wide, not {v.shape[-1]}"
     if not INTERPRETED:
         if why := _unsupported_device(v.device):
-            return why
+            return str(why)
         if v.dtype not in (torch.bfloat16, torch.float16):
             return f"it computes in bfloat16 or float16, not {str(v.dtype).removeprefix('torch.')}"
+    if not 16 <= v.shape[-1] <= 128:
+        return f"heads must be 16 to 128 wide, not {v.shape[-1]}"
+    if kernels.gaug.correlation is not None:
+        return "a rotated kernel is not a product"
     exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     return "an exported model has to run anywhere" if exported else ""
 
@@ -49,39 +48,31 @@ def _unsupported_device(device: torch.device) -> str:
         return "it needs an NVIDIA GPU"
     if torch.cuda.get_device_properties(device).major < 8:
         return "it needs an Ampere GPU or a later one"
-    return "" if find_spec("triton") else "Triton is not installed"
+    installed = find_spec("triton") and find_spec("triton.knobs")
+    return "" if installed else "Triton 3.4 or later is not installed"
 
 
 @torch.library.custom_op("locat::gaussian_attention", mutates_args=())
 def gaussian_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    source: Tensor | None,
-    maps: Tensor,
-    rows: int,
-    columns: int,
-    widest: float,
-    epsilon: float,
-    cap: int,
+    q: Tensor, k: Tensor, v: Tensor, source: Tensor | None, maps: Tensor, grid: list[int], limits: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute out [B, h, N, d] and, for the backward pass, lse [B, h, N] and (slopes, softplus) [3, B, h, N].
 
-    `source` [B, h, N, d] are the queries that say what their kernels are, if they are not q; `maps` and the
-    rest are those of `triton_attention`.
+    `source` [B, h, N, d] are the queries whose kernels these are, if they are not q; `maps` and the limits
+    (widest, ε, largest squared distance) are those of `triton_attention`.
     """
     from locat_lightning.nn import triton_attention
 
     out, lse, kernels = _empty_outputs(q)
-    tiles, shape = _tiles(q, rows, columns)
+    tiles, shape = _tiles(q, *grid)
     q, k, v, of_kernels = (_dense(t) for t in (q, k, v, q if source is None else source))
     B, h, N, d = q.shape
-    if B:
+    if not B:
+        return out, lse, kernels
+    with torch.cuda.device_of(q):  # where Triton launches
         triton_attention.forward[lambda meta: (math.ceil(N / meta["BM"]) * B * h,)](
-            q, k, v, of_kernels, maps, out, lse, kernels,
-            *_strides(q, k, v, of_kernels),
-            h, N, rows, columns, tiles, widest, epsilon, float(cap), d**-0.5,
-            SAME=source is None, **shape,
+            q, k, v, of_kernels, maps, out, lse, kernels, *_strides(q, k, v, of_kernels),
+            h, N, *grid, tiles, *limits, d**-0.5, SAME=source is None, **shape,
         )  # fmt: skip
     return out, lse, kernels
 
@@ -97,17 +88,14 @@ def gaussian_attention_backward(
     out: Tensor,
     lse: Tensor,
     kernels: Tensor,
-    rows: int,
-    columns: int,
-    widest: float,
-    epsilon: float,
-    cap: int,
+    grid: list[int],
+    limits: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k, v, source (empty if it is not given) and maps."""
     from locat_lightning.nn import triton_attention
 
     d_q, d_k, d_v, d_source, d_maps = _empty_gradients(q, source, maps)
-    tiles, shape = _tiles(q, rows, columns)
+    tiles, shape = _tiles(q, *grid)
     d_out, q, k, v, of_kernels = (_dense(t) for t in (d_out, q, k, v, q if source is None else source))
     B, h, N, d = q.shape
     if not B:
@@ -115,18 +103,16 @@ def gaussian_attention_backward(
     delta = torch.empty_like(lse)
     blocks = math.ceil(N / triton_attention.QUERIES) * B * h
     partial = maps.new_empty(blocks, len(maps))
-    triton_attention.d_queries[(blocks,)](
-        q, k, v, of_kernels, maps, out, lse, kernels, d_out, d_q, d_source, partial, delta,
-        *_strides(q, k, v, of_kernels, d_out),
-        h, N, rows, columns, tiles, widest, epsilon, float(cap), d**-0.5,
-        SAME=source is None, **shape,
-    )  # fmt: skip
-    triton_attention.d_keys_values[(tiles * B * h,)](
-        q, k, v, maps, lse, kernels, d_out, delta, d_k, d_v,
-        *_strides(q, k, v, d_out),
-        h, N, rows, columns, tiles, float(cap), d**-0.5,
-        **shape,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        triton_attention.d_queries[(blocks,)](
+            q, k, v, of_kernels, maps, out, lse, kernels, d_out, d_q, d_source, partial, delta,
+            *_strides(q, k, v, of_kernels, d_out),
+            h, N, *grid, tiles, *limits, d**-0.5, SAME=source is None, **shape,
+        )  # fmt: skip
+        triton_attention.d_keys_values[(tiles * B * h,)](
+            q, k, v, maps, lse, kernels, d_out, delta, d_k, d_v, *_strides(q, k, v, d_out),
+            h, N, *grid, tiles, limits[-1], d**-0.5, **shape,
+        )  # fmt: skip
     return d_q, d_k, d_v, d_source, torch.sum(partial, 0, out=d_maps)
 
 

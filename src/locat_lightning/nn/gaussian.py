@@ -169,13 +169,13 @@ class GaussianAugmentation(nn.Module):
         weight, bias = (each.expand(2, *each.shape[1:]) for each in (self.log_var.weight, self.log_var.bias))
         alpha = self.log_alpha
         gain = torch.ones_like(alpha.bias) if self.gate is None else (GATE_GAIN * self.gate).view(1)
-        each = weight.flatten(), alpha.weight.flatten(), bias - _shift(built_for), alpha.bias, gain
+        each = weight.flatten(), alpha.weight.flatten(), bias.float() - _shift(built_for), alpha.bias, gain
         return torch.cat(each).float()
 
-    def limits(self, grid: tuple[int, int], built_for: tuple[int, int]) -> tuple[float, float, int]:
+    def limits(self, grid: tuple[int, int], built_for: tuple[int, int]) -> tuple[float, float, float]:
         """Return the largest σ², ε, and the largest squared distance."""
         wider = 1.0 if grid == built_for else min(grid) / min(built_for)
-        return max(built_for) ** 2 * wider, _epsilon(built_for), _cap(built_for)
+        return max(built_for) ** 2 * wider, _epsilon(built_for), float(_cap(built_for))
 
     def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> LazyGaussians:
         """Return the kernels of queries [B, h, N, d], taken after q-norm and before rotary embedding."""
