@@ -11,7 +11,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,onnx,retrieval]'
 	@touch $@
 
-.PHONY: help install quickstart segment study test test-fast test-faults coverage check format bench gpu figures docs
+.PHONY: help install quickstart segment study test test-fast test-faults coverage check format bench kernels gpu figures docs
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -65,6 +65,10 @@ bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO
 	$(BIN)/python benchmarks/knn.py
 	$(BIN)/python benchmarks/dino.py
 	$(BIN)/python benchmarks/segmentation.py
+
+kernels: $(INSTALLED) ## compile the Triton kernels for three kinds of GPU, without one: registers, spills, instructions
+	$(BIN)/python benchmarks/traffic.py
+	$(BIN)/python benchmarks/kernels.py
 
 gpu: $(INSTALLED) ## measure on a CUDA device within MINUTES (8): attention, training steps, runs from files
 	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),8)

@@ -59,7 +59,8 @@ def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     calls = observe(backbone, padded(backbone, images), gaugs) if gaugs else []
     kernels = []
     for (_, grid, _), output in calls:
-        s = output if isinstance(output, Tensor) else gaussian_kernel(output)
+        with torch.no_grad():
+            s = output if isinstance(output, Tensor) else gaussian_kernel(output)
         kernels.append(s.expand(len(images), -1, -1, -1).mean(1).unflatten(-1, grid))
     return kernels
 

@@ -32,6 +32,18 @@ def test_a_name(capsys):
     assert found["grid"] == [4, 4]
     assert found["images_per_second"] == 12.25
     assert found["kernels"] == []  # of a model without weights
+    assert found["attention"] == "PyTorch, in chunks (not Triton: it needs an NVIDIA GPU)"
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("locatswin_tiny", "PyTorch, with all of S in memory (not Triton: logits have a bias)"),
+        ("vit_tiny_patch16_224", None),
+    ],
+)
+def test_attention_of_other_models(capsys, name, attention):
+    assert numbers(capsys, name, "--device", "cpu")["attention"] == attention
 
 
 def test_weights_of_a_run_have_kernels(capsys, tmp_path):

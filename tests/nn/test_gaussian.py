@@ -95,7 +95,7 @@ def test_the_kernel_is_the_definition(grid, built_for, prefix):
 @pytest.mark.parametrize("keys", [-1, -2])
 def test_the_kernel_is_the_product_of_its_two_factors(keys):
     q = queries(2, 3, 1 + 15, 8)
-    gaussians = augmentation(8)(q, (5, 3), (5, 3))
+    gaussians = augmentation(8)(q, (5, 3), (5, 3)).compute()
     slope, alpha = gaussians.slope[..., 1:], gaussians.alpha[..., 1:]
     y, x = factors(slope, distances((5, 3), gaussians.cap, q.device, keys=keys), keys=keys)
     assert y.is_contiguous()
@@ -172,8 +172,8 @@ def test_under_autocast_the_factors_are_those_of_float32():
     q = queries(2, 2, 1 + 20, 8).bfloat16()
 
     with torch.autocast("cpu", torch.bfloat16):
-        half = gaug(q, (5, 4), (5, 4))
-    full = gaug(q.float(), (5, 4), (5, 4))
+        half = gaug(q, (5, 4), (5, 4)).compute()
+    full = gaug(q.float(), (5, 4), (5, 4)).compute()
 
     for a, b in zip(half[:2], full[:2], strict=True):
         assert a.dtype == torch.float32
@@ -223,14 +223,14 @@ def test_a_fixed_kernel_does_not_hear_the_query():
 
 def test_an_isotropic_kernel_is_as_high_as_it_is_wide():
     gaug = GaussianAugmentation(8, isotropic=True)
-    slope = gaug(queries(2, 3, 16, 8), (4, 4), (4, 4)).slope
+    slope = gaug(queries(2, 3, 16, 8), (4, 4), (4, 4)).compute().slope
     assert slope.shape == (2, 2, 3, 16)
     assert torch.equal(slope[0], slope[1])
 
 
 def test_a_strength_that_is_not_learned_is_1():
     gaug = GaussianAugmentation(8, learned_alpha=False)
-    alpha = gaug(queries(2, 3, 16, 8), (4, 4), (4, 4)).alpha
+    alpha = gaug(queries(2, 3, 16, 8), (4, 4), (4, 4)).compute().alpha
     assert_close(alpha, torch.ones(2, 3, 16))
     assert {name for name, _ in gaug.named_parameters()} == {"log_var.weight", "log_var.bias"}
 

@@ -26,7 +26,14 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation import cost
 from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.inspection import kernel_widths
+from locat_lightning.nn.attention import implementation
+from locat_lightning.nn.layers import GaussianSelfAttention, GaussianWindowAttention
 
+ATTENTIONS = {
+    "Triton": "fused, in Triton",
+    "chunks": "PyTorch, in chunks",
+    "plain": "PyTorch, with all of S in memory",
+}
 DESCRIPTION = (
     "Show parameters, multiply-adds, memory and throughput of a model and, if it is trained, how wide its "
     "Gaussian kernels are on the two photographs of scikit-learn"
@@ -65,8 +72,9 @@ def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained
     """Measure what a timm model on a device costs for images of its size, and its kernels if it is trained.
 
     Returns:
-        `multiply_adds` and `activation_bytes` of an image; `images_per_second`; `grid`, rows and columns of
-        patches; `kernels`, mean `width` (standard deviation in patches) and `alpha` of each block; and more.
+        `multiply_adds` and `activation_bytes` of an image; `images_per_second`; `attention`, how it is
+        computed; `grid`, rows and columns of patches; `kernels`, mean `width` (standard deviation in patches)
+        and `alpha` of each block; and more.
     """
     size = tuple(get_model_input_config(model)["input_size"])
     image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -88,8 +96,21 @@ def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else of_cpu,
         "precision": precision or "32-true",
+        "attention": _attention(model, device, autocast_type(precision) or torch.float32),
         "kernels": [{"width": math.sqrt(variance), "alpha": alpha} for variance, alpha in widths],
     }
+
+
+def _attention(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say how attention with Gaussian kernels is computed, and why not in Triton; None if there is none."""
+    for layer in model.modules():
+        if isinstance(layer, GaussianSelfAttention | GaussianWindowAttention):
+            this: Any = layer
+            v = torch.empty(1, 1, 1, this.proj.in_features // this.num_heads, dtype=dtype, device=device)
+            bias = v if isinstance(layer, GaussianWindowAttention) else None
+            way, why = implementation(v, this.gaug(v, (1, 1), (1, 1)), bias=bias)
+            return f"{ATTENTIONS[way]} (not Triton: {why})" if why else ATTENTIONS[way]
+    return None
 
 
 def _device(name: str | None) -> torch.device:
@@ -127,6 +148,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
         "patch grid": grid,
         "multiply-adds": f"{found['multiply_adds'] / 1e9:.4g} G an image",
         "kept for the backward pass": f"{found['activation_bytes'] / 2**20:,.1f} MiB an image, in float32",
+        "attention": found["attention"] or "without Gaussian kernels",
         "forward": f"{speed} (batches of {found['batch_size']}, {found['device']}, {found['precision']})",
     }
     architecture = found["architecture"]

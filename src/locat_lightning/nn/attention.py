@@ -1,11 +1,18 @@
 """Attention with a Gaussian kernel added to its logits: the equation, and the choice of how to compute it."""
 
+import os
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from locat_lightning.errors import InputError
 from locat_lightning.nn.chunked_attention import chunked_attention
-from locat_lightning.nn.gaussian import Gaussians, gaussian_kernel
+from locat_lightning.nn.fused_attention import fused_attention, unsupported
+from locat_lightning.nn.gaussian import Gaussians, LazyGaussians, gaussian_kernel
+
+FORCED = os.environ.get("LOCAT_ATTENTION", "")
 
 
 def gaussian_augmented_attention(
@@ -31,22 +38,59 @@ def gaussian_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gaussians: Gaussians | Tensor,
+    gaussians: LazyGaussians | Gaussians | Tensor,
     *,
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Compute `gaussian_augmented_attention`, without all of S in memory where that is possible.
 
-    S has to exist as a whole under `torch.compile`, `torch.export` and `torch.jit.trace`, with dropout or a
-    bias, and for kernels that are not a product of two factors. Everything else is `chunked_attention`.
-    `gaussians` are the kernels of the queries, or S itself; the result has the type of v.
+    `gaussians` are the kernels of the queries, computed or not, or S itself; the result has the type of v.
     """
+    way, _ = implementation(v, gaussians, bias=bias, dropout=dropout)
+    if isinstance(gaussians, LazyGaussians):
+        if way == "Triton":
+            return fused_attention(q, k, v, gaussians)
+        if gaussians.q is q:
+            q = q.contiguous()  # as both want it
+            gaussians = gaussians._replace(q=q)
+        gaussians = gaussians.compute()
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast on a GPU, q-norm and k-norm give float32
     if isinstance(gaussians, Gaussians):
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        # `traced` comes first: a look at the number of images would fix it in an exported program.
-        if not traced and gaussians.cross is None and bias is None and dropout == 0 and len(q):
+        if way == "chunks":
             return chunked_attention(q, k, v, gaussians)
         gaussians = gaussian_kernel(gaussians)
     return gaussian_augmented_attention(q, k, v, gaussians, bias=bias, dropout=dropout)
+
+
+def implementation(
+    v: Tensor,
+    gaussians: LazyGaussians | Gaussians | Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Literal["Triton", "chunks", "plain"], str]:
+    """Choose how to compute an attention with values v [B, h, N, d], and say why it is not Triton.
+
+    S has to exist as a whole ("plain") under `torch.compile`, `torch.export` and `torch.jit.trace`, with
+    dropout or a bias, and for kernels that are not a product of two factors. LOCAT_ATTENTION=plain forces
+    that; LOCAT_ATTENTION=triton makes it an error where Triton cannot be used.
+    """
+    if FORCED not in ("", "triton", "plain"):
+        raise InputError(f"LOCAT_ATTENTION must be triton or plain, not {FORCED!r}")
+    if isinstance(gaussians, LazyGaussians):
+        product, why = gaussians.gaug.correlation is None, unsupported(v, gaussians)
+    else:
+        product, why = getattr(gaussians, "cross", gaussians) is None, "the kernels are given"
+    if dropout or bias is not None:
+        why = "attention weights are dropped" if dropout else "logits have a bias"
+    if FORCED == "plain":
+        why = "LOCAT_ATTENTION=plain"
+    if not why:
+        return "Triton", ""
+    if FORCED == "triton":
+        raise InputError(f"LOCAT_ATTENTION=triton cannot be used: {why}")
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    # `traced` comes first: a look at the number of images would fix it in an exported program.
+    chunks = not traced and product and not FORCED and not dropout and bias is None and len(v) > 0
+    return "chunks" if chunks else "plain", why

@@ -72,6 +72,22 @@ class Gaussians(NamedTuple):
     cross: Tensor | None = None
 
 
+class LazyGaussians(NamedTuple):
+    """The kernels of queries [B, h, N, d], not computed yet: fused attention does so a tile at a time.
+
+    `grid` is (H, W), `built_for` (H0, W0).
+    """
+
+    gaug: "GaussianAugmentation"
+    q: Tensor
+    grid: tuple[int, int]
+    built_for: tuple[int, int]
+
+    def compute(self) -> Gaussians:
+        """Compute them."""
+        return self.gaug.gaussians(self.q, self.grid, self.built_for)
+
+
 class GaussianAugmentation(nn.Module):
     """The query-dependent Gaussian kernel S of one attention layer.
 
@@ -137,7 +153,7 @@ class GaussianAugmentation(nn.Module):
         za = torch.addmm(bias.unsqueeze(-1), weight, q.flatten(0, -2).mT).unflatten(-1, q.shape[:-1])
         z, a = za.float().split([len(self.log_var.weight), 1])
         largest = max(built_for) ** 2
-        var = largest * torch.sigmoid(z - math.log(largest - 1) if largest > 2 else z)
+        var = largest * torch.sigmoid(z - _shift(built_for))
         if grid != built_for:
             var = var * (min(grid) / min(built_for))
         alpha = F.softplus(a.squeeze(0))
@@ -145,8 +161,28 @@ class GaussianAugmentation(nn.Module):
             alpha = alpha * (GATE_GAIN * self.gate)
         return var.expand(2, *alpha.shape), alpha
 
-    def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
-        """Compute the kernels of queries [B, h, N, d], taken after q-norm and before rotary embedding."""
+    def maps(self, built_for: tuple[int, int]) -> Tensor:
+        """Return what `variance_and_alpha` takes of the parameters: [Wσ, Wα, bσ, bα, gain], 3 d + 4 numbers.
+
+        bσ includes the shift by ln(C − 1).
+        """
+        weight, bias = (each.expand(2, *each.shape[1:]) for each in (self.log_var.weight, self.log_var.bias))
+        alpha = self.log_alpha
+        gain = torch.ones_like(alpha.bias) if self.gate is None else (GATE_GAIN * self.gate).view(1)
+        each = weight.flatten(), alpha.weight.flatten(), bias.float() - _shift(built_for), alpha.bias, gain
+        return torch.cat(each).float()
+
+    def limits(self, grid: tuple[int, int], built_for: tuple[int, int]) -> tuple[float, float, float]:
+        """Return the largest σ², ε, and the largest squared distance."""
+        wider = 1.0 if grid == built_for else min(grid) / min(built_for)
+        return max(built_for) ** 2 * wider, _epsilon(built_for), float(_cap(built_for))
+
+    def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> LazyGaussians:
+        """Return the kernels of queries [B, h, N, d], taken after q-norm and before rotary embedding."""
+        return LazyGaussians(self, q, grid, built_for)
+
+    def gaussians(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
+        """Compute these kernels."""
         kind = q.device.type
         mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         # Turning it off takes as long as three of these operations, even where it is off.
@@ -154,7 +190,7 @@ class GaussianAugmentation(nn.Module):
             q = q.to(self.log_var.weight.dtype)
             var, alpha = self.variance_and_alpha(q, grid, built_for)
             var = var + _epsilon(built_for)
-            cap = min((max(built_for) - 1) ** 2, 13100)
+            cap = _cap(built_for)
             if self.correlation is None:
                 return Gaussians(-0.5 / var, alpha, grid, cap)
             r = torch.tanh(self.correlation(q).squeeze(-1).float())
@@ -234,9 +270,11 @@ def factors(slope: Tensor, squares: tuple[Tensor, Tensor], *, keys: int = -1) ->
     return y, x
 
 
-def gaussian_kernel(gaussians: Gaussians) -> Tensor:
+def gaussian_kernel(gaussians: Gaussians | LazyGaussians) -> Tensor:
     """Return S [B, h, H·W, H·W] of the patches among themselves, float32."""
-    slope, alpha, grid, cap, cross = gaussians
+    slope, alpha, grid, cap, cross = (
+        gaussians.compute() if isinstance(gaussians, LazyGaussians) else gaussians
+    )
     patches = math.prod(grid)
     slope, alpha = slope[..., -patches:], alpha[..., -patches:]
     if cross is None:
@@ -250,6 +288,17 @@ def gaussian_kernel(gaussians: Gaussians) -> Tensor:
     exponent = of_y * dy.square() + of_x * dx.square() + of_yx * dy * dx
     s: Tensor = alpha * exponent.clamp_min(_LEAST_EXPONENT).exp()
     return s.flatten(-4, -3).flatten(-2)
+
+
+def _shift(built_for: tuple[int, int]) -> float:
+    """Return ln(C − 1): z = 0 then gives a variance of 1."""
+    largest = max(built_for) ** 2
+    return math.log(largest - 1) if largest > 2 else 0.0
+
+
+def _cap(built_for: tuple[int, int]) -> int:
+    """Return the largest squared distance."""
+    return min((max(built_for) - 1) ** 2, 13100)
 
 
 def _epsilon(built_for: tuple[int, int]) -> float:

@@ -36,7 +36,7 @@ class GaussianSelfAttention(nn.Module):
         this: Any = self
         gate = this.gate(x).sigmoid() if this.gate is not None else None
         q, k, v = self._queries_keys_values(x)
-        q, k = this.q_norm(q.contiguous()), this.k_norm(k)
+        q, k = this.q_norm(q), this.k_norm(k)
         grid = self.grid.of(int(x.shape[1]) - self.num_prefix_tokens)
         gaussians = self.gaug(q, grid, self.grid.built_for)
         if rope is not None:
@@ -99,7 +99,7 @@ class GaussianWindowAttention(WindowAttention):
         """Attend within [B·windows, N, D], windows of whole images; `mask` is [windows, N, N]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
-        gaussians = self.gaug(q.contiguous(), self.window_size, self.built_for)
+        gaussians = self.gaug(q, self.window_size, self.built_for)
         bias = self._get_rel_pos_bias()  # private to timm, but the one place where the table is laid out
         if mask is not None:
             bias = bias + mask.unsqueeze(1)

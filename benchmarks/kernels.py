@@ -1,0 +1,116 @@
+"""The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory, instructions.
+
+Instructions are those of the loop over tiles, for each logit that a thread computes. Spills are instructions
+that move registers to local memory and back, in the loop or outside it. Of the settings that a GPU would
+compare, the first is compiled.
+"""
+
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from locat_lightning.nn import triton_attention
+
+KERNELS = "forward", "d_queries", "d_keys_values"
+CARDS = 80, 90, 100
+WIDTHS = 16, 32, 64, 96, 128
+ROWS, COLUMNS = 4, 16  # of a tile of keys
+HALF = {"q", "k", "v", "source", "out", "d_out", "d_q", "d_k", "d_v", "d_source"}
+FLOAT = {"maps", "lse", "kernels", "delta", "d_maps"}
+SCALARS = {"widest", "epsilon", "cap", "scale"}
+
+
+class Compiled(NamedTuple):
+    """One kernel for one kind of card."""
+
+    registers: int
+    spills: int
+    shared: int
+    instructions: float
+    ptx: str
+
+
+def compiled(name: str, card: int, d: int, config: triton.Config, dtype: str = "bf16") -> Compiled:
+    function = getattr(triton_attention, name).fn
+    queries = config.kwargs["BM"]
+    constants = {"SAME": True, "D": d, "BD": max(16, 1 << (d - 1).bit_length()), "ONE": True}
+    constants |= {"BM": queries, "R": ROWS, "WC": COLUMNS}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature, attributes = {}, {}
+    for number, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in SCALARS:
+            signature[argument] = "fp32"
+        else:
+            kinds = (HALF, f"*{dtype}"), (FLOAT, "*fp32")
+            signature[argument] = next((kind for names, kind in kinds if argument in names), "i32")
+            if signature[argument] != "i32" or "_" in argument:  # tensors and strides
+                attributes[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, attributes)
+    options = {name: value for name, value in config.all_kwargs().items() if name != "BM"}
+    binary = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        usage = _output("cuobjdump", "-res-usage", cubin)
+        lines = _output("nvdisasm", "-c", cubin).splitlines()
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines)
+    logits = queries * ROWS * COLUMNS / (32 * config.num_warps)
+    return Compiled(
+        int(registers[1]), spills, binary.metadata.shared, _loop(lines) / logits, binary.asm["ptx"]
+    )
+
+
+def _output(tool: str, *arguments: Any) -> str:
+    path = getattr(triton.knobs.nvidia, tool).path
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _loop(lines: list[str]) -> int:
+    """Count the instructions of the shortest loop that multiplies matrices."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    lengths = []
+    for line in lines:
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*);", line):
+            code.append(instruction[1])
+            jump = re.search(r"\bBRA\b.*\((\.L\w+)\)", line)
+            if jump and jump[1] in labels:  # backwards
+                loop = code[labels[jump[1]] :]
+                if any("MMA" in each for each in loop):
+                    lengths.append(len(loop))
+    return min(lengths)
+
+
+def row(case: tuple[str, int, int, triton.Config]) -> str:
+    name, card, d, config = case
+    found = compiled(*case)
+    tile = f"{config.kwargs['BM']:4} {config.num_warps:5} {config.num_stages:6}"
+    counts = f"{found.registers:9} {found.spills:6} {found.shared:7} {found.instructions:12.1f}"
+    return f"{name:14} {'sm_' + str(card):6} {d:3} {tile} {counts}"
+
+
+def main() -> None:
+    print("kernel         card     d   BM warps stages registers spills  shared instructions")
+    first = {name: getattr(triton_attention, name).configs[0] for name in KERNELS}
+    cases = [(name, card, d, first[name]) for name, card, d in product(KERNELS, CARDS, WIDTHS)]
+    with ProcessPoolExecutor() as pool:
+        for line in pool.map(row, cases):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
