@@ -38,7 +38,7 @@ def test_masks_are_of_seed_epoch_view_and_image(name):
     assert torch.equal(images, batch.views[0].crops.flatten(0, 1))
     assert noise.shape == (8, 16)
     assert not (noise[:4] == noise[4:]).any()
-    task._seed = 5
+    task.of_data = {"seed": 5}.get
     assert not (task.images_and_noise(batch)[1] == noise).any()
 
 

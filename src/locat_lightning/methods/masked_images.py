@@ -18,7 +18,7 @@ from locat_lightning.methods.base import Pretraining
 class MaskedImages(Pretraining):
     """Predict the hidden pixels of the global views. A method adds `compute_loss` and `reconstruct`.
 
-    A mask follows from the seed, the epoch and the position of the image in the data set.
+    A mask follows from the seed of the data, the epoch and the position of the image in the data set.
     """
 
     backbone: Any
@@ -40,7 +40,7 @@ class MaskedImages(Pretraining):
     def images_and_noise(self, batch: ViewBatch) -> tuple[Tensor, Tensor]:
         """Return the global views [V·B, 3, H, W], and noise [V·B, places] for their masks."""
         crops = batch.views[0].crops
-        key = self._seed or 0, self.current_epoch
+        key = self.of_data("seed") or 0, self.current_epoch
         noise = [image_noise(batch.indices, self.places, *key, view) for view in range(len(crops))]
         return crops.flatten(0, 1), torch.cat(noise)
 
