@@ -15,7 +15,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.methods import Mae
 from locat_lightning.methods.mae import patch_loss
 from locat_lightning.methods.masked_images import image_noise
-from tests.methods.runs import BACKBONE, fit, random_batch, small
+from tests.methods.runs import BACKBONE, fit, random_batch, same, small, trainer
 
 # A folder with mae.safetensors, which is not ours to give away.
 GOLDEN = Path(os.environ.get("LOCAT_GOLDEN", "")) / "mae.safetensors"
@@ -221,8 +221,20 @@ def test_published_weights_are_read(tmp_path, heads):
     loaded = load_backbone(str(tmp_path / "mae.pth"), "vit_tiny_patch16_224", BACKBONE)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, task.backbone.state_dict()[name]), name
-    again = small("Mae", backbone_args=PLAIN, weights=str(tmp_path / "mae.pth"))
-    assert torch.equal(again.backbone.norm.weight, task.backbone.norm.weight)
+    options = {"backbone_args": PLAIN, "weights": str(tmp_path / "mae.pth"), "heads": True}
+    if not heads:
+        with pytest.raises(InputError, match=r"no decoder that fits: decoder_embed\.weight is missing"):
+            small("Mae", **options)
+        return
+    again = small("Mae", **options)
+    assert same(again.state_dict(), task.state_dict())
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "mae.pth")  # our names
+    assert same(small("Mae", **options).state_dict(), task.state_dict())
+    alone = small("Mae", **options | {"heads": False})
+    assert torch.equal(alone.backbone.cls_token, task.backbone.cls_token)
+    assert not torch.equal(alone.decoder.mask_token, task.decoder.mask_token)
+    with pytest.raises(InputError, match="heads: --weights says where the decoder is"):
+        Mae(heads=True).check(trainer(max_epochs=20), training=True)
 
 
 @pytest.mark.parametrize(

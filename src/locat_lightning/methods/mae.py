@@ -1,5 +1,6 @@
 """MAE: the backbone sees a few patches of an image, and a small decoder predicts the others."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from lightly.models.utils import (
     patchify,
     unpatchify,
 )
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from locat_lightning.backbones.weights import RANDOM, read_state
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output
@@ -38,6 +41,7 @@ class Mae(MaskedImages):
         decoder_dim: width of the decoder.
         decoder_depth: number of its blocks.
         decoder_heads: number of its heads.
+        heads: whether to take the decoder, too, from the weights that the backbone starts from.
         options: those of every pre-training (`Pretraining`).
     """
 
@@ -50,9 +54,15 @@ class Mae(MaskedImages):
         decoder_dim: PositiveInt = 512,
         decoder_depth: PositiveInt = 8,
         decoder_heads: PositiveInt = 16,
+        heads: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(backbone, **options)
+
+    def check(self, trainer: Trainer, *, training: bool) -> None:
+        super().check(trainer, training=training)
+        if self.hp.heads and self.weights in (None, RANDOM) and not self.resumed:
+            raise InputError("model.heads: --weights says where the decoder is: give a checkpoint")
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
         hp = self.hp
@@ -83,7 +93,22 @@ class Mae(MaskedImages):
         self.decoder_pred = nn.Linear(hp.decoder_dim, 3 * self.side**2)
         for layer in (self.decoder_embed, self.decoder_pred):
             _xavier(layer)
+        if hp.heads and self.weights is not None:
+            self.load_decoder(self.weights)
         self._encode = torch.compile(encode) if hp.compile else encode
+
+    def load_decoder(self, weights: str) -> None:
+        """Load the decoder out of a checkpoint of ours, or of the original code: `InputError` without one."""
+        state = {_own_name(name): value for name, value in read_state(weights).items()}
+        for name, value in self.state_dict().items():
+            if not name.startswith("backbone."):
+                if name not in state or state[name].shape != value.shape:
+                    given = list(state[name].shape) if name in state else "missing"
+                    raise InputError(
+                        f"model.heads: {weights} has no decoder that fits: {name} is {given}, and the "
+                        f"options make it {list(value.shape)}"
+                    )
+                value.copy_(state[name])
 
     def compute_loss(self, batch: ViewBatch) -> Output:
         """Compute the mean squared error of the hidden patches."""
@@ -140,6 +165,13 @@ def patch_loss(predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Return the mean squared error [] of patches [N, n, D], over those that are hidden [N, n]."""
     error = (predicted - target).square().mean(-1)
     return (error * hidden).sum() / hidden.sum()
+
+
+def _own_name(published: str) -> str:
+    """Return our name of a tensor of the original code: the blocks are those of lightly's decoder."""
+    if published == "mask_token":
+        return f"decoder.{published}"
+    return re.sub(r"^decoder_(pos_embed|blocks\.|norm\.)", r"decoder.\1", published)
 
 
 def initialise(backbone: Any) -> None:
