@@ -22,6 +22,9 @@ DROP_PATH = {
     "dino_small": 0.1,
     "dino_digits": 0.0,
     "distill_tiny": None,
+    "mae_small": None,
+    "mae_digits": None,
+    "simmim_small": 0.1,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
 }
@@ -35,6 +38,16 @@ SMALL = {
     "dino": {
         "data": VIEWS | {"views.local_views": 2},
         "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+        "knn": {"every_n_epochs": 1},
+    },
+    "mae": {
+        "data": {"views.global_size": 32},
+        "model": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
+        "knn": {"every_n_epochs": 1},
+    },
+    "simmim": {
+        "data": {"views.global_size": 32},
+        "model": {"mask_size": 16},
         "knn": {"every_n_epochs": 1},
     },
     "distill": {
@@ -135,6 +148,8 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
         logged = set(file.readline().strip().split(","))
     if config.startswith("dino_"):
         assert {"train/loss", "train/teacher_entropy"} <= logged
+    elif config.startswith(("mae_", "simmim_")):
+        assert {"train/loss", "train/hidden_share", "knn/top1"} <= logged
     elif config.startswith("distill_"):
         assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:

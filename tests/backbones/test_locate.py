@@ -265,10 +265,8 @@ def test_a_model_knows_what_it_was():
     assert architecture_of(timm.create_model("locatvit_tiny", depth=1)) == "locatvit_tiny"
 
 
-def test_dropped_patches_and_an_unknown_start_are_errors():
-    model, _ = build("augreg", patch_drop_rate=0.5)
-    with pytest.raises(ValueError, match="patch_drop_rate has to be 0"):
-        add_locat(model)
+def test_an_unknown_start_and_variant_are_errors():
+    model, _ = build("augreg")
     with pytest.raises(ValueError, match="'paper' or 'identity', not 'zero'"):
         add_locat(model, start="zero")
     with pytest.raises(TypeError, match="no_such"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from locat_lightning.backbones import registry
-from locat_lightning.nn import GaussianAttention, PatchRefinement
+from locat_lightning.nn import GaussianAttention, PatchRefinement, PatchSelection
 
 NAMES = ["locatvit_tiny", "locatvit_small", "locatvit_base"]
 
@@ -413,10 +413,10 @@ def test_export_equals_eager(dynamic):
 # Mistakes
 
 
-def test_patch_dropout_is_an_error():
-    with pytest.raises(ValueError, match="patch_drop_rate has to be 0"):
-        build(patch_drop_rate=0.5)
-    assert build(patch_drop_rate=0.5, gaug=False)(images()).shape == (2, 10)
+def test_patch_dropout():
+    model = build(patch_drop_rate=0.5).train()
+    assert model(images()).shape == (2, 10)
+    assert isinstance(model.patch_drop, PatchSelection)
 
 
 @pytest.mark.parametrize("pool", ["avg", "map", "max"])

@@ -1,4 +1,4 @@
-"""GAug's kernel against its definition written as loops, and the grid that the layers share."""
+"""GAug's kernel against its definition written as loops."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchGrid, gaussian_kernel
-from locat_lightning.nn.gaussian import distances, factors, note_grid
+from locat_lightning.nn import GaussianAugmentation, GaussianMixture, gaussian_kernel
+from locat_lightning.nn.gaussian import distances, factors
 
 # grid of the images, grid that the model was built for
 GRIDS = [
@@ -178,33 +178,6 @@ def test_under_autocast_the_factors_are_those_of_float32():
     for a, b in zip(half[:2], full[:2], strict=True):
         assert a.dtype == torch.float32
         assert_close(a, b, rtol=0, atol=0)
-
-
-def test_the_grid_of_each_sequence_length_is_remembered():
-    dynamic, fixed = torch.nn.Identity(), torch.nn.Identity()
-    grid = dynamic.patch_grid = fixed.patch_grid = PatchGrid((4, 4))
-    assert grid.of(16) == (4, 4)
-
-    dynamic.register_forward_hook(note_grid)  # a dynamic embedding gives [B, H, W, D]
-    dynamic(torch.zeros(2, 3, 5, 8))
-    dynamic(torch.zeros(1, 2, 6, 8))
-    assert grid.of(15) == (3, 5)
-    assert grid.of(12) == (2, 6)
-    dynamic(torch.zeros(1, 4, 3, 8))
-    assert grid.of(12) == (4, 3)  # the latest images of that length
-    assert grid.of(16) == (4, 4)
-
-    fixed.register_forward_hook(note_grid)  # a fixed one gives [B, H·W, D] and knows its grid
-    fixed.grid_size = (7, 2)
-    fixed(torch.zeros(2, 14, 8))
-    assert grid.of(14) == (7, 2)
-    assert grid.built_for == (4, 4)
-
-
-def test_an_unknown_number_of_patches_is_an_error_that_names_it():
-    grid = PatchGrid((4, 4))
-    with pytest.raises(ValueError, match=r"no image with 13 patches .*grids seen: \[\(4, 4\)\]"):
-        grid.of(13)
 
 
 # Variants

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, PatchDropout
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -104,6 +104,8 @@ class Jumbo(VisionTransformer):
         )
         self.jumbo_mlp = jumbo_mlp
         self.num_prefix_tokens = jumbo_multiplier
+        if isinstance(self.patch_drop, PatchDropout):
+            self.patch_drop.num_prefix_tokens = jumbo_multiplier
         self.head_hidden_size = width  # pooled; `num_features` is the width D of a token
         self.cls_token = nn.Parameter(torch.zeros(1, jumbo_multiplier, self.embed_dim, **place))
         nn.init.normal_(self.cls_token, std=1e-6)

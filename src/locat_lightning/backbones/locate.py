@@ -5,20 +5,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from timm.layers import AttentionPoolPrr
+from timm.layers import AttentionPoolPrr, PatchDropout, PatchDropoutWithIndices
 from timm.models import get_model_args
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid, note_grid
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
 from locat_lightning.nn.layers import (
     ATTENTIONS,
     GaussianSelfAttention,
     GaussianWindowAttention,
     add_gaussians,
 )
+from locat_lightning.nn.patches import PatchGrid, note_grid, patch_selection
 from locat_lightning.nn.refinement import PatchRefinement
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +53,7 @@ def add_locat(
         The model.
 
     Raises:
-        ValueError: LocAt does not support the model's attention or pooling, or it drops patches.
+        ValueError: LocAt does not support the model's attention or pooling.
         TypeError: `model` is not a model, `gaug` is of another type, or there is no such variant.
 
     Source: "Locality-Attending Vision Transformer" (ICLR 2026); `start="identity"` is ours.
@@ -129,8 +130,6 @@ def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kern
             f"gaug=True needs attention that takes Gaussian kernels (timm's {known}), which "
             f"{', '.join(sorted(others or blocks))} is not: pass gaug=False with it"
         )
-    if getattr(getattr(model, "patch_drop", None), "prob", 0.0) > 0:
-        raise ValueError("patch_drop_rate has to be 0 with gaug=True: the Gaussian kernel needs every patch")
 
     options = dict(options)
     mixture = options.pop("mixture", None)
@@ -155,6 +154,8 @@ def _add_gaug(model: Any, kernels: dict[Any, Kernel]) -> None:
     if not windowed:
         grid = model.patch_embed.patch_grid = PatchGrid(tuple(model.patch_embed.grid_size))
         model.patch_embed.register_forward_hook(note_grid)
+        if isinstance(model.patch_drop, PatchDropout | PatchDropoutWithIndices):
+            patch_selection(model)
     for layer, kernel in kernels.items():
         add_gaussians(layer, kernel)
         if windowed:

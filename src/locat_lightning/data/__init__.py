@@ -3,5 +3,6 @@
 from locat_lightning.data.classification import ImageData
 from locat_lightning.data.multiview import MultiViewData
 from locat_lightning.data.segmentation import SegmentationData
+from locat_lightning.data.single_crop import SingleCrop
 
-__all__ = ["ImageData", "MultiViewData", "SegmentationData"]
+__all__ = ["ImageData", "MultiViewData", "SegmentationData", "SingleCrop"]

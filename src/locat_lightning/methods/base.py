@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
+from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat
 from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Pretraining(Task):
         warmup_epochs: epochs of linear warm-up.
         weight_decay: weight decay of matrices at the beginning; biases and 1-d parameters have none.
         weight_decay_end: weight decay at the end, along a cosine.
+        betas: decay of AdamW's two averages.
         clip_grad: largest norm of each parameter's gradient; null does not clip.
         options: those of every task (`Task`).
     """
@@ -70,6 +71,7 @@ class Pretraining(Task):
         warmup_epochs: NonNegativeFloat = 10,
         weight_decay: NonNegativeFloat = 0.04,
         weight_decay_end: NonNegativeFloat = 0.4,
+        betas: tuple[OpenUnitInterval, OpenUnitInterval] = (0.9, 0.999),
         clip_grad: PositiveFloat | None = 3.0,
         **options: Any,
     ) -> None:
@@ -129,7 +131,8 @@ class Pretraining(Task):
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return AdamW(groups, lr=peak, weight_decay=self.hp.weight_decay, fused=self.fused)
+        options: dict[str, Any] = {"betas": self.hp.betas, "weight_decay": self.hp.weight_decay}
+        return AdamW(groups, lr=peak, fused=self.fused, **options)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return learning rate and weight decay of an optimizer step, from 0 on."""

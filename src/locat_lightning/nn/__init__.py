@@ -8,7 +8,7 @@ Dimensions, in the names of tensors' shapes throughout this package:
 """
 
 from locat_lightning.nn.attention import gaussian_attention
-from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid, gaussian_kernel
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, gaussian_kernel
 from locat_lightning.nn.layers import (
     GaussianAttention,
     GaussianEvaAttention,
@@ -16,6 +16,7 @@ from locat_lightning.nn.layers import (
     GaussianSelfAttention,
     GaussianWindowAttention,
 )
+from locat_lightning.nn.patches import PatchGrid, PatchSelection, patch_selection
 from locat_lightning.nn.refinement import PatchRefinement
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "GaussianWindowAttention",
     "PatchGrid",
     "PatchRefinement",
+    "PatchSelection",
     "gaussian_attention",
     "gaussian_kernel",
+    "patch_selection",
 ]

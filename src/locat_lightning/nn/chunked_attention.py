@@ -12,6 +12,9 @@ it becomes
     ∂(slope_y)[p] = α[p] Σ_i T_y[p, i] D_y[p, i]
     ∂(slope_x)[p] = Σ_j T_x[p, j] D_x[p, j]
 
+Of a subset of the patches, each key has the factors y[p, i] and x[p, j] of its row i and column j, and the
+sums over j and over i go over the keys of that row, or column.
+
 Matrices are transposed, [heads, keys, queries]: a pass over S then runs along the many queries, not along the
 few patches of a grid's row. Only flash attention wants its mask query by query.
 """
@@ -34,51 +37,55 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians) -> 
     The attention weights P are kept for the backward pass only on a CPU, in float32 and for at most 4 d
     patches: they are then about as large as q, k, v and the output together.
     """
-    slope, alpha, grid, cap, _ = gaussians
-    out: Tensor = _ChunkedAttention.apply(q, k, v, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap)
+    slope, alpha, grid, cap, _, kept = gaussians
+    if kept is not None:  # [1 or B·h, n]
+        kept = kept[None] if kept.ndim == 1 else kept.repeat_interleave(q.shape[1], 0)
+    out: Tensor = _ChunkedAttention.apply(q, k, v, slope.flatten(1, 2), alpha.flatten(0, 1), grid, cap, kept)
     return out
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """`chunked_attention` of q, k, v, slope [2, B·h, N], alpha [B·h, N], grid and cap."""
+    """`chunked_attention` of q, k, v, slope [2, B·h, N], alpha [B·h, N], grid, cap and kept [1 or B·h, n]."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        q, k, v, slope, alpha, grid, cap = inputs
-        if _is_short(q, alpha, grid):
+        q, k, v, slope, alpha, grid, cap, kept = inputs
+        patches = math.prod(grid) if kept is None else kept.shape[-1]
+        short = _is_short(q, alpha, patches)
+        if short or kept is not None:
             q, k, v = (t.contiguous() for t in (q, k, v))
-            *squares, y, x = _of_tokens(slope, grid, cap)
+            *squares, y, x = _of_tokens(slope, grid, cap, kept)
             tokens = q.shape[2]
-            kept = [y.new_empty(len(y), tokens, tokens)] if any(ctx.needs_input_grad) else []
-            out = _short_attention(q, k, v, y * alpha.unsqueeze(-2), x, kept)
-            of_tokens = [*squares, y, x, *kept]
+            weights = [y.new_empty(len(y), tokens, tokens)] if short and any(ctx.needs_input_grad) else []
+            out = _short_attention(q, k, v, y * alpha.unsqueeze(-2), x, kept, weights)
+            of_tokens = [*squares, y, x, *weights] if short else []
         else:
-            patches = -math.prod(grid)
-            y, x = factors(slope[..., patches:], distances(grid, cap, q.device))
-            out = _flash_attention(q, k, v, y * alpha[..., patches:].unsqueeze(-1), x)
+            y, x = factors(slope[..., -patches:], distances(grid, cap, q.device))
+            out = _flash_attention(q, k, v, y * alpha[..., -patches:].unsqueeze(-1), x)
             of_tokens = []
         ctx.grid, ctx.cap = grid, cap
-        ctx.save_for_backward(q, k, v, slope, alpha, *of_tokens)
+        ctx.save_for_backward(q, k, v, slope, alpha, kept, *of_tokens)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, slope, alpha, *of_tokens = ctx.saved_tensors
+        q, k, v, slope, alpha, kept, *of_tokens = ctx.saved_tensors
         shape = q.shape
-        rows, columns, y, x, *kept = of_tokens or _of_tokens(slope, ctx.grid, ctx.cap)
+        rows, columns, y, x, *weights = of_tokens or _of_tokens(slope, ctx.grid, ctx.cap, kept)
         grads = tuple(t.new_empty(shape) for t in (q, k, v))  # filled through their views
         q, k, v, grad, grad_q, grad_k, grad_v = (_flat(t) for t in (q, k, v, grad, *grads))
         scale = q.shape[-1] ** -0.5
         alpha_y = y * alpha.unsqueeze(-2)
         sum_x, t_x = torch.empty_like(y), torch.empty_like(x)
         factors_ = alpha_y.unsqueeze(2), x.unsqueeze(1)
-        by_query = (q.mT, *factors_, grad.mT, grad_q.mT, sum_x, t_x, *kept)
+        by_query = (q.mT, *factors_, grad.mT, grad_q.mT, sum_x, t_x, *weights)
         size = _chunk_size(q)
         rooms = [y.new_empty(math.prod(size) * q.shape[1]) for _ in range(2)]
-        for first, q_, alpha_y_, x_, d_out, d_q, sum_x_, t_x_, *p_, k_, v_, d_k, d_v in _chunks(
-            by_query, (k, v, grad_k, grad_v), size
+        for first, q_, alpha_y_, x_, d_out, d_q, sum_x_, t_x_, *p_, k_, v_, d_k, d_v, kept_ in _chunks(
+            by_query, (k, v, grad_k, grad_v, _of_heads(kept, q)), size
         ):
+            alpha_y_, x_, row, column = _of_keys(alpha_y_, x_, kept_)
             g, p = (_matrix(room, k_, q_) for room in rooms)
             p = p_[0] if p_ else _weights(q_, k_, alpha_y_, x_, out=p)
             d_v.baddbmm_(p.to(q.dtype), d_out.mT, beta=1 - first)
@@ -88,11 +95,11 @@ class _ChunkedAttention(torch.autograd.Function):
             d_q.mT.baddbmm_(d_a.mT, k_, beta=0, alpha=scale)
             d_k.baddbmm_(d_a, q_.mT, beta=1 - first, alpha=scale)
             _, g_of_patches = _by_keys(g, alpha_y_, x_)
-            torch.sum(g_of_patches.mul_(x_), 2, out=sum_x_)
-            torch.sum(g_of_patches.mul_(alpha_y_), 1, out=t_x_)
+            _sum(g_of_patches.mul_(x_), 2, row, out=sum_x_)
+            _sum(g_of_patches.mul_(alpha_y_), 1, column, out=t_x_)
         t_y = sum_x.mul_(y)
         grad_slope = torch.stack([(t_y * rows).sum(1).mul_(alpha), (t_x * columns).sum(1)])
-        return *grads, grad_slope, t_y.sum(1), None, None
+        return *grads, grad_slope, t_y.sum(1), None, None, None
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -124,20 +131,23 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> T
     return out
 
 
-def _short_attention(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor, kept: list[Tensor]) -> Tensor:
-    """Attention [B, h, N, d] with the factors α · y [B·h, H, N] and x [B·h, W, N].
+def _short_attention(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor, kept: Tensor | None, weights: list[Tensor]
+) -> Tensor:
+    """Attention [B, h, N, d] with the factors α · y [B·h, H, N] and x [B·h, W, N], perhaps of a subset.
 
-    `kept` is empty, or has room for P [B·h, N, N], keys before queries.
+    `weights` is empty, or has room for P [B·h, N, N], keys before queries.
     """
     shape = v.shape
     q, k, v = (_flat(t) for t in (q, k, v))
     out = torch.empty_like(v)
     size = _chunk_size(q)
     room = y.new_empty(math.prod(size) * q.shape[1])
-    by_query = q.mT, y.unsqueeze(2), x.unsqueeze(1), out.mT, *kept
-    for _, q_, y_, x_, out_, *p_, k_, v_ in _chunks(by_query, (k, v), size):
+    by_query = q.mT, y.unsqueeze(2), x.unsqueeze(1), out.mT, *weights
+    for _, q_, y_, x_, out_, *p_, k_, v_, kept_ in _chunks(by_query, (k, v, _of_heads(kept, q)), size):
+        y_, x_, _, _ = _of_keys(y_, x_, kept_)
         p = _weights(q_, k_, y_, x_, out=p_[0] if p_ else _matrix(room, k_, q_))
-        torch.bmm(p.mT, v_, out=out_.mT)
+        _product(p.mT.to(v_.dtype), v_, out=out_.mT)
     return out.view(shape)
 
 
@@ -154,9 +164,9 @@ def _weights(q: Tensor, k: Tensor, y: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return torch.softmax(out, 1, out=out)
 
 
-def _is_short(q: Tensor, alpha: Tensor, grid: tuple[int, int]) -> bool:
+def _is_short(q: Tensor, alpha: Tensor, patches: int) -> bool:
     """Whether flash attention, which reads a mask in a pass of its own, would be slower."""
-    return q.device.type == "cpu" and q.dtype == alpha.dtype and math.prod(grid) <= 4 * q.shape[-1]
+    return q.device.type == "cpu" and q.dtype == alpha.dtype and patches <= 4 * q.shape[-1]
 
 
 def _chunk_size(q: Tensor) -> tuple[int, int]:
@@ -216,10 +226,42 @@ def _by_keys(matrix: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return of_prefix, of_patches.unflatten(1, grid)
 
 
-def _of_tokens(slope: Tensor, grid: tuple[int, int], cap: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Distances [H, N], [W, N] and factors y [.., H, N], x [.., W, N]; y of prefix tokens is 0."""
-    prefix = slope.shape[-1] - math.prod(grid)
-    squares = distances(grid, cap, slope.device, prefix=prefix, keys=-2)
+def _of_heads(kept: Tensor | None, q: Tensor) -> Tensor:
+    """Return the subset of each head, [B·h, n]; n = 0 stands for all patches."""
+    return q.new_empty(len(q), 0) if kept is None else kept.expand(len(q), -1)
+
+
+def _of_keys(y: Tensor, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gather factors [heads, H, 1, queries] and [heads, 1, W, queries] for the keys of a subset [heads, n].
+
+    Returns:
+        Both factors [heads, n, 1, queries], as of a grid of one column, and of each key its row and its
+        column among those of all heads. Without a subset, the factors as they are.
+    """
+    if not kept.shape[1]:
+        return y, x, None, None
+    head = torch.arange(len(y), device=y.device).unsqueeze(-1)
+    row = (head * y.shape[1] + kept.div(x.shape[2], rounding_mode="floor")).flatten()
+    column = (head * x.shape[2] + kept.remainder(x.shape[2])).flatten()
+    y, x = (t.flatten(0, 2).index_select(0, at) for t, at in ((y, row), (x, column)))
+    shape = *kept.shape, 1, -1
+    return y.view(shape), x.view(shape), row, column
+
+
+def _sum(matrix: Tensor, dim: int, line: Tensor | None, out: Tensor) -> None:
+    """Write the sums of [heads, H, W, queries] over `dim` to `out`; of a subset, those of each key's line."""
+    if line is None:
+        torch.sum(matrix, dim, out=out)
+    else:
+        out.zero_().flatten(0, 1).index_add_(0, line, matrix.flatten(0, 2))
+
+
+def _of_tokens(
+    slope: Tensor, grid: tuple[int, int], cap: int, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Distances [.., H, N], [.., W, N] and factors y [.., H, N], x [.., W, N]; y of prefix tokens is 0."""
+    prefix = slope.shape[-1] - (math.prod(grid) if kept is None else kept.shape[-1])
+    squares = distances(grid, cap, slope.device, prefix=prefix, keys=-2, kept=kept)
     y, x = factors(slope, squares, keys=-2)
     y[..., :prefix] = 0
     return *squares, y, x

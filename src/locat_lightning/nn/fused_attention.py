@@ -38,6 +38,8 @@ def unsupported(v: Tensor, kernels: LazyGaussians) -> str:
         return f"heads must be 16 to 128 wide, not {v.shape[-1]}"
     if kernels.gaug.correlation is not None:
         return "a rotated kernel is not a product"
+    if kernels.kept is not None:
+        return "a subset of the patches is no grid"
     exported = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     return "an exported model has to run anywhere" if exported else ""
 

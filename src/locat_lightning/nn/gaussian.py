@@ -21,48 +21,14 @@ _LEAST_EXPONENT = -23.0
 GATE_GAIN = 50
 
 
-class PatchGrid:
-    """The patch grid (rows, columns) of each sequence length, shared by all layers of one model.
-
-    A layer sees a sequence, not a grid. `note_grid` records it as images pass the patch embedding; a
-    checkpointed block that is recomputed in the backward pass, after images of another size, then still finds
-    the grid of its own tokens. Only grids with equally many patches (4×9 and 6×6) are mistaken for each
-    other, if one passes between the forward and the backward pass of a checkpointed block of the other.
-    """
-
-    def __init__(self, built_for: tuple[int, int]) -> None:
-        self.built_for = built_for
-        self._by_patches = {math.prod(built_for): built_for}
-
-    def note(self, rows: int, columns: int) -> None:
-        """Record the grid of images that are under way."""
-        if self._by_patches.get(rows * columns) != (rows, columns):  # `torch.compile` guards what is written
-            self._by_patches[rows * columns] = (rows, columns)
-
-    def of(self, patches: int) -> tuple[int, int]:
-        """Return rows and columns of a sequence of patches; `ValueError` if no such image was seen."""
-        if patches not in self._by_patches:
-            raise ValueError(
-                f"no image with {patches} patches went through the patch embedding (grids seen: "
-                f"{sorted(self._by_patches.values())}); GAug needs every patch, so patch dropout has to be 0"
-            )
-        return self._by_patches[patches]
-
-
-def note_grid(patch_embed: Any, inputs: tuple[Tensor, ...], patches: Any) -> None:
-    """Record the grid of `patches` [B, H, W, D] or [B, H·W, D]: a forward hook of the patch embedding."""
-    if not isinstance(patches, torch.fx.Proxy):  # a traced graph keeps the grid of `built_for`
-        rows, columns = patches.shape[1:3] if patches.ndim == 4 else patch_embed.grid_size
-        patch_embed.patch_grid.note(rows, columns)
-
-
 class Gaussians(NamedTuple):
     """The kernels of a layer's queries, each centred on its own patch.
 
     `slope` [2, B, h, N] is −½ / (σ² + ε), vertical and horizontal; `alpha` is α [B, h, N]; both float32.
     `grid` is (H, W): the last H·W tokens are the patches. Those before them, prefix tokens, have no kernel:
     their values here are finite and unused. `cap` bounds the squared distances. `cross` [B, h, N],
-    only of rotated kernels, is the factor of (i − i') (j − j') in the exponent.
+    only of rotated kernels, is the factor of (i − i') (j − j') in the exponent. `kept`, int64 [n] or [B, n],
+    says which patches of the grid the last n tokens are, counted row by row; None if they are all, in order.
     """
 
     slope: Tensor
@@ -70,22 +36,29 @@ class Gaussians(NamedTuple):
     grid: tuple[int, int]
     cap: int
     cross: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def patches(self) -> int:
+        """Number of tokens that are patches: H·W, or n of a subset."""
+        return math.prod(self.grid) if self.kept is None else self.kept.shape[-1]
 
 
 class LazyGaussians(NamedTuple):
     """The kernels of queries [B, h, N, d], not computed yet: fused attention does so a tile at a time.
 
-    `grid` is (H, W), `built_for` (H0, W0).
+    `grid` is (H, W), `built_for` (H0, W0); `kept` is as in `Gaussians`.
     """
 
     gaug: "GaussianAugmentation"
     q: Tensor
     grid: tuple[int, int]
     built_for: tuple[int, int]
+    kept: Tensor | None = None
 
     def compute(self) -> Gaussians:
         """Compute them."""
-        return self.gaug.gaussians(self.q, self.grid, self.built_for)
+        return self.gaug.gaussians(self.q, self.grid, self.built_for, self.kept)
 
 
 class GaussianAugmentation(nn.Module):
@@ -177,11 +150,18 @@ class GaussianAugmentation(nn.Module):
         wider = 1.0 if grid == built_for else min(grid) / min(built_for)
         return max(built_for) ** 2 * wider, _epsilon(built_for), float(_cap(built_for))
 
-    def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> LazyGaussians:
-        """Return the kernels of queries [B, h, N, d], taken after q-norm and before rotary embedding."""
-        return LazyGaussians(self, q, grid, built_for)
+    def forward(
+        self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int], *, kept: Tensor | None = None
+    ) -> LazyGaussians:
+        """Return the kernels of queries [B, h, N, d], taken after q-norm and before rotary embedding.
 
-    def gaussians(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Gaussians:
+        The patches are those of a grid, or the subset `kept` of it (see `Gaussians`).
+        """
+        return LazyGaussians(self, q, grid, built_for, kept)
+
+    def gaussians(
+        self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int], kept: Tensor | None = None
+    ) -> Gaussians:
         """Compute these kernels."""
         kind = q.device.type
         mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -192,10 +172,11 @@ class GaussianAugmentation(nn.Module):
             var = var + _epsilon(built_for)
             cap = _cap(built_for)
             if self.correlation is None:
-                return Gaussians(-0.5 / var, alpha, grid, cap)
+                return Gaussians(-0.5 / var, alpha, grid, cap, kept=kept)
             r = torch.tanh(self.correlation(q).squeeze(-1).float())
             left = 1 - r.square() + torch.finfo(r.dtype).eps
-            return Gaussians(-0.5 / (var * left), alpha, grid, cap, r / (var.prod(0).sqrt() * left))
+            cross = r / (var.prod(0).sqrt() * left)
+            return Gaussians(-0.5 / (var * left), alpha, grid, cap, cross, kept)
 
 
 class GaussianMixture(nn.Module):
@@ -227,25 +208,39 @@ class GaussianMixture(nn.Module):
         alpha = 1e-6 if gated else 1 / components
         self.alpha = nn.Parameter(torch.full((components,), alpha, device=device, dtype=dtype))
 
-    def forward(self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int]) -> Tensor:
-        """Return S [1, 1, H·W, H·W], float32; of the queries, only the device matters."""
+    def forward(
+        self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int], *, kept: Tensor | None = None
+    ) -> Tensor:
+        """Return S [1, 1, H·W, H·W], or [.., 1, n, n] of a subset, float32; q only tells the device."""
         var = self.log_var.float().exp() * (min(grid) / min(built_for))
         slope = (-0.5 / var).expand(2, 1, -1).mT
         cap = max(grid) ** 2
         y, x = factors(slope, distances(grid, cap, q.device))
-        s: Tensor = torch.einsum("m,mpi,mpj->pij", self.alpha.float(), y, x)
-        return s.flatten(1)[None, None]
+        s: Tensor = torch.einsum("m,mpi,mpj->pij", self.alpha.float(), y, x).flatten(1)
+        if kept is not None:
+            s = s[kept.unsqueeze(-1), kept.unsqueeze(-2)]
+        return s.unsqueeze(-3)[None] if s.ndim == 2 else s.unsqueeze(-3)
 
 
 def distances(
-    grid: tuple[int, int], cap: int, device: torch.device, *, prefix: int = 0, keys: int = -1
+    grid: tuple[int, int],
+    cap: int,
+    device: torch.device,
+    *,
+    prefix: int = 0,
+    keys: int = -1,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (i − i')² [N, H] of tokens and rows of a grid, and (j − j')² [N, W] of tokens and columns.
 
-    Both are float32, at most `cap`, and transposed for keys = -2. Those of prefix tokens mean nothing.
+    Both are float32, at most `cap`, and transposed for keys = -2. Those of prefix tokens mean nothing. With a
+    subset `kept` [.., n] of the patches, the tokens are these: [.., N, H] and [.., N, W].
     """
     height, width = grid
-    token = torch.arange(-prefix, height * width, dtype=torch.float32, device=device)
+    if kept is None:
+        token = torch.arange(-prefix, height * width, dtype=torch.float32, device=device)
+    else:
+        token = F.pad(kept.float(), (prefix, 0))
     places = token.div(width, rounding_mode="floor"), token.remainder(width)
     rows, columns = (
         (place.unsqueeze(keys) - torch.arange(n, dtype=torch.float32, device=device).unsqueeze(-3 - keys))
@@ -271,23 +266,24 @@ def factors(slope: Tensor, squares: tuple[Tensor, Tensor], *, keys: int = -1) ->
 
 
 def gaussian_kernel(gaussians: Gaussians | LazyGaussians) -> Tensor:
-    """Return S [B, h, H·W, H·W] of the patches among themselves, float32."""
-    slope, alpha, grid, cap, cross = (
-        gaussians.compute() if isinstance(gaussians, LazyGaussians) else gaussians
-    )
-    patches = math.prod(grid)
+    """Return S of the patches among themselves, float32: [B, h, H·W, H·W], of a subset [B, h, n, n]."""
+    if isinstance(gaussians, LazyGaussians):
+        gaussians = gaussians.compute()
+    slope, alpha, grid, cap, cross, kept = gaussians
+    patches = gaussians.patches
     slope, alpha = slope[..., -patches:], alpha[..., -patches:]
-    if cross is None:
+    if cross is None and kept is None:
         y, x = factors(slope, distances(grid, cap, alpha.device))
         return ((alpha.unsqueeze(-1) * y).unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
-    places = (torch.arange(n, dtype=torch.float32, device=alpha.device) for n in grid)
-    dy, dx = ((at.unsqueeze(-1) - at).clamp(-(cap**0.5), cap**0.5) for at in places)
-    dy, dx = dy[:, None, :, None], dx[None, :, None, :]
-    each = *slope, cross[..., -patches:], alpha
-    of_y, of_x, of_yx, alpha = (t.unflatten(-1, grid)[..., None, None] for t in each)
-    exponent = of_y * dy.square() + of_x * dx.square() + of_yx * dy * dx
-    s: Tensor = alpha * exponent.clamp_min(_LEAST_EXPONENT).exp()
-    return s.flatten(-4, -3).flatten(-2)
+    token = torch.arange(patches, device=alpha.device) if kept is None else kept.unsqueeze(-2)
+    places = token.div(grid[1], rounding_mode="floor").float(), token.remainder(grid[1]).float()
+    dy, dx = ((at.unsqueeze(-1) - at.unsqueeze(-2)).clamp(-(cap**0.5), cap**0.5) for at in places)
+    of_y, of_x = slope.unsqueeze(-1)
+    exponent = of_y * dy.square() + of_x * dx.square()
+    if cross is not None:
+        exponent = exponent + cross[..., -patches:].unsqueeze(-1) * dy * dx
+    s: Tensor = alpha.unsqueeze(-1) * exponent.clamp_min(_LEAST_EXPONENT).exp()
+    return s
 
 
 def _shift(built_for: tuple[int, int]) -> float:

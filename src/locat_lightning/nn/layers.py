@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from locat_lightning.nn.attention import gaussian_attention
-from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture, PatchGrid
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
+from locat_lightning.nn.patches import PatchGrid
 
 
 @register_notrace_module  # `torch.fx` does not look inside: what a layer computes depends on the grid
@@ -37,8 +38,9 @@ class GaussianSelfAttention(nn.Module):
         gate = this.gate(x).sigmoid() if this.gate is not None else None
         q, k, v = self._queries_keys_values(x)
         q, k = this.q_norm(q), this.k_norm(k)
-        grid = self.grid.of(int(x.shape[1]) - self.num_prefix_tokens)
-        gaussians = self.gaug(q, grid, self.grid.built_for)
+        patches = int(x.shape[1]) - self.num_prefix_tokens
+        grid, kept = self.grid.of(patches), self.grid.kept_of(patches)
+        gaussians = self.gaug(q, grid, self.grid.built_for, kept=kept)
         if rope is not None:
             q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
         if q.shape[1] > k.shape[1]:  # grouped queries

@@ -61,6 +61,7 @@ class Task(Watched):
 
     backbone: nn.Module
     unfit = UNFIT
+    resumed = False  # whether its weights come from a checkpoint of the run itself
     _seed: int | None = None  # of the run
     _surplus = 0  # steps that a resumed run has taken more than it would have with batches as they are now
 
@@ -177,6 +178,7 @@ class Task(Watched):
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Prepare to resume from a checkpoint, given without its weights: read no others."""
+        self.resumed = True
         self.weights = None
 
     def configure_callbacks(self) -> list[Callback]:
