@@ -53,7 +53,7 @@ def authors_attention(
     q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians, *, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Attention with all of S, from exponents [B, h, N, N, 2] that are summed over the two directions."""
-    slope, alpha, (height, width), cap, _ = gaussians
+    slope, alpha, (height, width), cap, *_ = gaussians
     token = torch.arange(height * width, device=q.device)
     place = torch.stack([token // width, token % width], -1)
     squares = (place[:, None] - place).square().clamp(max=cap).float()  # [N, N, 2]
