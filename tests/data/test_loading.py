@@ -267,6 +267,12 @@ def test_an_epoch_that_other_processes_began_goes_on_with_the_images_that_they_h
     assert len(rest) - (24 - seen) < after[0]  # repeated, so that all processes have as many
 
 
+def test_of_an_epoch_of_which_more_is_seen_than_there_is_nothing_is_left():
+    order = TrainOrder(Images(Numbers(10), noisy), 1, 0, batch_size=4)
+    order.seen = 10**6
+    assert list(order) == []
+
+
 def test_persistent_workers_see_the_epoch_change():
     images = Images(Numbers(6), noisy)
     order = TrainOrder(images, 1, 0)

@@ -41,3 +41,9 @@ def test_counts_that_contradict_each_other_are_refused(trained, capsys):
     contents = torch.load(LAST, weights_only=True)
     torch.save(contents | {"global_step": contents["global_step"] + 1}, LAST)
     assert code_of(RESUMED, capsys) == 2
+
+
+@pytest.mark.parametrize("value", ["word", -1, 0.5, 10**20])
+def test_a_number_of_images_seen_that_counts_nothing_is_refused(value, trained, capsys):
+    torch.save(torch.load(LAST, weights_only=True) | {"images_seen": value}, LAST)
+    assert code_of(RESUMED, capsys) == 2

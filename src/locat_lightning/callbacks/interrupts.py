@@ -62,8 +62,13 @@ class Interrupts(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._told and trainer.is_global_zero:
             self._end()
+
+    on_train_epoch_end = on_validation_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Be silent if the first process speaks for the run."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from locat_lightning.callbacks.checkpoints import SEEN
 from locat_lightning.callbacks.record import flat_options
 from locat_lightning.data.base import ImageModule
 from locat_lightning.errors import InputError
@@ -97,6 +98,7 @@ def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) ->
         "loops": {"fit_loop": trainer.fit_loop.state_dict()},
         "callbacks": {each.state_key: each.state_dict() for each in callbacks if each.state_key in known},
     }
+    own |= {SEEN: 0} if SEEN in checkpoint else {}
     for key in own.keys() | ({RECORD, "hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys()):
         check_like(checkpoint.get(key), own.get(key, {}), file, key)
     if not isinstance(checkpoint.get("state_dict"), Mapping):  # `Task.load_state_dict` compares the weights

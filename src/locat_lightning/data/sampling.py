@@ -29,7 +29,8 @@ class TrainOrder(DistributedSampler):
     def rest(self) -> int:
         """The images of this process that are left: of whole batches, or all if those have been seen."""
         whole = self.num_samples * self.num_replicas
-        return ceil(((whole if self.seen < whole else self.images) - self.seen) / self.num_replicas)
+        end = whole if self.seen < whole else self.images
+        return max(0, ceil((end - self.seen) / self.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch))
