@@ -8,8 +8,9 @@ from pkgutil import iter_modules
 
 from locat_lightning.methods.dino import Dino
 from locat_lightning.methods.distillation import Distillation
+from locat_lightning.methods.selfpatch import SelfPatch
 
-__all__ = ["Dino", "Distillation"]
+__all__ = ["Dino", "Distillation", "SelfPatch"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")

@@ -81,12 +81,16 @@ class SelfDistillation(Pretraining):
         """Make the projection head of one network for features of a width."""
         raise NotImplementedError
 
+    def make_network(self, backbone: Any) -> nn.Module:
+        """Make the student or the teacher: a module of which the backbone is `backbone`."""
+        return Network(backbone, self.make_head(backbone.head_hidden_size))
+
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
-        return self.teacher.backbone
+        return self.teacher.get_submodule("backbone")
 
     def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student.backbone, "teacher": self.teacher.backbone}
+        return {name: getattr(self, name).backbone for name in ("student", "teacher")}
 
     def trained(self) -> Iterable[nn.Parameter]:
         return self.student.parameters()
@@ -98,13 +102,11 @@ class SelfDistillation(Pretraining):
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
         backbones = (make_backbone() for _ in range(2))
-        self.student, self.teacher = (
-            Network(each, self.make_head(each.head_hidden_size)) for each in backbones
-        )
+        self.student, self.teacher = (self.make_network(each) for each in backbones)
         for module in self.teacher.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
-        self.start(self.student.backbone)
+        self.start(self.student.get_submodule("backbone"))
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
