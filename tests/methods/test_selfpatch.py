@@ -1,5 +1,6 @@
 """SelfPatch: the original code's tensors, a plain loop of eight steps, and its published names."""
 
+import argparse
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.methods import SelfPatch
 from locat_lightning.methods.dino import Loss
 from locat_lightning.methods.selfpatch import AggregationHead, PatchLoss, SelfPatchNetwork, neighbours
-from tests.methods.runs import BACKBONE, fit, random_batch, small
+from tests.methods.runs import BACKBONE, TINY, fit, random_batch, same, small
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "selfpatch.safetensors"
 PAPERS = {"class_token": False, "global_pool": "avg", "final_norm": False}  # the paper's backbone
@@ -67,7 +68,9 @@ def test_the_golden_neighbours(golden, networks):
 def test_the_golden_loss_gradients_and_centres(golden, networks):
     student, teacher = networks
     views = {
-        name: [golden[f"{name}_feat_{size}"].requires_grad_(name == "student") for size in ("global", "local")]
+        name: [
+            golden[f"{name}_feat_{size}"].requires_grad_(name == "student") for size in ("global", "local")
+        ]
         for name in ("student", "teacher")
     }
     with torch.no_grad():
@@ -105,3 +108,189 @@ def test_the_golden_loss_gradients_and_centres(golden, networks):
 
 def close(value, expected, *, atol=1e-6, rtol=1e-6):
     torch.testing.assert_close(value, expected, atol=float(atol), rtol=rtol)
+
+
+def around(place, side):
+    """The eight places around one in a grid, whose edges meet, without repetition."""
+    row, column = divmod(place, side)
+    steps = product((-1, 0, 1), repeat=2)
+    return sorted({(row + i) % side * side + (column + j) % side for i, j in steps} - {place})
+
+
+@pytest.mark.parametrize("side", [2, 3, 4, 7])
+def test_neighbours_in_any_grid(side):
+    assert neighbours((side, side)).tolist() == [around(place, side) for place in range(side**2)]
+
+
+def test_neighbours_where_the_grid_is_not_square():
+    assert neighbours((1, 3)).tolist() == [[1, 2], [0, 2], [0, 1]]
+    assert [len(row) for row in neighbours((3, 5)).tolist()] == [8] * 15
+    with pytest.raises(InputError, match="more than one patch"):
+        neighbours((1, 1))
+
+
+def aggregate(w, tokens):
+    """Class attention of a learned query to tokens [N, T, 24] with three heads: [N, 24]."""
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], w[f"ca_head.{name}.weight"], w[f"ca_head.{name}.bias"], 1e-6)
+
+    def linear(name, x):
+        return F.linear(x, w[f"ca_head.{name}.weight"], w[f"ca_head.{name}.bias"])
+
+    cls = w["ca_head.cls_token"][0].expand(len(tokens), 1, 24)
+    for block in ("cls_blocks.0", "cls_blocks.1"):
+        x = norm(f"{block}.norm1", torch.cat([cls, tokens], 1))
+        q, k, v = (linear(f"{block}.attn.{each}", x).unflatten(-1, (3, 8)) for each in "qkv")
+        weights = (torch.einsum("nhd,nthd->nht", q[:, 0], k) / 8**0.5).softmax(-1)
+        cls = cls + linear(
+            f"{block}.attn.proj", torch.einsum("nht,nthd->nhd", weights, v).flatten(1)[:, None]
+        )
+        hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", cls)))
+        cls = cls + linear(f"{block}.mlp.fc2", hidden)
+    return norm("norm", cls[:, 0])
+
+
+def project(w, head, x):
+    """DINO's projection head."""
+    for layer in (0, 2, 4):
+        x = F.linear(x, w[f"{head}.layers.{layer}.weight"], w[f"{head}.layers.{layer}.bias"])
+        x = F.gelu(x) if layer < 4 else x / x.norm(dim=-1, keepdim=True)
+    v = w[f"{head}.last_layer.weight_v"]
+    return x @ (w[f"{head}.last_layer.weight_g"] * v / v.norm(dim=1, keepdim=True)).T
+
+
+def logits(network, images, *, of_neighbours):
+    """Logits of [CLS] and of patches of images [N, 3, H, W], a patch at a time."""
+    w, backbone = dict(network.named_parameters()), network.backbone
+    tokens = backbone.forward_features(images)
+    patches = tokens[:, backbone.num_prefix_tokens :]
+    side = round(patches.shape[1] ** 0.5)
+    own = [backbone.forward_head(tokens, pre_logits=True)[:, None]] if backbone.num_prefix_tokens else []
+    found = []
+    for place in range(side**2):
+        if of_neighbours:
+            cosine = [
+                F.cosine_similarity(patches[:, place], patches[:, other]) for other in around(place, side)
+            ]
+            best = torch.stack(cosine).argsort(0, descending=True)[:4].T
+            places = torch.tensor(around(place, side))[best]
+            found.append(aggregate(w, torch.stack([x[at] for x, at in zip(patches, places, strict=True)])))
+        else:
+            weight, bias = w["ca_head.norm.weight"], w["ca_head.norm.bias"]
+            found.append(F.layer_norm(patches[:, place], (24,), weight, bias, 1e-6))
+    cls = aggregate(w, torch.cat([*own, patches], 1))
+    return project(w, "c_head", cls), project(w, "p_head", torch.stack(found, 1))
+
+
+def cross_entropy(teacher, student):
+    return -((teacher / 0.08).softmax(-1) * (student / 0.1).log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize(
+    "backbone_args", [{}, PAPERS | {"gaug": False, "prr": False}], ids=["LocAt", "paper"]
+)
+def test_eight_steps_are_those_of_a_plain_loop(backbone_args):
+    options = {"backbone_args": backbone_args, "momentum": 0.9, "clip_grad": 0.1}
+    options |= {"teacher_temp": 0.08, "warmup_teacher_temp": 0.08}
+    batches = [random_batch(2, seed) for seed in range(4)]
+    task = small("SelfPatch", **options)
+    record = fit(task, batches, max_epochs=2)
+
+    plain = small("SelfPatch", **options)
+    student, teacher = plain.student.train(), plain.teacher.train()
+    trained = [p for p in student.parameters() if p.requires_grad]
+    groups = [[p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups])
+    centre, patch_centre = torch.zeros(64), torch.zeros(48)
+    for step in range(8):
+        crops = [view for each in batches[step % 4].views for view in each.crops]
+        with torch.no_grad():
+            taught = [logits(teacher, each, of_neighbours=True) for each in crops]
+        learnt = [logits(student, each, of_neighbours=False) for each in crops]
+        pairs = [(i, j) for i, j in product(range(2), range(5)) if i != j]
+        cls_loss = sum(cross_entropy(taught[i][0] - centre, learnt[j][0]) for i, j in pairs) / 8
+        patch_losses = zip(taught, learnt, strict=True)
+        patch_loss = sum(cross_entropy(t - patch_centre, s) for (_, t), (_, s) in patch_losses) / 5
+        loss = cls_loss + 0.1 * patch_loss
+        close(record.losses[step], loss.item(), atol=1e-5)
+        close(record.metrics[step]["train/patch_loss"], patch_loss.item(), atol=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in student.named_parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_((0.1 / (parameter.grad.norm() + 1e-6)).clamp(max=1))
+            if "last_layer" in name and step < 4:
+                parameter.grad = None
+        for group, (lr, weight_decay) in zip(optimizer.param_groups, record.steps[step], strict=True):
+            group.update(lr=lr, weight_decay=weight_decay)
+        optimizer.step()
+        share = task.momentum(step)
+        with torch.no_grad():
+            for own, of_student in zip(teacher.parameters(), student.parameters(), strict=True):
+                own.mul_(share).add_(of_student, alpha=1 - share)
+        centre = 0.9 * centre + 0.1 * torch.cat([cls for cls, _ in taught]).mean(0)
+        rows = torch.cat([patches.flatten(0, 1) for _, patches in taught])
+        patch_centre = 0.9 * patch_centre + 0.1 * rows.mean(0)
+    close(task.loss.center[0, 0], centre, atol=1e-5)
+    close(task.patch_loss.center[0, 0], patch_centre, atol=1e-5)
+    for name, value in plain.teacher.state_dict().items():
+        close(task.teacher.state_dict()[name], value, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "backbone_args",
+    [
+        {"class_token": False},
+        {"class_token": False, "gaug": False, "prr": False, "global_pool": "avg"},
+        {"reg_tokens": 2, "prr": False},
+        {"locat": {"start": "identity"}, "class_token": False, "global_pool": "avg"},
+    ],
+)
+def test_every_parameter_that_is_trained_has_a_gradient(backbone_args):
+    """Without one, several processes would wait for each other."""
+
+    class Watch(Callback):
+        def on_after_backward(self, trainer, module):
+            idle.extend(
+                name for name, p in module.student.named_parameters() if p.requires_grad and p.grad is None
+            )
+
+    name = "vit_tiny_patch16_224" if "locat" in backbone_args else "locatvit_tiny"
+    task, idle = (
+        SelfPatch(name, **TINY["SelfPatch"], warmup_epochs=0, backbone_args=BACKBONE | backbone_args),
+        [],
+    )
+    task.configure_model()
+    fit(task, [random_batch(2)], Watch())
+    assert not idle
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_published_checkpoints_are_read(tmp_path, network):
+    """The student's names are those in `DistributedDataParallel`, the teacher's are not."""
+    arguments = BACKBONE | PAPERS
+    backbones = {
+        name: create_backbone("vit_tiny_patch16_224", arguments, 0) for name in ("teacher", "student")
+    }
+    heads = {"ca_head.cls_token": torch.zeros(1, 1, 24), "c_head.last_layer.weight_g": torch.ones(64, 1)}
+    states = {
+        name: {f"backbone.{key}": value for key, value in backbone.state_dict().items()} | heads
+        for name, backbone in backbones.items()
+    }
+    states["student"] = {f"module.{key}": value for key, value in states["student"].items()}
+    args = argparse.Namespace(arch="vit_tiny", patch_size=8)
+    centres = {"center": torch.zeros(1, 1, 64), "patch_center": torch.zeros(1, 48)}
+    torch.save({**states, "epoch": 200, "args": args, "dino_loss": centres}, tmp_path / "checkpoint.pth")
+    read = load_backbone(str(tmp_path / "checkpoint.pth"), "vit_tiny_patch16_224", arguments, network=network)
+    assert same(read.state_dict(), backbones[network].state_dict())
+
+
+def test_a_run_starts_from_published_weights_and_keeps_their_names(tmp_path):
+    source = small("SelfPatch", seed=1, backbone_args=PAPERS | {"prr": False})
+    torch.save({"teacher": source.teacher.state_dict()}, tmp_path / "checkpoint.pth")
+    weights = str(tmp_path / "checkpoint.pth")
+    task = small("SelfPatch", seed=2, backbone_args=PAPERS | {"prr": False}, weights=weights)
+    assert same(task.student.backbone.state_dict(), source.teacher.backbone.state_dict())
+    heads = {name.partition(".")[0] for name in task.student.state_dict()}
+    assert heads == {"backbone", "ca_head", "c_head", "p_head"}
