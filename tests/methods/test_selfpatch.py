@@ -22,6 +22,15 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "selfpatch.safetensors"
 PAPERS = {"class_token": False, "global_pool": "avg", "final_norm": False}  # the paper's backbone
 
 
+def ours(name):
+    """Return our name of a weight of the original code's heads."""
+    return (
+        name.replace("c_head.", "head.")
+        .replace("p_head.", "patch_head.")
+        .replace("head.mlp.", "head.layers.")
+    )
+
+
 class Identity(nn.Module):
     """A backbone whose patch features are its images."""
 
@@ -49,11 +58,11 @@ def networks(golden):
     heads = SelfPatch("vit_tiny_patch16_224", hidden_dim=16, bottleneck_dim=8, norm_last_layer=False)
     both = []
     for name in ("student", "teacher"):
-        cls, patches = (heads.make_head(16, out_dim) for out_dim in (24, 12))
+        cls, patches = (heads.make_head(16, output_dim=out_dim) for out_dim in (24, 12))
         network = SelfPatchNetwork(Identity(), AggregationHead(16, 2, 4), cls, patches)
         prefix = f"w.{name}."
         weights = {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
-        network.load_state_dict({k.replace("head.mlp.", "head.layers."): v for k, v in weights.items()})
+        network.load_state_dict({ours(k): v for k, v in weights.items()})
         both.append(network)
     return both
 
@@ -74,8 +83,10 @@ def test_the_golden_loss_gradients_and_centres(golden, networks):
         for name in ("student", "teacher")
     }
     with torch.no_grad():
-        _, taught, taught_patches = teacher([as_map(each) for each in views["teacher"]], of_neighbours=True)
-    _, learnt, learnt_patches = student([as_map(each) for each in views["student"]])
+        _, taught, taught_patches = teacher.logits(
+            [as_map(each) for each in views["teacher"]], of_neighbours=True
+        )
+    _, learnt, learnt_patches = student.logits([as_map(each) for each in views["student"]])
     for name, cls, patches in (("teacher", taught, taught_patches), ("student", learnt, learnt_patches)):
         for size, of_size in (("global", slice(2)), ("local", slice(2, 4))):
             close(torch.cat(cls[of_size]), golden[f"{name}_cls_logits_{size}"][:, 0], atol=1e-5)
@@ -100,9 +111,9 @@ def test_the_golden_loss_gradients_and_centres(golden, networks):
     for features, size in zip(views["student"], ("global", "local"), strict=True):
         expected = golden[f"grad_student_feat_{size}"]
         close(features.grad, expected, atol=1e-5 * expected.abs().max())
-    for name, parameter in student.named_parameters():
-        norm = golden[f"gradnorm.{name.replace('head.layers.', 'head.mlp.')}"]
-        close(parameter.grad.norm(), norm, rtol=1e-5)
+    norms = {k.removeprefix("gradnorm."): v for k, v in golden.items() if k.startswith("gradnorm.")}
+    for name, norm in norms.items():
+        close(student.get_parameter(ours(name)).grad.norm(), norm, rtol=1e-5)
     student.zero_grad()
 
 
@@ -180,7 +191,12 @@ def logits(network, images, *, of_neighbours):
             weight, bias = w["ca_head.norm.weight"], w["ca_head.norm.bias"]
             found.append(F.layer_norm(patches[:, place], (24,), weight, bias, 1e-6))
     cls = aggregate(w, torch.cat([*own, patches], 1))
-    return project(w, "c_head", cls), project(w, "p_head", torch.stack(found, 1))
+    return project(w, "head", cls), project(w, "patch_head", torch.stack(found, 1))
+
+
+def by_view(of_sizes):
+    """Logits of [CLS] and of patches of each view of two images."""
+    return [view for cls, patches in of_sizes for view in zip(cls.split(2), patches.split(2), strict=True)]
 
 
 def cross_entropy(teacher, student):
@@ -204,10 +220,10 @@ def test_eight_steps_are_those_of_a_plain_loop(backbone_args):
     optimizer = torch.optim.AdamW([{"params": group} for group in groups])
     centre, patch_centre = torch.zeros(64), torch.zeros(48)
     for step in range(8):
-        crops = [view for each in batches[step % 4].views for view in each.crops]
+        sizes = [each.crops for each in batches[step % 4].views]
         with torch.no_grad():
-            taught = [logits(teacher, each, of_neighbours=True) for each in crops]
-        learnt = [logits(student, each, of_neighbours=False) for each in crops]
+            taught = by_view(logits(teacher, each.flatten(0, 1), of_neighbours=True) for each in sizes)
+        learnt = by_view(logits(student, each.flatten(0, 1), of_neighbours=False) for each in sizes)
         pairs = [(i, j) for i, j in product(range(2), range(5)) if i != j]
         cls_loss = sum(cross_entropy(taught[i][0] - centre, learnt[j][0]) for i, j in pairs) / 8
         patch_losses = zip(taught, learnt, strict=True)
@@ -293,4 +309,4 @@ def test_a_run_starts_from_published_weights_and_keeps_their_names(tmp_path):
     task = small("SelfPatch", seed=2, backbone_args=PAPERS | {"prr": False}, weights=weights)
     assert same(task.student.backbone.state_dict(), source.teacher.backbone.state_dict())
     heads = {name.partition(".")[0] for name in task.student.state_dict()}
-    assert heads == {"backbone", "ca_head", "c_head", "p_head"}
+    assert heads == {"backbone", "ca_head", "head", "patch_head"}

@@ -55,15 +55,20 @@ class Dino(SelfDistillation):
         self.collapse = ""
         self.loss = Loss(out_dim, student_temp=student_temp, center_momentum=center_momentum)
 
-    def make_head(self, width: int, out_dim: int | None = None) -> nn.Module:
+    def make_head(self, width: int, **options: Any) -> nn.Module:
+        """Make a projection head for features of a width; `options` replace those of the method."""
         hp = self.hp
-        sizes = width, hp.hidden_dim, hp.bottleneck_dim, out_dim or hp.out_dim
+        own = {
+            "hidden_dim": hp.hidden_dim,
+            "bottleneck_dim": hp.bottleneck_dim,
+            "output_dim": hp.out_dim,
+            "norm_last_layer": hp.norm_last_layer,
+            "freeze_last_layer": hp.freeze_last_layer_epochs,
+        }
         with warnings.catch_warnings():
             # The old weight norm keeps the parameters' names those of the original code.
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-            head: nn.Module = DINOProjectionHead(
-                *sizes, freeze_last_layer=hp.freeze_last_layer_epochs, norm_last_layer=hp.norm_last_layer
-            )
+            head: nn.Module = DINOProjectionHead(width, **(own | options))
         return head
 
     def compute_loss(self, batch: ViewBatch) -> Output:
@@ -99,11 +104,10 @@ class Dino(SelfDistillation):
         return loss, scalars
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip; then drop the gradients of frozen last layers (zeroed, AdamW would still decay them)."""
+        """Clip; then drop the gradients of a frozen last layer (zeroed, AdamW would still decay it)."""
         super().configure_gradient_clipping(*args, **kwargs)
-        for module in self.student.modules():
-            if isinstance(module, DINOProjectionHead):
-                module.cancel_last_layer_gradients(self.current_epoch)
+        for head in self.student.heads:
+            head.cancel_last_layer_gradients(self.current_epoch)
 
     def after_step(self, step: int) -> None:
         super().after_step(step)

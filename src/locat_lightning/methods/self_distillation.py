@@ -31,6 +31,11 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head: Any = head
 
+    @property
+    def heads(self) -> list[Any]:
+        """Return all projection heads."""
+        return [self.head]
+
     def forward(self, views: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return features [views · B, D], and logits [B, out_dim] of each view, float32.
 
@@ -77,20 +82,20 @@ class SelfDistillation(Pretraining):
             if name.endswith("momentum") and not 0 <= value <= 1:
                 raise InputError(f"model.{name} ({value}) must be from 0 to 1")
 
+    def make_network(self, backbone: Any) -> Network:
+        """Put a projection head on a backbone: the student, or the teacher."""
+        return Network(backbone, self.make_head(backbone.head_hidden_size))
+
     def make_head(self, width: int) -> nn.Module:
         """Make the projection head of one network for features of a width."""
         raise NotImplementedError
 
-    def make_network(self, backbone: Any) -> nn.Module:
-        """Make the student or the teacher: a module of which the backbone is `backbone`."""
-        return Network(backbone, self.make_head(backbone.head_hidden_size))
-
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
-        return self.teacher.get_submodule("backbone")
+        return self.teacher.backbone
 
     def networks(self) -> dict[str, nn.Module]:
-        return {name: getattr(self, name).backbone for name in ("student", "teacher")}
+        return {"student": self.student.backbone, "teacher": self.teacher.backbone}
 
     def trained(self) -> Iterable[nn.Parameter]:
         return self.student.parameters()
@@ -101,12 +106,11 @@ class SelfDistillation(Pretraining):
             raise InputError(f"model.ema: {AVERAGED}")
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
-        backbones = (make_backbone() for _ in range(2))
-        self.student, self.teacher = (self.make_network(each) for each in backbones)
+        self.student, self.teacher = (self.make_network(make_backbone()) for _ in range(2))
         for module in self.teacher.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
-        self.start(self.student.get_submodule("backbone"))
+        self.start(self.student.backbone)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 

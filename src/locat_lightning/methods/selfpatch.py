@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
-from locat_lightning.methods.base import Output, features
+from locat_lightning.methods.base import Output, features, widths
 from locat_lightning.methods.dino import Dino, Loss
+from locat_lightning.methods.self_distillation import Network
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -40,6 +41,9 @@ class SelfPatch(Dino):
             frozen last layer hold for both heads.
     """
 
+    student: "SelfPatchNetwork"
+    teacher: "SelfPatchNetwork"
+
     def __init__(
         self,
         backbone: str = "locatvit_small",
@@ -53,14 +57,19 @@ class SelfPatch(Dino):
         temperature, momentum = self.hp.student_temp, self.hp.center_momentum
         self.patch_loss = PatchLoss(patch_out_dim, student_temp=temperature, center_momentum=momentum)
 
-    def make_network(self, backbone: Any) -> nn.Module:
-        width: int = backbone.feature_info[-1]["num_chs"]
+    def make_network(self, backbone: Any) -> "SelfPatchNetwork":
+        pooled, width = widths(backbone)
+        if pooled != width:
+            raise InputError(
+                f"model.backbone: [CLS] of {self.hp.backbone} is {pooled} wide and its patches are {width}: "
+                "choose a model that has both of one width"
+            )
         heads = [each.num_heads for each in backbone.modules() if hasattr(each, "num_heads")]
         return SelfPatchNetwork(
             backbone,
             AggregationHead(width, heads[-1] if heads else 1, self.hp.neighbours),
             self.make_head(width),
-            self.make_head(width, self.hp.patch_out_dim),
+            self.make_head(width, output_dim=self.hp.patch_out_dim),
             torch.compile(features) if self.hp.compile else features,
         )
 
@@ -68,8 +77,8 @@ class SelfPatch(Dino):
         """Compute the loss of [CLS], as DINO's, and of the patches of all views."""
         views = [each.crops for each in batch.views]
         with torch.no_grad():
-            cls, taught, taught_patches = self.teacher(views, of_neighbours=True)
-        _, learnt, learnt_patches = self.student(views)
+            cls, taught, taught_patches = self.teacher.logits(views, of_neighbours=True)
+        _, learnt, learnt_patches = self.student.logits(views)
         global_views = len(views[0])
         cls_loss, scalars = self.compare_views(taught[:global_views], learnt)
         with torch.autocast(self.device.type, enabled=False):
@@ -90,22 +99,19 @@ class SelfPatch(Dino):
         self.patch_loss.move_center()
 
 
-class SelfPatchNetwork(nn.Module):
-    """A backbone with three heads: one aggregates [CLS], the others project it and the patches.
-
-    The heads' names are those of the original code.
-    """
+class SelfPatchNetwork(Network):
+    """A backbone with a head that aggregates [CLS], and projection heads of [CLS] and of patches."""
 
     def __init__(
         self,
         backbone: Any,
         ca_head: "AggregationHead",
-        c_head: nn.Module,
-        p_head: nn.Module,
+        head: nn.Module,
+        patch_head: nn.Module,
         read: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = features,
     ) -> None:
-        super().__init__()
-        self.backbone, self.ca_head, self.c_head, self.p_head = backbone, ca_head, c_head, p_head
+        super().__init__(backbone, head)
+        self.ca_head, self.patch_head = ca_head, patch_head
         self._features = read
         self.reads_cls = getattr(backbone, "cls_token", None) is not None
         if not self.reads_cls:  # what pools has no part in the loss
@@ -113,7 +119,11 @@ class SelfPatchNetwork(nn.Module):
                 if module is not None:
                     module.requires_grad_(False)
 
-    def forward(
+    @property
+    def heads(self) -> list[Any]:
+        return [self.head, self.patch_head]
+
+    def logits(
         self, views: list[Tensor], *, of_neighbours: bool = False
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the backbone's features, and the logits of [CLS] and of patches of each view, float32.
@@ -140,8 +150,8 @@ class SelfPatchNetwork(nn.Module):
                 patches = self.ca_head.norm(patches)
             # Logits in bfloat16, divided by the temperature, would be off by a tenth.
             with torch.autocast(images.device.type, enabled=False):
-                of_cls += self.c_head(cls.float()).split(images.shape[1])
-                of_patches += self.p_head(patches.float()).split(images.shape[1])
+                of_cls += self.head(cls.float()).split(images.shape[1])
+                of_patches += self.patch_head(patches.float()).split(images.shape[1])
             found.append(pooled)
         return torch.cat(found), of_cls, of_patches
 
