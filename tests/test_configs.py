@@ -22,6 +22,8 @@ DROP_PATH = {
     "dino_small": 0.1,
     "dino_digits": 0.0,
     "distill_tiny": None,
+    "selfpatch_small": 0.1,
+    "selfpatch_digits": 0.0,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
 }
@@ -35,6 +37,11 @@ SMALL = {
     "dino": {
         "data": VIEWS | {"views.local_views": 2},
         "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+        "knn": {"every_n_epochs": 1},
+    },
+    "selfpatch": {
+        "data": VIEWS | {"views.local_views": 2},
+        "model": {"out_dim": 64, "patch_out_dim": 48, "hidden_dim": 32, "bottleneck_dim": 16},
         "knn": {"every_n_epochs": 1},
     },
     "distill": {
@@ -135,7 +142,7 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
         logged = set(file.readline().strip().split(","))
     if config.startswith("dino_"):
         assert {"train/loss", "train/teacher_entropy"} <= logged
-    elif config.startswith("distill_"):
+    elif config.startswith(("distill_", "selfpatch_")):
         assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:
         assert {"val/loss", "val/top1"} <= json.loads((run / "metrics.json").read_text()).keys()
