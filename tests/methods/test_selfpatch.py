@@ -310,3 +310,27 @@ def test_a_run_starts_from_published_weights_and_keeps_their_names(tmp_path):
     assert same(task.student.backbone.state_dict(), source.teacher.backbone.state_dict())
     heads = {name.partition(".")[0] for name in task.student.state_dict()}
     assert heads == {"backbone", "ca_head", "head", "patch_head"}
+
+
+def test_without_local_views():
+    batch = random_batch(2)
+    del batch.views[1:]
+    [metrics] = fit(small("SelfPatch"), [batch]).metrics
+    assert metrics["train/loss"] == pytest.approx(
+        metrics["train/cls_loss"] + 0.1 * metrics["train/patch_loss"]
+    )
+    assert metrics["train/teacher_entropy"] + metrics["train/kl"] == pytest.approx(metrics["train/cls_loss"])
+
+
+def test_mixed_precision_keeps_heads_and_loss_in_float32():
+    plain, mixed = (
+        fit(small("SelfPatch"), [random_batch(4)] * 2, precision=precision)
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert mixed.losses == pytest.approx(plain.losses, rel=0.02)
+    assert mixed.losses != plain.losses
+
+
+def test_a_backbone_whose_cls_is_wider_than_its_patches_is_an_error():
+    with pytest.raises(InputError, match=r"\[CLS\] of jumbo_tiny is 144 wide and its patches are 24"):
+        SelfPatch("jumbo_tiny", **TINY["SelfPatch"], backbone_args=BACKBONE).configure_model()
