@@ -23,7 +23,7 @@ DROP_PATH = {
     "dino_digits": 0.0,
     "distill_tiny": None,
     "selfpatch_small": 0.1,
-    "selfpatch_digits": 0.0,
+    "selfpatch_digits": None,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
 }
