@@ -25,6 +25,8 @@ DROP_PATH = {
     "mae_small": None,
     "mae_digits": None,
     "simmim_small": 0.1,
+    "selfpatch_small": 0.1,
+    "selfpatch_digits": None,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
 }
@@ -48,6 +50,11 @@ SMALL = {
     "simmim": {
         "data": {"views.global_size": 32},
         "model": {"mask_size": 16},
+        "knn": {"every_n_epochs": 1},
+    },
+    "selfpatch": {
+        "data": VIEWS | {"views.local_views": 2},
+        "model": {"out_dim": 64, "patch_out_dim": 48, "hidden_dim": 32, "bottleneck_dim": 16},
         "knn": {"every_n_epochs": 1},
     },
     "distill": {
@@ -150,7 +157,7 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
         assert {"train/loss", "train/teacher_entropy"} <= logged
     elif config.startswith(("mae_", "simmim_")):
         assert {"train/loss", "train/hidden_share", "knn/top1"} <= logged
-    elif config.startswith("distill_"):
+    elif config.startswith(("distill_", "selfpatch_")):
         assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:
         assert {"val/loss", "val/top1"} <= json.loads((run / "metrics.json").read_text()).keys()

@@ -37,6 +37,7 @@ METHODS = {
 # What makes each method small; beside that a teacher is needed where `teacher` is an option.
 TINY = {
     "Dino": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+    "SelfPatch": {"out_dim": 64, "patch_out_dim": 48, "hidden_dim": 32, "bottleneck_dim": 16},
     "Distillation": {"teacher_backbone": "vit_tiny_patch16_224", "teacher_args": TEACHER},
     "Mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "SimMim": {"mask_size": 8},

@@ -9,7 +9,7 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import image_features
 from locat_lightning.methods import Distillation
-from tests.methods.runs import BACKBONE, Batches, fit, random_batch, small, teacher, trainer
+from tests.methods.runs import BACKBONE, METHODS, Batches, fit, random_batch, same, small, teacher, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
@@ -83,6 +83,17 @@ def test_the_teacher_is_frozen_and_out_of_checkpoints(tmp_path):
     assert all(
         torch.equal(value, task.backbone.state_dict()[key]) for key, value in student.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"Distillation"}))
+def test_a_run_of_another_method_is_a_teacher(tmp_path, name):
+    """By its checkpoint alone, which records the model; of two networks the teacher is taken."""
+    run = small(name)
+    fit(run, [random_batch(2)], ModelCheckpoint(tmp_path, save_last=True))
+    options = {"teacher_backbone": None, "teacher_args": None, "backbone_args": {"embed_dim": 12}}
+    task = small("Distillation", teacher=str(tmp_path / "last.ckpt"), **options)
+    assert same(task.teacher.state_dict(), run.backbone.state_dict())
+    assert fit(task, [random_batch(2)]).losses[0] > 0
 
 
 def test_another_teacher_does_not_go_on(tmp_path):

@@ -9,9 +9,10 @@ from pkgutil import iter_modules
 from locat_lightning.methods.dino import Dino
 from locat_lightning.methods.distillation import Distillation
 from locat_lightning.methods.mae import Mae
+from locat_lightning.methods.selfpatch import SelfPatch
 from locat_lightning.methods.simmim import SimMim
 
-__all__ = ["Dino", "Distillation", "Mae", "SimMim"]
+__all__ = ["Dino", "Distillation", "Mae", "SelfPatch", "SimMim"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")

@@ -186,3 +186,14 @@ class Pretraining(Task):
 
     def after_step(self, step: int) -> None:
         self._accumulated.clear()
+
+
+def features(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [CLS] [N, D] as a classifier reads it, and patch features [N, C, h, w] after the final norm."""
+    final, [patches] = backbone.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW")
+    return backbone.forward_head(final, pre_logits=True), patches
+
+
+def widths(backbone: Any) -> tuple[int, int]:
+    """Return the widths of `features`."""
+    return backbone.head_hidden_size, backbone.feature_info[-1]["num_chs"]

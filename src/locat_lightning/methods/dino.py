@@ -56,26 +56,35 @@ class Dino(SelfDistillation):
         self.collapse = ""
         self.loss = Loss(out_dim, student_temp=student_temp, center_momentum=center_momentum)
 
-    def make_head(self, width: int) -> nn.Module:
+    def make_head(self, width: int, **options: Any) -> nn.Module:
+        """Make a projection head for features of a width; `options` replace those of the method."""
         hp = self.hp
-        sizes = width, hp.hidden_dim, hp.bottleneck_dim, hp.out_dim
+        own = {
+            "hidden_dim": hp.hidden_dim,
+            "bottleneck_dim": hp.bottleneck_dim,
+            "output_dim": hp.out_dim,
+            "norm_last_layer": hp.norm_last_layer,
+            "freeze_last_layer": hp.freeze_last_layer_epochs,
+        }
         with warnings.catch_warnings():
             # The old weight norm keeps the parameters' names those of the original code.
             warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-            head: nn.Module = DINOProjectionHead(
-                *sizes, freeze_last_layer=hp.freeze_last_layer_epochs, norm_last_layer=hp.norm_last_layer
-            )
+            head: nn.Module = DINOProjectionHead(width, **(own | options))
         return head
 
     def compute_loss(self, batch: ViewBatch) -> Output:
-        """Compute the cross-entropy from the teacher's global views to the student's other views.
-
-        It is the mean entropy of the teacher's distributions, plus the KL divergence from the student's.
-        """
+        """Compute the cross-entropy from the teacher's global views to the student's other views."""
         views = [each.crops for each in batch.views]
         with torch.no_grad():
             features, taught = self.teacher(views[:1])
         _, learnt = self.student(views)
+        return Output(*self.compare_views(taught, learnt), features)
+
+    def compare_views(self, taught: Tensor, learnt: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return the cross-entropy between logits [views, B, out_dim], and what is logged beside it.
+
+        It is the mean entropy of the teacher's distributions, plus the KL divergence from the student's.
+        """
         temperature = self.teacher_temperature(self.current_epoch)
         with torch.autocast(self.device.type, enabled=False):
             p = self.loss.teacher_probabilities(taught, temperature)
@@ -93,12 +102,13 @@ class Dino(SelfDistillation):
             "momentum": self.momentum(self.step),
             "last_layer_frozen": float(self.current_epoch < self.hp.freeze_last_layer_epochs),
         }
-        return Output(loss, scalars, features)
+        return loss, scalars
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip; then drop the gradients of a frozen last layer (zeroed, AdamW would still decay it)."""
         super().configure_gradient_clipping(*args, **kwargs)
-        self.student.head.cancel_last_layer_gradients(self.current_epoch)
+        for head in self.student.heads:
+            head.cancel_last_layer_gradients(self.current_epoch)
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
@@ -116,8 +126,9 @@ class Dino(SelfDistillation):
             advice = "raise model.teacher_temp, or lower model.center_momentum or model.lr"
         if collapse and collapse != self.collapse:
             rank_zero_warn(
-                f"DINO has collapsed at step {self.global_step}, {collapse} (teacher entropy {entropy:.3g}, "
-                f"at most {most:.3g}; KL {divergence:.3g}). If it stays so, it learns no more: {advice}"
+                f"{type(self).__name__} has collapsed at step {self.global_step}, {collapse} (teacher "
+                f"entropy {entropy:.3g}, at most {most:.3g}; KL {divergence:.3g}). If it stays so, it learns "
+                f"no more: {advice}"
             )
         self.collapse = collapse
 

@@ -13,7 +13,7 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import RANDOM, check_source
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
-from locat_lightning.methods.base import Output, Pretraining
+from locat_lightning.methods.base import Output, Pretraining, features, widths
 from locat_lightning.tasks.frozen import FrozenNetwork, reference_to
 
 
@@ -103,17 +103,6 @@ class Distillation(Pretraining, FrozenNetwork):
             distance = DISTANCES[self.hp.criterion]
             cls_loss = distance(self.project_cls(own_cls.float()), cls.float())
             return cls_loss, distance(learnt, patches.float().movedim(1, -1)), own_cls.detach()
-
-
-def features(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return [CLS] [N, D] as a classifier reads it, and patch features [N, C, h, w] after the final norm."""
-    final, [patches] = backbone.forward_intermediates(images, indices=1, norm=True, output_fmt="NCHW")
-    return backbone.forward_head(final, pre_logits=True), patches
-
-
-def widths(backbone: Any) -> tuple[int, int]:
-    """Return the widths of `features`."""
-    return backbone.head_hidden_size, backbone.feature_info[-1]["num_chs"]
 
 
 # The mean distance between vectors [..., D].

@@ -31,6 +31,11 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head: Any = head
 
+    @property
+    def heads(self) -> list[Any]:
+        """Return all projection heads."""
+        return [self.head]
+
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return features [views · B, D] and logits [views, B, out_dim], the latter in float32.
 
@@ -77,6 +82,10 @@ class SelfDistillation(Pretraining):
             if name.endswith("momentum") and not 0 <= value <= 1:
                 raise InputError(f"model.{name} ({value}) must be from 0 to 1")
 
+    def make_network(self, backbone: Any) -> Network:
+        """Put a projection head on a backbone: the student, or the teacher."""
+        return Network(backbone, self.make_head(backbone.head_hidden_size))
+
     def make_head(self, width: int) -> nn.Module:
         """Make the projection head of one network for features of a width."""
         raise NotImplementedError
@@ -100,10 +109,7 @@ class SelfDistillation(Pretraining):
             raise InputError(f"model.ema: {AVERAGED}")
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
-        backbones = (make_backbone() for _ in range(2))
-        self.student, self.teacher = (
-            Network(each, self.make_head(each.head_hidden_size)) for each in backbones
-        )
+        self.student, self.teacher = (self.make_network(make_backbone()) for _ in range(2))
         for module in self.teacher.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
