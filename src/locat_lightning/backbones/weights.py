@@ -101,7 +101,7 @@ def state_for(
     Position embeddings and GAug's kernels follow its grid, the patch embedding its patches and channels. The
     model is not changed; other arguments and errors are those of `load_weights`, without `random`.
     """
-    state = _below_prefix(_read_state(weights, network, contents), model, network)
+    state = _below_prefix(read_state(weights, network, contents), model, network)
     try:
         state = checkpoint_filter_fn(state, model)
     except (AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
@@ -190,8 +190,10 @@ def contents_of(weights: str) -> dict[str, Any] | None:
     return read_checkpoint(weights) if Path(weights).is_file() else None
 
 
-def _read_state(weights: str, network: Role, contents: dict[str, Any] | None) -> dict[str, Tensor]:
-    """Return the tensors of a file, or of a name that timm knows, by name."""
+def read_state(
+    weights: str, network: Role = "teacher", contents: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """Return all tensors of a source of weights (see `load_weights`) by name, as they are."""
     contents = contents or contents_of(weights)
     if contents is not None:
         for container in (network, *CONTAINERS):

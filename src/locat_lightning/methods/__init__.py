@@ -7,9 +7,11 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from locat_lightning.methods.dino import Dino
+from locat_lightning.methods.dinov2 import Dinov2
 from locat_lightning.methods.distillation import Distillation
+from locat_lightning.methods.ibot import Ibot
 
-__all__ = ["Dino", "Distillation"]
+__all__ = ["Dino", "Dinov2", "Distillation", "Ibot"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
