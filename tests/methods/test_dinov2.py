@@ -135,14 +135,14 @@ def test_a_run_with_gram_anchoring_resumes_without_the_file_of_its_teacher(tmp_p
     batches = [random_batch(2, seed) for seed in range(4)]
     whole = small("Dinov2", **options)
     losses = fit(whole, batches, max_epochs=2).losses
-    saving = ModelCheckpoint(tmp_path, save_last=True)
+    saving = ModelCheckpoint(tmp_path / "run", save_last=True)
     with pytest.raises(KeyError):
         fit(small("Dinov2", **options), batches, saving, Stop(1, 0), max_epochs=2)
     (tmp_path / "earlier.pt").unlink()
     resumed, record = Dinov2(**dict(whole.hparams)), Record()
-    resumed.resume(torch.load(tmp_path / "last.ckpt", weights_only=True))
+    resumed.resume(torch.load(tmp_path / "run" / "last.ckpt", weights_only=True))
     trainer(record, max_epochs=2).fit(
-        resumed, Batches(batches), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        resumed, Batches(batches), ckpt_path=tmp_path / "run" / "last.ckpt", weights_only=True
     )
     assert record.losses == losses[4:]
     assert same(resumed.gram.state_dict(), whole.gram.state_dict())

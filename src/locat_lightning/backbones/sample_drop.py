@@ -5,6 +5,7 @@ stochastic depth.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -40,7 +41,7 @@ class SampledBlock(Block):
 
 def drop_samples(model: nn.Module, rate: float) -> None:
     """Turn all of a model's blocks into `SampledBlock`s in place: `ValueError` if they are not timm's."""
-    blocks = [module for module in model.modules() if type(module) is Block]
+    blocks: list[Any] = [module for module in model.modules() if type(module) is Block]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has none of timm's blocks")
     for block in blocks:

@@ -108,7 +108,8 @@ class Dinov2(Ibot):
 
     def parameter_groups(self) -> list[Group]:
         """Return groups by layer: their learning rates fall towards the patch embedding."""
-        hp, depth = self.hp, len(self.student.backbone.blocks)
+        backbone: Any = self.student.backbone
+        hp, depth = self.hp, len(backbone.blocks)
         keys = {}
         for name, parameter in self.student.named_parameters():
             scale = hp.layer_decay ** layers_above(name, depth)

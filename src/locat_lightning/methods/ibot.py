@@ -131,6 +131,9 @@ class Ibot(SelfDistillation):
         options: those of every self-distillation (`SelfDistillation`).
     """
 
+    student: MaskedNetwork
+    teacher: MaskedNetwork
+
     def __init__(
         self,
         backbone: str = "locatvit_small",
