@@ -21,6 +21,9 @@ DROP_PATH = {
     "dino_tiny": 0.1,
     "dino_small": 0.1,
     "dino_digits": 0.0,
+    "ibot_small": 0.1,
+    "ibot_digits": 0.0,
+    "dinov2_small": None,
     "distill_tiny": None,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
@@ -31,12 +34,20 @@ TEACHER = "vit_base_patch14_reg4_dinov2"
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VIEWS = {"views.global_size": 32, "views.local_size": 16}
 # What makes a config of a kind small, by the beginning of its name.
+DINO = {
+    "data": VIEWS | {"views.local_views": 2},
+    "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+    "knn": {"every_n_epochs": 1},
+}
+MASKED = {
+    **DINO,
+    "data": DINO["data"] | {"views.patch_size": 8, "views.min_block": 1},
+    "model": DINO["model"] | {"warmup_teacher_temp_epochs": 0},
+}
 SMALL = {
-    "dino": {
-        "data": VIEWS | {"views.local_views": 2},
-        "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
-        "knn": {"every_n_epochs": 1},
-    },
+    "dino": DINO,
+    "ibot": MASKED,
+    "dinov2": MASKED,
     "distill": {
         "data": VIEWS,
         "model": {"teacher": "vit.pth", "teacher_backbone": TEACHER, "teacher_args": BACKBONE},
@@ -135,6 +146,8 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
         logged = set(file.readline().strip().split(","))
     if config.startswith("dino_"):
         assert {"train/loss", "train/teacher_entropy"} <= logged
+    elif config.startswith(("ibot_", "dinov2_")):
+        assert {"train/cls_loss", "train/patch_loss", "train/patch_cosine", "knn/top1"} <= logged
     elif config.startswith("distill_"):
         assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:

@@ -306,6 +306,11 @@ def train_until_nan(name, rank, folder, looks):
     return ""
 
 
+def with_sinkhorn(batch, **options):
+    """The loss of a step whose targets are balanced over all processes."""
+    return fit(small("Ibot", centering="sinkhorn_knopp"), [batch], **options).losses[0]
+
+
 def in_two_processes(rank, folder):
     """All that is tested of two processes: they take long to start."""
     found = {
@@ -318,6 +323,9 @@ def in_two_processes(rank, folder):
         }
         for name in METHODS
     }
+    found["sinkhorn"] = with_sinkhorn(
+        part_of(random_batch(6), torch.arange(3 * rank, 3 * rank + 3)), devices=2, strategy="ddp"
+    )
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -343,6 +351,13 @@ def test_two_processes_are_one(of_two, name):
     for key in weights:
         if key.endswith(".center"):
             torch.testing.assert_close(halves[0][1][key], weights[key], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_sinkhorn_knopp_balances_over_processes(of_two):
+    halves = [found["sinkhorn"] for found in of_two[1]]
+    assert halves[0] != halves[1]
+    assert sum(halves) / 2 == pytest.approx(with_sinkhorn(random_batch(6)), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -180,9 +180,7 @@ class Ibot(SelfDistillation):
     def make_network(self, backbone: Any) -> MaskedNetwork:
         name, hp = self.hp.backbone, self.hp
         if not hasattr(backbone, "num_prefix_tokens") or not hasattr(backbone.patch_embed, "grid_size"):
-            raise InputError(
-                f"model.backbone: {name} has no patch tokens to mask: choose a vit_… or locatvit_…"
-            )
+            raise InputError(f"model.backbone: {name} has no patches to mask: choose a vit_… or locatvit_…")
         if hp.patch_targets == "refined" and not isinstance(
             getattr(backbone, "attn_pool", None), PatchRefinement
         ):
