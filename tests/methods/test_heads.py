@@ -1,4 +1,4 @@
-"""Projection heads out of checkpoints: own runs, and files with the names and shapes of DINO, iBOT and DINOv2."""
+"""Projection heads out of checkpoints: of own runs, and by the names and shapes of DINO, iBOT and DINOv2."""
 
 import pytest
 import timm

@@ -112,7 +112,7 @@ def test_a_backbone_that_does_not_fit_is_an_error(name, options, message):
 
 def test_views_that_do_not_fit_are_an_error():
     batch = random_batch(2)
-    with pytest.raises(InputError, match="Ibot needs views with masks: set data.views.class_path"):
+    with pytest.raises(InputError, match=r"Ibot needs views with masks: set data\.views\.class_path"):
         fit(small("Ibot"), [batch._replace(masks=None)])
     with pytest.raises(InputError, match=r"masks are of \[8, 8\] patches, but the model has \[4, 4\]"):
         fit(small("Ibot"), [batch._replace(masks=torch.zeros(2, 2, 8, 8, dtype=torch.bool))])
@@ -125,3 +125,12 @@ def test_separate_heads_of_jumbo_train():
     options = HEAD | {"shared_head": False, "warmup_teacher_temp_epochs": 0, "warmup_epochs": 0, "lr": 1e-3}
     record = fit(Ibot("locatjumbo_tiny", backbone_args=arguments, **options), [random_batch(2)])
     assert record.losses[0] > 0
+
+
+def test_what_gives_the_tokens_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    task = small("Ibot", compile=True)
+    fit(task, [random_batch(2)])
+    assert compiled == [network.backbone.forward_features for network in (task.student, task.teacher)]

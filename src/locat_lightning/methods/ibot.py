@@ -300,6 +300,13 @@ class Ibot(SelfDistillation):
             indices = masks.flatten().nonzero().flatten()
         return masks, indices
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.hp.compile:  # what a backbone returns as a whole is compiled already, but that is pooled
+            for network in (self.student, self.teacher):
+                backbone: Any = network.backbone
+                backbone.forward_features = torch.compile(backbone.forward_features)
+
     def after_step(self, step: int) -> None:
         super().after_step(step)
         self.cls_targets.move_center()
