@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.sample_drop import SampledBlock
 from locat_lightning.data.views import Views
 from locat_lightning.errors import InputError
@@ -146,6 +147,9 @@ def test_a_run_with_gram_anchoring_resumes_without_the_file_of_its_teacher(tmp_p
     )
     assert record.losses == losses[4:]
     assert same(resumed.gram.state_dict(), whole.gram.state_dict())
+    backbone = load_backbone(str(tmp_path / "run" / "last.ckpt"))  # the teacher's, not Gram's
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, state[f"teacher.backbone.{k}"]) for k, v in backbone.state_dict().items())
 
 
 def test_the_students_blocks_leave_images_out():

@@ -235,3 +235,16 @@ def test_a_batch_without_masked_patches_trains():
             record = fit(small(name, centering=centering), [batch] * 2)
             assert all(math.isfinite(loss) for loss in record.losses)
             assert record.metrics[-1]["train/patch_loss"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Ibot", {"patch_targets": "refined"}), ("Dinov2", {"koleo_weight": 0.1, "gram_weight": 1.0})],
+)
+def test_mixed_precision_keeps_heads_and_losses_in_float32(name, options):
+    batches = [random_batch(4, seed) for seed in range(2)]
+    plain, mixed = (
+        fit(small(name, **options), batches, precision=precision) for precision in ("32-true", "bf16-mixed")
+    )
+    assert mixed.losses == pytest.approx(plain.losses, rel=0.02)
+    assert mixed.losses != plain.losses
