@@ -29,14 +29,18 @@ class Dino(SelfDistillation):
         self.loss = Loss(hp.out_dim, student_temp=hp.student_temp, center_momentum=hp.center_momentum)
 
     def compute_loss(self, batch: ViewBatch) -> Output:
-        """Compute the cross-entropy from the teacher's global views to the student's other views.
-
-        It is the mean entropy of the teacher's distributions, plus the KL divergence from the student's.
-        """
+        """Compute the cross-entropy from the teacher's global views to the student's other views."""
         views = [each.crops for each in batch.views]
         with torch.no_grad():
             features, taught = self.teacher(views[:1])
         _, learnt = self.student(views)
+        return Output(*self.compare_views(taught, learnt), features)
+
+    def compare_views(self, taught: list[Tensor], learnt: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the cross-entropy between logits [B, out_dim] of each view, and what is logged beside it.
+
+        It is the mean entropy of the teacher's distributions, plus the KL divergence from the student's.
+        """
         temperature = self.teacher_temperature(self.current_epoch)
         with torch.autocast(self.device.type, enabled=False):
             loss: Tensor = self.loss(taught, learnt, teacher_temp=temperature)
@@ -52,7 +56,7 @@ class Dino(SelfDistillation):
             "momentum": self.momentum(self.step),
             "last_layer_frozen": float(self.current_epoch < self.hp.freeze_last_layer_epochs),
         }
-        return Output(loss, scalars, features)
+        return loss, scalars
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
