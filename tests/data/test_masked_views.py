@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from locat_lightning.data import MultiViewData
 from locat_lightning.data.masked_views import MaskedMultiCrop, block_mask, masks_of_batch, masks_of_each
 from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
@@ -123,3 +124,15 @@ def test_undistorted_views_show_the_same_with_their_own_colours(local_views):
 def test_what_cannot_be_is_an_error(options, message):
     with pytest.raises(InputError, match=message):
         MaskedMultiCrop(**(SMALL | options))
+
+
+def test_all_views_of_a_loaded_batch_are_coloured_on_the_device():
+    views = MaskedMultiCrop(**SMALL, undistorted_size=48)
+    data = MultiViewData(dataset="digits", views=views, batch_size=4, num_workers=0)
+    data.setup("fit")
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    for each in (*batch.views, batch.undistorted):
+        assert each.colour is None
+        assert each.crops.dtype == torch.float32
+    assert batch.undistorted.crops.shape[-1] == 48
+    assert batch.masks.any()
