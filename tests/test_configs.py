@@ -24,6 +24,7 @@ DROP_PATH = {
     "ibot_small": 0.1,
     "ibot_digits": 0.0,
     "dinov2_small": None,
+    "dinov2_digits": None,
     "distill_tiny": None,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
