@@ -21,6 +21,10 @@ DROP_PATH = {
     "dino_tiny": 0.1,
     "dino_small": 0.1,
     "dino_digits": 0.0,
+    "ibot_small": 0.1,
+    "ibot_digits": 0.0,
+    "dinov2_small": None,
+    "dinov2_digits": None,
     "distill_tiny": None,
     "mae_small": None,
     "mae_digits": None,
@@ -36,12 +40,21 @@ TEACHER = "vit_base_patch14_reg4_dinov2"
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VIEWS = {"views.global_size": 32, "views.local_size": 16}
 # What makes a config of a kind small, by the beginning of its name.
+DINO = {
+    "data": VIEWS | {"views.local_views": 2},
+    "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+    "knn": {"every_n_epochs": 1},
+}
+MASKED = {
+    **DINO,
+    "data": DINO["data"] | {"views.patch_size": 8, "views.min_block": 1},
+    "model": DINO["model"] | {"warmup_teacher_temp_epochs": 0},
+}
 SMALL = {
-    "dino": {
-        "data": VIEWS | {"views.local_views": 2},
-        "model": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
-        "knn": {"every_n_epochs": 1},
-    },
+    "dino": DINO,
+    "ibot": MASKED,
+    "dinov2": MASKED,
+    "selfpatch": {**DINO, "model": DINO["model"] | {"patch_out_dim": 48}},
     "mae": {
         "data": {"views.global_size": 32},
         "model": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
@@ -50,11 +63,6 @@ SMALL = {
     "simmim": {
         "data": {"views.global_size": 32},
         "model": {"mask_size": 16},
-        "knn": {"every_n_epochs": 1},
-    },
-    "selfpatch": {
-        "data": VIEWS | {"views.local_views": 2},
-        "model": {"out_dim": 64, "patch_out_dim": 48, "hidden_dim": 32, "bottleneck_dim": 16},
         "knn": {"every_n_epochs": 1},
     },
     "distill": {
@@ -157,6 +165,8 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
         assert {"train/loss", "train/teacher_entropy"} <= logged
     elif config.startswith(("mae_", "simmim_")):
         assert {"train/loss", "train/hidden_share", "knn/top1"} <= logged
+    elif config.startswith(("ibot_", "dinov2_")):
+        assert {"train/cls_loss", "train/patch_loss", "train/patch_cosine", "knn/top1"} <= logged
     elif config.startswith(("distill_", "selfpatch_")):
         assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:

@@ -1,4 +1,4 @@
-"""Schedules as functions of the optimizer step, and the linear rule for the learning rate."""
+"""Schedules as functions of the optimizer step, and how the learning rate follows the batch."""
 
 import math
 
@@ -9,6 +9,11 @@ def linear_rule(base_lr: float, global_batch: int, reference_batch: int) -> floa
     Source: Goyal et al., "Accurate, Large Minibatch SGD" (2017).
     """
     return base_lr * global_batch / reference_batch
+
+
+def square_root_rule(base_lr: float, global_batch: int, reference_batch: int) -> float:
+    """Return a learning rate proportional to the square root of the batch, as DINOv2 has it."""
+    return base_lr * math.sqrt(global_batch / reference_batch)
 
 
 def warmup_then_linear(step: int, *, steps: int, warmup: int, peak: float, start: float, end: float) -> float:

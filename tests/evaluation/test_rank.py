@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from locat_lightning.evaluation.rank import effective_rank
+from locat_lightning.evaluation.rank import effective_rank, patch_signs
 
 
 def normal(*size, seed=0):
@@ -73,3 +74,32 @@ def test_not_finite(value):
 def test_other_shapes(shape):
     with pytest.raises(ValueError, match=r"features must be \[N, D\]"):
         effective_rank(torch.zeros(shape))
+
+
+def test_signs_of_patches_are_those_of_a_plain_loop():
+    generator = torch.Generator().manual_seed(0)
+    features, patches = (torch.randn(*shape, 6, generator=generator) for shape in ((3,), (3, 5)))
+    signs = patch_signs(features, patches)
+    alike, to_image = [], []
+    for image, own in zip(features, patches, strict=True):
+        pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+        alike += [F.cosine_similarity(own[i], own[j], dim=0) for i, j in pairs]
+        to_image += [F.cosine_similarity(image, patch, dim=0) for patch in own]
+    torch.testing.assert_close(signs["patch_cosine"], torch.stack(alike).mean())
+    torch.testing.assert_close(signs["patch_cls_cosine"], torch.stack(to_image).mean())
+    torch.testing.assert_close(signs["patch_rank"], effective_rank(patches.flatten(0, 1)))
+
+
+def test_patches_that_have_collapsed_are_alike():
+    patches = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(0)).expand(4, 9, 6)
+    signs = patch_signs(patches[:, 0], patches)
+    assert signs["patch_cosine"].item() == pytest.approx(1)
+    assert signs["patch_cls_cosine"].item() == pytest.approx(1)
+    assert signs["patch_rank"].item() <= 3.01
+
+
+def test_many_patches_are_thinned_out_and_other_widths_have_no_cosine_with_the_image():
+    patches = torch.randn(30, 200, 4, generator=torch.Generator().manual_seed(0))
+    signs = patch_signs(torch.randn(30, 8), patches)
+    assert "patch_cls_cosine" not in signs
+    assert signs["patch_rank"].item() == pytest.approx(4, abs=0.1)

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 import locat_lightning.methods  # noqa: F401 - all methods, by way of their base
 from locat_lightning.backbones.create import create_for_any_size
 from locat_lightning.data import MultiViewData
-from locat_lightning.data.views import MultiCrop, ViewBatch, Views
+from locat_lightning.data.masked_views import MaskedMultiCrop
+from locat_lightning.data.views import ViewBatch, Views
 from locat_lightning.methods.base import Pretraining
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -35,9 +36,15 @@ METHODS = {
     and each.compute_loss is not Pretraining.compute_loss
 }
 # What makes each method small; beside that a teacher is needed where `teacher` is an option.
+HEAD = {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16}
 TINY = {
-    "Dino": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
-    "SelfPatch": {"out_dim": 64, "patch_out_dim": 48, "hidden_dim": 32, "bottleneck_dim": 16},
+    "Dino": HEAD,
+    "SelfPatch": HEAD | {"patch_out_dim": 48},
+    "Ibot": HEAD | {"warmup_teacher_temp_epochs": 0},
+    # KoLeo compares the images of a batch; a learning rate of 0 leaves the last layer as it is.
+    "Dinov2": HEAD
+    | {"warmup_teacher_temp_epochs": 0, "sample_drop": 0.0, "koleo_weight": 0.0}
+    | {"freeze_last_layer_epochs": 0},
     "Distillation": {"teacher_backbone": "vit_tiny_patch16_224", "teacher_args": TEACHER},
     "Mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "SimMim": {"mask_size": 8},
@@ -70,7 +77,11 @@ def random_batch(images, seed=0):
         Views(torch.randn(count, images, 3, size, size, generator=generator), None)
         for count, size in ((2, 32), (3, 16))
     ]
-    return ViewBatch(views, torch.full((images,), -1), torch.arange(images))
+    masks = (
+        torch.rand(2, images, 4, 4, generator=generator)
+        < torch.rand(2, images, 1, 1, generator=generator) - 0.4
+    )
+    return ViewBatch(views, torch.full((images,), -1), torch.arange(images), masks)
 
 
 def spoil(batch):
@@ -86,7 +97,7 @@ def couples_images(task):
 
 def part_of(batch, images):
     views = [Views(each.crops[:, images], None) for each in batch.views]
-    return ViewBatch(views, batch.labels[images], batch.indices[images])
+    return ViewBatch(views, batch.labels[images], batch.indices[images], batch.masks[:, images])
 
 
 class Batches(LightningDataModule):
@@ -169,8 +180,15 @@ def images(folder, number=22):
 
 
 def of_folder(folder: Path, batch_size=2, num_workers=0, **views):
-    views = MultiCrop(**({"global_size": 32, "local_size": 16, "local_views": 2} | views))
-    return MultiViewData(root=str(folder), views=views, batch_size=batch_size, num_workers=num_workers)
+    return MultiViewData(
+        root=str(folder), views=masked_views(**views), batch_size=batch_size, num_workers=num_workers
+    )
+
+
+def masked_views(**options):
+    """Small views, masked image by image: the batches in which they come do not matter."""
+    small = {"global_size": 32, "local_size": 16, "local_views": 2, "patch_size": 8, "stratified": False}
+    return MaskedMultiCrop(**(small | options))
 
 
 def same(a, b):

@@ -223,7 +223,7 @@ def test_published_weights_are_read(tmp_path, heads):
         assert torch.equal(value, task.backbone.state_dict()[name]), name
     options = {"backbone_args": PLAIN, "weights": str(tmp_path / "mae.pth"), "heads": True}
     if not heads:
-        with pytest.raises(InputError, match=r"no decoder that fits: decoder_embed\.weight is missing"):
+        with pytest.raises(InputError, match=r"no heads that fit: decoder_embed\.weight is missing"):
             small("Mae", **options)
         return
     again = small("Mae", **options)
@@ -233,7 +233,7 @@ def test_published_weights_are_read(tmp_path, heads):
     alone = small("Mae", **options | {"heads": False})
     assert torch.equal(alone.backbone.cls_token, task.backbone.cls_token)
     assert not torch.equal(alone.decoder.mask_token, task.decoder.mask_token)
-    with pytest.raises(InputError, match="heads: --weights says where the decoder is"):
+    with pytest.raises(InputError, match="heads: --weights says where the heads are"):
         Mae(heads=True).check(trainer(max_epochs=20), training=True)
 
 

@@ -15,7 +15,8 @@ from locat_lightning.backbones.create import create_backbone, load_backbone
 from locat_lightning.errors import InputError
 from locat_lightning.methods import SelfPatch
 from locat_lightning.methods.dino import Loss
-from locat_lightning.methods.selfpatch import AggregationHead, PatchLoss, SelfPatchNetwork, neighbours
+from locat_lightning.methods.selfpatch import AggregationHead, SelfPatchNetwork, neighbours, patch_loss
+from locat_lightning.methods.targets import Targets
 from tests.methods.runs import BACKBONE, TINY, fit, random_batch, same, small
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "selfpatch.safetensors"
@@ -91,19 +92,19 @@ def test_the_golden_loss_gradients_and_centres(golden, networks):
             expected = golden[f"{name}_patch_logits_{size}"]
             close(torch.cat(patches[of_size])[: len(expected)], expected, atol=1e-5)
 
-    of_cls, of_patches = Loss(24), PatchLoss(12)
+    of_cls, of_patches = Loss(24), Targets(12, "centering", 0.9)
     of_cls.center.copy_(golden["center0"])
-    of_patches.center.copy_(golden["patch_center0"])
+    of_patches.center.copy_(golden["patch_center0"].flatten())
     cls_loss = of_cls(of_cls.teacher_probabilities(taught[:2], 0.05), learnt)
     of_cls.update_center(taught[2:])
-    patch_loss, _ = of_patches(taught_patches, learnt_patches, 0.05)
-    loss = cls_loss + 0.1 * patch_loss
-    for name, value in {"cls_loss": cls_loss, "patch_loss": patch_loss, "loss": loss}.items():
+    of_all, _ = patch_loss(of_patches, taught_patches, learnt_patches, 0.05, 0.1)
+    loss = cls_loss + 0.1 * of_all
+    for name, value in {"cls_loss": cls_loss, "patch_loss": of_all, "loss": loss}.items():
         torch.testing.assert_close(value, golden[name], atol=0, rtol=1e-6)
     of_cls.move_center()
     of_patches.move_center()
     close(of_cls.center, golden["center_after"])
-    close(of_patches.center[0], golden["patch_center_after"])
+    close(of_patches.center, golden["patch_center_after"].flatten())
 
     loss.backward()
     for features, size in zip(views["student"], ("global", "local"), strict=True):
@@ -247,7 +248,7 @@ def test_eight_steps_are_those_of_a_plain_loop(backbone_args):
         rows = torch.cat([patches.flatten(0, 1) for _, patches in taught])
         patch_centre = 0.9 * patch_centre + 0.1 * rows.mean(0)
     close(task.loss.center[0, 0], centre, atol=1e-5)
-    close(task.patch_loss.center[0, 0], patch_centre, atol=1e-5)
+    close(task.patch_targets.center, patch_centre, atol=1e-5)
     for name, value in plain.teacher.state_dict().items():
         close(task.teacher.state_dict()[name], value, atol=1e-3)
 

@@ -64,13 +64,14 @@ def test_a_compiled_backbone_keeps_its_names_and_figures(tmp_path, monkeypatch):
         torch.testing.assert_close(fast.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_both_networks_of_self_distillation_are_compiled(monkeypatch):
+@pytest.mark.parametrize("name", ["Dino", "Ibot", "SelfPatch"])
+def test_both_networks_of_self_distillation_are_compiled(monkeypatch, name):
     compiled = []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda *each, **options: compiled.append((*each, options))
     )
     for choice, mode in ((True, None), ("reduce-overhead", "reduce-overhead")):
-        module = small(compile=choice)
+        module = small(name, compile=choice)
         pretrain(module, [random_batch(2)])
         options = {"dynamic": False, "mode": mode}
         assert compiled == [(module.student, options), (module.teacher, options)]
@@ -95,6 +96,10 @@ class Graphs(Callback):
     ("name", "graphs"),
     [
         ("Dino", [2, 0, 0]),  # student and teacher, with backbone and head; the student's has two sizes
+        ("SelfPatch", [2, 0, 0]),
+        ("Ibot", [3, 0, 0]),  # the student's masked global views are a graph of their own
+        ("Mae", [1, 0, 0]),
+        ("SimMim", [1, 0, 0]),
         ("Distillation", [4, 0, 0]),  # two sizes of two networks
         ("Classification", [1, 0, 0]),
         ("Segmentation", [1, 1, 0]),  # the grid of its crops is noted in the first step

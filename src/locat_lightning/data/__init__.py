@@ -1,5 +1,6 @@
 """Images, views and masks: from files to batches. Knows no model."""
 
+import locat_lightning.data.masked_views  # noqa: F401 - a config finds its class
 from locat_lightning.data.classification import ImageData
 from locat_lightning.data.multiview import MultiViewData
 from locat_lightning.data.segmentation import SegmentationData

@@ -75,7 +75,8 @@ class MultiViewData(LabelledData):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, ViewBatch):
-            return batch._replace(views=[views.coloured() for views in batch.views])
+            extra = None if batch.undistorted is None else batch.undistorted.coloured()
+            return batch._replace(views=[views.coloured() for views in batch.views], undistorted=extra)
         return batch
 
     def _find(self, split: str) -> Source | Stream:

@@ -36,11 +36,13 @@ class Views:
     Args:
         crops: uint8 [V, 3, H, W] or [V, B, 3, H, W]; once coloured, normalised float32.
         colour: float32 [V, 8] or [V, B, 8] from `draw_colour`; None once the crops are coloured.
+        seed: of what `ViewTransform.collate` may draw for this image.
     """
 
-    def __init__(self, crops: Tensor, colour: Tensor | None) -> None:
+    def __init__(self, crops: Tensor, colour: Tensor | None, seed: int = 0) -> None:
         self.crops = crops
         self.colour = colour
+        self.seed = seed
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Views":
         """Move the crops to a device; by default only CUDA is not waited for, elsewhere that is unsafe."""
@@ -57,7 +59,7 @@ class Views:
         if self.colour is None:
             return self
         crops = apply_colour(self.crops.flatten(0, -4), self.colour.flatten(0, -2))
-        return Views(crops.view(self.crops.shape), None)
+        return Views(crops.view(self.crops.shape), None, self.seed)
 
 
 class ViewBatch(NamedTuple):
@@ -67,13 +69,19 @@ class ViewBatch(NamedTuple):
         views: of each size, [V, B, 3, H, W]; the global ones come first.
         labels: int64 [B]; -1 where unknown.
         indices: int64 [B], the images' positions in the data set.
-        masks: of the method's patches, if its views come with any.
+        masks: of the method's patches, if its views come with any: for `MaskedMultiCrop` bool [V, B, H, W],
+            true for the masked patches of the global views.
+        mask_indices: int64 [M], positions of the masked patches in the flattened masks. Found where the batch
+            is made, so that a GPU does not have to be waited for.
+        undistorted: the global views again with their own colours, [V, B, 3, H', W'], if a method wants them.
     """
 
     views: list[Views]
     labels: Tensor
     indices: Tensor
     masks: Tensor | None = None
+    mask_indices: Tensor | None = None
+    undistorted: Views | None = None
 
 
 class ViewTransform(ABC):
@@ -131,6 +139,8 @@ class Drawn(NamedTuple):
     boxes: np.ndarray  # int [V, 4]: left, top, width, height
     flipped: np.ndarray  # bool [V]
     colour: Tensor  # float32 [V, 8], see `draw_colour`
+    sizes: list[int]  # [V], pixels
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,26 +178,32 @@ class MultiCrop(ViewTransform):
         return [self.global_size] * 2 + [self.local_size] * self.local_views
 
     def decode(self, image: Image.Image, rng: np.random.Generator) -> Drawn:
+        drawn = self.draw(image.size, rng)
+        width, height = image.size
+        # A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box then
+        # still has twice the pixels of its view on each side; PIL rounds down to one of these.
+        spare = max(1.0, (drawn.boxes[:, 2:].min(axis=1) / drawn.sizes).min() / 2)
+        image.draft("RGB", (math.ceil(width / spare), math.ceil(height / spare)))
+        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        reduction = width / pixels.shape[1]
+        return drawn._replace(pixels=pixels, boxes=np.rint(drawn.boxes / reduction).astype(int))
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Drawn:
+        """Draw what the views of an image of (width, height) show, without its pixels."""
         scales = [self.global_scale] * 2 + [self.local_scale] * self.local_views
-        boxes = draw_boxes(rng, image.size, np.array(scales))
+        boxes = draw_boxes(rng, size, np.array(scales))
         flipped = rng.random(len(boxes)) < self.hflip
         blur = [1.0, 0.1] + [0.5] * self.local_views  # probabilities
         solarize = [0.0, 0.2] + [0.0] * self.local_views
         colour = draw_colour(rng, blur, solarize)
-
-        width, height = image.size
-        # A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box then
-        # still has twice the pixels of its view on each side; PIL rounds down to one of these.
-        spare = max(1.0, (boxes[:, 2:].min(axis=1) / self.sizes).min() / 2)
-        image.draft("RGB", (math.ceil(width / spare), math.ceil(height / spare)))
-        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        reduction = width / pixels.shape[1]
-        return Drawn(pixels, np.rint(boxes / reduction).astype(int), flipped, colour)
+        return Drawn(np.empty(0), boxes, flipped, colour, self.sizes)
 
     def cut(self, decoded: Drawn) -> list[Views]:
-        pixels, boxes, flipped, colour = decoded
-        parts = [slice(0, 2), slice(2, None)] if len(boxes) > 2 else [slice(0, 2)]
-        views = [Views(_cut(pixels, boxes[p], flipped[p], self.sizes[p][0]), colour[p]) for p in parts]
+        pixels, boxes, flipped, colour, sizes, seed = decoded
+        last = 2 + self.local_views
+        parts = [slice(0, 2), slice(2, last), slice(last, None)]
+        parts = [part for part in parts if len(boxes[part])]
+        views = [Views(_cut(pixels, boxes[p], flipped[p], sizes[p][0]), colour[p], seed) for p in parts]
         return [v.coloured() for v in views] if self.colour_on == "worker" else views
 
 

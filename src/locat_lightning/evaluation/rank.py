@@ -1,9 +1,10 @@
-"""How many dimensions features use: a sign of collapse that needs no labels."""
+"""Signs of collapse that need no labels: how many dimensions features use, how much patches are alike."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PATCHES = 2048  # whose effective rank is measured, at most
 ROUNDING = 1e-5  # of a feature of length 1, in float32, with room to spare
 
 
@@ -35,3 +36,30 @@ def effective_rank(features: Tensor) -> Tensor:
     shares = values / values.sum().clamp_min(rounding)
     rank: Tensor = torch.where(finite, torch.special.entr(shares).sum().exp(), torch.nan)
     return rank
+
+
+def patch_signs(features: Tensor, patches: Tensor) -> dict[str, Tensor]:
+    """Measure how much the patches of an image differ from each other and from the image's own features.
+
+    Args:
+        features: [N, D], one for each image.
+        patches: [N, n, D'], of the same images.
+
+    Returns:
+        float32 scalars: `patch_cosine`, the mean cosine of two patches of an image, near 1 where the patch
+        features have collapsed; `patch_rank`, the effective rank of the patches of all images, of which
+        2,048 are taken; and, if D' is D, `patch_cls_cosine`, the mean cosine of a patch and its image.
+
+    Source of the first: "DINOv3" (Siméoni et al. 2025), on the degradation of dense features.
+    """
+    directions = F.normalize(patches.detach().float(), dim=-1)
+    number = patches.shape[1]
+    # The squared length of a sum is the sum of all products; each patch has a cosine of 1 with itself.
+    of_pairs = (directions.sum(1).square().sum(-1) - number) / max(1, number * (number - 1))
+    flat = directions.flatten(0, 1)
+    some = flat[:: -(-len(flat) // PATCHES)]
+    signs = {"patch_cosine": of_pairs.mean(), "patch_rank": effective_rank(some)}
+    if features.shape[-1] == patches.shape[-1]:
+        of_images = F.normalize(features.detach().float(), dim=-1).unsqueeze(1)
+        signs["patch_cls_cosine"] = (directions * of_images).sum(-1).mean()
+    return signs

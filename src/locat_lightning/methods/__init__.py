@@ -7,12 +7,14 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from locat_lightning.methods.dino import Dino
+from locat_lightning.methods.dinov2 import Dinov2
 from locat_lightning.methods.distillation import Distillation
+from locat_lightning.methods.ibot import Ibot
 from locat_lightning.methods.mae import Mae
 from locat_lightning.methods.selfpatch import SelfPatch
 from locat_lightning.methods.simmim import SimMim
 
-__all__ = ["Dino", "Distillation", "Mae", "SelfPatch", "SimMim"]
+__all__ = ["Dino", "Dinov2", "Distillation", "Ibot", "Mae", "SelfPatch", "SimMim"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")

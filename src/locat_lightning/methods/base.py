@@ -14,11 +14,11 @@ from torch.optim import AdamW, Optimizer
 
 from locat_lightning.backbones.create import create_for_any_size, noted_arguments
 from locat_lightning.backbones.locate import architecture_of
-from locat_lightning.backbones.weights import load_weights
+from locat_lightning.backbones.weights import RANDOM, load_weights
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
-from locat_lightning.evaluation.rank import effective_rank
+from locat_lightning.evaluation.rank import effective_rank, patch_signs
 from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_size
@@ -31,11 +31,30 @@ class Output(NamedTuple):
         loss: scalar, float32.
         scalars: what is logged beside it as `train/NAME`; tensors are averaged over accumulated batches.
         features: [N, D], of the images, for signs of collapse.
+        patches: [N, n, D'], of the same images, for signs of the quality of patches; null for a method
+            without.
     """
 
     loss: Tensor
     scalars: Mapping[str, Tensor | float]
     features: Tensor
+    patches: Tensor | None = None
+
+
+class Group(NamedTuple):
+    """Parameters that the optimizer treats alike.
+
+    Attributes:
+        parameters: some of those that are trained.
+        decays: whether they have weight decay.
+        lr_scale: what the learning rate is multiplied by.
+        frozen_epochs: first epochs in which it is 0.
+    """
+
+    parameters: list[nn.Parameter]
+    decays: bool
+    lr_scale: float = 1.0
+    frozen_epochs: int = 0
 
 
 class Pretraining(Task):
@@ -55,7 +74,7 @@ class Pretraining(Task):
         weight_decay: weight decay of matrices at the beginning; biases and 1-d parameters have none.
         weight_decay_end: weight decay at the end, along a cosine.
         betas: decay of AdamW's two averages.
-        clip_grad: largest norm of each parameter's gradient; null does not clip.
+        clip_grad: largest norm of a gradient (see `clipped_together`); null does not clip.
         options: those of every task (`Task`).
     """
 
@@ -99,6 +118,8 @@ class Pretraining(Task):
                 f"{type(self).__name__} trains without classes, so there is nothing to predict or compare: "
                 "measure its features with locat knn, linear or retrieve"
             )
+        if self.hp.get("heads") and self.weights in (None, RANDOM) and not self.resumed:
+            raise InputError("model.heads: --weights says where the heads are: give a checkpoint")
         super().check(trainer, training=training)
 
     def configure_model(self) -> None:
@@ -112,27 +133,32 @@ class Pretraining(Task):
             load_weights(backbone, self.weights, warm_start=True)
 
     def configure_optimizers(self) -> Optimizer:
-        """Return AdamW over matrices, which decay, and the other parameters."""
+        """Return AdamW over `parameter_groups`."""
         peak = self.peak_learning_rate()
         self.optimizer_steps()  # for `rates`
         self.warmup = self.warmup_steps(self.hp.warmup_epochs)
         if self.trainer.gradient_clip_val:
             raise InputError(
                 f"trainer.gradient_clip_val ({self.trainer.gradient_clip_val}) clips by the global norm, but "
-                f"{type(self).__name__} clips each parameter's gradient: use model.clip_grad"
+                f"{type(self).__name__} clips parameters by themselves: use model.clip_grad"
             )
         if self.trainer.precision not in ("32-true", "bf16-mixed", "16-mixed"):
             raise InputError(
                 f"trainer.precision ({self.trainer.precision}): small steps need float32 weights, which half "
                 "precision rounds away: use bf16-mixed"
             )
+        self._groups = self.parameter_groups()
+        decay = self.hp.weight_decay
+        groups = [{"params": g.parameters, "weight_decay": decay if g.decays else 0.0} for g in self._groups]
+        return AdamW(groups, lr=peak, betas=self.hp.betas, fused=self.fused)
+
+    def parameter_groups(self) -> list[Group]:
+        """Return the optimizer's groups: matrices, which decay, and the other parameters."""
         trained = [parameter for parameter in self.trained() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        return [
+            Group([p for p in trained if p.ndim > 1], decays=True),
+            Group([p for p in trained if p.ndim <= 1], decays=False),
         ]
-        options: dict[str, Any] = {"betas": self.hp.betas, "weight_decay": self.hp.weight_decay}
-        return AdamW(groups, lr=peak, fused=self.fused, **options)
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return learning rate and weight decay of an optimizer step, from 0 on."""
@@ -141,9 +167,11 @@ class Pretraining(Task):
         return lr, cosine(step, steps=steps, start=hp.weight_decay, end=hp.weight_decay_end)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
-        matrices, others = groups
-        matrices["lr"], matrices["weight_decay"] = self.rates(self.step)
-        others["lr"] = matrices["lr"]
+        lr, weight_decay = self.rates(self.step)
+        for group, own in zip(groups, self._groups, strict=True):
+            group["lr"] = 0.0 if self.current_epoch < own.frozen_epochs else lr * own.lr_scale
+            if own.decays:
+                group["weight_decay"] = weight_decay
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -163,6 +191,9 @@ class Pretraining(Task):
         loss = output.loss.detach()
         if self.is_logged():  # singular values make the host wait for a GPU
             self.log("train/effective_rank", effective_rank(output.features))
+            if output.patches is not None:
+                signs = patch_signs(output.features, output.patches)
+                self.log_dict({f"train/{name}": value for name, value in signs.items()})
         spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
         scalars = {"loss": loss, "feature_std": spread, **output.scalars}
         tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
@@ -176,13 +207,22 @@ class Pretraining(Task):
         return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clip each parameter's gradient by its own norm; `train/grad_norm` is the norm of all before."""
-        gradients = [p.grad for p in self.trained() if p.grad is not None]
+        """Clip gradients by the norms of `clipped_together`; `train/grad_norm` is the norm of all before."""
+        together = [[p.grad for p in part if p.grad is not None] for part in self.clipped_together()]
+        gradients = [gradient for part in together for gradient in part]
         # Private, but the only way to have all norms in one kernel; torch's own clipping does the same.
         norms = torch.stack(torch._foreach_norm(gradients))
-        if self.hp.clip_grad is not None:
-            torch._foreach_mul_(gradients, (self.hp.clip_grad / (norms + 1e-6)).clamp(max=1).unbind())
         self.log("train/grad_norm", norms.norm())
+        if self.hp.clip_grad is None:
+            return
+        sizes = [len(part) for part in together]
+        if max(sizes) > 1:
+            norms = torch.cat([own.norm().expand(len(own)) for own in norms.split(sizes)])
+        torch._foreach_mul_(gradients, (self.hp.clip_grad / (norms + 1e-6)).clamp(max=1).unbind())
+
+    def clipped_together(self) -> Iterable[list[nn.Parameter]]:
+        """Return the parameters whose gradients are clipped by their common norm: each by its own."""
+        return ([parameter] for parameter in self.trained())
 
     def after_step(self, step: int) -> None:
         self._accumulated.clear()

@@ -1,6 +1,5 @@
 """MAE: the backbone sees a few patches of an image, and a small decoder predicts the others."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +11,19 @@ from lightly.models.utils import (
     patchify,
     unpatchify,
 )
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from locat_lightning.backbones.weights import RANDOM, read_state
+from locat_lightning.backbones.weights import read_state
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output
+from locat_lightning.methods.heads import load_heads, renamed
 from locat_lightning.methods.masked_images import MaskedImages
 from locat_lightning.nn import GaussianAugmentation, patch_selection
 
 EPSILON = 1e-6  # beside the variance of a patch
+# Our names of the original code's decoder, whose blocks are those of lightly's.
+NAMES = {r"^mask_token$": "decoder.mask_token", r"^decoder_(pos_embed|blocks\.|norm\.)": r"decoder.\1"}
 
 
 class Mae(MaskedImages):
@@ -59,11 +60,6 @@ class Mae(MaskedImages):
     ) -> None:
         super().__init__(backbone, **options)
 
-    def check(self, trainer: Trainer, *, training: bool) -> None:
-        super().check(trainer, training=training)
-        if self.hp.heads and self.weights in (None, RANDOM) and not self.resumed:
-            raise InputError("model.heads: --weights says where the decoder is: give a checkpoint")
-
     def build(self, make_backbone: Callable[[], Any]) -> None:
         hp = self.hp
         self.backbone = backbone = make_backbone()
@@ -94,21 +90,9 @@ class Mae(MaskedImages):
         for layer in (self.decoder_embed, self.decoder_pred):
             _xavier(layer)
         if hp.heads and self.weights is not None:
-            self.load_decoder(self.weights)
-        self._encode = torch.compile(encode) if hp.compile else encode
-
-    def load_decoder(self, weights: str) -> None:
-        """Load the decoder out of a checkpoint of ours, or of the original code: `InputError` without one."""
-        state = {_own_name(name): value for name, value in read_state(weights).items()}
-        for name, value in self.state_dict().items():
-            if not name.startswith("backbone."):
-                if name not in state or state[name].shape != value.shape:
-                    given = list(state[name].shape) if name in state else "missing"
-                    raise InputError(
-                        f"model.heads: {weights} has no decoder that fits: {name} is {given}, and the "
-                        f"options make it {list(value.shape)}"
-                    )
-                value.copy_(state[name])
+            own = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+            load_heads(own, renamed(read_state(self.weights), NAMES), self.weights)
+        self._encode = torch.compile(encode, **self.compiler_options()) if hp.compile else encode
 
     def compute_loss(self, batch: ViewBatch) -> Output:
         """Compute the mean squared error of the hidden patches."""
@@ -165,13 +149,6 @@ def patch_loss(predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Return the mean squared error [] of patches [N, n, D], over those that are hidden [N, n]."""
     error = (predicted - target).square().mean(-1)
     return (error * hidden).sum() / hidden.sum()
-
-
-def _own_name(published: str) -> str:
-    """Return our name of a tensor of the original code: the blocks are those of lightly's decoder."""
-    if published == "mask_token":
-        return f"decoder.{published}"
-    return re.sub(r"^decoder_(pos_embed|blocks\.|norm\.)", r"decoder.\1", published)
 
 
 def initialise(backbone: Any) -> None:

@@ -1,6 +1,6 @@
 """What methods share that hide a part of an image and predict its pixels from the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,9 @@ class MaskedImages(Pretraining):
     def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Predict images [N, 3, H, W]; return that, and which pixels were hidden, [N, 1, H, W]."""
         raise NotImplementedError
+
+    def to_compile(self) -> Iterable[nn.Module]:
+        return ()  # a method compiles what it calls, which is not the backbone as a whole
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -1,12 +1,16 @@
 """Self-distillation: a student learns from a teacher that is the moving average of the student."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt
+from lightly.models.modules import DINOProjectionHead
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,9 +18,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Pretraining
+from locat_lightning.methods.heads import load_projection_heads
 from locat_lightning.schedules import cosine, linear_warmup
 from locat_lightning.tasks.base import UNFIT
 
+COLLAPSED = 0.01  # share of the largest possible entropy that counts as none
 AVERAGED = "the teacher is a moving average already (see model.momentum)"
 
 
@@ -48,10 +54,19 @@ class Network(nn.Module):
         return features, logits.unflatten(0, (-1, views[0].shape[1]))
 
 
+def without_drop_path(network: nn.Module) -> nn.Module:
+    """Return a network with its drop path switched off, in training too."""
+    for module in network.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return network
+
+
 class SelfDistillation(Pretraining):
     """A student, and a teacher whose weights are the moving average of the student's. A method adds a loss.
 
-    `backbone` is the teacher's, the better of the two at any time.
+    Both give distributions over prototypes, by a projection head as DINO has it. `backbone` is the teacher's,
+    the better of the two at any time.
 
     Args:
         backbone: timm's name of the model; drop path applies to the student only.
@@ -59,6 +74,14 @@ class SelfDistillation(Pretraining):
         teacher_temp: temperature of the teacher's distribution.
         warmup_teacher_temp: temperature of the teacher's distribution in the first epoch.
         warmup_teacher_temp_epochs: epochs of linear change from one to the other; 0 for none.
+        student_temp: temperature of the student's distribution.
+        out_dim: number of prototypes, over which student and teacher give a distribution.
+        hidden_dim: width of the two hidden layers of the head.
+        bottleneck_dim: width of the head before the prototypes.
+        norm_last_layer: whether the prototypes keep length 1, which is more stable.
+        center_momentum: the centre's share of itself in an update.
+        freeze_last_layer_epochs: epochs in which the prototypes stay as they are.
+        heads: whether --weights brings the projection heads, too, to continue a pre-training.
         options: those of every pre-training (`Pretraining`).
     """
 
@@ -72,9 +95,18 @@ class SelfDistillation(Pretraining):
         teacher_temp: PositiveFloat = 0.04,
         warmup_teacher_temp: PositiveFloat = 0.04,
         warmup_teacher_temp_epochs: NonNegativeInt = 0,
+        student_temp: PositiveFloat = 0.1,
+        out_dim: PositiveInt = 65536,
+        hidden_dim: PositiveInt = 2048,
+        bottleneck_dim: PositiveInt = 256,
+        norm_last_layer: bool = True,
+        center_momentum: ClosedUnitInterval = 0.9,
+        freeze_last_layer_epochs: NonNegativeInt = 1,
+        heads: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(backbone, **options)
+        self.collapse = ""
         numbers = {name: value for name, value in self.hp.items() if isinstance(value, int | float)}
         for name, value in numbers.items():  # a subclass's, too; wrong ones would train silently
             if name.endswith("_temp") and not value > 0:
@@ -86,9 +118,21 @@ class SelfDistillation(Pretraining):
         """Put a projection head on a backbone: the student, or the teacher."""
         return Network(backbone, self.make_head(backbone.head_hidden_size))
 
-    def make_head(self, width: int) -> nn.Module:
-        """Make the projection head of one network for features of a width."""
-        raise NotImplementedError
+    def make_head(self, width: int, **options: Any) -> nn.Module:
+        """Make a projection head for features of a width; `options` replace those of the method."""
+        hp = self.hp
+        own = {
+            "hidden_dim": hp.hidden_dim,
+            "bottleneck_dim": hp.bottleneck_dim,
+            "output_dim": hp.out_dim,
+            "norm_last_layer": hp.norm_last_layer,
+            "freeze_last_layer": hp.freeze_last_layer_epochs,
+        }
+        with warnings.catch_warnings():
+            # The old weight norm keeps the parameters' names those of the original code.
+            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+            head: nn.Module = DINOProjectionHead(width, **(own | options))
+        return head
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]
@@ -110,10 +154,10 @@ class SelfDistillation(Pretraining):
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
         self.student, self.teacher = (self.make_network(make_backbone()) for _ in range(2))
-        for module in self.teacher.modules():
-            if isinstance(module, DropPath):
-                module.drop_prob = 0.0
+        without_drop_path(self.teacher)
         self.start(self.student.backbone)
+        if self.hp.heads and self.weights is not None:
+            load_projection_heads(self, self.weights)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -148,10 +192,42 @@ class SelfDistillation(Pretraining):
         if self._float32 is not None:
             set_float32_products(self._float32)
 
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip; then drop the gradients of a frozen last layer (zeroed, AdamW would still decay it)."""
+        super().configure_gradient_clipping(*args, **kwargs)
+        for head in self.student.heads:
+            head.cancel_last_layer_gradients(self.current_epoch)
+
     def after_step(self, step: int) -> None:
         super().after_step(step)
         move = get_ema_multi_avg_fn(self.momentum(step))
         move(list(self.teacher.parameters()), list(self.student.parameters()), 0)
+
+    def watch_for_collapse(self, p: Tensor, entropy: Tensor, divergence: Tensor) -> None:
+        """Warn once if the training has collapsed, in a step that is logged: the host waits for a GPU.
+
+        Args:
+            p: the teacher's distributions, [.., out_dim].
+            entropy: their mean entropy.
+            divergence: mean KL divergence of the student's from them.
+        """
+        if not self.is_logged():
+            return
+        most, of_each, kl = math.log(self.hp.out_dim), entropy.item(), divergence.item()
+        collapse = ""
+        if of_each > (1 - COLLAPSED) * most and abs(kl) < COLLAPSED * most:
+            collapse = "uniform: the teacher finds every prototype equally likely and the student agrees"
+            advice = "lower model.teacher_temp"
+        elif torch.special.entr(p.flatten(0, -2).mean(0)).sum().item() < COLLAPSED * most:
+            collapse = "constant: the teacher is certain of a single prototype, whatever the image"
+            advice = "raise model.teacher_temp, or lower model.center_momentum or model.lr"
+        if collapse and collapse != self.collapse:
+            rank_zero_warn(
+                f"{type(self).__name__} has collapsed at step {self.global_step}, {collapse} (teacher "
+                f"entropy {of_each:.3g}, at most {most:.3g}; KL {kl:.3g}). If it stays so, it learns no "
+                f"more: {advice}"
+            )
+        self.collapse = collapse
 
 
 def set_float32_products(precision: str) -> str:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output, features, widths
-from locat_lightning.methods.dino import Dino, Loss
+from locat_lightning.methods.dino import Dino
 from locat_lightning.methods.self_distillation import Network
+from locat_lightning.methods.targets import Targets
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -53,8 +54,7 @@ class SelfPatch(Dino):
         **options: Any,
     ) -> None:
         super().__init__(backbone, **options)
-        temperature, momentum = self.hp.student_temp, self.hp.center_momentum
-        self.patch_loss = PatchLoss(patch_out_dim, student_temp=temperature, center_momentum=momentum)
+        self.patch_targets = Targets(patch_out_dim, "centering", self.hp.center_momentum)
 
     def make_network(self, backbone: Any) -> "SelfPatchNetwork":
         pooled, width = widths(backbone)
@@ -82,19 +82,21 @@ class SelfPatch(Dino):
         with torch.autocast(self.device.type, enabled=False):
             self.loss.update_center(taught[global_views:])  # the mean is that of all views
             temperature = self.teacher_temperature(self.current_epoch)
-            patch_loss, entropy = self.patch_loss(taught_patches, learnt_patches, temperature)
-        loss = cls_loss + self.hp.patch_weight * patch_loss
+            of_patches, entropy = patch_loss(
+                self.patch_targets, taught_patches, learnt_patches, temperature, self.hp.student_temp
+            )
+        loss = cls_loss + self.hp.patch_weight * of_patches
         scalars |= {
             "cls_loss": cls_loss.detach(),
-            "patch_loss": patch_loss.detach(),
+            "patch_loss": of_patches.detach(),
             "patch_teacher_entropy": entropy,
-            "patch_centre_norm": self.patch_loss.center.norm(),
+            "patch_centre_norm": self.patch_targets.center.norm(),
         }
         return Output(loss, scalars, cls[: global_views * len(batch.labels)])
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
-        self.patch_loss.move_center()
+        self.patch_targets.move_center()
 
 
 class SelfPatchNetwork(Network):
@@ -222,22 +224,20 @@ def neighbours(grid: tuple[int, int], device: torch.device | None = None) -> Ten
     return torch.stack(shifted, -1).sort(-1).values
 
 
-class PatchLoss(Loss):
-    """The cross-entropy of patches, with a centre that moves as that of `Loss`."""
+def patch_loss(
+    targets: Targets, taught: list[Tensor], learnt: list[Tensor], teacher_temp: float, student_temp: float
+) -> tuple[Tensor, Tensor]:
+    """Compare logits [B, patches, K] of each view, at the same places, and note the teacher's for the centre.
 
-    def forward(  # type: ignore[override]
-        self, taught: list[Tensor], learnt: list[Tensor], temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Compare logits [B, patches, out_dim] of each view, at the same places.
-
-        Returns:
-            The cross-entropy, of which the teacher's mean entropy is the second: the mean over views of the
-            mean over a view's patches.
-        """
-        losses, entropies = [], []
-        for teacher, student in zip(taught, learnt, strict=True):
-            p = self.teacher_probabilities(teacher, temperature)
-            log_q = (student / self.student_temp).log_softmax(-1)
-            losses.append(-(p * log_q).sum(-1).mean())
-            entropies.append(torch.special.entr(p).sum(-1).mean())
-        return torch.stack(losses).mean(), torch.stack(entropies).mean()
+    Returns:
+        The cross-entropy, of which the teacher's mean entropy is the second: the mean over views of the mean
+        over a view's patches.
+    """
+    losses, entropies = [], []
+    for teacher, student in zip(taught, learnt, strict=True):
+        p = targets(teacher.flatten(0, 1), teacher_temp)
+        targets.add_to_center(teacher.sum((0, 1)), len(p))
+        log_q = (student.flatten(0, 1) / student_temp).log_softmax(-1)
+        losses.append(-(p * log_q).sum(-1).mean())
+        entropies.append(torch.special.entr(p).sum(-1).mean())
+    return torch.stack(losses).mean(), torch.stack(entropies).mean()

@@ -81,7 +81,7 @@ class SimMim(MaskedImages):
         self.decoder = nn.Sequential(
             nn.Conv2d(last["num_chs"], 3 * last["reduction"] ** 2, 1), nn.PixelShuffle(last["reduction"])
         )
-        self._features = torch.compile(features) if hp.compile else features
+        self._features = torch.compile(features, **self.compiler_options()) if hp.compile else features
 
     def compute_loss(self, batch: ViewBatch) -> Output:
         """Compute the mean absolute error of the hidden pixels."""

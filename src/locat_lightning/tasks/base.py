@@ -1,6 +1,6 @@
 """What all tasks share: a backbone with its weights, the size of the run, and the scalars of every step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, Literal
@@ -217,13 +217,15 @@ class Task(Watched):
             raise InputError("the data do not say how large a batch is: give the data module a batch_size")
         return int(images * trainer.world_size * trainer.accumulate_grad_batches)
 
-    def peak_learning_rate(self, reference_batch: int = 256) -> float:
+    def peak_learning_rate(
+        self, reference_batch: int = 256, rule: Callable[[float, int, int], float] = linear_rule
+    ) -> float:
         """Return and print the peak: `lr`, or what `base_lr` for `reference_batch` images a step makes it.
 
         It is kept as `peak_lr`.
         """
         hp, batch = self.hp, self.global_batch_size()
-        peak: float = hp.lr if hp.lr is not None else linear_rule(hp.base_lr, batch, reference_batch)
+        peak: float = hp.lr if hp.lr is not None else rule(hp.base_lr, batch, reference_batch)
         rank_zero_info(f"learning rate {peak:.3g} at {batch} images a step")
         self.peak_lr = peak
         return peak
@@ -241,17 +243,21 @@ class Task(Watched):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0
         steps = self.optimizer_steps()
-        self.trainer.fit_loop.setup_data()  # makes the number of batches known
-        batches = self.trainer.num_training_batches
-        # An epoch without end counts as the whole run.
-        steps_of_an_epoch = steps if batches == inf else ceil(batches / self.trainer.accumulate_grad_batches)
-        warmup = round(warmup_epochs * steps_of_an_epoch)
+        warmup = self.in_steps(warmup_epochs)
         if warmup >= steps:
             raise InputError(
                 f"model.warmup_epochs ({warmup_epochs:g}) is {warmup} optimizer steps, but the whole run has "
                 f"only {steps}: shorten the warm-up or lengthen the run"
             )
         return warmup
+
+    def in_steps(self, epochs: float) -> int:
+        """Return how many optimizer steps so many epochs have; one without end counts as the whole run."""
+        steps = self.optimizer_steps()
+        self.trainer.fit_loop.setup_data()  # makes the number of batches known
+        batches = self.trainer.num_training_batches
+        of_one = steps if batches == inf else ceil(batches / self.trainer.accumulate_grad_batches)
+        return round(epochs * of_one)
 
     def on_fit_start(self) -> None:
         if self._seed is None:  # no checkpoint brought it

@@ -104,11 +104,10 @@ class Segmentation(FrozenNetwork):
         if stride > window:
             raise InputError(f"model.stride ({stride}) must be at most model.window ({window})")
         self.backbone_weights = backbone_weights
-        self._resumed = False
         self._file_names: list[str] = []  # of the images that are predicted
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
-        if self.weights is None and not (self.hp.train_backbone or self._resumed):
+        if self.weights is None and not (self.hp.train_backbone or self.resumed):
             raise InputError(
                 "a frozen backbone needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained one, with --model.backbone)"
@@ -133,7 +132,7 @@ class Segmentation(FrozenNetwork):
         return f"windows of {self.hp.window} px every {self.hp.stride} px, image{resized}"
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
-        self._resumed = True
+        self.resumed = True
         own = checkpoint["hyper_parameters"]
         self.hp.backbone, self.hp.backbone_args = own["backbone"], own["backbone_args"]
         reference = checkpoint.get(DECODER_OF)
