@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from importlib.util import find_spec
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -164,6 +165,8 @@ def start_locat(fork_server, tmp_path):
         process = fork_server.Process(target=command_of_its_own, args=given)
         process.start()
         started.append(process)
+        while process.is_alive() and not output.exists():  # it has no session of its own yet
+            time.sleep(0.01)
         return process, output
 
     yield start

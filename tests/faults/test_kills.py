@@ -11,7 +11,7 @@ import torch
 
 from locat_lightning.commands.fit import main
 from tests.commands.runs import BEST, FIT, LAST, RUN
-from tests.commands.test_fit_processes import BOTH, wait_until_it_trains
+from tests.commands.test_fit_processes import BOTH
 from tests.commands.test_killed import differences
 from tests.faults.conftest import children, is_sound, wait_for_the_end_of_all
 
@@ -76,10 +76,16 @@ def test_a_run_killed_again_and_again(small, folder, start_locat, record_propert
     record_property("SIGKILL at random moments", f"{kills} of a run that ends as if there had been none")
 
 
+def wait_for_a_checkpoint(process):
+    deadline = time.monotonic() + 120
+    while not LAST.is_file() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_two_processes_is_killed(rank, small, start_locat, record_property):
     process, output = start_locat(*FIT, *small, *RUN_OF_MANY, *BOTH)
-    wait_until_it_trains(process)
+    wait_for_a_checkpoint(process)
     process.join(random.Random(rank).uniform(0, 2))
     second = next(child for child, of_rank in children(process).items() if of_rank)
     os.kill(second if rank else process.pid, signal.SIGKILL)
@@ -97,7 +103,7 @@ def test_one_of_two_processes_is_killed(rank, small, start_locat, record_propert
 
 def test_a_process_that_reads_images_is_killed(small, start_locat, record_property):
     process, output = start_locat(*FIT, *small, *RUN_OF_MANY, "--trainer.max_epochs", "9999")
-    wait_until_it_trains(process)
+    wait_for_a_checkpoint(process)
     os.kill(max(children(process)), signal.SIGKILL)
     wait_for_the_end_of_all(process)
     said = output.read_text()

@@ -15,7 +15,7 @@ NOT_PERMITTED = 77
 
 
 def with_little_shared_memory(arguments, output):
-    if not mount_small_disk("/dev/shm", "32k"):
+    if not mount_small_disk("/dev/shm", "128k"):
         os._exit(NOT_PERMITTED)
     begin_child()
     with output.open("wb") as file:

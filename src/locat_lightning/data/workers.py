@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from multiprocessing import parent_process
+from multiprocessing.queues import Queue
 from threading import Thread, Timer
 from typing import Any
 
@@ -33,9 +35,12 @@ def end_with_the_run(worker: int) -> None:
     worker obeys every SIGTERM at once.
 
     A worker whose run ends while a batch is on its way is silent about it: the run itself reports the reason.
+    One that cannot send a batch ends, as the run would wait for the batch.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _unless_the_receiver_left
+    # Private: what a subclass would override, but DataLoader makes the queue.
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     parent = parent_process()
     if parent is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -45,6 +50,15 @@ def end_with_the_run(worker: int) -> None:
 def _unless_the_receiver_left(kind: type[BaseException], *error: Any) -> None:
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, *error)
+
+
+def _end_unsent(error: Exception, batch: Any) -> None:
+    if "shared memory" in str(error) and hasattr(signal, "SIGBUS"):
+        os.kill(
+            os.getpid(), signal.SIGBUS
+        )  # as the system ends it where a page is missing, which torch explains
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def _end_when_told(by: int | None) -> None:
