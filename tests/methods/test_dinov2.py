@@ -71,7 +71,8 @@ def test_learning_rates_and_decays_of_parameters_are_those_of_the_original_code(
     for part, prefix in (("backbone_depth4_decay0.9_patchmult0.2", "backbone."), ("dino_head", "head.")):
         for theirs, (scale, decay, last) in groups[part].items():
             ours = (prefix + theirs).replace("mlp.", "layers.") if prefix == "head." else prefix + theirs
-            ours = ours.replace("register_tokens", "reg_token").replace("backbone.mask_token", "mask_token")
+            ours = ours.replace("register_tokens", "reg_token")
+            ours = ours.replace("backbone.mask_token", "mask_token.token")
             assert found[ours].lr_scale == pytest.approx(scale), ours
             assert found[ours].decays == bool(decay), ours
             assert last == ("last_layer" in ours)

@@ -47,13 +47,13 @@ def published(kind):
         if kind == "dinov2":
             theirs = theirs.replace("patch_head.", "ibot_head.")
             theirs = "dino_" + theirs if theirs.startswith("head.") else theirs
-            theirs = "backbone.mask_token" if name == "mask_token" else theirs
+            theirs = "backbone.mask_token" if name == "mask_token.token" else theirs
             theirs = theirs.replace("backbone.blocks.", "backbone.blocks.0.")  # in chunks, as trained
         elif theirs.startswith("patch_head.mlp."):
             continue
         else:
             theirs = theirs.replace("patch_head.last_layer", "head.last_layer2")
-            theirs = "backbone.masked_embed" if name == "mask_token" else theirs
+            theirs = "backbone.masked_embed" if name == "mask_token.token" else theirs
         state[theirs] = value + 0.01
     student = {f"module.{name}": value - 1 for name, value in state.items()}
     return task, options, {"student": student, "teacher": state, "epoch": 3}

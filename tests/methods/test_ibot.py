@@ -24,7 +24,7 @@ def test_a_masked_patch_cannot_be_seen(name):
     images, masks = images_and_masks()
     network = task.student
     with torch.no_grad():
-        network.mask_token.normal_()
+        network.mask_token.token.normal_()
         seen = network(images, masks)
         hidden = F.interpolate(masks.view(-1, 1, 4, 4).float(), scale_factor=8)
         other = network(images + hidden * torch.randn_like(images), masks)

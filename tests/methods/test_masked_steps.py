@@ -68,7 +68,7 @@ def plain_tokens(network, images, masks=None):
     backbone = network.backbone
     x = backbone.patch_embed(images).clone()
     if masks is not None:
-        x.flatten(1, 2)[masks] = network.mask_token
+        x.flatten(1, 2)[masks] = network.mask_token.token
     x = backbone.norm(backbone.blocks(backbone.norm_pre(backbone._pos_embed(x))))
     return backbone.forward_head(x, pre_logits=True), x[:, 1:]
 
@@ -171,7 +171,7 @@ def test_eight_steps_are_those_of_a_plain_loop(name, options, float64):
             return 0.8 ** (depth - int(key.split(".")[2]))
         if key.startswith("backbone.patch_embed."):
             return 0.2 * 0.8 ** (depth + 1)
-        return 0.8 ** (depth + 1) if key.endswith(("_token", "pos_embed")) else 1.0
+        return 0.8 ** (depth + 1) if key.endswith(("token", "pos_embed")) else 1.0
 
     named = [(key, p) for key, p in other.student.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": [p]} for _, p in named], lr=1e-3)

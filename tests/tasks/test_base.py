@@ -98,7 +98,7 @@ class Graphs(Callback):
         ("Dino", [2, 0, 0]),  # student and teacher, with backbone and head; the student's has two sizes
         ("SelfPatch", [2, 0, 0]),
         ("Ibot", [3, 0, 0]),  # the student's masked global views are a graph of their own
-        ("Mae", [1, 0, 0]),
+        ("Mae", [1, 1, 0]),  # the subset of its patches is noted in the first step
         ("SimMim", [1, 0, 0]),
         ("Distillation", [4, 0, 0]),  # two sizes of two networks
         ("Classification", [1, 0, 0]),

@@ -125,7 +125,7 @@ class Dinov2(Ibot):
 
     def clipped_together(self) -> Iterable[list[nn.Parameter]]:
         """Return the backbone's parameters and those of each head."""
-        yield [*self.student.backbone.parameters(), self.student.mask_token]
+        yield [*self.student.backbone.parameters(), *self.student.mask_token.parameters()]
         for head in self.student.heads:
             yield list(head.parameters())
 

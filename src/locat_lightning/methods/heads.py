@@ -17,7 +17,7 @@ NAMES = {
     r"^(dino_|c_)head\.": "head.",  # DINOv2, SelfPatch
     r"^(ibot_|p_)head\.": "patch_head.",
     r"head\.mlp\.": "head.layers.",  # all of them
-    r"^backbone\.(mask_token|masked_embed)$": "mask_token",  # DINOv2, iBOT
+    r"^backbone\.(mask_token|masked_embed)$": "mask_token.token",  # DINOv2, iBOT
 }
 
 

@@ -20,7 +20,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output
 from locat_lightning.methods.self_distillation import Network, SelfDistillation
 from locat_lightning.methods.targets import Centering, Targets, cross_view_loss, masked_patch_loss
-from locat_lightning.nn import PatchRefinement
+from locat_lightning.nn import MaskToken, PatchRefinement
 from locat_lightning.schedules import linear_warmup
 
 CHUNK = 8192  # patches whose prototypes are averaged at once
@@ -47,19 +47,12 @@ class MaskedNetwork(Network):
     def __init__(self, backbone: Any, head: nn.Module, patch_head: nn.Module | None) -> None:
         super().__init__(backbone, head)
         self.patch_head: Any = patch_head
-        self.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
-        self._masks: Tensor | None = None
-        backbone.patch_embed.register_forward_hook(self._mask)
+        self.mask_token = MaskToken(backbone.embed_dim)
+        backbone.patch_embed.register_forward_hook(self.mask_token)
 
     @property
     def heads(self) -> list[Any]:
         return [self.head] if self.patch_head is None else [self.head, self.patch_head]
-
-    def _mask(self, layer: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
-        if self._masks is None:
-            return embedded
-        masks = self._masks.view(*embedded.shape[:-1], 1)  # of [R, n, D] or [R, H, W, D]
-        return torch.where(masks, self.mask_token.to(embedded.dtype), embedded)
 
     def forward(  # type: ignore[override]
         self, images: Tensor, masks: Tensor | None = None, *, refined: bool = False
@@ -69,11 +62,11 @@ class MaskedNetwork(Network):
         `refined` returns the patches as PRR refines them.
         """
         backbone: Any = self.backbone
-        self._masks = masks
+        self.mask_token.hidden = masks
         try:
             tokens = backbone.forward_features(images)
         finally:
-            self._masks = None
+            self.mask_token.hidden = None
         cls = backbone.forward_head(tokens, pre_logits=True)
         if refined:
             tokens = of_all_rows(backbone.attn_pool)(tokens)

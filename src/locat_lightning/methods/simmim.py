@@ -13,26 +13,7 @@ from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output
 from locat_lightning.methods.masked_images import MaskedImages
-
-
-class MaskToken(nn.Module):
-    """A learned token in the place of hidden patches: a forward hook of the patch embedding.
-
-    `hidden` is bool [N, H, W], of the images under way; None hides nothing.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.empty(dim))
-        nn.init.trunc_normal_(self.token, std=0.02)
-        self.hidden: Tensor | None = None
-
-    def forward(self, patch_embed: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
-        """Replace the hidden ones of patches [N, H, W, D] or [N, H·W, D]."""
-        if self.hidden is None:
-            return patches
-        hidden = self.hidden.view(*patches.shape[:-1], 1)
-        return self.token.to(patches.dtype).where(hidden, patches)
+from locat_lightning.nn import MaskToken
 
 
 class SimMim(MaskedImages):
@@ -77,6 +58,7 @@ class SimMim(MaskedImages):
         self.grid, self.places = (height, width), self.squares[0] * self.squares[1]
         last = backbone.feature_info[-1]
         self.mask_token = MaskToken(backbone.patch_embed.proj.out_channels)
+        nn.init.trunc_normal_(self.mask_token.token, std=0.02)
         backbone.patch_embed.register_forward_hook(self.mask_token)
         self.decoder = nn.Sequential(
             nn.Conv2d(last["num_chs"], 3 * last["reduction"] ** 2, 1), nn.PixelShuffle(last["reduction"])

@@ -16,7 +16,7 @@ from locat_lightning.nn.layers import (
     GaussianSelfAttention,
     GaussianWindowAttention,
 )
-from locat_lightning.nn.patches import PatchGrid, PatchSelection, patch_selection
+from locat_lightning.nn.patches import MaskToken, PatchGrid, PatchSelection, patch_selection
 from locat_lightning.nn.refinement import PatchRefinement
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "GaussianRopeAttention",
     "GaussianSelfAttention",
     "GaussianWindowAttention",
+    "MaskToken",
     "PatchGrid",
     "PatchRefinement",
     "PatchSelection",

@@ -1,6 +1,6 @@
 """Which patches the tokens of a sequence are: the grid of their images, and a subset of it.
 
-A layer sees a sequence, and GAug needs positions.
+A layer sees a sequence, and GAug needs positions. A mask token keeps the sequence whole.
 """
 
 import math
@@ -39,8 +39,7 @@ class PatchGrid:
         patches = rows * columns
         if self._by_patches.get(patches) != (rows, columns):  # `torch.compile` guards what is written
             self._by_patches[patches] = (rows, columns)
-        if self._latest != (rows, columns):
-            self._latest = (rows, columns)
+        self._latest = (rows, columns)
         if patches in self._kept:
             self._replace(patches)
             del self._kept[patches]
@@ -179,3 +178,22 @@ def patch_selection(model: Any) -> PatchSelection:
     )
     model.patch_drop = selection.train(model.training)
     return selection
+
+
+class MaskToken(nn.Module):
+    """A learned token [1, D] in the place of hidden patches: a forward hook of the patch embedding.
+
+    `hidden` is bool, a value for each patch of the images under way; None hides nothing.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, dim))
+        self.hidden: Tensor | None = None
+
+    def forward(self, patch_embed: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
+        """Replace the hidden ones of patches [N, H, W, D] or [N, H·W, D]."""
+        if self.hidden is None:
+            return patches
+        hidden = self.hidden.view(*patches.shape[:-1], 1)
+        return self.token.to(patches.dtype).where(hidden, patches)
