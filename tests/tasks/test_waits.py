@@ -98,18 +98,21 @@ def segmentation(tmp_path, steps, **options):
     return test_segmentation.task(weights, **options), test_segmentation.Batches(steps)
 
 
-def pretraining(tmp_path, steps, *, name):
+def pretraining(tmp_path, steps, *, name, **options):
     batch = random_batch(4)
     indices = batch.masks.flatten().nonzero().flatten()  # as the views bring them
-    return small(name), Batches([batch._replace(mask_indices=indices)] * steps)
+    return small(name, **options), Batches([batch._replace(mask_indices=indices)] * steps)
 
 
+ALL_TERMS = {"koleo_weight": 0.1, "sample_drop": 0.3, "shared_head": False, "centering": "sinkhorn_knopp"}
+ALL_TERMS |= {"gram_weight": 1.0, "gram_start": 1, "gram_warmup": 2, "gram_updates": [2]}
 CASES = {
     "Classification": classification,
     "Classification, averaged": partial(classification, ema=0.9),
     "Segmentation": segmentation,
     "Segmentation, whole": partial(segmentation, train_backbone=True),
     **{name: partial(pretraining, name=name) for name in METHODS},
+    "Dinov2, all terms": partial(pretraining, name="Dinov2", **ALL_TERMS),
 }
 every_task = pytest.mark.parametrize("case", CASES)
 
