@@ -24,8 +24,8 @@ test: $(INSTALLED) ## run the tests, a file at a time on each core
 test-fast: $(INSTALLED) ## run the tests but for those of whole runs
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not faults"
 
-test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs at random moments, and count what comes of it
-	$(BIN)/python -m pytest -n auto --dist loadfile -m faults tests/faults
+test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs, and count what comes of it: all, or FILES="tests/faults/…"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m faults $(or $(FILES),tests/faults)
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov=src --cov-report=term-missing:skip-covered

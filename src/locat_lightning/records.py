@@ -81,9 +81,10 @@ def check_like(found: Any, own: Any, file: object, place: str) -> None:
 
 def refused(file: object, choice: str) -> InputError:
     """Return the error for what only the user may choose, because it is code or a place to write to."""
+    trusted = f"; if you trust it, add --config {file}" if str(file).endswith(".yaml") else ""
     return InputError(
-        f"{file}: {choice}: a run's file may hold plain values and name classes of locat_lightning, no more; "
-        "if you trust it, give it as --config"
+        f"{file}: {choice}: a run's file may hold plain values and name classes of locat_lightning, no more"
+        f"{trusted}"
     )
 
 

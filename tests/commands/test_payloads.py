@@ -40,4 +40,4 @@ def test_code_in_a_record_is_refused_in_a_line(elsewhere, capsys):
     assert stopped.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith(f"locat: error: {record}: sets trainer.callbacks: ")
-    assert line.endswith("if you trust it, give it as --config")
+    assert line.endswith(f"if you trust it, add --config {record}")

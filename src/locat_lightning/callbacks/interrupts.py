@@ -38,8 +38,10 @@ class Interrupts(Callback):
         self._ended = False
         self._others: list[Popen[bytes]] = []  # which this one has started
         self._process = os.getpid()
+        # The process that started this one, if that is of the run: no launcher such as torchrun.
         is_launched = int(os.environ.get("LOCAL_RANK", 0)) > 0
-        self._parent = int(os.environ.get(LAUNCHED_BY, 0)) if is_launched else 0
+        of_the_run = os.environ.get(LAUNCHED_BY) == str(os.getppid())
+        self._parent = os.getppid() if is_launched and of_the_run else 0
         os.environ[LAUNCHED_BY] = str(self._process)
 
     def __enter__(self) -> None:
@@ -58,6 +60,7 @@ class Interrupts(Callback):
             other.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.environ.pop(LAUNCHED_BY, None)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
