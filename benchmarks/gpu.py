@@ -64,15 +64,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def markdown(result: dict[str, Any], groups: list[str] | None = None) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """Return the tables of a result, under a line that says on what it was measured."""
     machine = result["machine"]
     text = f"{machine['card']}, torch {machine['torch']}, Triton {machine['triton']}:\n"
     for name, group in result["groups"].items():
-        if groups is None or name in groups:
-            state = "" if group["state"] == "done" else f" ({group['state']})"
-            body = table(group["rows"]) if group["rows"] else "(no rows)\n"
-            text += f"\n{GROUPS[name].title}{state}:\n\n{body}"
+        state = "" if group["state"] == "done" else f" ({group['state']})"
+        body = table(group["rows"]) if group["rows"] else "(no rows)\n"
+        text += f"\n{GROUPS[name].title}{state}:\n\n{body}"
     return text
 
 

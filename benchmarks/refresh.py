@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from gpu import RESULTS, markdown
 from matplotlib.figure import Figure
@@ -26,8 +27,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "results.md")]
 TABLES = {"backbones.py": "backbones-cpu.md", "segmentation.py": "segmentation-cpu.md", "rows.py": None}
 PICTURES = {"quickstart_locatvit": "pictures.png", "segment_locatvit": "segmentation.png"}
-OF_GPU = {"README.md": ["step", "dino"], "docs/scaling.md": None}  # pages, and the tables there if not all
-NOT_MEASURED = "Nothing has been measured on a GPU yet: `make gpu` does it.\n"
+RATIO = "time, LocAtViT / plain"  # a column of `gpu_training.steps`
 KNN = "k-NN top-1 (knn/top1)"
 LINE = rf"{re.escape(KNN)} [\d.]+ untrained -> [\d.]+"
 
@@ -95,17 +95,32 @@ def last_picture(run: Path) -> bytes:
     return picture
 
 
-def with_gpu_tables(text: str, results: list[Path], groups: list[str] | None) -> str:
-    """Return a page with the tables of some groups of each result, or with the words that there is none."""
-    tables = [markdown(json.loads(result.read_text()), groups) for result in results]
-    section = "\n".join(tables) or NOT_MEASURED
-    return re.sub(r"(?<=<!-- gpu -->\n).*?(?=<!-- /gpu -->)", lambda _: section, text, flags=re.DOTALL)
+def with_gpu(text: str, words: str) -> str:
+    """Return a page with these words on what was measured on a GPU."""
+    return re.sub(r"(?<=<!-- gpu -->).*?(?=<!-- /gpu -->)", lambda _: words, text, flags=re.DOTALL)
+
+
+def gpu_pages(results: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the words of each page on the results of `make gpu`: a line in the README, tables in the docs."""
+    lines = [line for result in results if (line := steps_in_a_line(result))]
+    tables = "\n".join(map(markdown, results))
+    return {
+        "README.md": "; ".join(lines) or "nothing has been measured yet, `make gpu` does it",
+        "docs/scaling.md": "\n" + (tables or "Nothing has been measured yet.\n"),
+    }
+
+
+def steps_in_a_line(result: dict[str, Any]) -> str:
+    """Say how much longer than a plain ViT's the training steps of a card take."""
+    rows = result["groups"].get("step", {"rows": []})["rows"]
+    ratios = [f"{row[RATIO]:.2f}x ({row['row']})" for row in rows if row.get(RATIO)]
+    return f"{result['machine']['card']}, training step, {', '.join(ratios)}" if ratios else ""
 
 
 def main() -> None:
-    for name, groups in OF_GPU.items():
-        page = ROOT / name
-        page.write_text(with_gpu_tables(page.read_text(), sorted(RESULTS.glob("gpu-*.json")), groups))
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    for name, words in gpu_pages(found).items():
+        (ROOT / name).write_text(with_gpu((ROOT / name).read_text(), words))
     if len(sys.argv) == 1:
         return
     runs = Path(sys.argv[1])

@@ -29,20 +29,21 @@ def test_a_table_has_the_columns_of_all_rows(benchmarks):
     ]
 
 
-def test_pages_hold_the_tables_of_each_card_or_say_that_there_is_none(benchmarks, tmp_path):
+def test_pages_hold_what_each_card_measured_or_say_that_none_has(benchmarks):
     refresh = benchmarks("refresh")
-    rows = [{"row": "small", "images/s": 1000.0}]
+    rows = [{"row": "small, eager", "LocAtViT": 1000.0, refresh.RATIO: 1.0621}]
     groups = {"step": {"state": "cut off", "rows": rows}, "dino": {"state": "not measured", "rows": []}}
-    (tmp_path / "gpu-h200.json").write_text(json.dumps({"machine": MACHINE, "groups": groups}))
-    page = "Text.\n\n<!-- gpu -->\nold\n<!-- /gpu -->\n\nMore.\n"
-    filled = refresh.with_gpu_tables(page, [tmp_path / "gpu-h200.json"], ["step"])
-    assert "NVIDIA H200, torch 2.11, Triton 3.6:\n\nTraining step" in filled
-    assert "(cut off):\n\n|  | images/s |\n| --- | --- |\n| small | 1,000 |\n<!-- /gpu -->" in filled
-    assert refresh.with_gpu_tables(filled, [], None) == page.replace("old\n", refresh.NOT_MEASURED)
-    for name, shown in refresh.OF_GPU.items():
+    words = refresh.gpu_pages([{"machine": MACHINE, "groups": groups}])
+    assert words["README.md"] == "NVIDIA H200, training step, 1.06x (small, eager)"
+    filled = refresh.with_gpu("a <!-- gpu -->old<!-- /gpu --> b", words["docs/scaling.md"])
+    assert filled.startswith("a <!-- gpu -->\nNVIDIA H200, torch 2.11, Triton 3.6:\n\nTraining step")
+    assert "(cut off):\n\n|  | LocAtViT | time, LocAtViT / plain |\n" in filled
+    assert "| small, eager | 1,000 | 1.06 |\n\nDINO" in filled
+    found = [json.loads(path.read_text()) for path in sorted(refresh.RESULTS.glob("gpu-*.json"))]
+    for name, expected in refresh.gpu_pages(found).items():
         page = (ROOT / name).read_text()
         assert page.count("<!-- gpu -->") == 1
-        assert refresh.with_gpu_tables(page, sorted(refresh.RESULTS.glob("gpu-*.json")), shown) == page
+        assert refresh.with_gpu(page, expected) == page
 
 
 def test_each_row_is_written_at_once(benchmarks, tmp_path, capsys, monkeypatch):
