@@ -37,7 +37,7 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "exact": Group("Attention against float64", "gpu_attention", 0.08),
+    "exact": Group("Attention against float64", "gpu_attention", 0.15),
     "layer": Group("Attention, forward and backward, bf16: ms", "gpu_attention", 0.22),
     "step": Group("Training step: images/s, and peak GiB", "gpu_training", 0.4),
     "dino": Group("DINO Small, 2 × 224 + 8 × 96 px, 64 images a step", "gpu_training", 0.25),

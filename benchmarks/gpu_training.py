@@ -207,7 +207,7 @@ def fed(
 
 def folder_of_jpegs(root: Path, images: int) -> None:
     """Write a folder of a class with photographs of 500 × 375 pixels, of which some are alike."""
-    different = jpegs(min(images, 512))
+    different = jpegs(min(images // 2, 256))
     for split, count in (("train", images), ("val", 4)):
         for label in ("a", "b"):
             folder = root / split / label
@@ -289,6 +289,7 @@ def study(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Run the study and yield how long it took; its report is beside the results."""
     start = perf_counter()
     report = Path(args.output or "build/gpu") / "study.md"
+    report.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "locat", "study", "--config", "study_cifar.yaml", "--preset", "gpu"]
     command += ["--report", str(report), "--folders.images", args.images, "--folders.masks", args.masks]
     subprocess.run(command, check=True)

@@ -101,7 +101,7 @@ def with_gpu(text: str, words: str) -> str:
 
 
 def gpu_pages(results: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the words of each page on the results of `make gpu`: a line in the README, tables in the docs."""
+    """Return what each page says of the results of `make gpu`: README in a line, docs in tables."""
     lines = [line for result in results if (line := steps_in_a_line(result))]
     tables = "\n".join(map(markdown, results))
     return {
