@@ -1,6 +1,6 @@
 """Semantic segmentation by a small decoder on the patch features of a backbone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from math import isnan
@@ -165,9 +165,6 @@ class Segmentation(FrozenNetwork):
         rank_zero_info(f"{self.hp.backbone}: {whole:,} parameters with the decoder, {trained:,} are trained")
         self.train(self.training)
 
-    def to_compile(self) -> Iterable[nn.Module]:
-        return ()  # the features are compiled as a whole
-
     def _freeze_what_is_not_read(self) -> None:
         """Freeze what follows the features (norm, pooling): DDP would wait for its gradients."""
         side: int = self.trainer.datamodule.crop_size  # type: ignore[attr-defined]
@@ -208,14 +205,13 @@ class Segmentation(FrozenNetwork):
 
     def features(self, images: Tensor) -> Tensor:
         """Return patch features [B, D, h, w] of images [B, 3, H, W], padded to whole patches."""
-        on = torch.is_autocast_enabled(images.device.type)
-        dtype = torch.get_autocast_dtype(images.device.type) if on else None
-        # In evaluation every image may have a size of its own.
-        find = self._compiled_features if self.hp.compile and self.training else patch_features
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        compiled = self.hp.compile and self.training  # in evaluation each image may have its own size
+        find = self._compiled_features if compiled else patch_features
         with nullcontext() if self.hp.train_backbone else torch.inference_mode():
             found = find(self.backbone, images, autocast_dtype=dtype)
-        if found.is_inference():
-            found = found.clone()  # an ordinary tensor, fit for autograd
+        found = found.clone() if found.is_inference() else found  # an ordinary tensor, fit for autograd
         return found.to(next(self.decoder.parameters()).dtype)  # half only if the trainer made all weights so
 
     def forward(self, images: Tensor) -> Tensor:
@@ -227,8 +223,8 @@ class Segmentation(FrozenNetwork):
     def _whole(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         size = padded_size(self.backbone, (height, width))
-        small = self.decoder(self.features(images)).float()
-        return F.interpolate(small, size, mode="bilinear")[..., :height, :width]
+        logits = F.interpolate(self.decoder(self.features(images)).float(), size, mode="bilinear")
+        return logits[..., :height, :width]
 
     def training_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
         """Return the cross-entropy of the annotated pixels, at their own resolution."""
