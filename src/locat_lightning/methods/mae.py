@@ -29,8 +29,8 @@ NAMES = {r"^mask_token$": "decoder.mask_token", r"^decoder_(pos_embed|blocks\.|n
 class Mae(MaskedImages):
     """Train a timm Vision Transformer as a masked autoencoder.
 
-    It takes the tokens of the visible patches alone, and costs as much as they are. PRR, like all that pools
-    tokens, has no part in the loss: it is there where features are measured.
+    The backbone computes the tokens of the visible patches alone. PRR, like all that pools tokens, has no
+    part in the loss: it is there where features are measured.
 
     Source: "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022). The defaults are its own; those of
     the optimizer are in `mae_small.yaml`.
