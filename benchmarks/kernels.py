@@ -38,8 +38,14 @@ class Compiled(NamedTuple):
     ptx: str
 
 
-def compiled(name: str, card: int, d: int, config: triton.Config, dtype: str = "bf16") -> Compiled:
-    function = getattr(triton_attention, name).fn
+def setting(name: str, d: int) -> triton.Config:
+    """Return the first of the settings that a GPU would compare."""
+    configs: list[triton.Config] = getattr(triton_attention, name).configs
+    return triton_attention.candidates(configs, {}, D=d)[0]
+
+
+def compiled(name: str, card: int, d: int, dtype: str = "bf16") -> Compiled:
+    function, config = getattr(triton_attention, name).fn, setting(name, d)
     queries = config.kwargs["BM"]
     constants = {"SAME": True, "D": d, "BD": max(16, 1 << (d - 1).bit_length()), "ONE": True}
     constants |= {"BM": queries, "R": ROWS, "WC": COLUMNS}
@@ -95,9 +101,9 @@ def _loop(lines: list[str]) -> int:
     return min(lengths)
 
 
-def row(case: tuple[str, int, int, triton.Config]) -> str:
-    name, card, d, config = case
-    found = compiled(*case)
+def row(case: tuple[str, int, int]) -> str:
+    name, card, d = case
+    config, found = setting(name, d), compiled(*case)
     tile = f"{config.kwargs['BM']:4} {config.num_warps:5} {config.num_stages:6}"
     counts = f"{found.registers:9} {found.spills:6} {found.shared:7} {found.instructions:12.1f}"
     return f"{name:14} {'sm_' + str(card):6} {d:3} {tile} {counts}"
@@ -105,10 +111,8 @@ def row(case: tuple[str, int, int, triton.Config]) -> str:
 
 def main() -> None:
     print("kernel         card     d   BM warps stages registers spills  shared instructions")
-    first = {name: getattr(triton_attention, name).configs[0] for name in KERNELS}
-    cases = [(name, card, d, first[name]) for name, card, d in product(KERNELS, CARDS, WIDTHS)]
     with ProcessPoolExecutor() as pool:
-        for line in pool.map(row, cases):
+        for line in pool.map(row, product(KERNELS, CARDS, WIDTHS)):
             print(line, flush=True)
 
 

@@ -46,10 +46,10 @@ def test_the_kernels_in_an_interpreter():
 @pytest.mark.parametrize(("name", "most"), [("forward", 18), ("d_queries", 23), ("d_keys_values", 20)])
 def test_a_kernel_fits_into_the_registers_of_a_hopper_gpu(name, most, tmp_path, monkeypatch):
     """Compiled ahead of time. Without atomic additions, the sums have one order."""
-    triton_attention = pytest.importorskip("locat_lightning.nn.triton_attention")
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = runpy.run_path(str(ROOT / "benchmarks" / "kernels.py"))["compiled"]
-    found = compiled(name, 90, 64, getattr(triton_attention, name).configs[0])
+    found = compiled(name, 90, 64)
     assert found.spills == 0
     assert 8 < found.instructions <= most
     assert not re.search(r"\b(atom|red)\.", found.ptx)

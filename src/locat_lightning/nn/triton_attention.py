@@ -33,8 +33,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 QUERIES = 64  # of a program of `d_queries`
 
 
-def _repeatable(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
-    """Take the first where the same bits are wanted each time, and in Triton's interpreter."""
+def candidates(configs: list[triton.Config], _: Any, *, D: int, **__: Any) -> list[triton.Config]:
+    """Return those to compare; the first where the same bits are wanted each time, and in the interpreter."""
+    if D > 64:  # the registers do not suffice for more than one stage, if that is offered
+        configs = [each for each in configs if each.num_stages == 1] or configs
     first = torch.are_deterministic_algorithms_enabled() or triton.knobs.runtime.interpret
     return configs[:1] if first else configs
 
@@ -54,7 +56,7 @@ def kernel(*configs: tuple[int, ...]) -> Callable[[Callable[..., None]], Any]:
                 for bm, warps, stages in configs
             ],
             key=["D", "WC", "ONE"],
-            prune_configs_by={"early_config_prune": _repeatable},
+            prune_configs_by={"early_config_prune": candidates},
             cache_results=True,
         )(function)
 

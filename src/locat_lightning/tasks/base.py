@@ -220,10 +220,7 @@ class Task(Watched):
     def peak_learning_rate(
         self, reference_batch: int = 256, rule: Callable[[float, int, int], float] = linear_rule
     ) -> float:
-        """Return and print the peak: `lr`, or what `base_lr` for `reference_batch` images a step makes it.
-
-        It is kept as `peak_lr`.
-        """
+        """Return, print and keep as `peak_lr`: `lr`, or `base_lr` at `reference_batch` images a step."""
         hp, batch = self.hp, self.global_batch_size()
         peak: float = hp.lr if hp.lr is not None else rule(hp.base_lr, batch, reference_batch)
         rank_zero_info(f"learning rate {peak:.3g} at {batch} images a step")
