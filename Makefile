@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS ?= runs
-# A file at a time, in one process more than there are cores: some tests wait for processes of their own.
-PYTEST = python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "locat-lightning needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -20,17 +18,17 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv with the pinned versions of constraints.txt
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/$(PYTEST)
+test: $(INSTALLED) ## run the tests, a file at a time on each core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-fast: $(INSTALLED) ## run the tests but for those of whole runs
-	$(BIN)/$(PYTEST) -m "not slow and not faults"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not faults"
 
 test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs, and count what comes of it: all, or FILES="tests/faults/…"
-	$(BIN)/$(PYTEST) -m faults $(or $(FILES),tests/faults)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m faults $(or $(FILES),tests/faults)
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
-	$(BIN)/$(PYTEST) --cov=src --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov=src --cov-report=term-missing:skip-covered
 
 check: $(INSTALLED) ## format, lint and strict types, without changing a file
 	$(BIN)/ruff format --check .
