@@ -61,6 +61,8 @@ class Interrupts(Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         os.environ.pop(LAUNCHED_BY, None)
+        if self._told and kind is not None and issubclass(kind, Exception):
+            sys.exit(128 + self._told)  # a worker was told, too, and ended first
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -79,10 +81,16 @@ class Interrupts(Callback):
             sys.exit(128 + self._told)
 
     def _handle(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process and number == signal.SIGTERM:
+            os._exit(0)  # a process that reads images, just forked: its run, which waits for it, is ending
         if os.getpid() != self._process or self._trainer.interrupted:
-            return  # a process that reads images, just forked; or one that is ending
+            return
         if not self._lost:
             self._told = self._told or number
+        if frame is not None and frame.f_globals.get("__name__") == "logging":
+            # Perhaps while a worker is forked: what is raised is lost, and with it the lock of all logs.
+            threading.Timer(0.1, os.kill, (self._process, number)).start()
+            return
         if self._lost or self._trainer.is_global_zero:
             batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
             if batches.started == batches.completed:
