@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS ?= runs
+# A file at a time on each core, by name: those of most tests first would leave a core idle at the end.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "locat-lightning needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -18,17 +20,17 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv with the pinned versions of constraints.txt
 
-test: $(INSTALLED) ## run the tests, a file at a time on each core
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(INSTALLED) ## run the tests
+	$(PYTEST)
 
 test-fast: $(INSTALLED) ## run the tests but for those of whole runs
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not faults"
+	$(PYTEST) -m "not slow and not faults"
 
 test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs, and count what comes of it: all, or FILES="tests/faults/…"
-	$(BIN)/python -m pytest -n auto --dist loadfile -m faults $(or $(FILES),tests/faults)
+	$(PYTEST) -m faults $(or $(FILES),tests/faults)
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov=src --cov-report=term-missing:skip-covered
+	$(PYTEST) --cov=src --cov-report=term-missing:skip-covered
 
 check: $(INSTALLED) ## format, lint and strict types, without changing a file
 	$(BIN)/ruff format --check .
