@@ -1,9 +1,9 @@
 """Images, views and masks: from files to batches. Knows no model."""
 
-import locat_lightning.data.masked_views  # noqa: F401 - a config finds its class
 from locat_lightning.data.classification import ImageData
+from locat_lightning.data.masked_views import MaskedMultiCrop
 from locat_lightning.data.multiview import MultiViewData
 from locat_lightning.data.segmentation import SegmentationData
 from locat_lightning.data.single_crop import SingleCrop
 
-__all__ = ["ImageData", "MultiViewData", "SegmentationData", "SingleCrop"]
+__all__ = ["ImageData", "MaskedMultiCrop", "MultiViewData", "SegmentationData", "SingleCrop"]

@@ -54,9 +54,8 @@ def _unless_the_receiver_left(kind: type[BaseException], *error: Any) -> None:
 
 def _end_unsent(error: Exception, batch: Any) -> None:
     if "shared memory" in str(error) and hasattr(signal, "SIGBUS"):
-        os.kill(
-            os.getpid(), signal.SIGBUS
-        )  # as the system ends it where a page is missing, which torch explains
+        # As the system ends a worker where a page is missing, which torch explains.
+        os.kill(os.getpid(), signal.SIGBUS)
     traceback.print_exception(error)
     os._exit(1)
 

@@ -237,3 +237,10 @@ def features(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 def widths(backbone: Any) -> tuple[int, int]:
     """Return the widths of `features`."""
     return backbone.head_hidden_size, backbone.feature_info[-1]["num_chs"]
+
+
+def freeze_pooling(backbone: nn.Module) -> None:
+    """Freeze what follows the final norm, for a loss that does not see it: DDP would wait for gradients."""
+    for name in ("attn_pool", "fc_norm", "head"):
+        if isinstance(part := getattr(backbone, name, None), nn.Module):
+            part.requires_grad_(False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from locat_lightning.backbones.weights import read_state
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
-from locat_lightning.methods.base import Output
+from locat_lightning.methods.base import Output, freeze_pooling
 from locat_lightning.methods.heads import load_heads, renamed
 from locat_lightning.methods.masked_images import MaskedImages
 from locat_lightning.nn import GaussianAugmentation, patch_selection
@@ -75,7 +75,7 @@ class Mae(MaskedImages):
             )
         initialise(backbone)
         self.start(backbone)
-        self.freeze_pooling()
+        freeze_pooling(self.backbone)
         self.places = height * width
         self.side = backbone.patch_embed.patch_size[0]
         self.decoder_embed = nn.Linear(backbone.embed_dim, hp.decoder_dim)

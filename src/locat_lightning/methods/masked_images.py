@@ -47,12 +47,6 @@ class MaskedImages(Pretraining):
         noise = [image_noise(batch.indices, self.places, *key, view) for view in range(len(crops))]
         return crops.flatten(0, 1), torch.cat(noise)
 
-    def freeze_pooling(self) -> None:
-        """Freeze what comes behind the final norm: the loss does not see it."""
-        for name in ("attn_pool", "fc_norm", "head"):
-            if isinstance(part := getattr(self.backbone, name, None), nn.Module):
-                part.requires_grad_(False)
-
     def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
         figures = super().pictures(samples, data, side)
         images = torch.stack([sample[0] for sample in samples]).to(self.device)

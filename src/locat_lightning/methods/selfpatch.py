@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
-from locat_lightning.methods.base import Output, features, widths
+from locat_lightning.methods.base import Output, features, freeze_pooling, widths
 from locat_lightning.methods.dino import Dino
 from locat_lightning.methods.self_distillation import Network
 from locat_lightning.methods.targets import Targets
@@ -108,10 +108,8 @@ class SelfPatchNetwork(Network):
         super().__init__(backbone, head)
         self.ca_head, self.patch_head = ca_head, patch_head
         self.reads_cls = getattr(backbone, "cls_token", None) is not None
-        if not self.reads_cls:  # what pools has no part in the loss
-            for module in (getattr(backbone, name, None) for name in ("attn_pool", "fc_norm")):
-                if module is not None:
-                    module.requires_grad_(False)
+        if not self.reads_cls:
+            freeze_pooling(backbone)
 
     @property
     def heads(self) -> list[Any]:

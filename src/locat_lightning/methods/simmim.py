@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
-from locat_lightning.methods.base import Output
+from locat_lightning.methods.base import Output, freeze_pooling
 from locat_lightning.methods.masked_images import MaskedImages
 from locat_lightning.nn import MaskToken
 
@@ -46,7 +46,7 @@ class SimMim(MaskedImages):
         hp = self.hp
         self.backbone = backbone = make_backbone()
         self.start(backbone)
-        self.freeze_pooling()
+        freeze_pooling(self.backbone)
         patch: int = backbone.patch_embed.patch_size[0]
         if hp.mask_size % patch:
             raise InputError(

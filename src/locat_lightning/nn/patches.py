@@ -17,10 +17,10 @@ from torch import Tensor, nn
 class PatchGrid:
     """The patch grid (rows, columns) of each sequence length, shared by all layers of one model.
 
-    `note_grid` records it as images pass the patch embedding; a
-    checkpointed block that is recomputed in the backward pass, after images of another size, then still finds
-    the grid of its own tokens. Only grids with equally many patches (4×9 and 6×6) are mistaken for each
-    other, if one passes between the forward and the backward pass of a checkpointed block of the other.
+    `note_grid` records it as images pass the patch embedding; a checkpointed block that is recomputed in the
+    backward pass, after images of another size, then still finds the grid of its own tokens. Only grids with
+    equally many patches (4×9 and 6×6) are mistaken for each other, if one passes between the forward and the
+    backward pass of a checkpointed block of the other.
 
     Of a subset of the patches, `note_kept` records which they are. Here such a mistake is an error.
     """
