@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import yaml
 
 from locat.command import main
-from tests.commands.runs import LAST
+from tests.commands.runs import LAST, RUN
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -47,3 +48,22 @@ def test_counts_that_contradict_each_other_are_refused(trained, capsys):
 def test_a_number_of_images_seen_that_counts_nothing_is_refused(value, trained, capsys):
     torch.save(torch.load(LAST, weights_only=True) | {"images_seen": value}, LAST)
     assert code_of(RESUMED, capsys) == 2
+
+
+@pytest.mark.parametrize(
+    "group", ["trainer", "checkpoint", "pictures", "knn", "linear", "retrieval", "model", "data"]
+)
+def test_options_of_a_record_are_checked_like_typed_ones(group, trained, capsys, record_property):
+    """Each in turn that is no word becomes one: which is refused in a line, or is right."""
+    record = RUN / "config.yaml"
+    config = yaml.safe_load(record.read_text())
+    options = config[group].get("init_args", config[group])
+    codes = []
+    for option in [option for option, value in options.items() if not isinstance(value, str)]:
+        before = options[option]
+        options[option] = "!!x"
+        record.write_text(yaml.safe_dump(config))
+        codes.append(code_of([*RESUMED, "--trainer.max_epochs", "2"], capsys))
+        options[option] = before
+    assert set(codes) <= {0, 2}
+    record_property(f"options of a record, {group}", f"{len(codes)}, {codes.count(2)} of them refused")

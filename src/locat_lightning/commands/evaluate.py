@@ -1,6 +1,5 @@
 """`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
-import json
 from dataclasses import fields
 from math import isnan
 from pathlib import Path
@@ -73,10 +72,8 @@ def main(arguments: list[str]) -> None:
     given = parsing.decisive_options(arguments)
     if given.weights is not None:
         sources.check_weights(given.weights)
-        known = _defaults(command, given.weights)
-        texts = (each if isinstance(each, str) else json.dumps(each) for each in known.values())
         # Before what is typed, and checked like it.
-        arguments = [*(f"--{key}={text}" for key, text in zip(known, texts, strict=True)), *arguments]
+        arguments = [*parsing.as_arguments(_defaults(command, given.weights)), *arguments]
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     config = parsing.parse(parser, arguments)

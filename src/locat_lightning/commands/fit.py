@@ -27,10 +27,9 @@ from locat_lightning.callbacks.progress import EpochLines, ProgressBar
 from locat_lightning.callbacks.record import MetricsTable, RunRecord
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.callbacks.throughput import Throughput
-from locat_lightning.commands import checks, defaults, resume
+from locat_lightning.commands import checks, defaults, parsing, resume
 from locat_lightning.commands.loggers import OptionParser, make_loggers
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.parsing import ConfigByName, decisive_options, mixed_precision, parse
 from locat_lightning.commands.sources import local_dir, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
@@ -49,8 +48,10 @@ class LocatCLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
-        self._given = decisive_options(arguments[1:])
-        self._defaults = defaults.of_command(self._command, arguments[1:])
+        self._given = parsing.decisive_options(arguments[1:])
+        known = parsing.as_arguments(defaults.of_command(self._command, arguments[1:]))
+        # Before what is typed, and checked like it.
+        arguments = [self._command, *known, *arguments[1:]]
         if self._given.weights is not None:
             arguments = [*arguments, "--weights", local_dir(self._given.weights)]  # the last one counts
         options = {"exit_on_error": False, "allow_abbrev": False}
@@ -74,7 +75,7 @@ class LocatCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parser_class(**kwargs)
         help_ = "a config file, or the name of a shipped config"
-        parser.add_argument("-c", "--config", action=ConfigByName, help=help_)
+        parser.add_argument("-c", "--config", action=parsing.ConfigByName, help=help_)
         return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -97,7 +98,7 @@ class LocatCLI(LightningCLI):
         parser.add_lightning_class_args(RetrievalProbe, "retrieval")
         own = {
             "trainer.enable_model_summary": False,
-            "trainer.precision": mixed_precision(),
+            "trainer.precision": parsing.mixed_precision(),
             "checkpoint.filename": "best",
             "checkpoint.auto_insert_metric_name": False,
             "checkpoint.save_last": True,
@@ -105,11 +106,11 @@ class LocatCLI(LightningCLI):
             "checkpoint.enable_version_counter": False,
             **dict.fromkeys((f"{probe}.every_n_epochs" for probe in ("knn", "linear", "retrieval")), 0),
         }
-        parser.set_defaults(own | self._defaults)
+        parser.set_defaults(own)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Private: LightningCLI's parser of the command.
-        self.config = parse(parser, args, self._subcommand_parsers[self._command])
+        self.config = parsing.parse(parser, args, self._subcommand_parsers[self._command])
         checks.check_numbers(self.config[self._command])
 
     def _parse_ckpt_path(self) -> None:

@@ -1,6 +1,8 @@
 """Parsing that all commands share: configs by name, options of weights, suggestions for unknown options."""
 
 import argparse
+import json
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,12 @@ def decisive_options(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument(option, nargs="?")
     parser.add_argument("-c", "--config", action="append", nargs="?")
     return parser.parse_known_args(arguments)[0]
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Return options as a user would type them."""
+    texts = (value if isinstance(value, str) else json.dumps(value) for value in options.values())
+    return [f"--{option}={text}" for option, text in zip(options, texts, strict=True)]
 
 
 def parse(parser: ArgumentParser, arguments: list[str], subparser: ArgumentParser | None = None) -> Namespace:

@@ -1,6 +1,5 @@
 """What a study consists of: the commands to run for each arm and seed, as its config says."""
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from locat_lightning.commands import evaluate, fit
+from locat_lightning.commands.parsing import as_arguments
 from locat_lightning.errors import InputError, near
 
 Options = dict[str, Any]  # of a command, by dotted name
@@ -41,11 +41,8 @@ class Step:
 
     def arguments(self, folders: Mapping[str, str]) -> list[str]:
         """Return the command and its options, with these folders for their placeholders."""
-        given = [self.command]
-        for option, value in self.options.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            given.append(f"--{option}={PLACEHOLDER.sub(lambda name: folders.get(name[1], name[0]), text)}")
-        return given
+        texts = as_arguments(self.options)
+        return [self.command, *(PLACEHOLDER.sub(lambda n: folders.get(n[1], n[0]), each) for each in texts)]
 
     def typed(self) -> str:
         """Return the command for people, with placeholders for folders and for checkpoints of steps."""
