@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from subprocess import Popen
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,12 +17,14 @@ from locat_lightning.data.workers import GRACE
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED_BY = "LOCAT_LAUNCHED_BY"  # environment variable: the process of the run that started this one
 GRACE_AT_START = 3  # seconds, until the processes have met: there is nothing to save
+PATIENCE = 1  # seconds, until a run is ended wherever it is: what is raised in a fork or a lock may be lost
 
 
 class Interrupts(Callback):
     """Ends a run on SIGINT or SIGTERM, or when one of its processes was lost: after the batch under way.
 
-    Of several processes, the first saves without waiting for the others, which may be anywhere, and ends
+    Where no batch follows soon, as while images are listed, it ends after a second, or at a second signal. Of
+    several processes, the first saves without waiting for the others, which may be anywhere, and ends
     them; they pass signals on to it. One that waits for a lost process does not react, and is ended.
 
     Args:
@@ -31,7 +33,7 @@ class Interrupts(Callback):
     """
 
     def __init__(self, trainer: Trainer, release: Callable[[], None]) -> None:
-        self._trainer = trainer
+        self.trainer = trainer
         self._release = release
         self._told = 0  # the signal
         self._lost = ""  # which process
@@ -44,12 +46,12 @@ class Interrupts(Callback):
         self._parent = os.getppid() if is_launched and of_the_run else 0
         os.environ[LAUNCHED_BY] = str(self._process)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         # Private: Lightning's own handler calls a collective wherever its process is.
-        self._trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        if self._trainer.world_size > 1:
-            threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._ended = True
@@ -64,16 +66,25 @@ class Interrupts(Callback):
         if self._told and kind is not None and issubclass(kind, Exception):
             sys.exit(128 + self._told)  # a worker was told, too, and ended first
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_if_told()
+
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self.on_validation_start(trainer, pl_module)
+        self._end_if_told()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._told and trainer.is_global_zero:
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
+    on_validation_start = on_train_epoch_end
+
+    def _end_if_told(self) -> None:
+        if self._told and self.trainer.is_global_zero:
             self._end()
-
-    on_train_epoch_end = on_validation_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Be silent if the first process speaks for the run."""
@@ -83,17 +94,14 @@ class Interrupts(Callback):
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process and number == signal.SIGTERM:
             os._exit(0)  # a process that reads images, just forked: its run, which waits for it, is ending
-        if os.getpid() != self._process or self._trainer.interrupted:
+        if os.getpid() != self._process or self.trainer.interrupted:
             return
+        is_first = not (self._told or self._lost)
         if not self._lost:
             self._told = self._told or number
-        if frame is not None and frame.f_globals.get("__name__") == "logging":
-            # Perhaps while a worker is forked: what is raised is lost, and with it the lock of all logs.
-            threading.Timer(0.1, os.kill, (self._process, number)).start()
-            return
-        if self._lost or self._trainer.is_global_zero:
-            batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
-            if batches.started == batches.completed:
+        if self._lost or self.trainer.is_global_zero:
+            batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            if not is_first and batches.started == batches.completed:
                 self._end()
         elif os.getppid() == self._parent:
             os.kill(self._parent, number)
@@ -106,19 +114,21 @@ class Interrupts(Callback):
     def _watch(self) -> None:
         """Look after the other processes; tell this one until it reacts, or end it."""
         since = 0.0
-        while not self._ended and not self._trainer.interrupted:
+        while not self._ended and not self.trainer.interrupted:
             self._look()
             if self._told or self._lost:
                 since = since or time.monotonic()
-                if time.monotonic() - since > (GRACE if dist.is_initialized() else GRACE_AT_START):
+                waited = time.monotonic() - since
+                grace = GRACE if dist.is_initialized() else GRACE_AT_START
+                if self.trainer.world_size > 1 and waited > grace:
                     self._give_up()
-                if self._lost or self._trainer.is_global_zero:
-                    os.kill(self._process, signal.SIGTERM)
+                if self._lost or (self.trainer.is_global_zero and waited > PATIENCE):
+                    os.kill(self._process, self._told or signal.SIGTERM)
             time.sleep(0.2)
 
     def _look(self) -> None:
         """Find the processes that this one has started, and which of all was lost."""
-        started = getattr(self._trainer.strategy.launcher, "procs", [])
+        started = getattr(self.trainer.strategy.launcher, "procs", [])
         if started and isinstance(started[0], Popen):
             self._others += started
             started.clear()  # Lightning's own observer would kill this process before it has saved
@@ -136,8 +146,8 @@ class Interrupts(Callback):
         for other in self._others:
             other.kill()
         self._release()
-        if self._lost or self._trainer.global_step:
+        if self._lost or self.trainer.global_step:
             said = self._lost or "another process of the run does not react"
-            remedy = "resume the run with --ckpt_path last" if self._trainer.global_step else "start it again"
+            remedy = "resume the run with --ckpt_path last" if self.trainer.global_step else "start it again"
             print(f"locat: error: {said}: {remedy}", file=sys.stderr, flush=True)
         os._exit(128 + self._told if self._told else 1)
