@@ -13,7 +13,7 @@ RESUMED = ["fit", "--ckpt_path", str(LAST)]
 # Without them no run can resume: whatever else is there, it is refused.
 NEEDED = (
     *("global_step", "epoch", "pytorch-lightning_version", "state_dict", "loops", "callbacks"),
-    *("hyper_parameters", "run"),
+    *("hyper_parameters", "run", "optimizer_states"),
 )
 
 
@@ -42,6 +42,56 @@ def test_counts_that_contradict_each_other_are_refused(trained, capsys):
     contents = torch.load(LAST, weights_only=True)
     torch.save(contents | {"global_step": contents["global_step"] + 1}, LAST)
     assert code_of(RESUMED, capsys) == 2
+
+
+def of_another_shape(state):
+    state["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+def of_another_kind(state):
+    state["state"][0]["exp_avg"] = "word"
+
+
+def of_no_parameter(state):
+    state["state"][9999] = state["state"][0]
+
+
+def no_state(state):
+    state["state"][0] = "word"
+
+
+def one_group_less(state):
+    del state["param_groups"][0]
+
+
+def one_parameter_less(state):
+    state["param_groups"][0]["params"].pop()
+
+
+def betas(state):
+    state["param_groups"][0]["betas"] = "word"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            of_another_shape,
+            of_another_kind,
+            of_no_parameter,
+            no_state,
+            one_group_less,
+            one_parameter_less,
+            betas,
+        ),
+        *(dict.clear, lambda state: state.update(state="word"), lambda state: state.update(param_groups=[1])),
+    ],
+)
+def test_a_state_of_the_optimizer_that_does_not_fit_is_refused(change, trained, capsys):
+    contents = torch.load(LAST, weights_only=True)
+    change(contents["optimizer_states"][0])
+    torch.save(contents, LAST)
+    assert code_of([*RESUMED, "--trainer.max_epochs", "3", "--allow_changes", "true"], capsys) == 2
 
 
 @pytest.mark.parametrize("value", ["word", -1, 0.5, 10**20])

@@ -6,11 +6,13 @@ in the middle of a run bends them, so none of these changes silently.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
 
 from locat_lightning.callbacks.checkpoints import SEEN
 from locat_lightning.callbacks.record import flat_options
@@ -21,6 +23,7 @@ from locat_lightning.records import check_like
 OPTION = "allow_changes"
 IMAGES = "the number of training images"
 LISTED = 3  # differences in a message
+AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # of gradients: states of optimizers, as parameters
 RECORD = "run"  # a checkpoint's key of what `of_trainer` and `of_data` return
 
 # Attributes of a trainer that shape the training, named as its options.
@@ -66,6 +69,10 @@ class ResumeGuard(Callback):
     ) -> None:
         checkpoint[RECORD] = of_trainer(trainer, self._seed) | of_data(trainer)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:  # they get their states next
+            optimizer.register_load_state_dict_pre_hook(partial(check_optimizer, file=trainer.ckpt_path))
+
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -101,6 +108,9 @@ def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) ->
     own |= {SEEN: 0} if SEEN in checkpoint else {}
     for key in own.keys() | ({RECORD, "hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys()):
         check_like(checkpoint.get(key), own.get(key, {}), file, key)
+    optimizers = checkpoint.get("optimizer_states")
+    number = len(optimizers) if isinstance(optimizers, list) and optimizers else 1
+    check_like(optimizers, [{"state": {}, "param_groups": None}] * number, file, "optimizer_states")
     if not isinstance(checkpoint.get("state_dict"), Mapping):  # `Task.load_state_dict` compares the weights
         raise InputError(f"{file} holds no weights of a run (state_dict): take another checkpoint")
     counted = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
@@ -111,6 +121,24 @@ def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) ->
         raise InputError(
             f"{file} contradicts itself, so that no run can resume from it: take another checkpoint"
         )
+
+
+def check_optimizer(optimizer: Optimizer, found: dict[str, Any], *, file: object) -> None:
+    """Check that the state of an optimizer in a checkpoint fits its parameters: `InputError` if not."""
+    groups = [
+        {option: None if isinstance(value, bool) else value for option, value in group.items()}  # as fused
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+    check_like(found["param_groups"], groups, file, "optimizer_states.param_groups")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {position: parameter.shape for position, parameter in enumerate(parameters)}
+    for position, state in found["state"].items():
+        averages = [state[name] for name in AVERAGES & state.keys()] if isinstance(state, Mapping) else [None]
+        if any(getattr(average, "shape", None) != shapes.get(position) for average in averages):
+            raise InputError(
+                f"{file}: optimizer_states.state.{position} does not fit its parameter, which has the shape "
+                f"{list(shapes.get(position, []))}: take another checkpoint"
+            )
 
 
 def of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
