@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory, instructions.
 
 Instructions are those of the loop over tiles, for each logit that a thread computes. Spills are instructions
-that move registers to local memory and back, in the loop or outside it. Of the settings that a GPU would
+that move registers to local memory and back, in the loop and in all. Of the settings that a GPU would
 compare, the first is compiled.
 """
 
@@ -32,6 +32,7 @@ class Compiled(NamedTuple):
     """One kernel for one kind of card."""
 
     registers: int
+    spills_in_loop: int
     spills: int
     shared: int
     instructions: float
@@ -71,11 +72,20 @@ def compiled(name: str, card: int, d: int, dtype: str = "bf16") -> Compiled:
         lines = _output("nvdisasm", "-c", cubin).splitlines()
     registers = re.search(r"REG:(\d+)", usage)
     assert registers
-    spills = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines)
+    loop = _loop(lines)
     logits = queries * ROWS * COLUMNS / (32 * config.num_warps)
     return Compiled(
-        int(registers[1]), spills, binary.metadata.shared, _loop(lines) / logits, binary.asm["ptx"]
+        registers=int(registers[1]),
+        spills_in_loop=_spills(loop),
+        spills=_spills(lines),
+        shared=binary.metadata.shared,
+        instructions=len(loop) / logits,
+        ptx=binary.asm["ptx"],
     )
+
+
+def _spills(lines: list[str]) -> int:
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines)
 
 
 def _output(tool: str, *arguments: Any) -> str:
@@ -83,11 +93,11 @@ def _output(tool: str, *arguments: Any) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _loop(lines: list[str]) -> int:
-    """Count the instructions of the shortest loop that multiplies matrices."""
+def _loop(lines: list[str]) -> list[str]:
+    """Return the instructions of the shortest loop that multiplies matrices."""
     labels: dict[str, int] = {}
     code: list[str] = []
-    lengths = []
+    loops = []
     for line in lines:
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(code)
@@ -97,20 +107,21 @@ def _loop(lines: list[str]) -> int:
             if jump and jump[1] in labels:  # backwards
                 loop = code[labels[jump[1]] :]
                 if any("MMA" in each for each in loop):
-                    lengths.append(len(loop))
-    return min(lengths)
+                    loops.append(loop)
+    return min(loops, key=len)
 
 
 def row(case: tuple[str, int, int]) -> str:
     name, card, d = case
     config, found = setting(name, d), compiled(*case)
     tile = f"{config.kwargs['BM']:4} {config.num_warps:5} {config.num_stages:6}"
-    counts = f"{found.registers:9} {found.spills:6} {found.shared:7} {found.instructions:12.1f}"
+    spills = f"{found.spills_in_loop:8} {found.spills:6}"
+    counts = f"{found.registers:9} {spills} {found.shared:7} {found.instructions:12.1f}"
     return f"{name:14} {'sm_' + str(card):6} {d:3} {tile} {counts}"
 
 
 def main() -> None:
-    print("kernel         card     d   BM warps stages registers spills  shared instructions")
+    print("kernel         card     d   BM warps stages registers  in loop spills  shared instructions")
     with ProcessPoolExecutor() as pool:
         for line in pool.map(row, product(KERNELS, CARDS, WIDTHS)):
             print(line, flush=True)

@@ -210,7 +210,7 @@ def forward(
     _store(out + b * N * h * D + head_ * D, m, h * D, inside, acc / total[:, None], D, BD)
 
 
-@kernel((QUERIES, 4, 2), (QUERIES, 4, 1))
+@kernel((QUERIES, 4, 2), (QUERIES, 4, 1), (QUERIES, 8, 1))
 def d_queries(
     q, k, v, source, maps, out, lse, kernels, d_out, d_q, d_source, d_maps, delta,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, s_b, s_h, s_n, o_b, o_h, o_n,
@@ -234,8 +234,7 @@ def d_queries(
     q_ = _load(q + b * q_b + head_ * q_h, m, q_n, inside, D, BD)
     size = (tl.num_programs(0) // tl.cdiv(N, BM)).to(tl.int64) * N
     slope_y, slope_x, softplus = _kernels(kernels + row, size, m, inside)
-    gain = tl.load(maps + 3 * D + 3)
-    alpha = softplus * gain / scale
+    alpha = softplus * tl.load(maps + 3 * D + 3) / scale
     lse_ = tl.load(lse + row + m, mask=inside, other=0.0)
     q_i, q_j = _place(m, N, H, W)
 
@@ -256,10 +255,24 @@ def d_queries(
         d_a = p * (tl.dot(d_out_, v_.T) - delta_[:, None])
         acc = tl.dot(d_a.to(k_.dtype), k_, acc)
         d_a = tl.reshape(d_a, [BM, R, WC])
-        over_rows = tl.sum(d_a * y[:, :, None], 1) * x
+        over_rows = tl.sum(d_a * y[:, :, None], 1)
+        over_squares = tl.sum(d_a * (y * square_y)[:, :, None], 1)
+        if not ONE:
+            over_rows *= x
+            over_squares *= x
+            of_x += over_rows * square_x
         of_alpha += over_rows
-        of_x += over_rows * square_x
-        of_y += tl.sum(d_a * (y * square_y)[:, :, None], 1) * x
+        of_y += over_squares
+    tl.debug_barrier()
+    # Read once more, they hold no registers during the loop.
+    slope_y, slope_x, softplus = _kernels(kernels + row, size, m, inside)
+    gain = tl.load(maps + 3 * D + 3)
+    if ONE:  # all tiles have the same x
+        _, _, i, j = _keys(0, N, H, W, R, WC, ONE)
+        _, x, _, square_x = _xy(slope_y, slope_x, q_i, q_j, i, j, H, cap)
+        of_alpha *= x
+        of_y *= x
+        of_x = of_alpha * square_x
     of_alpha = tl.sum(of_alpha, 1)
     d_y = gain * softplus * tl.sum(of_y, 1) * _d_slope(slope_y, widest, epsilon)
     d_x = gain * softplus * tl.sum(of_x, 1) * _d_slope(slope_x, widest, epsilon)
