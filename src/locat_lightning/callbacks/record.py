@@ -54,6 +54,9 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         texts = {"config": self.parser.dump(self.config, skip_none=False), "versions": _versions(trainer)}
+        # Whole at any time: a run that resumes at the same moment reads it.
+        with replaced(Path(trainer.default_root_dir) / "config.yaml") as part:
+            part.write_text(texts["config"], encoding="utf-8")
         for logger in _boards(trainer):
             for name, text in texts.items():  # as code, in Markdown
                 logger.experiment.add_text(name, indent(text, "    "), trainer.global_step)

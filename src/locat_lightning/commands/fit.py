@@ -60,7 +60,7 @@ class LocatCLI(LightningCLI):
         with ExitStack() as self._held:  # the directory of the run, and the signals
             super().__init__(
                 save_config_callback=RunRecord,
-                save_config_kwargs={"overwrite": True},
+                save_config_kwargs={"save_to_log_dir": False},
                 auto_configure_optimizers=False,
                 parser_kwargs=options | {"prog": "locat", self._command: own},
                 parser_class=OptionParser,
