@@ -1,5 +1,6 @@
 """Every shipped config runs, with all that it says of its model, on small generated images."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -96,7 +97,11 @@ def one_step(config, folder):
 
 
 def test_there_are_configs():
-    known = {*DROP_PATH, *(f"segment_{name}" for name in SEGMENTS)}  # a new one belongs there too
+    known = {
+        "dinov2_highres",
+        *DROP_PATH,
+        *(f"segment_{name}" for name in SEGMENTS),
+    }  # a new one belongs there too
     assert {Path(config).stem for config in CONFIGS} == known
 
 
@@ -171,6 +176,24 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
         assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:
         assert {"val/loss", "val/top1"} <= json.loads((run / "metrics.json").read_text()).keys()
+
+
+@pytest.mark.slow
+def test_a_pretraining_continues_at_high_resolutions(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(one_step("dinov2_small.yaml", folder))
+    weights = "runs/dinov2_small/version_0/checkpoints/last.ckpt"
+    larger = ["--data.views.mixed_sizes=[[48, 16, 0.5], [64, 24, 0.5]]", "--data.views.undistorted_size=48"]
+    given = ["--weights", weights, "--model.gram_teacher", weights, *larger]
+    main([*one_step("dinov2_highres.yaml", folder), *given, "--trainer.limit_train_batches=3"])
+    run = Path("runs/dinov2_highres/version_0")
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    with (run / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [float(row["train/lr"]) for row in rows] == pytest.approx([1.25e-5] * 3)
+    assert [float(row["train/momentum"]) for row in rows] == pytest.approx([0.999] * 3)
+    # Its own teacher of before the first step, whose views are larger.
+    assert all(0 < float(row["train/gram_loss"]) < 1 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,20 @@ def test_undistorted_views_show_the_same_with_their_own_colours(local_views):
     assert torch.corrcoef(torch.stack(pooled))[0, 1] > 0.9
 
 
+def test_masks_and_undistorted_views_follow_the_size_of_the_batch():
+    views = MaskedMultiCrop(**SMALL, undistorted_size=48, mixed_sizes=[(64, 16, 1.0)])
+    batch = batch_of(views.of_batch(np.random.default_rng(0)))
+    assert batch.views[0].crops.shape == (2, 6, 3, 64, 64)
+    assert batch.masks.shape == (2, 6, 16, 16)
+    assert batch.undistorted.crops.shape == (2, 6, 3, 96, 96)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"patch_size": 5}, r"data.views.patch_size \(5\) must divide data.views.global_size \(32\)"),
+        ({"mixed_sizes": [(64, 16, 1.0), (30, 16, 1.0)]}, r"must divide data.views.mixed_sizes \(30\)"),
+        ({"mixed_sizes": [(64, 16, 0.0)]}, r"data.views.mixed_sizes \(\[64, 16, 0.0\]\)"),
         ({"mask_ratio": (0.5, 0.1)}, "views.mask_ratio"),
         ({"mask_ratio": (0.1, 1.5)}, "views.mask_ratio"),
     ],

@@ -88,6 +88,26 @@ def test_workers_and_the_place_of_the_colours_change_nothing(unlabelled):
         torch.testing.assert_close(c.crops, d.crops)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_has_one_of_the_mixed_sizes(unlabelled, workers):
+    mixed = {"mixed_sizes": [(16, 8, 1.0), (24, 12, 3.0)], "local_views": 1}
+    images = data(unlabelled, views=MultiCrop(16, 8, **mixed), batch_size=2, num_workers=workers)
+    images.setup("fit")
+    loader = images.train_dataloader()
+
+    def sizes(epoch):
+        found = [tuple(v.crops.shape[-1] for v in batch.views) for batch in epoch_of(loader, epoch)]
+        assert set(found) <= {(16, 8), (24, 12)}
+        return found
+
+    first = sizes(0)
+    assert sizes(0) == first  # they follow from the images of the batch
+    epochs = 1 if workers else 60
+    share = np.mean([size == (24, 12) for epoch in range(epochs) for size in sizes(epoch)])
+    assert workers or share == pytest.approx(0.75, abs=0.08)
+    assert images.views.size == 16  # in evaluation
+
+
 def test_epochs_differ(unlabelled):
     loader = data(unlabelled).train_dataloader()
     first, second = epoch_of(loader, 0), epoch_of(loader, 1)

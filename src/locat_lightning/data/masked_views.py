@@ -6,9 +6,10 @@ Source: `dinov2/data/masking.py` and `dinov2/data/collate.py` of github.com/face
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
+from typing import Self
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class MaskedMultiCrop(MultiCrop):
         stratified: mask exactly that share of each batch, with ratios spread evenly over the span, as DINOv2
             does; else each view for itself, as iBOT does.
         undistorted_size: side in pixels of the global views once more, with their own colours; null for none.
+            With `mixed_sizes` it follows the global size.
     """
 
     patch_size: PositiveInt = 16
@@ -48,11 +50,19 @@ class MaskedMultiCrop(MultiCrop):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_span("views.mask_ratio", self.mask_ratio, most=1)
-        if self.global_size % self.patch_size:
-            raise InputError(
-                f"data.views.patch_size ({self.patch_size}) must divide data.views.global_size "
-                f"({self.global_size})"
-            )
+        mixed = [size for size, _, _ in self.mixed_sizes or []]
+        for option, size in [("global_size", self.global_size), *(("mixed_sizes", size) for size in mixed)]:
+            if size % self.patch_size:
+                raise InputError(
+                    f"data.views.patch_size ({self.patch_size}) must divide data.views.{option} ({size})"
+                )
+
+    def of_batch(self, rng: np.random.Generator) -> Self:
+        drawn = super().of_batch(rng)
+        if self.undistorted_size is None:
+            return drawn
+        patches = self.undistorted_size * drawn.global_size / self.global_size / self.patch_size
+        return replace(drawn, undistorted_size=round(patches) * self.patch_size)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Drawn:
         drawn = super().draw(size, rng)
@@ -72,7 +82,7 @@ class MaskedMultiCrop(MultiCrop):
         if self.undistorted_size is not None:
             batch = batch._replace(views=batch.views[:-1], undistorted=batch.views[-1])
         seeds = [views[0].seed for views, _, _ in items]
-        grid = (self.global_size // self.patch_size,) * 2
+        grid = (batch.views[0].crops.shape[-1] // self.patch_size,) * 2
         options = {"share": self.masked_share, "ratio": self.mask_ratio, "min_block": self.min_block}
         if self.stratified:
             masks = masks_of_batch(2 * len(items), grid, Random(str(seeds)), **options)

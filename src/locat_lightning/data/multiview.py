@@ -30,13 +30,21 @@ class ViewImages(Images):
     transform: ViewTransform
 
     def __getitem__(self, item: int) -> tuple[list[Views], int, int] | Failure:
+        return self._cut(item, self.transform)
+
+    def __getitems__(self, items: list[int]) -> list[tuple[list[Views], int, int] | Failure]:
+        """Cut the images of a batch: a DataLoader asks for them together."""
+        transform = self.transform.of_batch(np.random.default_rng([self.seed, *items]))
+        return [self._cut(item, transform) for item in items]
+
+    def _cut(self, item: int, transform: ViewTransform) -> tuple[list[Views], int, int] | Failure:
         epoch, index = divmod(item, len(self))
         try:
             with self.source.open(index) as (image, label):
-                decoded = self.transform.decode(image, np.random.default_rng([self.seed, epoch, index]))
+                decoded = transform.decode(image, np.random.default_rng([self.seed, epoch, index]))
         except Exception as error:  # decoders raise anything; raised on, it would not name the image
             return Failure(self.source.path(index), reason(error))
-        return self.transform.cut(decoded), label, index
+        return transform.cut(decoded), label, index
 
 
 class MultiViewData(LabelledData):

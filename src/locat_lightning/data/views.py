@@ -9,8 +9,8 @@ Source of `MultiCrop`: `DataAugmentationDINO` in `main_dino.py` of github.com/fa
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import default_collate
 
 from locat_lightning.data.base import check_span
 from locat_lightning.data.colour import apply_colour, draw_colour
+from locat_lightning.errors import InputError
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 ATTEMPTS = 10  # to draw a box inside the image, as torchvision's RandomResizedCrop
@@ -113,6 +114,10 @@ class ViewTransform(ABC):
     def cut(self, decoded: Any) -> list[Views]:
         """Cut the views out of what `decode` returned."""
 
+    def of_batch(self, rng: np.random.Generator) -> "ViewTransform":
+        """Return the transform of a batch: itself, unless something is drawn for all images of the batch."""
+        return self
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Views]:
         """Make the views of an image."""
         return self.cut(self.decode(image, rng))
@@ -159,6 +164,8 @@ class MultiCrop(ViewTransform):
         colour_on: where the colours are augmented: `device` (batched, see `Views.coloured`), or `worker`, at
             four times the memory and thrice the time.
         hflip: probability of a horizontal flip of each view.
+        mixed_sizes: sizes of global and of local views that a batch may have instead, each with its share of
+            the batches; null for none.
     """
 
     global_size: PositiveInt = 224
@@ -168,14 +175,26 @@ class MultiCrop(ViewTransform):
     local_scale: tuple[float, float] = (0.05, 0.4)
     colour_on: Literal["device", "worker"] = "device"
     hflip: ClosedUnitInterval = 0.5
+    mixed_sizes: list[tuple[int, int, float]] | None = None
 
     def __post_init__(self) -> None:
         check_span("views.global_scale", self.global_scale, most=1)
         check_span("views.local_scale", self.local_scale, most=1)
+        for mixed in self.mixed_sizes or []:
+            if min(mixed) <= 0:
+                raise InputError(f"data.views.mixed_sizes ({list(mixed)}): sizes and shares are above 0")
 
     @property
     def sizes(self) -> list[int]:
         return [self.global_size] * 2 + [self.local_size] * self.local_views
+
+    def of_batch(self, rng: np.random.Generator) -> Self:
+        if not self.mixed_sizes:
+            return self
+        *sizes, shares = zip(*self.mixed_sizes, strict=True)
+        chosen = rng.choice(len(shares), p=np.array(shares) / sum(shares))
+        global_size, local_size = (each[chosen] for each in sizes)
+        return replace(self, global_size=global_size, local_size=local_size, mixed_sizes=None)
 
     def decode(self, image: Image.Image, rng: np.random.Generator) -> Drawn:
         drawn = self.draw(image.size, rng)

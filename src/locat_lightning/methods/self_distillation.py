@@ -70,7 +70,8 @@ class SelfDistillation(Pretraining):
 
     Args:
         backbone: timm's name of the model; drop path applies to the student only.
-        momentum: the teacher's share of itself in an update at the beginning; it goes to 1 along a cosine.
+        momentum: the teacher's share of itself in an update at the beginning.
+        momentum_end: the same at the end, along a cosine.
         teacher_temp: temperature of the teacher's distribution.
         warmup_teacher_temp: temperature of the teacher's distribution in the first epoch.
         warmup_teacher_temp_epochs: epochs of linear change from one to the other; 0 for none.
@@ -92,6 +93,7 @@ class SelfDistillation(Pretraining):
         backbone: str = "locatvit_small",
         *,
         momentum: ClosedUnitInterval = 0.996,
+        momentum_end: ClosedUnitInterval = 1.0,
         teacher_temp: PositiveFloat = 0.04,
         warmup_teacher_temp: PositiveFloat = 0.04,
         warmup_teacher_temp_epochs: NonNegativeInt = 0,
@@ -111,7 +113,7 @@ class SelfDistillation(Pretraining):
         for name, value in numbers.items():  # a subclass's, too; wrong ones would train silently
             if name.endswith("_temp") and not value > 0:
                 raise InputError(f"model.{name} ({value}) must be above 0")
-            if name.endswith("momentum") and not 0 <= value <= 1:
+            if "momentum" in name and not 0 <= value <= 1:
                 raise InputError(f"model.{name} ({value}) must be from 0 to 1")
 
     def make_network(self, backbone: Any) -> Network:
@@ -177,7 +179,7 @@ class SelfDistillation(Pretraining):
 
     def momentum(self, step: int) -> float:
         """Return the teacher's share of itself in the update after an optimizer step, from 0 on."""
-        return cosine(step, steps=self.steps, start=self.hp.momentum, end=1.0)
+        return cosine(step, steps=self.steps, start=self.hp.momentum, end=self.hp.momentum_end)
 
     @property
     def tf32(self) -> bool:
