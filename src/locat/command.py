@@ -5,7 +5,6 @@ import signal
 import sys
 import threading
 from importlib import import_module
-from importlib.metadata import version
 
 from locat.errors import refuse
 
@@ -52,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
         case [] | ["--help" | "-h" | "help", *_]:
             print(HELP, end="")
         case ["--version", *_]:
+            from importlib.metadata import version
+
             print(f"locat-lightning {version('locat-lightning')}")
         case [name, *_] if name in COMMANDS:
             # Threads of OpenMP that spin while they wait make a run many times slower on a busy machine.
@@ -66,6 +67,8 @@ def _run(module: str, arguments: list[str]) -> None:
     is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.signal(number, _end) for number in numbers}
+    if hasattr(signal, "pthread_sigmask"):  # they are blocked while a run starts its other processes
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
     sys.argv = [given[0], *arguments]
     try:

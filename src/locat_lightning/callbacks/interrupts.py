@@ -51,10 +51,18 @@ class Interrupts(Callback):
         self.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         threading.Thread(target=self._watch, daemon=True).start()
+        if self.trainer.world_size > 1 and hasattr(signal, "pthread_sigmask"):
+            # Processes that this one starts inherit it, and get signals when `locat.command` can handle them.
+            # This one gets them through its other thread.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return self
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _unblock()
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._ended = True
+        _unblock()
         self._look()
         for other in self._others:
             if kind is not None:
@@ -151,3 +159,8 @@ class Interrupts(Callback):
             remedy = "resume the run with --ckpt_path last" if self.trainer.global_step else "start it again"
             print(f"locat: error: {said}: {remedy}", file=sys.stderr, flush=True)
         os._exit(128 + self._told if self._told else 1)
+
+
+def _unblock() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
