@@ -65,7 +65,7 @@ bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/knn.py
-	$(BIN)/python benchmarks/dino.py
+	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/segmentation.py
 
 kernels: $(INSTALLED) ## compile the Triton kernels for three kinds of GPU, without one: registers, spills, instructions

@@ -280,8 +280,8 @@ def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, cap
 
 
 def test_every_arm_differs_from_its_baseline_in_nothing_but_its_options():
-    for preset in ("cpu", "gpu"):
-        study = study_of("study_cifar.yaml", preset)
+    for config, preset in (("cifar", "cpu"), ("cifar", "gpu"), ("pretraining", None)):
+        study = study_of(f"study_{config}.yaml", preset)
         assert len(study.seeds) >= 3
         for arm, seed in study.runs():
             base = study.baseline_of(arm)
