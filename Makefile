@@ -61,7 +61,7 @@ study: $(INSTALLED) ## write docs/results.md, hours on a CPU: make study IMAGES=
 	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md $(if $(PRESET),--preset $(PRESET)) \
 		--folders.images "$(IMAGES)" --folders.masks "$(MASKS)"
 
-bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a DINO step, the segmentation head
+bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, a step of each method, the segmentation head
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/knn.py

@@ -32,7 +32,7 @@ from locat_lightning.data.views import MultiCrop, ViewBatch, Views
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.methods import Dino
 from locat_lightning.nn import layers
-from locat_lightning.nn.gaussian import Gaussians
+from locat_lightning.nn.gaussian import Gaussians, LazyGaussians
 from locat_lightning.tasks import Classification
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}  # of --tiny
@@ -50,15 +50,35 @@ STEPS = [
 
 
 def authors_attention(
-    q: Tensor, k: Tensor, v: Tensor, gaussians: Gaussians, *, bias: Tensor | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gaussians: Gaussians | LazyGaussians,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Attention with all of S, from exponents [B, h, N, N, 2] that are summed over the two directions."""
+    """Attention with all of S, from exponents [B, h, N, N, 2] that are summed over the two directions.
+
+    On grids from 32 × 32 on, the authors average the queries in squares of four while training.
+    """
+    if isinstance(gaussians, LazyGaussians):
+        gaussians = gaussians.compute()
     slope, alpha, (height, width), cap, *_ = gaussians
     token = torch.arange(height * width, device=q.device)
-    place = torch.stack([token // width, token % width], -1)
-    squares = (place[:, None] - place).square().clamp(max=cap).float()  # [N, N, 2]
-    slope, alpha = slope[..., -len(token) :].movedim(0, -1), alpha[..., -len(token) :]
-    s = alpha[..., None] * (slope[..., None, :] * squares).sum(-1).exp()
+    place = torch.stack([token // width, token % width]).float()  # [2, N]
+    slope, alpha = slope[..., -len(token) :], alpha[..., -len(token) :]
+    pooled = min(height, width) >= 32
+
+    def of_queries(each: Tensor) -> Tensor:
+        return F.avg_pool2d(each.reshape(*each.shape[:-1], height, width), 2).flatten(-2) if pooled else each
+
+    squares = (of_queries(place)[:, :, None] - place[:, None]).square().clamp(max=cap).movedim(0, -1)
+    exponents = torch.stack([of_queries(each) for each in slope], -1)[..., None, :] * squares
+    s = of_queries(alpha)[..., None] * exponents.sum(-1).exp()
+    if pooled:
+        s = s.view(*s.shape[:-2], height // 2, width // 2, -1)
+        s = s.repeat_interleave(2, -3).repeat_interleave(2, -2).flatten(-3, -2)
     prefix = q.shape[-2] - len(token)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(s, (prefix, 0, prefix, 0)).to(q.dtype))
 

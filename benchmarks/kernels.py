@@ -1,8 +1,8 @@
 """The Triton kernels compiled ahead of time, without a GPU: registers, spills, shared memory, instructions.
 
 Instructions are those of the loop over tiles, for each logit that a thread computes. Spills are instructions
-that move registers to local memory and back, in the loop and in all. Of the settings that a GPU would
-compare, the first is compiled.
+that move registers to local memory and back, counted in the loop and in the whole kernel. Of the settings
+that a GPU would compare, the first is compiled.
 """
 
 import re

@@ -7,7 +7,7 @@ Both sides take the same batches from memory, with the same networks, loss, clip
 moving average, and their steps alternate in one process: the machines are shared. Ours is a run with
 TensorBoard's log and the callback that measures throughput, without a progress bar. Medians, and the median
 ratio of neighbouring steps. Below that, what the objectives of patches cost alone: targets for masked patches
-beside lightly's loss that centres them, the patch head by the share that is masked, and MAE's encoder by the
+beside lightly's loss that centres them, the loss of patches by their number, and MAE's encoder by the
 share that is visible.
 """
 
@@ -36,7 +36,7 @@ from locat_lightning.methods.targets import Centering, Targets, masked_patch_los
 PATCH = 16
 WARMUP = 3  # steps that are not counted
 BATCHES = 4  # different ones, over and over
-# Options of each method: the sizes of --out-dim, and nothing that is drawn in a step, so that losses agree.
+# Options of each method, with nothing that is drawn in a step, so that the losses agree.
 METHODS: dict[str, dict[str, Any]] = {
     "Dino": {},
     "SelfPatch": {},
@@ -78,7 +78,7 @@ def build(name: str, args: argparse.Namespace) -> Pretraining:
 
 
 def bare_step(task: Pretraining, trainer: Trainer) -> Callable[[ViewBatch], float]:
-    """A step as one writes it without a trainer, which only says how far the run is."""
+    """The task's own loss and schedules in a bare loop; of the trainer it takes how far the run is."""
     task.to(DEVICE)
     task.trainer = trainer
     optimizer = task.configure_optimizers()
@@ -189,7 +189,7 @@ def patches_loss(centering: Centering, masked: int, prototypes: int) -> Callable
 def lightlys_loss(masked: int, prototypes: int) -> Callable[[], object]:
     taught, learnt = (torch.randn(masked, prototypes, device=DEVICE) for _ in range(2))
     loss = IBOTPatchLoss(output_dim=prototypes).to(DEVICE)
-    mask = torch.zeros(1, masked, 1, dtype=torch.bool, device=DEVICE).fill_(True)
+    mask = torch.ones(1, masked, 1, dtype=torch.bool, device=DEVICE)
 
     def run() -> object:
         logits = learnt.detach().requires_grad_()
@@ -208,7 +208,7 @@ def measure_parts(args: argparse.Namespace) -> Iterator[str]:
         what = f"{masked} masked patches, {prototypes} prototypes: {kind}, beside lightly's centring"
         yield part(what, *compare(plain, patches_loss(kind, masked, prototypes), rounds))
     few, many = (patches_loss("centering", count, prototypes) for count in (masked // 4, masked))
-    yield part("the same loss of four times the masked patches", *compare(few, many, rounds))
+    yield part(f"centring of {masked} masked patches, beside {masked // 4}", *compare(few, many, rounds))
     task: Any = build("Mae", args).to(DEVICE)
     images = random_batch(args, 0).views[0].crops.flatten(0, 1)
     order = torch.rand(len(images), task.places, device=DEVICE).argsort(1)

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from locat_lightning.nn import GaussianAugmentation, gaussian_attention
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "python": "3.12"}
@@ -15,7 +18,7 @@ def benchmarks(monkeypatch):
     """Import a module of `benchmarks/`, which is no package."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield lambda name: __import__(name)
-    for name in ("gpu", "refresh"):
+    for name in ("gpu", "gpu_training", "refresh"):
         sys.modules.pop(name, None)
 
 
@@ -68,6 +71,24 @@ def test_each_row_is_written_at_once(benchmarks, tmp_path, capsys, monkeypatch):
     failed = ("failed with exit code 1", 1)
     assert found == {"exact": ("done", 2), "layer": failed, "study": ("not measured", 0)}
     assert (tmp_path / "gpu-h200.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_steps_are_measured(benchmarks):
+    _, *rows, state = benchmarks("gpu").rows_of("step", ["--device", "cpu", "--tiny"], seconds=300)
+    assert state == {"state": "done"}
+    assert all(row["plain ViT"] > 0 and row["LocAtViT"] > 0 for row in rows)
+    assert any(row["S in full"] is not None for row in rows)
+
+
+@pytest.mark.parametrize("side", [4, 32])
+def test_the_authors_way_gives_the_same_below_32_patches(benchmarks, side):
+    authors = benchmarks("gpu_training").authors_attention
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, side**2 + 1, 8)
+    gaussians = GaussianAugmentation(8)(q, (side, side), (side, side))
+    same = torch.allclose(authors(q, k, v, gaussians), gaussian_attention(q, k, v, gaussians), atol=1e-5)
+    assert same == (side < 32)
 
 
 @pytest.mark.slow

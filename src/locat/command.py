@@ -27,6 +27,8 @@ COMMANDS = {
     "runs": ("locat.runs", "list the runs in a directory, with their results: locat runs [DIR]"),
 }
 
+PATIENCE = 5  # seconds that a command has to end after a signal
+
 HELP = f"""usage: locat [--debug] COMMAND [options]
 
 Train and evaluate Vision Transformers with good patch features (LocAtViT), in PyTorch Lightning.
@@ -66,7 +68,8 @@ def _run(module: str, arguments: list[str]) -> None:
     given = sys.argv
     is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    before = {number: signal.signal(number, _end) for number in numbers}
+    ending = _Ending()
+    before = {number: signal.signal(number, ending) for number in numbers}
     if hasattr(signal, "pthread_sigmask"):  # they are blocked while a run starts its other processes
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
@@ -79,11 +82,33 @@ def _run(module: str, arguments: list[str]) -> None:
         sys.exit(1)
     finally:
         sys.argv = given
+        ending.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _end(number: int, frame: object) -> None:
-    """Leave by an exception, so that nothing is left behind, with the exit code that a shell reports."""
-    signal.signal(number, signal.SIG_IGN)  # once
-    sys.exit(128 + number)
+class _Ending:
+    """Leave by an exception, so that nothing is left behind, with the exit code that a shell reports.
+
+    It may be lost, in a fork or a finalizer for example: the signal is then repeated. Others are ignored.
+    """
+
+    def __init__(self) -> None:
+        self._again: threading.Timer | None = None
+        self._is_due = True
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self._is_due:
+            self._is_due = False
+            self._again = threading.Timer(PATIENCE, self._repeat, (os.getpid(), number))
+            self._again.daemon = True
+            self._again.start()
+            sys.exit(128 + number)
+
+    def _repeat(self, process: int, number: int) -> None:
+        self._is_due = True
+        os.kill(process, number)
+
+    def cancel(self) -> None:
+        if self._again is not None:
+            self._again.cancel()

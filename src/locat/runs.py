@@ -72,7 +72,11 @@ def lock(run: Path) -> int | None:
         if isinstance(error, BlockingIOError | PermissionError):
             raise BlockingIOError(f"{run} is locked") from error
         return None
-    return descriptor
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), (run / LOCK).stat()):
+            return descriptor
+    os.close(descriptor)  # the process that had locked it has just removed it
+    return lock(run)
 
 
 def unlock(run: Path, descriptor: int | None, made: Iterable[Path] = ()) -> None:

@@ -45,6 +45,15 @@ def refusal(capsys, arguments):
     return lines[0].removeprefix("locat: error: ")
 
 
+def test_a_run_of_a_folder_with_a_name_in_any_script_is_resumed(small, folder):
+    elsewhere = folder.with_name("😀 \u2028 猫")
+    folder.rename(elsewhere)
+    small[small.index(str(folder))] = str(elsewhere)
+    main([*FIT, *small, "--trainer.max_epochs", "1"])
+    main(["fit", "--ckpt_path", str(LAST), "--trainer.max_epochs", "2", "--allow_changes", "true"])
+    assert torch.load(LAST, weights_only=True)["global_step"] == 6
+
+
 def test_a_run_leaves_its_record(small, caplog):
     main([*FIT, *small, *PICTURES])
     config = yaml.safe_load((RUN / "config.yaml").read_text())

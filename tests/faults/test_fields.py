@@ -68,6 +68,26 @@ def one_parameter_less(state):
     state["param_groups"][0]["params"].pop()
 
 
+def another_order(state):
+    state["param_groups"][0]["params"].reverse()
+
+
+def without_an_average(state):
+    del state["state"][0]["exp_avg"]
+
+
+def not_finite(state):
+    state["state"][0]["exp_avg"].fill_(float("nan"))
+
+
+def no_number_of_steps(state):
+    state["state"][0]["step"] = "word"
+
+
+def amsgrad(state):
+    state["param_groups"][0]["amsgrad"] = True
+
+
 def betas(state):
     state["param_groups"][0]["betas"] = "word"
 
@@ -75,15 +95,8 @@ def betas(state):
 @pytest.mark.parametrize(
     "change",
     [
-        *(
-            of_another_shape,
-            of_another_kind,
-            of_no_parameter,
-            no_state,
-            one_group_less,
-            one_parameter_less,
-            betas,
-        ),
+        *(of_another_shape, of_another_kind, of_no_parameter, no_state, one_group_less, one_parameter_less),
+        *(another_order, without_an_average, not_finite, no_number_of_steps, amsgrad, betas),
         *(dict.clear, lambda state: state.update(state="word"), lambda state: state.update(param_groups=[1])),
     ],
 )

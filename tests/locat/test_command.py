@@ -1,12 +1,16 @@
 """The answers that need no torch."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
-from locat import configs
+from locat import command, configs
 from locat.command import COMMANDS, HELP, main
 
 
@@ -101,3 +105,23 @@ def test_threads_do_not_spin_while_they_wait_unless_the_user_says_so(monkeypatch
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     main(["configs"])
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_signal_whose_exception_was_lost_is_repeated(monkeypatch):
+    """As in a fork or a finalizer, which pass over exceptions."""
+    monkeypatch.setattr(command, "PATIENCE", 0.1)
+    reached = []
+
+    def run(arguments):
+        for _ in range(2):  # the second one comes too soon
+            with contextlib.suppress(SystemExit):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            reached.append(time.monotonic())
+        time.sleep(10)
+
+    monkeypatch.setattr(command, "import_module", lambda *_: SimpleNamespace(main=run))
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGINT)):
+        main(["knn"])
+    assert len(reached) == 2
+    assert time.monotonic() - reached[-1] < 5

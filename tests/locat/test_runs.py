@@ -1,5 +1,6 @@
 """The list of runs, and the lock of a run that trains."""
 
+import fcntl
 import json
 import os
 from multiprocessing import Pipe, get_context
@@ -126,3 +127,19 @@ def test_a_foreign_record_hides_no_other_run(text, tmp_path, monkeypatch):
     _, first, second = runs.list_runs(Path()).splitlines()
     assert "finished, but metrics.json cannot be read" in first
     assert "val/top1 0.5" in second
+
+
+def test_a_lock_that_is_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """Between opening and locking the file, its owner ended and removed it."""
+    held = runs.lock(tmp_path)
+    lockf = fcntl.lockf
+
+    def end_first(descriptor, flags):
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        runs.unlock(tmp_path, held)
+        lockf(descriptor, flags)
+
+    monkeypatch.setattr(fcntl, "lockf", end_first)
+    descriptor = runs.lock(tmp_path)
+    assert os.path.samestat(os.fstat(descriptor), (tmp_path / runs.LOCK).stat())
+    runs.unlock(tmp_path, descriptor)

@@ -17,13 +17,13 @@ from locat_lightning.data.workers import GRACE
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED_BY = "LOCAT_LAUNCHED_BY"  # environment variable: the process of the run that started this one
 GRACE_AT_START = 3  # seconds, until the processes have met: there is nothing to save
-PATIENCE = 1  # seconds, until a run is ended wherever it is: what is raised in a fork or a lock may be lost
+PATIENCE = 1  # seconds, until a run is ended between batches, too: what is raised in a lock may be lost
 
 
 class Interrupts(Callback):
     """Ends a run on SIGINT or SIGTERM, or when one of its processes was lost: after the batch under way.
 
-    Where no batch follows soon, as while images are listed, it ends after a second, or at a second signal. Of
+    Between batches, as while images are listed, it ends after a second, or at once at a second signal. Of
     several processes, the first saves without waiting for the others, which may be anywhere, and ends
     them; they pass signals on to it. One that waits for a lost process does not react, and is ended.
 
@@ -53,7 +53,7 @@ class Interrupts(Callback):
         threading.Thread(target=self._watch, daemon=True).start()
         if self.trainer.world_size > 1 and hasattr(signal, "pthread_sigmask"):
             # Processes that this one starts inherit it, and get signals when `locat.command` can handle them.
-            # This one gets them through its other thread.
+            # This process still gets them, through the watch thread.
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return self
 

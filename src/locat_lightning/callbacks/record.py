@@ -24,7 +24,7 @@ from locat.runs import HEADLINES, LOCK, replaced, write_json
 from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
 
 PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
-DURING = ("train/", "gaug_")  # metrics of the training itself; all others are results
+DURING = ("train/", "signs/", "gaug_")  # metrics of the training itself; all others are results
 LOGGERS = "loggers"  # folder in the directory of a run, for the files of loggers that the user adds
 # What a run writes before it has results.
 LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOGGERS, LOCK)
@@ -54,7 +54,7 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         texts = {"config": self.parser.dump(self.config, skip_none=False), "versions": _versions(trainer)}
-        # Whole at any time: a run that resumes at the same moment reads it.
+        # Written atomically: a run that resumes at the same moment may be reading it.
         with replaced(Path(trainer.default_root_dir) / "config.yaml") as part:
             part.write_text(texts["config"], encoding="utf-8")
         for logger in _boards(trainer):

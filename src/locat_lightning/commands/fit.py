@@ -26,6 +26,7 @@ from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
 from locat_lightning.callbacks.progress import EpochLines, ProgressBar
 from locat_lightning.callbacks.record import MetricsTable, RunRecord
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
+from locat_lightning.callbacks.signs import FeatureSigns
 from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.commands import checks, defaults, parsing, resume
 from locat_lightning.commands.loggers import OptionParser, make_loggers
@@ -216,7 +217,7 @@ class LocatCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what every run has: callbacks, and how checkpoints are written and read."""
         options = self.config[self.subcommand]
-        callbacks += [Throughput(), KernelWidths(), Predictions()]
+        callbacks += [Throughput(), KernelWidths(), FeatureSigns(), Predictions()]
         callbacks.append(resume.ResumeGuard(options.seed_everything, allowed=options.allow_changes))
         if config["enable_progress_bar"] is not False:
             config["enable_progress_bar"] = on_terminal = get_console().is_terminal

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -31,6 +32,7 @@ ALIASES = {
     "resume": "--ckpt_path",
     "pretrained": "--weights",
 }
+NOT_IN_YAML = re.compile("[\x7f-\x84\x86-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value will do, it stays a value
 # jsonargparse writes a config again when its class is replaced by another, but its restricted numbers are of
 # subclasses, which YAML by itself does not write, and some defaults of Lightning's are enums.
@@ -102,8 +104,14 @@ def decisive_options(arguments: list[str]) -> argparse.Namespace:
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
     """Return options as a user would type them."""
-    texts = (value if isinstance(value, str) else json.dumps(value) for value in options.values())
-    return [f"--{option}={text}" for option, text in zip(options, texts, strict=True)]
+    return [f"--{option}={_as_text(value)}" for option, value in options.items()]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    text = json.dumps(value, ensure_ascii=False)  # YAML does not read escapes of halves of a character
+    return NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def parse(parser: ArgumentParser, arguments: list[str], subparser: ArgumentParser | None = None) -> Namespace:

@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.optim import Optimizer
 
 from locat_lightning.callbacks.checkpoints import SEEN
@@ -23,7 +25,8 @@ from locat_lightning.records import check_like
 OPTION = "allow_changes"
 IMAGES = "the number of training images"
 LISTED = 3  # differences in a message
-AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # of gradients: states of optimizers, as parameters
+AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # states of an optimizer in its parameter's shape
+OF_THE_MACHINE = {"fused", "foreach", "capturable"}  # options of an optimizer that change with the device
 RECORD = "run"  # a checkpoint's key of what `of_trainer` and `of_data` return
 
 # Attributes of a trainer that shape the training, named as its options.
@@ -109,7 +112,7 @@ def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) ->
     for key in own.keys() | ({RECORD, "hyper_parameters", "datamodule_hyper_parameters"} & checkpoint.keys()):
         check_like(checkpoint.get(key), own.get(key, {}), file, key)
     optimizers = checkpoint.get("optimizer_states")
-    number = len(optimizers) if isinstance(optimizers, list) and optimizers else 1
+    number = len(optimizers) if isinstance(optimizers, list) else 1
     check_like(optimizers, [{"state": {}, "param_groups": None}] * number, file, "optimizer_states")
     if not isinstance(checkpoint.get("state_dict"), Mapping):  # `Task.load_state_dict` compares the weights
         raise InputError(f"{file} holds no weights of a run (state_dict): take another checkpoint")
@@ -125,20 +128,40 @@ def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) ->
 
 def check_optimizer(optimizer: Optimizer, found: dict[str, Any], *, file: object) -> None:
     """Check that the state of an optimizer in a checkpoint fits its parameters: `InputError` if not."""
-    groups = [
-        {option: None if isinstance(value, bool) else value for option, value in group.items()}  # as fused
-        for group in optimizer.state_dict()["param_groups"]
-    ]
+    own = optimizer.state_dict()["param_groups"]
+    groups = [{k: None if k in OF_THE_MACHINE else value for k, value in group.items()} for group in own]
     check_like(found["param_groups"], groups, file, "optimizer_states.param_groups")
+    fits = all(
+        group["params"] == each["params"] and group.get("amsgrad") == each.get("amsgrad")
+        for group, each in zip(found["param_groups"], own, strict=True)
+    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shapes = {position: parameter.shape for position, parameter in enumerate(parameters)}
     for position, state in found["state"].items():
-        averages = [state[name] for name in AVERAGES & state.keys()] if isinstance(state, Mapping) else [None]
-        if any(getattr(average, "shape", None) != shapes.get(position) for average in averages):
-            raise InputError(
-                f"{file}: optimizer_states.state.{position} does not fit its parameter, which has the shape "
-                f"{list(shapes.get(position, []))}: take another checkpoint"
-            )
+        fits = fits and isinstance(state, Mapping) and position in range(len(parameters))
+        fits = fits and all(_fits(name, value, parameters[position]) for name, value in state.items())
+    if type(optimizer).__module__.startswith("torch.optim."):  # those of timm may treat matrices otherwise
+        fits = fits and len({frozenset(state) for state in found["state"].values()}) <= 1
+    if not fits:
+        raise InputError(
+            f"{file}: optimizer_states do not fit the parameters of the optimizer: take another checkpoint"
+        )
+
+
+def _fits(name: str, value: Any, parameter: Tensor) -> bool:
+    if name == "step":
+        return (isinstance(value, int | float) or _is_real(value, torch.Size())) and float(value) >= 0
+    without_momentum = name == "momentum_buffer" and value is None
+    return name not in AVERAGES or without_momentum or _is_real(value, parameter.shape)
+
+
+def _is_real(value: Any, shape: torch.Size) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.is_floating_point()
+        and value.shape == shape
+        and bool(value.isfinite().all())
+    )
 
 
 def of_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor
 
-from locat_lightning.data.base import check_span
+from locat_lightning.data.base import check_side, check_span
 from locat_lightning.data.colour import NEUTRAL
 from locat_lightning.data.views import Drawn, MultiCrop, ViewBatch, Views
 from locat_lightning.errors import InputError
@@ -37,7 +37,7 @@ class MaskedMultiCrop(MultiCrop):
         stratified: mask exactly that share of each batch, with ratios spread evenly over the span, as DINOv2
             does; else each view for itself, as iBOT does.
         undistorted_size: side in pixels of the global views once more, with their own colours; null for none.
-            With `mixed_sizes` it follows the global size.
+            With `mixed_sizes` it grows with the global size, in whole patches.
     """
 
     patch_size: PositiveInt = 16
@@ -50,6 +50,7 @@ class MaskedMultiCrop(MultiCrop):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_span("views.mask_ratio", self.mask_ratio, most=1)
+        check_side("views.undistorted_size", self.undistorted_size or 1)
         mixed = [size for size, _, _ in self.mixed_sizes or []]
         for option, size in [("global_size", self.global_size), *(("mixed_sizes", size) for size in mixed)]:
             if size % self.patch_size:
@@ -59,7 +60,7 @@ class MaskedMultiCrop(MultiCrop):
 
     def of_batch(self, rng: np.random.Generator) -> Self:
         drawn = super().of_batch(rng)
-        if self.undistorted_size is None:
+        if not self.mixed_sizes or self.undistorted_size is None:
             return drawn
         patches = self.undistorted_size * drawn.global_size / self.global_size / self.patch_size
         return replace(drawn, undistorted_size=round(patches) * self.patch_size)

@@ -25,7 +25,10 @@ MULTI_CROP = MultiCrop()
 
 
 class ViewImages(Images):
-    """The images of a source, each cut into views, which follow from (seed, epoch, index) alone."""
+    """The images of a source, each cut into views, which follow from (seed, epoch, index) alone.
+
+    Mixed sizes follow from the images of the batch.
+    """
 
     transform: ViewTransform
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, tensor
 from torch.utils.data import default_collate
 
-from locat_lightning.data.base import check_span
+from locat_lightning.data.base import check_side, check_span
 from locat_lightning.data.colour import apply_colour, draw_colour
 from locat_lightning.errors import InputError
 
@@ -164,8 +164,8 @@ class MultiCrop(ViewTransform):
         colour_on: where the colours are augmented: `device` (batched, see `Views.coloured`), or `worker`, at
             four times the memory and thrice the time.
         hflip: probability of a horizontal flip of each view.
-        mixed_sizes: sizes of global and of local views that a batch may have instead, each with its share of
-            the batches; null for none.
+        mixed_sizes: [global size, local size, share]: each batch of a process draws its sizes from these, and
+            `global_size` is then that of evaluation alone; null for none.
     """
 
     global_size: PositiveInt = 224
@@ -181,8 +181,12 @@ class MultiCrop(ViewTransform):
         check_span("views.global_scale", self.global_scale, most=1)
         check_span("views.local_scale", self.local_scale, most=1)
         for mixed in self.mixed_sizes or []:
-            if min(mixed) <= 0:
-                raise InputError(f"data.views.mixed_sizes ({list(mixed)}): sizes and shares are above 0")
+            if not min(mixed) > 0:
+                raise InputError(f"data.views.mixed_sizes ({list(mixed)}): sizes and shares must be above 0")
+            for size in mixed[:2]:
+                check_side("views.mixed_sizes", size)
+        check_side("views.global_size", self.global_size)
+        check_side("views.local_size", self.local_size)
 
     @property
     def sizes(self) -> list[int]:

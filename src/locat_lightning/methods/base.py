@@ -18,7 +18,7 @@ from locat_lightning.backbones.weights import RANDOM, load_weights
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
-from locat_lightning.evaluation.rank import effective_rank, patch_signs
+from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_size
@@ -31,14 +31,11 @@ class Output(NamedTuple):
         loss: scalar, float32.
         scalars: what is logged beside it as `train/NAME`; tensors are averaged over accumulated batches.
         features: [N, D], of the images, for signs of collapse.
-        patches: [N, n, D'], of the same images, for signs of the quality of patches; null for a method
-            without.
     """
 
     loss: Tensor
     scalars: Mapping[str, Tensor | float]
     features: Tensor
-    patches: Tensor | None = None
 
 
 class Group(NamedTuple):
@@ -176,8 +173,13 @@ class Pretraining(Task):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        sizes = getattr(getattr(data, "views", None), "sizes", ())
-        for option, size in zip(("global_size", "local_size"), dict.fromkeys(sizes), strict=False):
+        views = getattr(data, "views", None)
+        sizes = dict.fromkeys(getattr(views, "sizes", ()))
+        options = [*zip(("global_size", "local_size"), sizes, strict=False)]
+        options += [
+            ("mixed_sizes", side) for mixed in getattr(views, "mixed_sizes", ()) or () for side in mixed[:2]
+        ]
+        for option, size in options:
             advice = (
                 f"set data.views.{option} to one that it takes, or choose a model that takes any, as "
                 "vit_… and locatvit_… do"
@@ -191,9 +193,6 @@ class Pretraining(Task):
         loss = output.loss.detach()
         if self.is_logged():  # singular values make the host wait for a GPU
             self.log("train/effective_rank", effective_rank(output.features))
-            if output.patches is not None:
-                signs = patch_signs(output.features, output.patches)
-                self.log_dict({f"train/{name}": value for name, value in signs.items()})
         spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
         scalars = {"loss": loss, "feature_std": spread, **output.scalars}
         tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
@@ -240,7 +239,7 @@ def widths(backbone: Any) -> tuple[int, int]:
 
 
 def freeze_pooling(backbone: nn.Module) -> None:
-    """Freeze what follows the final norm, for a loss that does not see it: DDP would wait for gradients."""
+    """Freeze what follows the final norm, where the loss does not see it: DDP would wait for gradients."""
     for name in ("attn_pool", "fc_norm", "head"):
         if isinstance(part := getattr(backbone, name, None), nn.Module):
             part.requires_grad_(False)

@@ -218,7 +218,7 @@ class Ibot(SelfDistillation):
         for name, (weight, term) in self.further_terms(batch, seen).items():
             loss = loss + weight * term
             scalars[name] = term.detach()
-        return Output(loss, scalars, taught.cls, taught.patches)
+        return Output(loss, scalars, taught.cls)
 
     def losses(
         self, taught: Tokens, seen: Tokens, of_locals: list[Tensor], masks: Tensor, indices: Tensor

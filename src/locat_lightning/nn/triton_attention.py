@@ -264,7 +264,7 @@ def d_queries(
         of_alpha += over_rows
         of_y += over_squares
     tl.debug_barrier()
-    # Read once more, they hold no registers during the loop.
+    # Loaded again here, so that they take no registers during the loop.
     slope_y, slope_x, softplus = _kernels(kernels + row, size, m, inside)
     gain = tl.load(maps + 3 * D + 3)
     if ONE:  # all tiles have the same x

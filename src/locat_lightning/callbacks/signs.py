@@ -1,0 +1,56 @@
+"""Signs of the quality of features that need no labels, while a model pre-trains."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.optim import Optimizer
+
+from locat_lightning.callbacks.pictures import giving_up, watched_samples
+from locat_lightning.evaluation.batches import frozen
+from locat_lightning.evaluation.rank import effective_rank, patch_signs
+from locat_lightning.methods.base import Pretraining, features
+
+
+class FeatureSigns(Callback):
+    """Log `signs/NAME` of a pre-training's `backbone` with every step that is logged.
+
+    They are of the same images throughout: samples of `val`, or else of `train`. The names are
+    `effective_rank`, and those of `patch_signs`.
+
+    Args:
+        images: how many, at most.
+    """
+
+    def __init__(self, images: int = 64) -> None:
+        self.images = images
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.active = trainer.is_global_zero and isinstance(pl_module, Pretraining)
+        self._samples: Tensor | None = None
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not self.active or not pl_module.is_logged():  # type: ignore[operator]
+            return
+        with giving_up(self, "signs of features"):
+            if self._samples is None:
+                samples = watched_samples(trainer, self.images)
+                images = torch.stack([each[0] for each in samples]) if samples else torch.empty(0)
+                self._samples = images.to(pl_module.device)
+            if len(self._samples):
+                self._measure(pl_module, self._samples)
+
+    def _measure(self, module: LightningModule, images: Tensor) -> None:
+        backbone: Any = module.backbone
+        with isolate_rng(), frozen(backbone), torch.no_grad():
+            of_images, maps = features(backbone, images)
+            signs = patch_signs(of_images, maps.flatten(2).mT)
+            signs["effective_rank"] = effective_rank(of_images)
+        # No other process takes part, and Lightning does not warn that none does.
+        options: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "rank_zero_only": True}
+        for name, value in signs.items():
+            module.log(f"signs/{name}", value, **options)
