@@ -57,7 +57,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     A plain RGB image is returned as it is, not copied. A colour profile (ICC) is converted to sRGB. Of 12 or
     16 bits, and of floating-point numbers from 0 to 1, the largest is white; where more than `OUTLIERS` of
-    the pixels are brighter, the level that all but these reach. What is negative or not finite is black.
+    the pixels are brighter, and of 100 or more than one, the level that all but these reach. What is negative
+    or not finite is black.
     """
     image.load()  # broken pixels are an error, unlike the EXIF data that a PNG may have behind them
     if orientation(image) != 1:
@@ -65,7 +66,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in WHITE:
         values = np.asarray(image, np.float64)
         values = np.where(np.abs(values) < NO_DATA, values, 0).clip(0)
-        bright = float(np.percentile(values, 100 - OUTLIERS, method="higher"))
+        brightest = max(values.size >= 100, int(values.size * OUTLIERS / 100))
+        bright = float(np.partition(values, -1 - brightest, axis=None)[-1 - brightest])
         white = next((level for level in WHITE[image.mode] if bright <= level), bright)
         image = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "icc_profile" in image.info:
