@@ -14,7 +14,7 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.errors import InputError
 from locat_lightning.methods import Mae
 from locat_lightning.methods.mae import patch_loss
-from locat_lightning.methods.masked_images import image_noise
+from locat_lightning.methods.pixels import image_noise
 from tests.methods.runs import BACKBONE, fit, random_batch, same, small, trainer
 
 # A folder with mae.safetensors, which is not ours to give away.

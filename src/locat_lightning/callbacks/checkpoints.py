@@ -109,7 +109,8 @@ class Checkpoints(ModelCheckpoint):
             return
         begun, number = batches.current.processed, trainer.num_training_batches
         if batches.is_last_batch:
-            loop._data_fetcher.done = True  # the rest of the epoch is to be measured
+            # Private, but what Lightning asks whether the rest of the epoch is to be measured.
+            loop._data_fetcher.done = True
             begun = number
         elif isinstance(loader := trainer.train_dataloader, ResumableLoader) and self._seen is not None:
             begun = min(loader.resume(trainer.current_epoch, self._seen), int(number) - 1)

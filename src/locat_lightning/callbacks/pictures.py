@@ -18,7 +18,7 @@ from locat_lightning.data.dataset import Failure
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen
 
-MOST_PIXELS = 4_000_000  # of a picture's images; half a minute on a CPU
+LARGEST = 4_000_000  # of a picture's images; half a minute on a CPU
 
 
 class Pictures(Callback):
@@ -43,10 +43,10 @@ class Pictures(Callback):
         for name, (value, least) in ranges.items():
             if value < least:
                 raise InputError(f"pictures.{name} ({value}) must be at least {least}")
-        if images * side**2 > MOST_PIXELS:
+        if images * side**2 > LARGEST:
             raise InputError(
                 f"pictures.images ({images}) of pictures.side ({side}) pixels: images · side² must be at "
-                f"most {MOST_PIXELS:,}"
+                f"most {LARGEST:,}"
             )
         self.images = images
         self.every_n_epochs = every_n_epochs

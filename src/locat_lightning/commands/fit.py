@@ -216,6 +216,7 @@ class LocatCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         """Add what every run has: callbacks, and how checkpoints are written and read."""
+        # Private: the public hook does not see the callbacks that come from options.
         options = self.config[self.subcommand]
         callbacks += [Throughput(), KernelWidths(), FeatureSigns(), Predictions()]
         callbacks.append(resume.ResumeGuard(options.seed_everything, allowed=options.allow_changes))
@@ -232,6 +233,7 @@ class LocatCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Resume without executing anything in the checkpoint; keep no predictions, which are written."""
+        # Private: LightningCLI has no other place for arguments that are no options.
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
             return kwargs | {"ckpt_path": self._resume_from, "weights_only": True}

@@ -18,7 +18,7 @@ from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output, freeze_pooling
 from locat_lightning.methods.heads import load_heads, renamed
-from locat_lightning.methods.masked_images import MaskedImages
+from locat_lightning.methods.pixels import PixelPrediction
 from locat_lightning.nn import GaussianAugmentation, patch_selection
 
 EPSILON = 1e-6  # beside the variance of a patch
@@ -26,7 +26,7 @@ EPSILON = 1e-6  # beside the variance of a patch
 NAMES = {r"^mask_token$": "decoder.mask_token", r"^decoder_(pos_embed|blocks\.|norm\.)": r"decoder.\1"}
 
 
-class Mae(MaskedImages):
+class Mae(PixelPrediction):
     """Train a timm Vision Transformer as a masked autoencoder.
 
     The backbone computes the tokens of the visible patches alone. PRR, like all that pools tokens, has no

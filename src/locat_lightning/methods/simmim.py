@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output, freeze_pooling
-from locat_lightning.methods.masked_images import MaskedImages
+from locat_lightning.methods.pixels import PixelPrediction
 from locat_lightning.nn import MaskToken
 
 
-class SimMim(MaskedImages):
+class SimMim(PixelPrediction):
     """Train a timm model (a Vision Transformer or Swin) to predict the pixels of hidden squares.
 
     The backbone sees a mask token in the place of each hidden patch, so its grid is whole. PRR, like all that

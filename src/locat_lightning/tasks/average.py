@@ -71,4 +71,4 @@ def move(average: nn.Module, module: nn.Module, weight: float) -> None:
             new.append(b)
         else:
             a.copy_(b)
-    torch._foreach_lerp_(own, new, weight)
+    torch._foreach_lerp_(own, new, weight)  # private: torch has no other with all tensors in one kernel

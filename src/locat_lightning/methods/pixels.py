@@ -15,7 +15,7 @@ from locat_lightning.figures.reconstruction import reconstruction_figure
 from locat_lightning.methods.base import Pretraining
 
 
-class MaskedImages(Pretraining):
+class PixelPrediction(Pretraining):
     """Predict the hidden pixels of the global views. A method adds `compute_loss` and `reconstruct`.
 
     A mask follows from the seed of the data, the epoch and the position of the image in the data set.

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from locat_lightning.data import MultiViewData, SingleCrop
 from locat_lightning.errors import InputError
-from locat_lightning.methods.masked_images import image_noise
+from locat_lightning.methods.pixels import image_noise
 from tests.methods.runs import random_batch, small, trainer
 
 METHODS = pytest.mark.parametrize("name", ["Mae", "SimMim"])
