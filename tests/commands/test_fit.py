@@ -54,6 +54,17 @@ def test_a_run_of_a_folder_with_a_name_in_any_script_is_resumed(small, folder):
     assert torch.load(LAST, weights_only=True)["global_step"] == 6
 
 
+def test_a_mistake_in_a_record_says_where_it_comes_from(trained, capsys):
+    record = RUN / "config.yaml"
+    text = record.read_text()
+    record.write_text(text.replace("  images: 8\n", "  images: two\n"))
+    assert text != record.read_text()
+    said = refusal(capsys, ["fit", "--ckpt_path", str(LAST)])
+    assert said.startswith('recorded with the weights, not typed: Parser key "pictures.images"')
+    said = refusal(capsys, ["fit", "--ckpt_path", str(LAST), "--pictures.images", "three"])
+    assert said.startswith('Parser key "pictures.images"')
+
+
 def test_a_run_leaves_its_record(small, caplog):
     main([*FIT, *small, *PICTURES])
     config = yaml.safe_load((RUN / "config.yaml").read_text())

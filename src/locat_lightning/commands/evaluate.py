@@ -69,14 +69,14 @@ def main(arguments: list[str]) -> None:
     """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
     command, *arguments = arguments
     parser = _parser(command)
-    given = parsing.decisive_options(arguments)
+    given, recorded = parsing.decisive_options(arguments), list[str]()
     if given.weights is not None:
         sources.check_weights(given.weights)
-        # Before what is typed, and checked like it.
-        arguments = [*parsing.as_arguments(_defaults(command, given.weights)), *arguments]
+        recorded = parsing.as_arguments(_defaults(command, given.weights))
+        arguments = [*recorded, *arguments]  # before what is typed, and checked like it
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
-    config = parsing.parse(parser, arguments)
+    config = parsing.parse(parser, arguments, recorded=recorded)
     config.weights = sources.local_dir(config.weights)
     checks.check_name(config.name)
     checks.check_root(given, config.data.get("dataset"))

@@ -50,9 +50,9 @@ class LocatCLI(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
         self._given = parsing.decisive_options(arguments[1:])
-        known = parsing.as_arguments(defaults.of_command(self._command, arguments[1:]))
+        self._recorded = parsing.as_arguments(defaults.of_command(self._command, arguments[1:]))
         # Before what is typed, and checked like it.
-        arguments = [self._command, *known, *arguments[1:]]
+        arguments = [self._command, *self._recorded, *arguments[1:]]
         if self._given.weights is not None:
             arguments = [*arguments, "--weights", local_dir(self._given.weights)]  # the last one counts
         options = {"exit_on_error": False, "allow_abbrev": False}
@@ -111,7 +111,8 @@ class LocatCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Private: LightningCLI's parser of the command.
-        self.config = parsing.parse(parser, args, self._subcommand_parsers[self._command])
+        own = self._subcommand_parsers[self._command]
+        self.config = parsing.parse(parser, args, own, self._recorded)
         checks.check_numbers(self.config[self._command])
 
     def _parse_ckpt_path(self) -> None:

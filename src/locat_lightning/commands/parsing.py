@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from yaml.representer import SafeRepresenter
 
 from locat import configs
 from locat_lightning.commands.sources import suggest_file
-from locat_lightning.errors import InputError, near
+from locat_lightning.errors import InputError, in_a_line, near
 
 # Options that decide the defaults of others, so that they are read before a parser has all its defaults.
 DECISIVE = (
@@ -114,22 +114,39 @@ def _as_text(value: Any) -> str:
     return NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def parse(parser: ArgumentParser, arguments: list[str], subparser: ArgumentParser | None = None) -> Namespace:
+def parse(
+    parser: ArgumentParser,
+    arguments: list[str],
+    subparser: ArgumentParser | None = None,
+    recorded: Sequence[str] = (),
+) -> Namespace:
     """Parse arguments, of which the first is a command if there is a `subparser`.
 
-    An option that does not exist is answered with those that are similar.
+    An option that does not exist is answered with those that are similar; a mistake in one of the `recorded`
+    arguments, which nobody typed, says where it comes from.
     """
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        typed = arguments if subparser is None else arguments[1:]
-        own, chosen = _known_options(subparser or parser, typed)
-        for option in (_option(each) for each in typed if each.startswith("--")):
-            below = any(f"{option}.".startswith(f"{each}.") for each in chosen)
-            if option not in own and not below and not any(each.startswith(f"{option}.") for each in chosen):
-                similar = _similar(option, own | chosen)
-                raise InputError(f"{option}: there is no such option{similar}") from error
-        raise
+        mistake = _unknown_option(subparser or parser, arguments[subparser is not None :]) or error
+        options = [_option(each) for each in arguments]
+        for option in (_option(each) for each in recorded):
+            named = re.search(f'"{re.escape(option[2:])}"|^{re.escape(option)}:', str(mistake))
+            typed = options.count(option) > 1 or any(each.startswith(f"{option}.") for each in options)
+            if named and not typed:
+                raise InputError(f"recorded with the weights, not typed: {in_a_line(mistake)}") from error
+        if mistake is error:
+            raise
+        raise mistake from error
+
+
+def _unknown_option(parser: ArgumentParser, arguments: list[str]) -> InputError | None:
+    own, chosen = _known_options(parser, arguments)
+    for option in (_option(each) for each in arguments if each.startswith("--")):
+        below = any(f"{option}.".startswith(f"{each}.") for each in chosen)
+        if option not in own and not below and not any(each.startswith(f"{option}.") for each in chosen):
+            return InputError(f"{option}: there is no such option{_similar(option, own | chosen)}")
+    return None
 
 
 def _option(argument: str) -> str:
