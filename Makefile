@@ -76,10 +76,12 @@ gpu: $(INSTALLED) ## measure on a CUDA device within MINUTES (8): attention, tra
 	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),8)
 	$(BIN)/python benchmarks/refresh.py
 
-figures: $(INSTALLED) ## measure again every figure of README and docs but the study's, half an hour on a CPU
+figures: $(INSTALLED) ## measure again every figure of README and docs but the study's, an hour on a CPU
 	rm -rf build/figures
 	$(MAKE) quickstart segment RUNS=build/figures
-	$(BIN)/locat fit --config dino_digits.yaml --runs build/figures
+	for method in dino ibot dinov2 selfpatch mae; do \
+		$(BIN)/locat fit --config $${method}_digits.yaml --runs build/figures || exit; \
+	done
 	$(BIN)/python benchmarks/refresh.py build/figures
 
 docs: $(INSTALLED) ## build the documentation site into build/site

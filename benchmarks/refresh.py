@@ -1,8 +1,8 @@
 """Measure again what README and docs show, and write it there: `make figures`.
 
-Takes a `--runs` directory with the quickstart's two runs, the two segmentations of its digits and the run
-of DINO, and the tables that the other scripts print. Without one it only puts the results of `make gpu` into
-the pages, between `<!-- gpu -->` and `<!-- /gpu -->`. Labels beside the figures say what to replace: the
+Takes a `--runs` directory with the quickstart's two runs, the two segmentations of its digits and the
+pre-trainings on them, and the tables that the other scripts print. Without one it only puts the results of
+`make gpu` into the pages, between `<!-- gpu -->` and `<!-- /gpu -->`. Labels beside the figures say what to replace: the
 first column of a table, the path of a run; in the text, a figure is replaced wherever it stands as it was.
 The results of a study are left alone: `locat study` writes their page.
 """
@@ -27,6 +27,14 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "results.md")]
 TABLES = {"backbones.py": "backbones-cpu.md", "segmentation.py": "segmentation-cpu.md", "rows.py": None}
 PICTURES = {"quickstart_locatvit": "pictures.png", "segment_locatvit": "segmentation.png"}
+PRETRAININGS = "dino_digits", "ibot_digits", "dinov2_digits", "selfpatch_digits", "mae_digits"
+CURVES = {
+    "loss": "train/loss",
+    "k-NN top-1": "knn/top1",
+    "cosine of patches": "signs/patch_cosine",
+    "rank of patches": "signs/patch_rank",
+    "rank of [CLS]": "signs/effective_rank",
+}
 RATIO = "time, LocAtViT / plain"  # a column of `gpu_training.steps`
 KNN = "k-NN top-1 (knn/top1)"
 LINE = rf"{re.escape(KNN)} [\d.]+ untrained -> [\d.]+"
@@ -87,6 +95,22 @@ def draw_knn(points: list[tuple[int, str]], path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_curves(runs: Path, path: Path) -> None:
+    """Draw what pre-trainings log by step: a row for each method, of the runs that there are."""
+    present = [name for name in PRETRAININGS if (runs / name).is_dir()]
+    figure = Figure(figsize=(11, 1.9 * len(present)), layout="constrained", dpi=100)
+    for axes, name in zip(figure.subplots(len(present), len(CURVES), squeeze=False), present, strict=True):
+        with (runs / name / "version_0" / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for axis, (title, column) in zip(axes, CURVES.items(), strict=True):
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+            axis.plot(*zip(*points, strict=True), linewidth=1)
+            axis.set_title(title if name == present[0] else "")
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel(name.removesuffix("_digits"))
+    figure.savefig(path)
+
+
 def last_picture(run: Path) -> bytes:
     """Return the newest `pictures/validation` of a run, as PNG."""
     log = EventAccumulator(str(run), {"images": 0})
@@ -141,6 +165,7 @@ def main() -> None:
     for name, picture in PICTURES.items():
         (ROOT / "docs" / picture).write_bytes(last_picture(runs / name / "version_0"))
     draw_knn(knn, ROOT / "docs" / "dino_digits.png")
+    draw_curves(runs, ROOT / "docs" / "pretraining_curves.png")
 
 
 if __name__ == "__main__":
