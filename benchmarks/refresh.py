@@ -2,9 +2,9 @@
 
 Takes a `--runs` directory with the quickstart's two runs, the two segmentations of its digits and the
 pre-trainings on them, and the tables that the other scripts print. Without one it only puts the results of
-`make gpu` into the pages, between `<!-- gpu -->` and `<!-- /gpu -->`. Labels beside the figures say what to replace: the
-first column of a table, the path of a run; in the text, a figure is replaced wherever it stands as it was.
-The results of a study are left alone: `locat study` writes their page.
+`make gpu` into the pages, between `<!-- gpu -->` and `<!-- /gpu -->`. Labels beside the figures say what to
+replace: the first column of a table, the path of a run; in the text, a figure is replaced wherever it stands
+as it was. The results of a study are left alone: `locat study` writes their page.
 """
 
 import csv

@@ -69,13 +69,16 @@ def _run(module: str, arguments: list[str]) -> None:
     is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     ending = _Ending()
-    before = {number: signal.signal(number, ending) for number in numbers}
+    before = {number: signal.signal(number, _leave) for number in numbers}
     if hasattr(signal, "pthread_sigmask"):  # they are blocked while a run starts its other processes
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     # Lightning starts the other processes of a run on several GPUs with the arguments in sys.argv.
     sys.argv = [given[0], *arguments]
     try:
-        import_module(module, "locat_lightning.commands").main(arguments)
+        imported = import_module(module, "locat_lightning.commands")
+        for number in numbers:
+            signal.signal(number, ending)
+        imported.main(arguments)
         sys.stdout.flush()  # where a closed pipe shows
     except BrokenPipeError:  # as by `locat runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at its end
@@ -85,6 +88,11 @@ def _run(module: str, arguments: list[str]) -> None:
         ending.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Leave at once: nothing is written yet, and an import that an exception cut short would raise others."""
+    os._exit(128 + number)
 
 
 class _Ending:
