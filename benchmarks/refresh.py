@@ -108,6 +108,7 @@ def draw_curves(runs: Path, path: Path) -> None:
             axis.set_title(title if name == present[0] else "")
             axis.grid(alpha=0.3)
         axes[0].set_ylabel(name.removesuffix("_digits"))
+    figure.supxlabel("optimizer step", fontsize="medium")
     figure.savefig(path)
 
 

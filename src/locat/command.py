@@ -92,6 +92,7 @@ def _run(module: str, arguments: list[str]) -> None:
 
 def _leave(number: int, frame: object) -> None:
     """Leave at once: nothing is written yet, and an import that an exception cut short would raise others."""
+    os.write(2, b"interrupted\n")
     os._exit(128 + number)
 
 

@@ -51,6 +51,12 @@ class MaskedMultiCrop(MultiCrop):
         super().__post_init__()
         check_span("views.mask_ratio", self.mask_ratio, most=1)
         check_side("views.undistorted_size", self.undistorted_size or 1)
+        for size, *_ in self.mixed_sizes or []:
+            if self.undistorted_size and self.undistorted_size * size / self.global_size < self.patch_size:
+                raise InputError(
+                    f"data.views.undistorted_size ({self.undistorted_size}, at a data.views.global_size of "
+                    f"{self.global_size}) leaves less than a patch for {size} of data.views.mixed_sizes"
+                )
         mixed = [size for size, _, _ in self.mixed_sizes or []]
         for option, size in [("global_size", self.global_size), *(("mixed_sizes", size) for size in mixed)]:
             if size % self.patch_size:
