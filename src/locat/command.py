@@ -112,6 +112,7 @@ class _Ending:
             self._again = threading.Timer(PATIENCE, self._repeat, (os.getpid(), number))
             self._again.daemon = True
             self._again.start()
+            os.write(2, b"interrupted\n")
             sys.exit(128 + number)
 
     def _repeat(self, process: int, number: int) -> None:

@@ -71,6 +71,8 @@ class Interrupts(Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         os.environ.pop(LAUNCHED_BY, None)
+        if self._told and self.trainer.is_global_zero and not self.trainer.global_step:
+            print("interrupted", file=sys.stderr)  # else it says how to resume
         if self._told and kind is not None and issubclass(kind, Exception):
             sys.exit(128 + self._told)  # a worker was told, too, and ended first
 
