@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from locat.command import main
+from locat_lightning.commands.sources import read_record
 from tests.faults.test_payloads import CALL, COMMANDS, HOOK, attempt, elsewhere, put
 
 __all__ = ["elsewhere"]
@@ -41,3 +42,17 @@ def test_code_in_a_record_is_refused_in_a_line(elsewhere, capsys):
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith(f"locat: error: {record}: sets trainer.callbacks: ")
     assert line.endswith(f"if you trust it, add --config {record}")
+
+
+@pytest.mark.parametrize("command", ["validate", "knn"])
+def test_a_data_set_of_a_hub_is_not_fetched_because_a_record_says_so(command, elsewhere, capsys):
+    record = elsewhere / "config.yaml"
+    config = yaml.safe_load(record.read_text())
+    put(config, "data.init_args.dataset", "hfds/evil/images")
+    record.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--weights", str(elsewhere / "checkpoints/best.ckpt")])
+    assert stopped.value.code == 2
+    assert "fetched: if you want it, add --data.dataset hfds/evil/images" in capsys.readouterr().err
+    typed = read_record(record, ["data"], {"--data.dataset"})
+    assert typed["data"]["init_args"]["dataset"] == "hfds/evil/images"

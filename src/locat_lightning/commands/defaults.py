@@ -74,7 +74,7 @@ def _of_run(command: str, record: Path, checkpoint: Path, typed: set[str]) -> di
     keys, groups = ["model", "data"], GROUPS if command == "fit" else ()
     if command == "fit":
         keys += ["seed_everything", "weights"]
-    config = read_record(record, (*keys, *groups))
+    config = read_record(record, (*keys, *groups), typed)
     if config["left_out"]:
         raise refused(record, f"sets {', '.join(sorted(config['left_out']))}")
     found = {f"{group}.{key}": v for group in groups for key, v in config.get(group, {}).items()}

@@ -72,7 +72,8 @@ def main(arguments: list[str]) -> None:
     given, recorded = parsing.decisive_options(arguments), list[str]()
     if given.weights is not None:
         sources.check_weights(given.weights)
-        recorded = parsing.as_arguments(_defaults(command, given.weights))
+        typed = {argument.partition("=")[0] for argument in arguments}
+        recorded = parsing.as_arguments(_defaults(command, given.weights, typed))
         arguments = [*recorded, *arguments]  # before what is typed, and checked like it
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
@@ -143,10 +144,10 @@ def _parser(command: str) -> ArgumentParser:
     return parser
 
 
-def _defaults(command: str, weights: str) -> dict[str, Any]:
+def _defaults(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
     """Return what the weights say of the images that they are for, by option."""
     if (record := sources.record_of_run(Path(weights))) is not None:
-        return _of_data(command, sources.read_record(record, ["data"])["data"])
+        return _of_data(command, sources.read_record(record, ["data"], typed)["data"])
     if exported := sources.exported_config(weights):
         images = of_images(exported)
     else:
@@ -163,6 +164,8 @@ def _of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
         data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
     of_a_kind = has_masks == (command == "retrieve")
     keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
+    if data.get("dataset") == "digits":  # of either kind
+        keys = (*keys, "dataset")
     return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
 
 

@@ -4,7 +4,7 @@ Whoever wrote a record chooses what is trained or measured, but neither which co
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 
 from locat.runs import is_record
 from locat_lightning.backbones.weights import check_source
+from locat_lightning.callbacks.record import flat_options
 from locat_lightning.data.base import ImageModule
 from locat_lightning.data.views import ViewTransform
 from locat_lightning.errors import InputError, in_a_line
@@ -23,6 +24,7 @@ CLASSES: dict[str, type] = {"model": Task, "data": ImageModule, "views": ViewTra
 # Options of the trainer and of the checkpoints that are code, or say where files are written.
 NOT_DATA = {"callbacks", "logger", "plugins", "profiler", "default_root_dir", "model_registry"}
 NOT_DATA |= {"dirpath"}
+FETCHED = ("hfds/", "hfids/", "tfds/")  # data sets of packages that fetch them, and some run what they fetch
 UNUSED = (None, True, False)  # their values if they are not used
 
 
@@ -88,13 +90,14 @@ def load_record(file: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def read_record(file: Path, groups: Iterable[str]) -> dict[str, Any]:
+def read_record(file: Path, groups: Iterable[str], typed: Container[str]) -> dict[str, Any]:
     """Return some groups of the options that a run recorded, and from its place its `name` and its `runs`.
 
     Options of trainer and checkpoints that are not data are named in `left_out`.
 
     Raises:
-        InputError: the file is no such record, or chooses what a record must not: see `records`.
+        InputError: the file is no such record, or chooses what a record must not (see `records`), or a data
+            set that would be fetched, where its option is not among those `typed`.
     """
     config = load_record(file)
     chosen, left_out = {key: config[key] for key in groups if key in config}, []
@@ -103,6 +106,12 @@ def read_record(file: Path, groups: Iterable[str]) -> dict[str, Any]:
         chosen[group] = {k: v for k, v in own.items() if k not in NOT_DATA and _is_data(k, v)}
         left_out += [f"{group}.{k}" for k in own.keys() - chosen[group].keys() if own[k] not in UNUSED]
     known: dict[str, Any] = plain(chosen, file, classes=CLASSES)
+    for place, value in flat_options(known):
+        is_fetched = place.endswith(".dataset") and str(value).lower().startswith(FETCHED)
+        if is_fetched and f"--{place}" not in typed:
+            raise InputError(
+                f"{file} names a data set that is fetched: if you want it, add --{place} {value}"
+            )
     known["data"]["init_args"].pop("download", None)  # done already, to a place that the record would choose
     return known | {"name": file.parent.parent.name, "runs": str(file.parents[2]), "left_out": left_out}
 
