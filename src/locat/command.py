@@ -47,8 +47,8 @@ options:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `locat` with `arguments`, those of the process if None."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run `locat` with `arguments`; with those of the process, which then ends, if None."""
+    is_last, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     match [argument for argument in arguments if argument != "--debug"]:
         case [] | ["--help" | "-h" | "help", *_]:
             print(HELP, end="")
@@ -59,12 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
         case [name, *_] if name in COMMANDS:
             # Threads of OpenMP that spin while they wait make a run many times slower on a busy machine.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            _run(COMMANDS[name][0], arguments)
+            _run(COMMANDS[name][0], arguments, is_last)
         case [name, *_]:
             refuse(f"there is no command {name!r}; the first word is one of {', '.join(COMMANDS)}")
 
 
-def _run(module: str, arguments: list[str]) -> None:
+def _run(module: str, arguments: list[str], is_last: bool) -> None:
     given = sys.argv
     is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
@@ -87,7 +87,12 @@ def _run(module: str, arguments: list[str]) -> None:
         sys.argv = given
         ending.cancel()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, _leave_at_the_end if is_last else handler)
+
+
+def _leave_at_the_end(number: int, frame: object) -> None:
+    """Leave while Python ends, where an exception would be shown and ignored."""
+    os._exit(128 + number)
 
 
 def _leave(number: int, frame: object) -> None:
