@@ -397,6 +397,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, kind):
         ("a.pth", b"PK\x03\x04" + bytes(64), "a.pth (cannot be read|is not a checkpoint)"),
         ("a.pth", b"", "a.pth cannot be read .*: it is empty"),
         ("a.pth", b"just text", "a.pth (cannot be read|is not a checkpoint)"),
+        ("a.pth", b"h1\n", "a.pth (cannot be read .*: KeyError|is not a checkpoint)"),
         ("a.safetensors", b"just text", "a.safetensors cannot be read"),
     ],
 )

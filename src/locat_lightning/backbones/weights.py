@@ -169,7 +169,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             ) from error
         raise InputError(f"{path} is not a checkpoint that can be read safely") from error
     except Exception as error:  # of any kind, if the file is not a pickle
-        reason = str(error).partition(". ")[0] or "it is empty"
+        said = str(error).partition(". ")[0] or "it is empty"
+        reason = said if " " in said else type(error).__name__  # of KeyError, a number
         raise InputError(f"{path} cannot be read (truncated, or no checkpoint?): {reason}") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
