@@ -2,7 +2,8 @@
 
 Instructions are those of the loop over tiles, for each logit that a thread computes. Spills are instructions
 that move registers to local memory and back, counted in the loop and in the whole kernel. Of the settings
-that a GPU would compare, the first is compiled.
+that a GPU would compare, the first is compiled. The usual case is bfloat16, tiles as wide as the grid, and
+Gaussians that come from the queries; the last rows are of the other cases, one change at a time.
 """
 
 import re
@@ -28,6 +29,29 @@ FLOAT = {"maps", "lse", "kernels", "delta", "d_maps"}
 SCALARS = {"widest", "epsilon", "cap", "scale"}
 
 
+class Case(NamedTuple):
+    """A kernel to compile.
+
+    Attributes:
+        kernel: its name.
+        card: compute capability, 80 for sm_80.
+        d: head width.
+        dtype: Triton's name of the type of queries, keys and values.
+        one: whether tiles are as wide as the grid.
+        same: whether Gaussians come from the queries themselves.
+    """
+
+    kernel: str
+    card: int
+    d: int
+    dtype: str = "bf16"
+    one: bool = True
+    same: bool = True
+
+
+OTHERS: list[dict[str, Any]] = [{"dtype": "fp16"}, {"one": False}, {"same": False}]
+
+
 class Compiled(NamedTuple):
     """One kernel for one kind of card."""
 
@@ -45,10 +69,11 @@ def setting(name: str, d: int) -> triton.Config:
     return triton_attention.candidates(configs, {}, D=d)[0]
 
 
-def compiled(name: str, card: int, d: int, dtype: str = "bf16") -> Compiled:
+def compiled(case: Case) -> Compiled:
+    name, card, d, dtype, one, same = case
     function, config = getattr(triton_attention, name).fn, setting(name, d)
     queries = config.kwargs["BM"]
-    constants = {"SAME": True, "D": d, "BD": max(16, 1 << (d - 1).bit_length()), "ONE": True}
+    constants = {"SAME": same, "D": d, "BD": max(16, 1 << (d - 1).bit_length()), "ONE": one}
     constants |= {"BM": queries, "R": ROWS, "WC": COLUMNS}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature, attributes = {}, {}
@@ -111,19 +136,22 @@ def _loop(lines: list[str]) -> list[str]:
     return min(loops, key=len)
 
 
-def row(case: tuple[str, int, int]) -> str:
-    name, card, d = case
-    config, found = setting(name, d), compiled(*case)
+def row(case: Case) -> str:
+    name, card, d, dtype, one, same = case
+    config, found = setting(name, d), compiled(case)
     tile = f"{config.kwargs['BM']:4} {config.num_warps:5} {config.num_stages:6}"
     spills = f"{found.spills_in_loop:8} {found.spills:6}"
     counts = f"{found.registers:9} {spills} {found.shared:7} {found.instructions:12.1f}"
-    return f"{name:14} {'sm_' + str(card):6} {d:3} {tile} {counts}"
+    of_case = dtype + ("" if one else ", several tiles a row") + ("" if same else ", other source")
+    return f"{name:14} {'sm_' + str(card):6} {d:3} {tile} {counts}  {of_case}"
 
 
 def main() -> None:
-    print("kernel         card     d   BM warps stages registers  in loop spills  shared instructions")
+    print("kernel         card     d   BM warps stages registers  in loop spills  shared instructions  case")
+    cases = [Case(*each) for each in product(KERNELS, CARDS, WIDTHS)]
+    cases += [Case(name, card, 64, **other) for other, name, card in product(OTHERS, KERNELS, CARDS)]
     with ProcessPoolExecutor() as pool:
-        for line in pool.map(row, product(KERNELS, CARDS, WIDTHS)):
+        for line in pool.map(row, cases):
             print(line, flush=True)
 
 
