@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import timm
 import torch
 from alternating import DEVICE, compare
 from lightly.loss import IBOTPatchLoss
@@ -44,7 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "Dinov2": {"warmup_teacher_temp_epochs": 0, "sample_drop": 0.0},
     "Mae": {"decoder_dim": 256, "decoder_depth": 4, "decoder_heads": 8},
     "SimMim": {},
+    "Distillation": {"teacher_backbone": "vit_tiny_patch16_224"},
 }
+WITHOUT_PROTOTYPES = {"Mae", "SimMim", "Distillation"}
 
 
 def now() -> float:
@@ -70,10 +73,15 @@ def random_batch(args: argparse.Namespace, seed: int) -> ViewBatch:
 def build(name: str, args: argparse.Namespace) -> Pretraining:
     seed_everything(0, verbose=False)
     size = {"img_size": args.size, "patch_size": PATCH, "embed_dim": args.embed, "depth": args.depth}
-    prototypes = {} if name in ("Mae", "SimMim") else {"out_dim": args.out_dim}
+    prototypes = {} if name in WITHOUT_PROTOTYPES else {"out_dim": args.out_dim}
     options = {"lr": 1e-4, "warmup_epochs": 0} | prototypes | METHODS[name]
-    task: Pretraining = getattr(methods, name)("locatvit_tiny", backbone_args=size, **options)
-    task.configure_model()
+    with TemporaryDirectory() as folder:
+        if name == "Distillation":
+            options |= {"teacher_args": size, "teacher": f"{folder}/teacher.pt"}
+            teacher = timm.create_model(options["teacher_backbone"], **size)
+            torch.save(teacher.state_dict(), options["teacher"])
+        task: Pretraining = getattr(methods, name)("locatvit_tiny", backbone_args=size, **options)
+        task.configure_model()
     return task
 
 
@@ -186,6 +194,15 @@ def patches_loss(centering: Centering, masked: int, prototypes: int) -> Callable
     return run
 
 
+def patch_head(masked: int, args: argparse.Namespace) -> Callable[[], torch.Tensor]:
+    """The loss of masked patches from their features, forward: the student's head and the prototypes."""
+    task: Any = build("Ibot", args).to(DEVICE)
+    patches = torch.randn(masked, args.embed, device=DEVICE, requires_grad=True)
+    p = torch.full((masked, args.out_dim), 1 / args.out_dim, device=DEVICE)
+    weights = torch.full((masked,), 1 / masked, device=DEVICE)
+    return lambda: masked_patch_loss(p, task.student.patch_logits(patches) / 0.1, weights, 1)
+
+
 def lightlys_loss(masked: int, prototypes: int) -> Callable[[], object]:
     taught, learnt = (torch.randn(masked, prototypes, device=DEVICE) for _ in range(2))
     loss = IBOTPatchLoss(output_dim=prototypes).to(DEVICE)
@@ -217,9 +234,31 @@ def measure_parts(args: argparse.Namespace) -> Iterator[str]:
         kept = order[:, : int(task.places * visible)]
         return lambda: torch.autograd.backward(task._encode(task.backbone, images, kept).sum())
 
+    def of_all() -> None:
+        torch.autograd.backward(task.backbone.forward_features(images).sum())
+
     for visible in (0.5, 0.25):
-        what = f"MAE's encoder, {visible:.0%} of the patches visible, beside all"
-        yield part(what, *compare(encoder(1), encoder(visible), rounds))
+        what = f"MAE's encoder, {visible:.0%} of the patches visible, beside a plain pass over all"
+        yield part(what, *compare(of_all, encoder(visible), rounds))
+    few_mib, many_mib = (kept(patch_head(count, args)) / 2**20 for count in (masked // 4, masked))
+    what = f"memory of the patch head: {masked} masked patches, beside {masked // 4}"
+    yield f"| {what} | {few_mib:.1f} MiB | {many_mib:.1f} MiB | {many_mib / few_mib:.2f} |"
+
+
+def kept(run: Callable[[], torch.Tensor]) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, each tensor counted once."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = run()  # keeps them alive
+    assert loss.requires_grad
+    return sum(sizes.values())
 
 
 def part(what: str, plain: float, ours: float, ratio: float) -> str:
