@@ -67,7 +67,8 @@ KERNELS = {f"gaug_{of}/block_{block:02}" for of in ("variance", "alpha") for blo
 SCALARS = {
     "quickstart": {"train/top1", "train/top5", "val/loss", "val/top1", "val/top5"} | KERNELS,
     "dino_digits": {"train/teacher_temp", "train/momentum", "train/teacher_entropy", "train/kl"}
-    | {"train/centre_norm", "train/feature_std", "train/effective_rank", "train/last_layer_frozen"}
+    | {"train/centre_norm", "train/feature_std", "train/last_layer_frozen"}
+    | {f"signs/{name}" for name in ("effective_rank", "patch_cosine", "patch_rank", "patch_cls_cosine")}
     | {"knn/top1", "linear/top1"}
     | KERNELS,
     "segment_digits": {"val/miou", "val/pixel_accuracy", "val/mean_accuracy", "iou/0", "iou/ground"}

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from locat_lightning.callbacks.signs import FeatureSigns
@@ -12,12 +13,11 @@ from locat_lightning.methods.base import features
 from tests.methods.runs import METHODS, copied, images, of_folder, same, small, trainer
 
 
-def fit(task, folder, *callbacks):
+def fit(task, folder, *callbacks, **options):
     folder.mkdir(exist_ok=True)
     data = of_folder(images(folder / "images", 6))
-    trainer(*callbacks, logger=CSVLogger(folder / "log", name="", version=""), log_every_n_steps=2).fit(
-        task, data
-    )
+    logger = CSVLogger(folder / "log", name="", version="")
+    trainer(*callbacks, logger=logger, log_every_n_steps=2, **options).fit(task, data)
     with (folder / "log/metrics.csv").open() as file:
         return data, [row for row in csv.DictReader(file) if row.get("signs/patch_cosine")]
 
@@ -43,3 +43,20 @@ def test_they_are_of_the_validation_images(tmp_path):
     assert len(signs) == 4
     for name, value in signs.items():
         assert float(row[f"signs/{name}"]) == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_features_that_have_become_the_same_are_warned_of_once(tmp_path):
+    class Collapse(Callback):
+        def on_train_start(self, trainer, module):
+            for network in module.networks().values():
+                network.norm.weight.data.zero_()  # each token is the bias
+                network.norm.bias.data.fill_(1.0)
+
+    task = small("Dino", lr=0.0, min_lr=0.0, backbone_args={"prr": False})
+    with pytest.warns(UserWarning, match="the same at step") as warned:
+        fit(task, tmp_path, FeatureSigns(), Collapse(), max_epochs=3)
+    said = [str(each.message) for each in warned if "the same at step" in str(each.message)]
+    assert [line.partition(" are ")[0] for line in said] == [
+        "the features of all images",
+        "the patches of each image",
+    ]

@@ -61,7 +61,7 @@ def test_a_step(name):
             assert not torch.equal(parameter, before[key]), key
     in_optimizer = {id(p) for group in task.optimizers().param_groups for p in group["params"]}
     assert in_optimizer == {id(p) for p in task.trained() if p.requires_grad}
-    logged = {"loss", "lr", "weight_decay", "grad_norm", "feature_std", "effective_rank"}
+    logged = {"loss", "lr", "weight_decay", "grad_norm", "feature_std"}
     assert {f"train/{key}" for key in logged} <= record.metrics[-1].keys()
 
 

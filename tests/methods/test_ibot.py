@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
@@ -88,10 +89,24 @@ def test_the_weights_of_the_losses():
 
 def test_signs_are_measured_where_they_are_written():
     record = fit(small("Ibot"), [random_batch(2)] * 4, log_every_n_steps=2)
-    measured = {"train/prototypes", "train/effective_rank"}
+    measured = {"train/prototypes", "train/patch_prototypes"}
     assert [measured <= metrics.keys() for metrics in record.metrics] == [False, True, True, True]
-    values = [metrics.get("train/effective_rank") for metrics in record.metrics]
+    values = [metrics.get("train/patch_prototypes") for metrics in record.metrics]
     assert values[1] == values[2] != values[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Ibot", {"shared_head": False}), ("Dinov2", {"shared_head": False}), ("SelfPatch", {})],
+)
+def test_a_collapse_of_patches_is_said_in_words(name, options):
+    class Collapse(Callback):
+        def on_train_start(self, trainer, module):
+            for network in (module.student, module.teacher):
+                network.heads[-1].last_layer.weight_v.data[:] = 1.0
+
+    with pytest.warns(UserWarning, match=r"collapsed at step 0, uniform: .*\(patch: .*teacher_.*temp"):
+        fit(small(name, lr=0.0, min_lr=0.0, **options), [random_batch(4)], Collapse(), log_every_n_steps=1)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from locat_lightning.callbacks.pictures import giving_up, watched_samples
+from locat_lightning.callbacks.pictures import giving_up, watched_images
 from locat_lightning.inspection import kernel_widths
 from locat_lightning.nn import GaussianAugmentation
 
@@ -52,8 +51,7 @@ class KernelWidths(Callback):
             return
         with giving_up(self, "kernel widths"):
             if self._samples is None:
-                samples = watched_samples(trainer, self.images)
-                self._samples = torch.stack([sample[0] for sample in samples]) if samples else torch.empty(0)
+                self._samples = watched_images(trainer, self.images)
             if len(self._samples):
                 self._measure(pl_module, self._samples.to(pl_module.device))
 

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from locat_lightning.data.dataset import Failure
@@ -140,6 +141,12 @@ def watched_samples(trainer: Trainer, count: int) -> list[Any]:
         except InputError:
             loader = data.eval_dataloader("train")
     return spaced_items(loader, count) if hasattr(loader, "dataset") else []
+
+
+def watched_images(trainer: Trainer, count: int) -> Tensor:
+    """Read the images [N, 3, H, W] of `watched_samples`; N is 0 if there are none."""
+    samples = watched_samples(trainer, count)
+    return torch.stack([image for image, *_ in samples]) if samples else torch.empty(0)
 
 
 def spaced_items(loader: Any, count: int) -> list[Any]:

@@ -105,7 +105,7 @@ class Probe(Callback, ABC, Generic[Data]):
             self._measured = data
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the untrained backbone, unless the run is resumed."""
+        """Measure the backbone before the first step, unless the run is resumed."""
         if self._measured is None:
             return
         if not isinstance(getattr(pl_module, "backbone", None), nn.Module):
@@ -113,6 +113,7 @@ class Probe(Callback, ABC, Generic[Data]):
         elif trainer.global_step == 0 and trainer.current_epoch == 0 and self.first is None:
             metrics = self._measure(self._measured, pl_module)
             self.first = self.last
+            rank_zero_info(f"{self.title} {self.figure} before training: {self.first:.4g}")
             for logger in trainer.loggers:
                 logger.log_metrics(metrics | {"epoch": 0}, step=0)
 
@@ -135,9 +136,9 @@ class Probe(Callback, ABC, Generic[Data]):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.last is not None:
-            untrained = "" if self.first is None else f"{self.first:.4g} untrained -> "
+            before = "" if self.first is None else f"{self.first:.4g} before -> "
             manner = f" ({self.protocol})" if self.protocol else ""
-            rank_zero_info(f"{self.title} {self.figure} ({self.headline}) {untrained}{self.last:.4g}{manner}")
+            rank_zero_info(f"{self.title} {self.figure} ({self.headline}) {before}{self.last:.4g}{manner}")
 
     def _skip(self, obstacle: str) -> None:
         self._measured = None

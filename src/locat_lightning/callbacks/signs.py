@@ -4,21 +4,26 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 
-from locat_lightning.callbacks.pictures import giving_up, watched_samples
+from locat_lightning.callbacks.pictures import giving_up, watched_images
 from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.rank import effective_rank, patch_signs
 from locat_lightning.methods.base import Pretraining, features
+
+ALIKE = 0.99  # mean cosine of the patches of an image
+ONE_DIRECTION = 1.5  # effective rank of the images' features
 
 
 class FeatureSigns(Callback):
     """Log `signs/NAME` of a pre-training's `backbone` with every step that is logged.
 
     They are of the same images throughout: samples of `val`, or else of `train`. The names are
-    `effective_rank`, and those of `patch_signs`.
+    `effective_rank`, and those of `patch_signs`. It warns once if the features of the images, or the patches
+    of each image, have become the same.
 
     Args:
         images: how many, at most.
@@ -30,6 +35,7 @@ class FeatureSigns(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.active = trainer.is_global_zero and isinstance(pl_module, Pretraining)
         self._samples: Tensor | None = None
+        self._collapsed: set[str] = set()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -38,9 +44,7 @@ class FeatureSigns(Callback):
             return
         with giving_up(self, "signs of features"):
             if self._samples is None:
-                samples = watched_samples(trainer, self.images)
-                images = torch.stack([each[0] for each in samples]) if samples else torch.empty(0)
-                self._samples = images.to(pl_module.device)
+                self._samples = watched_images(trainer, self.images).to(pl_module.device)
             if len(self._samples):
                 self._measure(pl_module, self._samples)
 
@@ -54,3 +58,15 @@ class FeatureSigns(Callback):
         options: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "rank_zero_only": True}
         for name, value in signs.items():
             module.log(f"signs/{name}", value, **options)
+        if len(images) > 2 and signs["effective_rank"] < ONE_DIRECTION:
+            self._warn("features of all images", "signs/effective_rank", signs["effective_rank"], module)
+        if signs["patch_cosine"] > ALIKE:
+            self._warn("patches of each image", "signs/patch_cosine", signs["patch_cosine"], module)
+
+    def _warn(self, what: str, sign: str, value: Tensor, module: LightningModule) -> None:
+        if what not in self._collapsed:
+            self._collapsed.add(what)
+            rank_zero_warn(
+                f"the {what} are the same at step {module.global_step} ({sign} {value.item():.3g}): if it "
+                "stays so, nothing more is learned: lower model.lr"
+            )

@@ -18,7 +18,6 @@ from locat_lightning.backbones.weights import RANDOM, load_weights
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
-from locat_lightning.evaluation.rank import effective_rank
 from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_size
@@ -30,7 +29,7 @@ class Output(NamedTuple):
     Attributes:
         loss: scalar, float32.
         scalars: what is logged beside it as `train/NAME`; tensors are averaged over accumulated batches.
-        features: [N, D], of the images, for signs of collapse.
+        features: [N, D], of the images, whose spread is logged.
     """
 
     loss: Tensor
@@ -188,11 +187,9 @@ class Pretraining(Task):
                 check_size(network, size, self.device, advice=advice, name=architecture_of(network))
 
     def training_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
-        """Return the method's loss, and log it with its scalars and signs of collapse."""
+        """Return the method's loss, and log it with its scalars and how far features are spread."""
         output = self.compute_loss(batch)
         loss = output.loss.detach()
-        if self.is_logged():  # singular values make the host wait for a GPU
-            self.log("train/effective_rank", effective_rank(output.features))
         spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
         scalars = {"loss": loss, "feature_std": spread, **output.scalars}
         tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}

@@ -271,6 +271,9 @@ class Ibot(SelfDistillation):
             "last_layer_frozen": float(self.current_epoch < hp.freeze_last_layer_epochs),
         }
         if self.is_logged():
+            of_each = torch.special.entr(patch_p).sum(-1)
+            patch_kl = patch_loss.detach() - (weights * of_each).sum() / len(masks)
+            self.watch_for_collapse(patch_p, of_each.mean(), patch_kl, "patch", "teacher_patch_temp")
             scalars["prototypes"] = torch.special.entr(p.mean(0)).sum().exp()
             scalars["patch_prototypes"] = torch.special.entr(patch_p.mean(0)).sum().exp()
         return hp.cls_weight * cls_loss + hp.patch_weight * patch_loss, scalars

@@ -108,7 +108,7 @@ class SelfDistillation(Pretraining):
         **options: Any,
     ) -> None:
         super().__init__(backbone, **options)
-        self.collapse = ""
+        self.collapse: dict[str, str] = {}  # by what is compared
         numbers = {name: value for name, value in self.hp.items() if isinstance(value, int | float)}
         for name, value in numbers.items():  # a subclass's, too; wrong ones would train silently
             if name.endswith("_temp") and not value > 0:
@@ -205,31 +205,35 @@ class SelfDistillation(Pretraining):
         move = get_ema_multi_avg_fn(self.momentum(step))
         move(list(self.teacher.parameters()), list(self.student.parameters()), 0)
 
-    def watch_for_collapse(self, p: Tensor, entropy: Tensor, divergence: Tensor) -> None:
+    def watch_for_collapse(
+        self, p: Tensor, entropy: Tensor, divergence: Tensor, what: str = "image", temp: str = "teacher_temp"
+    ) -> None:
         """Warn once if the training has collapsed, in a step that is logged: the host waits for a GPU.
 
         Args:
-            p: the teacher's distributions, [.., out_dim].
+            p: the teacher's distributions, [.., K].
             entropy: their mean entropy.
             divergence: mean KL divergence of the student's from them.
+            what: what each is of.
+            temp: the option that is the teacher's temperature for them.
         """
-        if not self.is_logged():
+        if not (self.is_logged() and p.numel()):
             return
-        most, of_each, kl = math.log(self.hp.out_dim), entropy.item(), divergence.item()
+        most, of_each, kl = math.log(p.shape[-1]), entropy.item(), divergence.item()
         collapse = ""
         if of_each > (1 - COLLAPSED) * most and abs(kl) < COLLAPSED * most:
             collapse = "uniform: the teacher finds every prototype equally likely and the student agrees"
-            advice = "lower model.teacher_temp"
+            advice = f"lower model.{temp}"
         elif torch.special.entr(p.flatten(0, -2).mean(0)).sum().item() < COLLAPSED * most:
-            collapse = "constant: the teacher is certain of a single prototype, whatever the image"
-            advice = "raise model.teacher_temp, or lower model.center_momentum or model.lr"
-        if collapse and collapse != self.collapse:
+            collapse = f"constant: the teacher is certain of a single prototype, whatever the {what}"
+            advice = f"raise model.{temp}, or lower model.center_momentum or model.lr"
+        if collapse and collapse != self.collapse.get(what):
             rank_zero_warn(
-                f"{type(self).__name__} has collapsed at step {self.global_step}, {collapse} (teacher "
-                f"entropy {of_each:.3g}, at most {most:.3g}; KL {kl:.3g}). If it stays so, it learns no "
-                f"more: {advice}"
+                f"{type(self).__name__} has collapsed at step {self.global_step}, {collapse} ({what}: "
+                f"teacher entropy {of_each:.3g}, at most {most:.3g}; KL {kl:.3g}). If it stays so, it learns "
+                f"no more: {advice}"
             )
-        self.collapse = collapse
+        self.collapse[what] = collapse
 
 
 def set_float32_products(precision: str) -> str:

@@ -85,6 +85,9 @@ class SelfPatch(Dino):
             of_patches, entropy = patch_loss(
                 self.patch_targets, taught_patches, learnt_patches, temperature, self.hp.student_temp
             )
+            if self.is_logged():
+                p = self.patch_targets(taught_patches[0].flatten(0, 1), temperature)
+                self.watch_for_collapse(p, entropy, of_patches.detach() - entropy, "patch")
         loss = cls_loss + self.hp.patch_weight * of_patches
         scalars |= {
             "cls_loss": cls_loss.detach(),

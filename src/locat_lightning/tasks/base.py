@@ -166,7 +166,8 @@ class Task(Watched):
         epochs, warmup = trainer.max_epochs or 0, self.hp.get("warmup_epochs", 0)
         if training and trainer.max_steps == -1 and epochs > 0 and epochs <= warmup:
             raise InputError(
-                f"model.warmup_epochs ({warmup:g}) has to be less than trainer.max_epochs ({epochs})"
+                f"model.warmup_epochs ({warmup:g}) has to be less than trainer.max_epochs ({epochs}): set "
+                f"one of them, as by --model.warmup_epochs {epochs // 10}"
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
@@ -244,7 +245,7 @@ class Task(Watched):
         if warmup >= steps:
             raise InputError(
                 f"model.warmup_epochs ({warmup_epochs:g}) is {warmup} optimizer steps, but the whole run has "
-                f"only {steps}: shorten the warm-up or lengthen the run"
+                f"only {steps}: lower --model.warmup_epochs or raise --trainer.max_epochs"
             )
         return warmup
 
