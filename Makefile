@@ -79,9 +79,11 @@ gpu: $(INSTALLED) ## measure on a CUDA device within MINUTES (8): attention, tra
 figures: $(INSTALLED) ## measure again every figure of README and docs but the study's, an hour on a CPU
 	rm -rf build/figures
 	$(MAKE) quickstart segment RUNS=build/figures
-	for method in dino ibot dinov2 selfpatch mae; do \
+	for method in dino ibot dinov2 selfpatch mae simmim; do \
 		$(BIN)/locat fit --config $${method}_digits.yaml --runs build/figures || exit; \
 	done
+	$(BIN)/locat fit --config distill_digits.yaml --runs build/figures \
+		--model.teacher build/figures/dinov2_digits/version_0/checkpoints/last.ckpt
 	$(BIN)/python benchmarks/refresh.py build/figures
 
 docs: $(INSTALLED) ## build the documentation site into build/site

@@ -1,10 +1,11 @@
 """Measure again what README and docs show, and write it there: `make figures`.
 
 Takes a `--runs` directory with the quickstart's two runs, the two segmentations of its digits and the
-pre-trainings on them, and the tables that the other scripts print. Without one it only puts the results of
-`make gpu` into the pages, between `<!-- gpu -->` and `<!-- /gpu -->`. Labels beside the figures say what to
-replace: the first column of a table, the path of a run; in the text, a figure is replaced wherever it stands
-as it was. The results of a study are left alone: `locat study` writes their page.
+pre-trainings on them (and on CIFAR-10, if there are any), and the tables that the other scripts print.
+Without one it only puts the results of `make gpu` into the pages, between `<!-- gpu -->` and `<!-- /gpu -->`.
+Labels beside the figures say what to replace: the first column of a table, the path of a run; in the text, a
+figure is replaced wherever it stands as it was. The results of a study are left alone: `locat study` writes
+their page.
 """
 
 import csv
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(path for path in (ROOT / "docs").glob("*.md") if path.name != "results.md")]
 TABLES = {"backbones.py": "backbones-cpu.md", "segmentation.py": "segmentation-cpu.md", "rows.py": None}
 PICTURES = {"quickstart_locatvit": "pictures.png", "segment_locatvit": "segmentation.png"}
-PRETRAININGS = "dino_digits", "ibot_digits", "dinov2_digits", "selfpatch_digits", "mae_digits"
+METHODS = "dino", "ibot", "dinov2", "selfpatch", "mae", "simmim", "distill"
 CURVES = {
     "loss": "train/loss",
     "k-NN top-1": "knn/top1",
@@ -37,7 +38,7 @@ CURVES = {
 }
 RATIO = "time, LocAtViT / plain"  # a column of `gpu_training.steps`
 KNN = "k-NN top-1 (knn/top1)"
-LINE = rf"{re.escape(KNN)} [\d.]+ untrained -> [\d.]+"
+LINE = rf"{re.escape(KNN)} [\d.]+ before -> [\d.]+"
 
 
 def tables(text: str) -> list[str]:
@@ -84,30 +85,19 @@ def knn_of(run: Path) -> list[tuple[int, str]]:
         return [(int(row["step"]), row["knn/top1"]) for row in csv.DictReader(file) if row.get("knn/top1")]
 
 
-def draw_knn(points: list[tuple[int, str]], path: Path) -> None:
-    """Draw accuracy by step."""
-    figure = Figure(figsize=(6, 3), layout="constrained", dpi=120)
-    axes = figure.add_subplot()
-    axes.plot([step for step, _ in points], [float(value) for _, value in points], marker="o")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("knn/top1")
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
-
-
-def draw_curves(runs: Path, path: Path) -> None:
-    """Draw what pre-trainings log by step: a row for each method, of the runs that there are."""
-    present = [name for name in PRETRAININGS if (runs / name).is_dir()]
+def draw_curves(runs: Path, images: str, path: Path) -> None:
+    """Draw what pre-trainings log by step: a row for each method of which there is a run on these images."""
+    present = [name for name in METHODS if (runs / f"{name}_{images}").is_dir()]
     figure = Figure(figsize=(11, 1.9 * len(present)), layout="constrained", dpi=100)
     for axes, name in zip(figure.subplots(len(present), len(CURVES), squeeze=False), present, strict=True):
-        with (runs / name / "version_0" / "metrics.csv").open(newline="") as file:
+        with (runs / f"{name}_{images}" / "version_0" / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         for axis, (title, column) in zip(axes, CURVES.items(), strict=True):
             points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
             axis.plot(*zip(*points, strict=True), linewidth=1)
             axis.set_title(title if name == present[0] else "")
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel(name.removesuffix("_digits"))
+        axes[0].set_ylabel(name)
     figure.supxlabel("optimizer step", fontsize="medium")
     figure.savefig(path)
 
@@ -159,14 +149,15 @@ def main() -> None:
     knn = knn_of(runs / "dino_digits" / "version_0")
     readme = PAGES[0].read_text()
     old = re.findall(r"^\w+/version_0 .*$", readme, flags=re.MULTILINE) + re.findall(LINE, readme)
-    new = [list_runs(runs), f"{KNN} {float(knn[0][1]):.4g} untrained -> {float(knn[-1][1]):.4g}"]
+    new = [list_runs(runs), f"{KNN} {float(knn[0][1]):.4g} before -> {float(knn[-1][1]):.4g}"]
     figures = replaced_figures("\n".join(old), "\n".join(new))
     for page in PAGES:
         page.write_text(replace_figures(replace_tables(page.read_text(), measured), figures))
     for name, picture in PICTURES.items():
         (ROOT / "docs" / picture).write_bytes(last_picture(runs / name / "version_0"))
-    draw_knn(knn, ROOT / "docs" / "dino_digits.png")
-    draw_curves(runs, ROOT / "docs" / "pretraining_curves.png")
+    for images in ("digits", "cifar10"):
+        if (runs / f"dino_{images}").is_dir():
+            draw_curves(runs, images, ROOT / "docs" / f"curves_{images}.png")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ DROP_PATH = {
     "distill_tiny": None,
     "mae_small": None,
     "mae_digits": None,
+    "simmim_digits": None,
+    "distill_digits": None,
     "simmim_small": 0.1,
     "selfpatch_small": 0.1,
     "selfpatch_digits": None,

@@ -261,7 +261,7 @@ def test_a_resumed_run_goes_on(folder, tmp_path, caplog, every):
     assert steps == [8, 11]
     assert (resumed.first, resumed.last) == (whole.first, whole.last)
     assert same(task.state_dict(), again.state_dict())
-    assert f"k-NN top-1 (knn/top1) {whole.first:.4g} untrained -> {whole.last:.4g}" in caplog.text
+    assert f"k-NN top-1 (knn/top1) {whole.first:.4g} before -> {whole.last:.4g}" in caplog.text
     state = torch.load(tmp_path / "checkpoints" / "cut.ckpt", weights_only=True)["callbacks"]["KnnProbe.knn"]
     assert state["first"] == whole.first
 
