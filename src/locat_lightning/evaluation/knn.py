@@ -1,13 +1,13 @@
 """Weighted k-nearest-neighbour classification, the protocol of DINO (Caron et al. 2021; Wu et al. 2018)."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.precision import float32_products
 
 GROUP = 8  # similarities per group: of 4, 8, 16 and 32 the fastest for 200 neighbours among 50,000
 QUERIES = 1024  # searched for at a time
@@ -146,7 +146,7 @@ def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int) -> Neighbours
         groups = -(-len(rows) // GROUP)
         similarities = buffer[:, : groups * GROUP]
         similarities[:, len(rows) :] = -torch.inf
-        with _full_float32(bank.device):
+        with torch.autocast(bank.device.type, enabled=False), float32_products("ieee"):
             torch.mm(queries, rows.T, out=similarities[:, : len(rows)])
         # A group is every `groups`-th column, so that its maximum is one of whole rows: vectorised.
         peaks = similarities.unflatten(1, (GROUP, groups)).amax(1)
@@ -159,21 +159,6 @@ def _search(bank: Tensor, scales: Tensor, queries: Tensor, k: int) -> Neighbours
             best_index = torch.cat([best_index, candidates.add_(start)], 1).gather(1, kept)
     best, order = best.sort(1, descending=True)
     return Neighbours(best, best_index.gather(1, order))
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Compute products in full float32 (no autocast, TF32 or bfloat16), whatever else is set."""
-    cuda, mkldnn = torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn)
-    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
-        if hasattr(cuda, "fp32_precision"):  # torch 2.9
-            for backend in (cuda, mkldnn.matmul):
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = "ieee"
-        else:
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        yield
 
 
 def check_same_width(features: Tensor, others: Tensor) -> None:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.precision import float32_products
 from locat_lightning.methods.base import Pretraining
 from locat_lightning.methods.heads import load_projection_heads
 from locat_lightning.schedules import cosine, linear_warmup
@@ -109,6 +111,7 @@ class SelfDistillation(Pretraining):
     ) -> None:
         super().__init__(backbone, **options)
         self.collapse: dict[str, str] = {}  # by what is compared
+        self._products = ExitStack()  # how the batch under way multiplies
         numbers = {name: value for name, value in self.hp.items() if isinstance(value, int | float)}
         for name, value in numbers.items():  # a subclass's, too; wrong ones would train silently
             if name.endswith("_temp") and not value > 0:
@@ -188,11 +191,11 @@ class SelfDistillation(Pretraining):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self._float32 = set_float32_products("tf32") if self.tf32 else None
+        if self.tf32:
+            self._products.enter_context(float32_products("tf32"))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._float32 is not None:
-            set_float32_products(self._float32)
+        self._products.close()
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip; then drop the gradients of a frozen last layer (zeroed, AdamW would still decay it)."""
@@ -234,13 +237,3 @@ class SelfDistillation(Pretraining):
                 f"no more: {advice}"
             )
         self.collapse[what] = collapse
-
-
-def set_float32_products(precision: str) -> str:
-    """Set how CUDA multiplies matrices in float32 (`tf32`, `ieee`), and return how it did before."""
-    cuda: Any = torch.backends.cuda.matmul
-    if hasattr(cuda, "fp32_precision"):  # torch 2.9
-        before, cuda.fp32_precision = cuda.fp32_precision, precision
-    else:
-        before, cuda.allow_tf32 = "tf32" if cuda.allow_tf32 else "ieee", precision == "tf32"
-    return str(before)
