@@ -36,7 +36,7 @@ def wait_until_it_trains(process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("to", ["the process", "all processes"])
+@pytest.mark.parametrize("to", [pytest.param("the process", marks=pytest.mark.faults), "all processes"])
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small, start_locat):
     """A shell sends it to the process, a scheduler to the workers that read images, too."""
     process, output = start_locat(*FIT, *small, *ENDLESS, "--trainer.check_val_every_n_epoch", "3")
@@ -54,6 +54,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small, start_locat):
     assert torch.load(LAST, weights_only=True)["global_step"] == step // 3 * 3 + 6
 
 
+@pytest.mark.faults
 def test_an_interrupt_of_the_process_alone_ends_its_workers_too(small, start_locat):
     process, output = start_locat(*FIT, *small, *ENDLESS)
     wait_until_it_trains(process)
@@ -130,6 +131,7 @@ def test_two_processes_resume_as_if_they_had_not_been_told_to_stop(tell):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_last_line_says_what_to_do_if_a_process_is_lost(rank, tell):
     code, said = tell(rank, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A run from elsewhere: one payload for each command; the fault campaign puts others in every place."""
+"""A run from elsewhere: one payload for three commands; the campaign puts others in every place, for all."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ import yaml
 
 from locat.command import main
 from locat_lightning.commands.sources import read_record
-from tests.faults.test_payloads import CALL, COMMANDS, HOOK, attempt, elsewhere, put
+from tests.faults.test_payloads import CALL, HOOK, attempt, elsewhere, put
 
 __all__ = ["elsewhere"]
 pytestmark = pytest.mark.usefixtures("workplace")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["validate", "fit", "knn"])
 def test_nothing_in_a_downloaded_run_is_executed(command, elsewhere):
     record, files = elsewhere / "config.yaml", list((elsewhere / "checkpoints").glob("*.ckpt"))
     config, contents = yaml.safe_load(record.read_text()), torch.load(files[0], weights_only=True)
