@@ -125,3 +125,17 @@ def test_a_signal_whose_exception_was_lost_is_repeated(monkeypatch):
         main(["knn"])
     assert len(reached) == 2
     assert time.monotonic() - reached[-1] < 5
+
+
+def test_a_signal_while_python_ends_shows_no_traceback():
+    code = (
+        "import atexit, os, signal\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "from locat.command import main\n"
+        "main()"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "configs"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 128 + signal.SIGINT
+    assert ended.stderr == ""
