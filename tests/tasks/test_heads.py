@@ -92,6 +92,7 @@ def test_every_head_of_a_grid_is_the_one_trained_alone(tmp_path, weights, head):
     by_rate = [float(each.iou.miou) for each in alone]
     assert grid.best == by_rate.index(max(by_rate)) == 1
     assert float(run.callback_metrics["val/miou"]) == float(run.callback_metrics["val/miou_lr_0.05"])
+    assert grid.summary().endswith("best of 3 learning rates")
     assert torch.equal(grid.iou.confusion, alone[1].iou.confusion)
 
 
@@ -149,7 +150,10 @@ def test_a_grid_begins_with_the_head_in_the_weights(tmp_path, weights):
 def test_scales_and_the_mirror_image_in_evaluation(tmp_path, weights):
     module = task(weights, layers=[0], scales=[0.5, 1.0], flip=True, protocol="slide", window=8, stride=5)
     fit(tmp_path, module, max_epochs=1)
-    assert module.summary().endswith("scales 0.5, 1, with its mirror image")
+    expected = (
+        "windows of 8 px every 5 px, image resized to fit 18 × 18, scales 0.5, 1, with its mirror image"
+    )
+    assert module.summary() == f"{expected}, layers [0]"
     images = torch.randn(1, 3, 18, 18)
     with torch.no_grad():
         found = module(images)

@@ -140,15 +140,15 @@ class Segmentation(PixelClasses):
 
     def summary(self) -> str:
         hp, scale = self.hp, self.of_data("scale")
-        how = f"image resized to fit {scale[0]} × {scale[1]}" if scale else "image"
-        if hp.scales:
-            how += f", scales {', '.join(f'{each:g}' for each in hp.scales)}"
+        windows = f"windows of {hp.window} px every {hp.stride} px, image"
+        how = "whole image" if hp.protocol == "whole" else windows
+        how += f" resized to fit {scale[0]} × {scale[1]}" if scale else ""
+        how += f", scales {', '.join(f'{each:g}' for each in hp.scales)}" if hp.scales else ""
         how += ", with its mirror image" if hp.flip else ""
-        return (
-            f"windows of {hp.window} px every {hp.stride} px, {how}"
-            if hp.protocol == "slide"
-            else f"whole {how}"
-        )
+        how += f", {hp.head} head" if hp.head != "mlp" else ""
+        how += f", layers {hp.layers}" if hp.layers != 1 else ""
+        how += f", best of {len(hp.lrs)} learning rates" if hp.lrs else ""
+        return how
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         self.resumed = True
