@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,7 +13,7 @@ from locat.command import main
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.evaluation.features import extract_features
 from locat_lightning.evaluation.knn import knn_classify
-from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
+from locat_lightning.evaluation.retrieval import Retrieval, compare_retrievals, segment_by_retrieval
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
@@ -300,6 +301,43 @@ def test_dense_retrieval(scenes, named, capsys):
         f"dense retrieval: mIoU {float(expected.miou):.4f} (images resized to 36 × 36, 60 patches kept" in out
     )
     assert f"{float(expected.per_class[0]):.2%}" in out
+
+
+def test_dense_retrieval_over_splits_and_memory_sizes(scenes, named, capsys):
+    root = scenes("folder")
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    of_data = ["--data.root", root, "--data.classes", "[sky, road, car]", "--data.num_workers", "0"]
+    options = [
+        *named[named.index("--accelerator") :],
+        *of_data,
+        "--image_size",
+        "32",
+        "--augmentation_epochs",
+        "2",
+    ]
+    run("retrieve", "--weights", "net.pth", *options, "--fraction", "2", "--memory_size", "[5, 40]")
+
+    data = SegmentationData(root=str(root), classes=["sky", "road", "car"], num_workers=0)
+    found, of_class = metrics("net_retrieve"), []
+    for size in (5, 40):
+        mious = []
+        for seed in (42, 400, 783, 1293, 4019):
+            settings = Retrieval(memory_size=size, seed=seed, fraction=2)
+            passes = [data.square_dataloader("train", 32, augmented=number) for number in (1, 2)]
+            parts = passes, data.square_dataloader("val", 32)
+            model = backbone(seed=3, dynamic_img_size=True)
+            [iou] = compare_retrievals(model, *parts, "cpu", [settings], num_classes=3, progress=False)
+            assert found[f"retrieval/miou_seed{seed}_memory{size}"] == pytest.approx(float(iou.miou))
+            mious.append(float(iou.miou))
+            of_class.append(float(iou.per_class[0]))
+        assert found[f"retrieval/miou_memory{size}"] == pytest.approx(np.mean(mious))
+        assert found[f"retrieval/miou_std_memory{size}"] == pytest.approx(np.std(mious, ddof=1))
+    assert found["retrieval/iou_sky_memory40"] == pytest.approx(np.mean(of_class[5:]))
+    out = capsys.readouterr().out
+    assert "1/2 of the training images (3), 2 augmented passes, 30 neighbours)" in out
+    assert f"{np.mean(mious):.4f} ± {np.std(mious, ddof=1):.4f} over 5 seeds with 40 patches" in out
+    main(["runs"])
+    assert "retrieval/miou_memory40" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*the model has not been trained")

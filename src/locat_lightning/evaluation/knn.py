@@ -105,6 +105,15 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighb
         yield _search(bank, scales, (chunk.detach().float() * scale).to(bank.device), k)
 
 
+def faiss_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]:
+    """Do what `nearest_neighbours` does by faiss's exact search; `bank` is normalised."""
+    import faiss
+
+    queries = queries * inverse_norms(queries, "query")
+    found = faiss.knn(queries.cpu().numpy(), bank.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    yield Neighbours(*(torch.from_numpy(table).to(bank.device) for table in found))
+
+
 def inverse_norms(features: Tensor, role: str) -> Tensor:
     """Return factors [N, 1] float32 that normalise features [N, D]; a zero row stays zero.
 
