@@ -1,34 +1,30 @@
 """`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
-from collections.abc import Sequence
-from math import isnan
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import timm
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric import Fabric
-from rich.console import Console
-from rich.table import Column, Table
 from timm.models import load_model_config_from_hf
 from torch import nn
 
-from locat.runs import claim, write_json
+from locat.runs import claim
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import of_images
+from locat_lightning.commands.measurement import Measurement, columns, report
 from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.commands.retrieval import retrieve
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
-from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
-from locat_lightning.evaluation.retrieval import SEEDS, Retrieval, compare_retrievals
+from locat_lightning.evaluation.retrieval import Retrieval
 
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
@@ -42,14 +38,6 @@ OF_ANY_KIND = ("mean", "std")
 OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
 OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
 OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index", "reduce_zero_label")
-
-
-class Measurement(NamedTuple):
-    """A result, to print and to record."""
-
-    heading: str
-    table: Table
-    metrics: dict[str, float]
 
 
 class ConfigOfImages(parsing.ConfigByName):
@@ -70,6 +58,23 @@ def main(arguments: list[str]) -> None:
     """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
     command, *arguments = arguments
     parser = _parser(command)
+    config, directory, fabric = prepared(command, parser, arguments)
+    data: ImageData | SegmentationData = parser.instantiate_classes(config).data
+    data.setup("fit")
+
+    backbone = launched(config, fabric)
+    if isinstance(data, SegmentationData):
+        measurement = retrieve(backbone, data, config, fabric)
+    else:
+        advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
+        check_size(backbone, data.img_size, fabric.device, advice=advice)
+        measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
+    if fabric.is_global_zero:
+        report(measurement, claim(directory), config)
+
+
+def prepared(command: str, parser: ArgumentParser, arguments: list[str]) -> tuple[Namespace, Path, Fabric]:
+    """Return the options of a command, the directory of its runs, and the processes, not launched yet."""
     given, recorded = parsing.decisive_options(arguments), list[str]()
     if given.weights is not None:
         sources.check_weights(given.weights)
@@ -88,27 +93,16 @@ def main(arguments: list[str]) -> None:
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
         checks.check_processes(fabric.world_size)
-    data: ImageData | SegmentationData = parser.instantiate_classes(config).data
-    data.setup("fit")
+    return config, directory, fabric
 
+
+def launched(config: Namespace, fabric: Fabric) -> nn.Module:
+    """Launch the processes, and return the backbone on the device of this one."""
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Role = "student" if config.student else "teacher"
     model = config.weights, config.backbone, config.backbone_args
-    backbone = load_backbone(*model, network=network, any_size=True).to(fabric.device)
-    if isinstance(data, SegmentationData):
-        measurement = _retrieve(backbone, data, config, fabric)
-    else:
-        advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
-        check_size(backbone, data.img_size, fabric.device, advice=advice)
-        measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
-    if fabric.is_global_zero:
-        print(measurement.heading)
-        Console().print(measurement.table)
-        run = claim(directory)
-        record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
-        write_json(run / "metrics.json", record | measurement.metrics)
-        print(f"run: {run}")
+    return load_backbone(*model, network=network, any_size=True).to(fabric.device)
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -148,6 +142,13 @@ def _parser(command: str) -> ArgumentParser:
         rates, help_ = list(DINOV2_LEARNING_RATES), "of sweep, for 256 features a step"
         add("--learning_rates", type=PositiveFloat, nargs="+", default=rates, help=help_)
         add("--sweep_batch_size", type=PositiveInt, default=1024, help="features per step of the sweep")
+    add_run_options(parser)
+    return parser
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Add options of where a measurement is computed and written."""
+    add = parser.add_argument
     add("--runs", type=str, default="runs", help="directory of all runs")
     add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
     add("--accelerator", type=str, default="auto", help="as the trainer's")
@@ -155,7 +156,6 @@ def _parser(command: str) -> ArgumentParser:
     add("--strategy", type=str, default="auto", help="as the trainer's")
     add("--precision", type=str | None, default=parsing.mixed_precision(), help="as the trainer's")
     add("--seed", type=NonNegativeInt, default=0, help="seed of everything that is drawn")
-    return parser
 
 
 def _defaults(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _defaults(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
     else:
         images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
         images.pop("img_size", None)
-    keys = OF_ANY_KIND if command == "retrieve" else images
+    keys = images if command in ("knn", "linear") else OF_ANY_KIND
     return {f"data.{key}": images[key] for key in keys if key in images}
 
 
@@ -176,9 +176,9 @@ def _of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
     data, has_masks = dict(recorded["init_args"]), recorded["class_path"].endswith("SegmentationData")
     if views := data.get("views", {}).get("init_args"):
         data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
-    of_a_kind = has_masks == (command == "retrieve")
+    of_a_kind = has_masks if command == "retrieve" else command in ("knn", "linear") and not has_masks
     keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
-    if data.get("dataset") == "digits":  # of either kind
+    if data.get("dataset") == "digits" and command != "track":  # of either kind
         keys = (*keys, "dataset")
     return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
 
@@ -197,7 +197,7 @@ def _pretrained_cfg(weights: str) -> dict[str, Any]:
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
     found = knn_classify(*bank, *queries, k=config.k, temperature=config.temperature)
-    table, metrics = _table("k", "top-1", "top-5"), dict[str, float]()
+    table, metrics = columns("k", "top-1", "top-5"), dict[str, float]()
     for k, accuracy in found.items():
         voters = f"{k}" if accuracy.neighbours == k else f"{k} (all {accuracy.neighbours})"
         table.add_row(voters, f"{accuracy.top1:.2%}", f"{accuracy.top5:.2%}")
@@ -235,7 +235,7 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
         )
         features = min(config.sweep_batch_size, len(train.labels))
         manner = f"{features} features a step, best top-1 {sweep.best.top1:.2%}"
-    best, table = sweep.best, _table("learning rate", "effective", "top-1", "top-5")
+    best, table = sweep.best, columns("learning rate", "effective", "top-1", "top-5")
     metrics = {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
     for r in sweep.results:
         rates = f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}"
@@ -245,88 +245,11 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
     return Measurement(f"linear, {config.protocol}: {config.epochs} epochs, {manner}", table, metrics)
 
 
-def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
-    sizes = config.memory_size if isinstance(config.memory_size, list) else [config.memory_size]
-    seeds = config.seeds or (SEEDS if config.fraction > 1 else [config.seed])
-    settings = {key: config[key] for key in ("neighbours", "temperature", "search", "fraction")}
-    variants = [Retrieval(memory_size=size, seed=seed, **settings) for size in sizes for seed in seeds]
-    images, side = range(len(data.source("train"))), config.image_size
-    places = sorted({place for variant in variants for place in variant.split(images)})
-    passes = range(1, config.augmentation_epochs + 1) or [0]
-    found = compare_retrievals(
-        backbone,
-        [data.square_dataloader("train", side, places=places, augmented=number) for number in passes],
-        data.square_dataloader("val", side),
-        fabric.device,
-        variants,
-        num_classes=data.num_classes,
-        autocast_dtype=autocast_type(config.precision),
-        progress=fabric.is_global_zero,
-    )
-    table, metrics, headlines = _table("memory", "seed", "mIoU"), dict[str, float](), list[str]()
-    for size in sizes:
-        of_seeds = [iou for iou, variant in zip(found, variants, strict=True) if variant.memory_size == size]
-        kept, ending = f"{size:,} patches" if size else "all patches", f"_memory{size or 'all'}"
-        own, miou, spread = _over_seeds(of_seeds, data.class_names, seeds, ending if len(sizes) > 1 else "")
-        metrics |= own
-        headlines.append(f"{miou}{spread}" + (f" with {kept}" if len(sizes) > 1 else ""))
-        for seed, each in zip(seeds, of_seeds, strict=True):
-            table.add_row(kept, str(seed), f"{float(each.miou):.4f}")
-        if spread:
-            table.add_row(kept, "mean", f"{miou}{spread}", end_section=True)
-    if len(variants) == 1:
-        table = _table("class", "IoU")
-        for name, share in zip(data.class_names, found[0].per_class.tolist(), strict=True):
-            table.add_row(name, "absent" if isnan(share) else f"{share:.2%}")
-    protocol = [f"images resized to {side} × {side}"]
-    if config.fraction > 1:
-        protocol.append(f"1/{config.fraction} of the training images ({len(variants[0].split(images)):,})")
-    if config.augmentation_epochs:
-        protocol.append(f"{config.augmentation_epochs} augmented passes")
-    if len(sizes) == 1:
-        protocol.append(f"{kept} kept")
-    protocol.append(f"{config.neighbours} neighbours")
-    heading = f"dense retrieval: mIoU {', '.join(headlines)} ({', '.join(protocol)})"
-    return Measurement(heading, table, metrics)
-
-
-def _over_seeds(
-    found: Sequence[IoU], classes: Sequence[str], seeds: Sequence[int], ending: str
-) -> tuple[dict[str, float], str, str]:
-    """Return the metrics of one memory size, and mIoU and its deviation in words.
-
-    Of several seeds it is the mean and the sample's standard deviation; of a class, the mean over the seeds
-    in which it occurs.
-    """
-    metrics = dict[str, float]()
-    for name in IoU.SCALARS:
-        values = [float(getattr(each, name)) for each in found]
-        metrics[f"retrieval/{name}{ending}"] = fmean(values)
-        if len(values) > 1:
-            metrics[f"retrieval/{name}_std{ending}"] = stdev(values)
-    if len(seeds) > 1:
-        metrics |= {
-            f"retrieval/miou_seed{seed}{ending}": float(each.miou)
-            for seed, each in zip(seeds, found, strict=True)
-        }
-    for name, *values in zip(classes, *(each.per_class.tolist() for each in found), strict=True):
-        if occurring := [value for value in values if not isnan(value)]:
-            metrics[f"retrieval/iou_{name}{ending}"] = fmean(occurring)
-    spread = (
-        f" ± {metrics[f'retrieval/miou_std{ending}']:.4f} over {len(seeds)} seeds" if len(seeds) > 1 else ""
-    )
-    return metrics, f"{metrics[f'retrieval/miou{ending}']:.4f}", spread
-
-
 def _features(
     backbone: nn.Module, data: ImageData, split: str, config: Namespace, fabric: Fabric
 ) -> Features:
     loader, dtype = data.eval_dataloader(split), autocast_type(config.precision)
     return extract_features(backbone, loader, fabric.device, autocast_dtype=dtype).to(fabric.device)
-
-
-def _table(*columns: str) -> Table:
-    return Table(*(Column(name, justify="right") for name in columns))
 
 
 def _name_of(weights: str) -> str:
