@@ -223,3 +223,34 @@ def scenes(tmp_path):
         return tmp_path / dataset
 
     return make
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """A folder in the layout of DAVIS 2017 with the videos `boat` and `cars` (two objects), of other sizes.
+
+    A square of the first object moves to the right; one of the second, at the bottom, stays where it is.
+    """
+    root = tmp_path / "DAVIS"
+    rng = np.random.default_rng(0)
+    palette = [0, 0, 0, 200, 0, 0, 0, 200, 0] + 253 * [9, 9, 9]
+    for name, (height, width), objects, frames in (("boat", (64, 96), 1, 5), ("cars", (80, 64), 2, 6)):
+        for frame in range(frames):
+            image, mask = rng.integers(60, size=(height, width, 3)), np.zeros((height, width), np.uint8)
+            mask[8:32, 8 + 4 * frame : 32 + 4 * frame] = 1
+            if objects == 2:
+                mask[44:70, 10:50] = 2
+            image[mask == 1, 0] += 180
+            image[mask == 2, 1] += 180
+            mask[:2, :2] = 255
+            places = {"JPEGImages": (image.astype(np.uint8), ".jpg"), "Annotations": (mask, ".png")}
+            for place, (pixels, ending) in places.items():
+                path = root / place / "480p" / name / f"{frame:05}{ending}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture = Image.fromarray(pixels)
+                if place == "Annotations":
+                    picture.putpalette(palette)
+                picture.save(path)
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("boat\ncars\n")
+    return root

@@ -17,6 +17,10 @@ COMMANDS = {
     "knn": (".evaluate", "k-NN accuracy of a frozen backbone: locat knn --weights W --data.root DIR"),
     "linear": (".evaluate", "linear accuracy of a frozen backbone"),
     "retrieve": (".evaluate", "mIoU of a frozen backbone's patch features, without training (Hummingbird)"),
+    "track": (
+        ".track",
+        "J and F of objects that a frozen backbone's patch features follow through videos (DAVIS)",
+    ),
     "study": (".study.command", "train models alike and compare them: locat study --config study_cifar.yaml"),
     "export": (
         ".export",

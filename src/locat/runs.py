@@ -16,7 +16,14 @@ if sys.platform != "win32":
     import fcntl
 
 WIDTH = 120  # columns of the list
-HEADLINES = ("val/top1", "val/miou", "knn/top1", "linear/top1", "retrieval/miou")  # also by `_kN`, `_memoryN`
+HEADLINES = (
+    "val/top1",
+    "val/miou",
+    "knn/top1",
+    "linear/top1",
+    "retrieval/miou",
+    "tracking/J&F",
+)  # also by `_kN`, `_memoryN`
 LOCK = ".lock"  # in the directory of a run, while a process trains there
 
 

@@ -12,17 +12,18 @@ from locat_lightning.evaluation.features import autocast
 
 
 def patch_features(
-    backbone: nn.Module, images: Tensor, *, autocast_dtype: torch.dtype | None = None
+    backbone: nn.Module, images: Tensor, *, norm: bool = False, autocast_dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return the patch tokens of the last block (for a hierarchical model, stage) as a map.
 
-    They are taken before the final norm and PRR, without prefix tokens. Images are `padded` to a multiple of
-    the patch, and the map covers the padded image: what is upsampled from it has to be cut. An autocast
-    context around this call has no effect inside it.
+    They are taken before PRR and without prefix tokens, before the final norm unless `norm` is set. Images
+    are `padded` to a multiple of the patch, and the map covers the padded image: what is upsampled from it
+    has to be cut. An autocast context around this call has no effect inside it.
 
     Args:
         backbone: any timm model with `forward_intermediates`.
         images: [B, 3, height, width], normalised.
+        norm: whether the backbone's final norm is applied.
         autocast_dtype: mixed precision in this type; None computes in the type of the weights.
 
     Returns:
@@ -42,7 +43,7 @@ def patch_features(
         )
     with autocast(images.device, autocast_dtype):
         (features,) = timm.forward_intermediates(
-            images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
+            images, indices=1, norm=norm, output_fmt="NCHW", intermediates_only=True
         )
     result: Tensor = features.float()
     return result
