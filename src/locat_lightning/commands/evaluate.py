@@ -18,13 +18,12 @@ from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import of_images
 from locat_lightning.commands.measurement import Measurement, columns, report
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.retrieval import retrieve
+from locat_lightning.commands.retrieval import add_retrieval_options, retrieve
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
-from locat_lightning.evaluation.retrieval import Retrieval
 
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
@@ -112,21 +111,7 @@ def _parser(command: str) -> ArgumentParser:
     parsing.add_weights_options(parser)
     if command == "retrieve":
         parser.add_class_arguments(SegmentationData, "data")
-        add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
-        parser.add_class_arguments(Retrieval, skip={"seed", "memory_size"})
-        sizes, help_ = (
-            PositiveInt | list[PositiveInt] | None,
-            "patches in the memory, or several such numbers",
-        )
-        add("--memory_size", type=sizes, default=None, help=f"{help_}; null takes all")
-        help_ = (
-            "passes over the training images, augmented at random, that fill the memory; 0: one, as they are"
-        )
-        add("--augmentation_epochs", type=NonNegativeInt, default=0, help=help_)
-        help_ = (
-            "seeds to repeat the measurement with; by default Hummingbird's five with --fraction, else --seed"
-        )
-        add("--seeds", type=list[NonNegativeInt] | None, default=None, help=help_)
+        add_retrieval_options(parser)
     else:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from math import isnan
 from statistics import fmean, stdev
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric import Fabric
 from torch import nn
 
@@ -13,6 +14,19 @@ from locat_lightning.data import SegmentationData
 from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.retrieval import SEEDS, Retrieval, compare_retrievals
+
+
+def add_retrieval_options(parser: ArgumentParser) -> None:
+    """Add the options of dense retrieval to those of the data."""
+    add = parser.add_argument
+    add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
+    parser.add_class_arguments(Retrieval, skip={"seed", "memory_size"})
+    help_ = "patches in the memory, or several such numbers; null takes all"
+    add("--memory_size", type=PositiveInt | list[PositiveInt | None] | None, default=None, help=help_)
+    help_ = "augmented passes over the training images that fill the memory; 0: one, not augmented"
+    add("--augmentation_epochs", type=NonNegativeInt, default=0, help=help_)
+    help_ = "seeds to measure with; by default --seed, and Hummingbird's five with --fraction"
+    add("--seeds", type=list[NonNegativeInt] | None, default=None, help=help_)
 
 
 def retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
