@@ -191,6 +191,20 @@ LAYOUTS = {
         *("coco_stuff164k/images/{}", "coco_stuff164k/annotations/{}"),
         *(("train2017", "val2017"), "_labelTrainIds.png", (255, 0, 170)),
     ),
+    "pascal_voc": (
+        *("VOCdevkit/VOC2012/JPEGImages", "VOCdevkit/VOC2012/SegmentationClass"),
+        *(("trainaug", "val"), ".png", (255, 0, 20)),
+    ),
+    "cityscapes": (
+        *("cityscapes/leftImg8bit/{}/bonn", "cityscapes/gtFine/{}/bonn"),
+        *(("train", "val"), "_gtFine_labelIds.png", (4, 7, 33)),
+    ),
+}
+
+# Folders of the files that list the images of a split.
+LISTS = {
+    "pascal_context": "VOCdevkit/VOC2010/ImageSets/SegmentationContext",
+    "pascal_voc": "VOCdevkit/VOC2012/ImageSets/Segmentation",
 }
 
 
@@ -209,15 +223,14 @@ def scenes(tmp_path):
             for name in names:
                 image, mask = rng.integers(256, size=(40, 48, 3)), np.full((40, 48), nothing)
                 mask[10:30], mask[30:] = first, last
-                places = {images: (image, ".jpg"), masks: (mask, ending)}
+                suffix = "_leftImg8bit.png" if dataset == "cityscapes" else ".jpg"
+                places = {images: (image, suffix), masks: (mask, ending)}
                 for place, (pixels, end) in places.items():
                     path = tmp_path / dataset / place.format(split) / (name + end)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(pixels.astype(np.uint8)).save(path)
-            if dataset == "pascal_context":
-                listed = (
-                    tmp_path / dataset / "VOCdevkit/VOC2010/ImageSets/SegmentationContext" / f"{split}.txt"
-                )
+            if dataset in LISTS:
+                listed = tmp_path / dataset / LISTS[dataset] / f"{split}.txt"
                 listed.parent.mkdir(parents=True, exist_ok=True)
                 listed.write_text("\n".join(names) + "\n")
         return tmp_path / dataset

@@ -13,6 +13,8 @@ from locat_lightning.errors import InputError
         ("ade20k", 150, ("wall", (120, 120, 120)), ("flag", (92, 0, 255))),
         ("pascal_context", 59, ("aeroplane", (180, 120, 120)), ("wood", (31, 0, 255))),
         ("coco_stuff", 171, ("person", (0, 192, 64)), ("wood", (64, 64, 0))),
+        ("pascal_voc", 21, ("background", (0, 0, 0)), ("tvmonitor", (0, 64, 128))),
+        ("cityscapes", 19, ("road", (128, 64, 128)), ("bicycle", (119, 11, 32))),
     ],
 )
 def test_the_classes_of_known_data_sets(dataset, count, first, last):
@@ -39,6 +41,12 @@ def test_a_file_of_names_gets_distinct_colours(tmp_path):
     names, colours = read_classes(file)
     assert names == ["sky", "sign symbol"]
     assert colours.tolist() == [[128, 0, 0], [0, 128, 0]]
+
+
+def test_the_colours_of_pascal_voc_are_those_of_its_palette():
+    names, colours = read_classes(KNOWN / "pascal_voc.csv")
+    assert np.array_equal(colours[1:], distinct_colours(20))
+    assert names[15] == "person"
 
 
 def test_distinct_colours_are_distinct():

@@ -311,6 +311,92 @@ def test_the_layout_of_coco_stuff(tmp_path, root):
     assert len(LAYOUTS["coco_stuff"].pairs(tmp_path / root, "test")[0]) == 1
 
 
+def voc(root, aug=("2007_1", "2008_2")):
+    """VOC 2012: its own masks of 2007_1 and 2007_9, the augmented set's; those of one image differ."""
+    home = root / "VOCdevkit/VOC2012"
+    tree(home, ["2007_1", "2007_9"], ("JPEGImages", "SegmentationClass"))
+    if aug:
+        tree(home, aug, ("JPEGImages", "SegmentationClassAug"))
+    lists = home / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    for name, listed in {"train": ["2007_1"], "val": ["2007_9"], "trainaug": list(aug)}.items():
+        (lists / f"{name}.txt").write_text("".join(f"{each}\n" for each in listed))
+    return home
+
+
+@pytest.mark.parametrize("root", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_the_layout_of_pascal_voc(tmp_path, root):
+    home = voc(tmp_path)
+    of = {name: LAYOUTS[name] for name in ("pascal_voc", "pascal_voc_aug")}
+    found = {
+        (name, split): names(layout.pairs(tmp_path / root, split), home)
+        for name, layout in of.items()
+        for split in ("train", "val", "test")
+    }
+    assert found["pascal_voc", "train"] == [["JPEGImages/2007_1.jpg"], ["SegmentationClass/2007_1.png"]]
+    # VOC's own masks have its boundaries: they come before those of the augmented set.
+    assert found["pascal_voc_aug", "train"] == [
+        ["JPEGImages/2007_1.jpg", "JPEGImages/2008_2.jpg"],
+        ["SegmentationClass/2007_1.png", "SegmentationClassAug/2008_2.png"],
+    ]
+    for name in of:
+        val = [["JPEGImages/2007_9.jpg"], ["SegmentationClass/2007_9.png"]]
+        assert found[name, "val"] == found[name, "test"] == val
+
+
+def test_pascal_voc_without_its_augmented_set(tmp_path):
+    home = voc(tmp_path, aug=())
+    assert len(LAYOUTS["pascal_voc_aug"].pairs(tmp_path, "val")[0]) == 1
+    (home / "ImageSets/Segmentation/trainaug.txt").write_text("2007_1\n2007_9\n2008_2\n")
+    write(home / "JPEGImages/2008_2.jpg", (0, 0, 0), mode="RGB")
+    assert error_of(lambda: LAYOUTS["pascal_voc_aug"].pairs(tmp_path, "train")) == (
+        f"1 of 3 images in {home}/JPEGImages have no mask in {home}/SegmentationClassAug: 2008_2.jpg;"
+        " the mask of a.jpg is a.png"
+    )
+    (home / "ImageSets/Segmentation/trainaug.txt").unlink()
+    assert error_of(lambda: LAYOUTS["pascal_voc_aug"].pairs(tmp_path, "train")).startswith(
+        f"no ImageSets/Segmentation/trainaug.txt in {home}: "
+    )
+
+
+def test_a_mask_of_pascal_voc_may_have_nothing_but_background_and_boundary(tmp_path):
+    files = [write(tmp_path / "a.png", 0)]
+    mask = Image.fromarray(np.array([[0, 255]], np.uint8))
+    mask.save(files[0])
+    assert Pairs(files, files, MaskValues(21)).check_annotated(1) == list(range(1, 21))
+
+
+# id → train id, written out of the table in cityscapesscripts/helpers/labels.py.
+TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12}
+TRAIN_IDS |= {26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+
+
+@pytest.mark.parametrize("root", ["", "cityscapes"])
+def test_the_layout_of_cityscapes(tmp_path, root):
+    home = tmp_path / "cityscapes"
+    cityscapes(home)
+    layout = LAYOUTS["cityscapes"]
+    of_ids = layout.of(tmp_path / root, "train")
+    assert [names(of_ids.pairs(tmp_path / root, split), home)[1] for split in ("train", "val", "test")] == [
+        ["gtFine/train/bonn/bonn_1_gtFine_labelIds.png", "gtFine/train/ulm/ulm_2_gtFine_labelIds.png"],
+        *[["gtFine/val/köln/köln_3_gtFine_labelIds.png"]] * 2,
+    ]
+    for name in ("bonn/bonn_1", "ulm/ulm_2"):
+        write(home / f"gtFine/train/{name}_gtFine_labelTrainIds.png")
+    assert layout.of(tmp_path / root, "train") == layout
+    assert names(layout.pairs(tmp_path / root, "train"), home)[1][0].endswith(
+        "bonn_1_gtFine_labelTrainIds.png"
+    )
+    assert layout.of(tmp_path / root, "val") == of_ids
+
+
+def test_the_ids_of_cityscapes_become_train_ids():
+    ids = np.arange(256, dtype=np.uint8)
+    found = MaskValues(19, labels=LAYOUTS["cityscapes"].otherwise.labels).classes(ids[None], "a.png")[0]
+    assert found.tolist() == [TRAIN_IDS.get(value, 255) for value in range(256)]
+    assert MaskValues(19).classes(np.array([[0, 18, 255]]), "a.png").tolist() == [[0, 18, 255]]
+
+
 def test_images_without_masks_and_the_reverse(tmp_path):
     tree(tmp_path, "abcdefg")
     for name in "bcdf":

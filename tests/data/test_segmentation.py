@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize, to_image
 
 from locat_lightning.data import SegmentationData
+from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
 
@@ -159,6 +160,48 @@ def test_known_data_sets(tmp_path, dataset, folders, splits, count):
     [batch] = masks.val_dataloader()
     reduced = dataset != "coco_stuff"
     assert batch.masks.unique().tolist() == ([0, 1, 2, 255] if reduced else [0, 1, 2, 3])
+    assert len(list(masks.train_dataloader())) == 1
+
+
+def test_pascal_voc_in_colours(tmp_path):
+    palette = [*np.concatenate([[[0, 0, 0]], distinct_colours(255)]).ravel().tolist()]
+    values = np.zeros((24, 20), np.uint8)
+    values[4:12, 4:12], values[3, 4:12] = 20, 255  # a television with its boundary
+    for split, name in (("train", "2007_1"), ("val", "2007_9"), ("trainaug", "2008_2")):
+        write(tmp_path / "JPEGImages" / f"{name}.jpg", np.zeros((24, 20, 3), np.uint8))
+        mask = Image.fromarray(values)
+        if split != "trainaug":  # the augmented set's are grey levels
+            mask.putpalette(palette)
+        file = tmp_path / f"SegmentationClass{'Aug' * (split == 'trainaug')}" / f"{name}.png"
+        file.parent.mkdir(exist_ok=True)
+        mask.save(file)
+        lists = tmp_path / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_text(f"{name}\n")
+    for dataset in ("pascal_voc", "pascal_voc_aug"):
+        masks = data(tmp_path, dataset=dataset, classes=None, batch_size=1)
+        masks.setup()
+        assert masks.class_names[20] == "tvmonitor"
+        for split in ("train", "val"):
+            _, classes = masks.source(split).read(0)
+            assert np.array_equal(classes, values)
+        assert [batch.masks.unique().tolist() for batch in masks.val_dataloader()] == [[0, 20, 255]]
+
+
+@pytest.mark.parametrize("ending", ["labelIds", "labelTrainIds"])
+def test_cityscapes(tmp_path, ending):
+    road, license_plate = (7, 255) if ending == "labelIds" else (0, 255)
+    for split in ("train", "val"):
+        values = np.full((20, 40), road, np.uint8)
+        values[:5], values[5:9] = license_plate, {"labelIds": 33, "labelTrainIds": 18}[ending]
+        values[9:10] = {"labelIds": 29, "labelTrainIds": 255}[ending]  # a caravan counts as nothing
+        write(tmp_path / f"leftImg8bit/{split}/bonn/bonn_1_leftImg8bit.png", np.zeros((20, 40, 3), np.uint8))
+        write(tmp_path / f"gtFine/{split}/bonn/bonn_1_gtFine_{ending}.png", values)
+    masks = data(tmp_path, dataset="cityscapes", classes=None, batch_size=1)
+    masks.setup()
+    [batch] = masks.val_dataloader()
+    assert batch.masks[0, :, 0].tolist() == [255] * 5 + [18] * 4 + [255] + [0] * 10
+    assert masks.class_names[18] == "bicycle"
     assert len(list(masks.train_dataloader())) == 1
 
 

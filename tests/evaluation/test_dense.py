@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.dense import padded_size, patch_features
+from locat_lightning.evaluation.dense import feature_width, padded_size, patch_features
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -31,6 +31,21 @@ def test_what_leaves_the_last_block(prr, reg_tokens):
     model(images(32, 32))
     expected = tokens[0][:, 1 + reg_tokens :].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     assert torch.equal(patch_features(model, images(32, 32)), expected)
+
+
+@pytest.mark.parametrize(("layers", "blocks"), [(1, [2]), (2, [1, 2]), (3, [0, 1, 2]), ([0, 2], [0, 2])])
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_features_of_several_blocks_and_behind_the_norm(layers, blocks, norm):
+    model = build(**SMALL | {"depth": 3})
+    tokens = {}
+    for number, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *call, number=number: tokens.update({number: call[-1]}))
+    torch.nn.init.normal_(model.norm.bias)
+    model(images(32, 32))
+    parts = [model.norm(tokens[number]) if norm else tokens[number] for number in blocks]
+    expected = torch.cat(parts, 2)[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    assert torch.equal(patch_features(model, images(32, 32), layers=layers, norm=norm), expected)
+    assert feature_width(model, layers) == expected.shape[1]
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32), (29, 50), (1, 8)])
@@ -87,3 +102,26 @@ def test_mistakes():
     patch_features(build(**SMALL), images(30, 27))
     with pytest.raises(InputError, match="Conv2d has no patch features"):
         patch_features(nn.Conv2d(3, 3, 1), images(32, 32))
+    with pytest.raises(InputError, match="Conv2d has no feature_info"):
+        feature_width(nn.Conv2d(3, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (3, "layers is 3, but .* has 1 to 2"),
+        ([0, 2], r"layers is \[0, 2\], but .* has indices from 0 to 1"),
+        ([-1], "has indices from 0 to 1"),
+        ([], r"layers is \[\], but"),
+    ],
+)
+def test_layers_that_there_are_not(layers, message):
+    with pytest.raises(InputError, match=message):
+        patch_features(build(**SMALL), images(32, 32), layers=layers)
+
+
+def test_maps_of_several_sizes_are_not_concatenated():
+    model = build("resnet10t")
+    with pytest.raises(InputError, match="layers 2: maps of ResNet differ in size: take the last one alone"):
+        patch_features(model, images(64, 64), layers=2)
+    assert patch_features(model, images(64, 64), norm=True).shape == (2, 512, 2, 2)

@@ -5,7 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from locat_lightning.labels import IGNORE
-from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
+from locat_lightning.nn.decoder import (
+    LinearDecoder,
+    MlpDecoder,
+    upsampled_argmax,
+    upsampled_cross_entropy,
+)
 
 
 def case(classes=5, images=3, small=(4, 6), size=(16, 23), dtype=torch.uint8):
@@ -26,6 +31,20 @@ def test_the_decoder_is_the_papers():
     shapes = [tuple(p.shape) for p in decoder.parameters()]
     assert shapes == [(512, 24, 1, 1), (512,), (512,), (512,), (7, 512, 1, 1), (7,)]
     assert decoder(torch.randn(2, 24, 3, 5)).shape == (2, 7, 3, 5)
+
+
+def test_the_linear_head_is_dinov2s():
+    torch.manual_seed(0)
+    head, features = LinearDecoder(24, 70), torch.randn(2, 24, 3, 5) * 3 + 1
+    classifier = head[1]
+    assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert not classifier.bias.any()
+    logits = head(features)  # in training, by the batch's own statistics
+    normed = features - features.mean((0, 2, 3), keepdim=True)
+    normed = normed / (normed.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+    plain = torch.einsum("cd,bdhw->bchw", classifier.weight[:, :, 0, 0], normed)
+    torch.testing.assert_close(logits, plain, atol=1e-6, rtol=1e-4)
+    assert not torch.equal(head.eval()(features), logits)
 
 
 @pytest.mark.parametrize("size", [(16, 23), (4, 6), (3, 5)])

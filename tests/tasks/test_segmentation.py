@@ -313,9 +313,9 @@ def test_mixed_precision_computes_the_backbone_in_it(tmp_path, weights, monkeypa
     asked = []
     from locat_lightning.tasks import segmentation
 
-    def watched(backbone, images, *, autocast_dtype):
+    def watched(backbone, images, *, autocast_dtype, **options):
         asked.append(autocast_dtype)
-        return original(backbone, images, autocast_dtype=autocast_dtype)
+        return original(backbone, images, autocast_dtype=autocast_dtype, **options)
 
     original = segmentation.patch_features
     monkeypatch.setattr(segmentation, "patch_features", watched)

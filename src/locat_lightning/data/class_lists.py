@@ -1,8 +1,8 @@
 """Names and colours of the classes of a segmentation: of the well-known data sets, or the user's own.
 
-The lists of ADE20K, PASCAL Context (59 classes) and COCO-Stuff 164k are in the order of the labels that
-mmsegmentation's converters write, with the colours that it draws (`METAINFO` in `mmseg/datasets/{ade,
-pascal_context,coco_stuff}.py` of github.com/open-mmlab/mmsegmentation).
+The lists of ADE20K, PASCAL Context (59 classes), COCO-Stuff 164k, PASCAL VOC 2012 and Cityscapes are in the
+order of the labels that mmsegmentation reads, with the colours that it draws (`METAINFO` in
+`mmseg/datasets/{ade,pascal_context,coco_stuff,voc,cityscapes}.py` of github.com/open-mmlab/mmsegmentation).
 """
 
 import csv

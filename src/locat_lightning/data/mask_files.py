@@ -2,7 +2,7 @@
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -23,8 +23,11 @@ class Layout:
     """Where the images and masks of a data set lie beneath its folder: the options of `SegmentationData`.
 
     Attributes:
+        more_masks: folder of masks that are not in `masks`.
         names: names of each split, in the order in which they are looked for.
         home: path of the data set's folder, as far as root may be above it.
+        labels: values of the classes in the masks, where they are not 0, 1, …; any other means no class.
+        otherwise: layout of a folder in which no mask of a split ends as here.
     """
 
     images: str = "images/{split}"
@@ -32,8 +35,19 @@ class Layout:
     mask_suffix: str = ".png"
     splits: str | None = None
     image_suffix: str = ""
+    more_masks: str = ""
     names: dict[str, tuple[str, ...]] = field(default_factory=lambda: SPLITS)
     home: str = ""
+    labels: tuple[int, ...] = ()
+    otherwise: "Layout | None" = None
+
+    def of(self, root: Path, split: str) -> "Layout":
+        """Return this layout; or `otherwise`, if no mask of a split ends as here."""
+        name = self.name(root, split)
+        if self.otherwise is None or name is None:
+            return self
+        folder = self._existing(root, self.masks, name)
+        return self if files_beneath(folder, (self.mask_suffix.lower(),)) else self.otherwise
 
     def folder(self, root: Path) -> Path:
         """Return the data set's folder: root, or one beneath it."""
@@ -89,14 +103,17 @@ class Layout:
         """Return the paths of the images of a split, and those of their masks."""
         images, name = self.images_of(root, split), self.name(root, split)
         image_folder, mask_folder = (self._existing(root, each, name) for each in (self.images, self.masks))
-        masks = {
-            _stem(path, mask_folder, len(self.mask_suffix)): path
-            for path in files_beneath(mask_folder, (self.mask_suffix.lower(),))
+        more = self.folder(root) / self.more_masks if self.more_masks else mask_folder
+        masks = {  # where both folders have one, that of the second
+            _stem(path, folder, len(self.mask_suffix)): path
+            for folder in dict.fromkeys((more, mask_folder))
+            if folder.is_dir()
+            for path in files_beneath(folder, (self.mask_suffix.lower(),))
         }
         options = "" if self.home else " (--data.image_suffix, --data.mask_suffix)"
         rule = f"the mask of a{self.image_suffix or '.jpg'} is a{self.mask_suffix}{options}"
         for kind, files, folder, partner, partners, place in (
-            ("images", images, image_folder, "mask", masks, mask_folder),
+            ("images", images, image_folder, "mask", masks, more),
             ("masks", {} if self.splits else masks, mask_folder, "image", images, image_folder),
         ):
             alone = [os.path.relpath(path, folder) for stem, path in files.items() if stem not in partners]
@@ -119,8 +136,33 @@ def _stem(path: str, folder: Path, ending: int) -> str:
     return normalize("NFC", path[len(str(folder)) + 1 : -ending])
 
 
+PASCAL_VOC = Layout(
+    images="JPEGImages",
+    masks="SegmentationClass",
+    splits="ImageSets/Segmentation/{split}.txt",
+    names={"train": ("train",), "val": ("val",), "test": ("val",)},
+    home="VOCdevkit/VOC2012",
+)
+# The ids of the 19 classes, in the order of their train ids (cityscapesscripts/helpers/labels.py).
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CITYSCAPES = Layout(
+    images="leftImg8bit/{split}",
+    masks="gtFine/{split}",
+    mask_suffix="_gtFine_labelIds.png",
+    image_suffix="_leftImg8bit.png",
+    names={"train": ("train",), "val": ("val",), "test": ("val",)},
+    home="cityscapes",
+    labels=CITYSCAPES_IDS,
+)
 # As mmsegmentation's guide to preparing data sets leaves them (docs/en/user_guides/2_dataset_prepare.md).
 LAYOUTS = {
+    "pascal_voc": PASCAL_VOC,
+    "pascal_voc_aug": replace(
+        PASCAL_VOC, more_masks="SegmentationClassAug", names=PASCAL_VOC.names | {"train": ("trainaug",)}
+    ),
+    "cityscapes": replace(
+        CITYSCAPES, mask_suffix="_gtFine_labelTrainIds.png", labels=(), otherwise=CITYSCAPES
+    ),
     "ade20k": Layout(
         names={"train": ("training",), "val": ("validation",), "test": ("validation",)},
         home="ADEChallengeData2016",
@@ -146,6 +188,7 @@ class MaskValues:
     num_classes: int
     ignore_index: int = IGNORE
     reduce_zero_label: bool = False
+    labels: tuple[int, ...] = ()  # the value of each class, if any other, up to 255, means no class
 
     def classes(self, values: np.ndarray, file: str) -> np.ndarray:
         """Turn the values of a file, integers [H, W], into classes, uint8 [H, W]."""
@@ -155,6 +198,9 @@ class MaskValues:
         table = np.full(256, -1)
         table[first : last + 1] = np.arange(self.num_classes)
         table[void] = IGNORE
+        if self.labels:
+            table[:] = IGNORE
+            table[list(self.labels)] = np.arange(self.num_classes)
 
         low, high = int(values.min()), int(values.max())
         if low >= 0 and high < 256:
@@ -253,7 +299,7 @@ class Pairs(Source[np.ndarray]):
                 f"no pixel has a class in {self.masks[0]} and the other masks of its split ({len(self)} in"
                 " all): correct the masks or ignore_index, reduce_zero_label"
             )
-        if found == {0, IGNORE} and self.values.num_classes > 1:
+        if most > 1 and found == {0, IGNORE} and self.values.num_classes > 1:
             raise InputError(
                 f"the values in {self.masks[0]} and the other masks of its split are 0 and {IGNORE}, but"
                 f" {IGNORE} means no class: write 1 for class 1"

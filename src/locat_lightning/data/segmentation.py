@@ -24,6 +24,9 @@ from locat_lightning.data.mask_transforms import joint_augmentation, joint_evalu
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
+Dataset = Literal[
+    "folder", "digits", "ade20k", "pascal_context", "coco_stuff", "pascal_voc", "pascal_voc_aug", "cityscapes"
+]
 LOOKED_AT = 500  # masks of a split, before training
 
 
@@ -71,8 +74,10 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
 
     Args:
         root: folder of the data set; for `predict`, also any folder of images.
-        dataset: `folder`; `ade20k` (150 classes); `pascal_context` (59); `coco_stuff` (164k images, 171); or
-            `digits` (scenes of scikit-learn's handwritten digits, 64 x 64 pixels, which need no root).
+        dataset: `folder`; `ade20k` (150 classes); `pascal_context` (59); `coco_stuff` (164k images, 171);
+            `cityscapes` (19); `pascal_voc` (21; 2012, 1,464 images to train on) or `pascal_voc_aug` (the same
+            with 10,582); or `digits` (scenes of scikit-learn's handwritten digits, 64 x 64 pixels, which need
+            no root).
         images: folder of the images in root, for `folder`; `{split}` stands for train, and for one of val,
             validation, test.
         masks: folder of the masks in root, for `folder`. A mask has its image's name with another ending.
@@ -99,7 +104,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         self,
         *,
         root: str = "data",
-        dataset: Literal["folder", "digits", "ade20k", "pascal_context", "coco_stuff"] = "folder",
+        dataset: Dataset = "folder",
         images: str = "images/{split}",
         masks: str = "annotations/{split}",
         splits: str | None = None,
@@ -159,7 +164,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         if self.dataset == "digits":
             return named_classes(scenes.CLASS_NAMES, scenes.COLOURS)
         if self.dataset in LAYOUTS:
-            return read_classes(KNOWN / f"{self.dataset}.csv")
+            return read_classes(KNOWN / f"{self.dataset.removesuffix('_aug')}.csv")
         if given is None and self._is_unlabelled():
             return Classes([], np.zeros((0, 3), np.uint8))
         if given is None:
@@ -220,8 +225,9 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         if self.dataset == "digits":
             training = split == "train"
             return scenes.Scenes(training, 1000 if training else 200)
-        paths = self.layout.pairs(self.root, split)
-        pairs = Pairs(*paths, MaskValues(self.num_classes, self.ignore_index, self.reduce_zero_label))
+        layout = self.layout.of(self.root, split)
+        values = MaskValues(self.num_classes, self.ignore_index, self.reduce_zero_label, layout.labels)
+        pairs = Pairs(*layout.pairs(self.root, split), values)
         most = LOOKED_AT if self.dataset == "folder" else 1
         unseen = [self.class_names[label] for label in pairs.check_annotated(most)]
         if unseen and split == "train" and self.dataset == "folder":

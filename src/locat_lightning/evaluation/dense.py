@@ -1,6 +1,7 @@
 """Features of every patch of an image, by a backbone that may be frozen: what dense probes read."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,25 +13,35 @@ from locat_lightning.evaluation.features import autocast
 
 
 def patch_features(
-    backbone: nn.Module, images: Tensor, *, norm: bool = False, autocast_dtype: torch.dtype | None = None
+    backbone: nn.Module,
+    images: Tensor,
+    *,
+    layers: int | Sequence[int] = 1,
+    norm: bool = False,
+    autocast_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the patch tokens of the last block (for a hierarchical model, stage) as a map.
+    """Return the patch tokens of the last block (for a hierarchical model, stage), or of several, as a map.
 
-    They are taken before PRR and without prefix tokens, before the final norm unless `norm` is set. Images
-    are `padded` to a multiple of the patch, and the map covers the padded image: what is upsampled from it
-    has to be cut. An autocast context around this call has no effect inside it.
+    They are taken before PRR, without prefix tokens. Images are `padded` to a multiple of the patch, and the
+    map covers the padded image: what is upsampled from it has to be cut. An autocast context around this call
+    has no effect inside it.
 
     Args:
         backbone: any timm model with `forward_intermediates`.
         images: [B, 3, height, width], normalised.
-        norm: whether the backbone's final norm is applied.
+        layers: how many of the last blocks, or which blocks, by index from 0; see `feature_width`.
+        norm: whether the model's final norm is applied, to the tokens of each block.
         autocast_dtype: mixed precision in this type; None computes in the type of the weights.
 
     Returns:
-        [B, D, H, W] float32, one column for each patch.
+        [B, D, H, W] float32, one column for each patch; the features of several blocks, in their order in the
+        model, are concatenated.
 
-    Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
+    Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol; with `norm`, and
+    with four layers, DINOv2's.
     """
+    if layers != 1:
+        feature_width(backbone, layers)  # for its checks
     images = padded(backbone, images)
     size = tuple(images.shape[-2:])
     timm: Any = backbone
@@ -42,11 +53,33 @@ def patch_features(
             f"{size[0]} × {size[1]}: build it with dynamic_img_size=True (Swin: strict_img_size=False)"
         )
     with autocast(images.device, autocast_dtype):
-        (features,) = timm.forward_intermediates(
-            images, indices=1, norm=norm, output_fmt="NCHW", intermediates_only=True
+        features = timm.forward_intermediates(
+            images, indices=layers, norm=norm, output_fmt="NCHW", intermediates_only=True
         )
-    result: Tensor = features.float()
+    result: Tensor = (features[0] if len(features) == 1 else torch.cat(features, 1)).float()
     return result
+
+
+def feature_width(backbone: nn.Module, layers: int | Sequence[int] = 1) -> int:
+    """Return the number D of features of a patch that `patch_features` gives.
+
+    Raises:
+        InputError: the model has no patch features, or no such layers, or their maps differ in size.
+    """
+    if (known := getattr(backbone, "feature_info", None)) is None:
+        kind = type(backbone).__name__
+        raise InputError(f"{kind} has no feature_info: choose a timm model with patch features")
+    blocks = list(known)
+    last = isinstance(layers, int)
+    chosen = range(len(blocks) - layers, len(blocks)) if isinstance(layers, int) else layers
+    if not chosen or not all(0 <= index < len(blocks) for index in chosen):
+        allowed = f"1 to {len(blocks)}" if last else f"indices from 0 to {len(blocks) - 1}"
+        raise InputError(f"layers is {layers}, but {type(backbone).__name__} has {allowed}")
+    if len({blocks[index]["reduction"] for index in chosen}) > 1:
+        raise InputError(
+            f"layers {layers}: maps of {type(backbone).__name__} differ in size: take the last one alone (1)"
+        )
+    return sum(int(blocks[index]["num_chs"]) for index in chosen)
 
 
 def padded(backbone: nn.Module, images: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""From patch features to classes of pixels: the one-layer MLP decoder, and its loss at full size.
-
-Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
-"""
+"""From patch features to classes of pixels: decoders of one patch at a time, and the loss at full size."""
 
 from typing import Any
 
@@ -20,12 +17,29 @@ class MlpDecoder(nn.Sequential):
     """1×1 convolution to a hidden width, GroupNorm of one group, GELU, 1×1 convolution to the classes.
 
     Maps patch features [B, D, H, W] to logits [B, classes, H, W].
+
+    Source: "Locality-Attending Vision Transformer" (ICLR 2026), the segmentation protocol.
     """
 
     def __init__(self, features: int, classes: int, hidden: int = 512) -> None:
         super().__init__(
             nn.Conv2d(features, hidden, 1), nn.GroupNorm(1, hidden), nn.GELU(), nn.Conv2d(hidden, classes, 1)
         )
+
+
+class LinearDecoder(nn.Sequential):
+    """BatchNorm and a 1×1 convolution to the classes, whose weights begin as N(0, 0.01).
+
+    Maps patch features [B, D, H, W] to logits [B, classes, H, W].
+
+    Source: `BNHead` in `dinov2/eval/segmentation` of github.com/facebookresearch/dinov2.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        classifier = nn.Conv2d(features, classes, 1)
+        nn.init.normal_(classifier.weight, std=0.01)
+        nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
+        super().__init__(nn.BatchNorm2d(features), classifier)
 
 
 def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:

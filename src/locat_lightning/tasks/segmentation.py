@@ -1,18 +1,21 @@
-"""Semantic segmentation by a small decoder on the patch features of a backbone."""
+"""Semantic segmentation by a head on the patch features of a backbone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from math import isnan
-from pathlib import Path
-from typing import Any, Literal
+from itertools import repeat
+from typing import Any, Literal, cast
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from matplotlib.figure import Figure
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,24 +28,20 @@ from locat_lightning.backbones.create import (
     load_backbone,
 )
 from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Role, check_source, contents_of
-from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen as in_evaluation
-from locat_lightning.evaluation.dense import padded_size, patch_features
-from locat_lightning.evaluation.iou import IoU, MeanIoU
-from locat_lightning.figures.grid import rgb
-from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
-from locat_lightning.inspection import gaussian_kernels
+from locat_lightning.evaluation.dense import feature_width, padded_size, patch_features
 from locat_lightning.labels import IGNORE
-from locat_lightning.nn.decoder import MlpDecoder, upsampled_argmax, upsampled_cross_entropy
+from locat_lightning.nn.decoder import upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
-from locat_lightning.tasks.frozen import FrozenNetwork, check_same, reference_to
-from locat_lightning.tasks.prediction_files import file_names, write_classes
-from locat_lightning.tasks.windows import slide
+from locat_lightning.tasks.frozen import check_same, reference_to
+from locat_lightning.tasks.heads import BEST, NORMED, Head, HeadGrid, head_in, load_head, make_head
+from locat_lightning.tasks.pixel_classes import PixelClasses
+from locat_lightning.tasks.windows import over_scales, slide
 
 
-class Segmentation(FrozenNetwork):
+class Segmentation(PixelClasses):
     """Train a decoder to name the class of each pixel from the patch features of a backbone.
 
     The defaults are the protocol of "Locality-Attending Vision Transformer" (ICLR 2026): the backbone is
@@ -62,21 +61,30 @@ class Segmentation(FrozenNetwork):
         save_backbone: whether checkpoints hold a frozen backbone as well.
         num_classes: number of classes; null takes that of the data.
         class_names: names of the classes, by label; null takes those of the data.
-        hidden_dim: width of the decoder's hidden layer.
+        head: `mlp` is the paper's decoder, of one hidden layer; `linear` is DINOv2's, BatchNorm and a linear
+            map of features behind the backbone's final norm; `pyramid` is UPerNet on a feature pyramid that
+            is made from the backbone's one scale.
+        layers: how many of the last blocks the head reads, or which, by index from 0.
+        hidden_dim: width of the hidden layer of `mlp`, of the levels of `pyramid`.
         lr: peak learning rate.
+        lrs: peak learning rates, to train a head with each on the same batches instead, on a frozen backbone;
+            `val/miou` is that of the best one, and checkpoints are evaluated by it.
         weight_decay: weight decay of the decoder, and of the matrices of a trained backbone.
         warmup: share of the steps in which the learning rate rises.
         protocol: how an image is evaluated: `whole` takes all of it at once, `slide` takes windows and
             averages their logits where they overlap.
         window: height and width of a sliding window, in pixels.
         stride: pixels from one sliding window to the next.
+        scales: factors of the size of an image in evaluation, over which probabilities are averaged; null
+            takes the image alone as it is.
+        flip: whether evaluation also averages over the mirrored image.
         options: those of every task (`Task`). `weights` may be a segmentation checkpoint, too.
 
     Attributes:
         iou: result of the last evaluation.
+        best: number of the best head, by the last validation.
     """
 
-    iou: IoU | None = None
     frozen, recorded_as, read_from = "backbone", DECODER_OF, "--weights"
 
     def __init__(
@@ -91,20 +99,26 @@ class Segmentation(FrozenNetwork):
         save_backbone: bool = False,
         num_classes: PositiveInt | None = None,
         class_names: list[str] | None = None,
+        head: Head = "mlp",
+        layers: PositiveInt | list[NonNegativeInt] = 1,
         hidden_dim: PositiveInt = 512,
         lr: NonNegativeFloat = 1e-3,
+        lrs: list[NonNegativeFloat] | None = None,
         weight_decay: NonNegativeFloat = 0.01,
         warmup: ClosedUnitInterval = 0.25,
         protocol: Literal["whole", "slide"] = "whole",
         window: PositiveInt = 512,
         stride: PositiveInt = 341,
+        scales: list[PositiveFloat] | None = None,
+        flip: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if stride > window:
             raise InputError(f"model.stride ({stride}) must be at most model.window ({window})")
+        if lrs is not None and (not lrs or train_backbone):
+            raise InputError(f"model.lrs ({lrs}) needs one rate or more, and a backbone that stays frozen")
         self.backbone_weights = backbone_weights
-        self._file_names: list[str] = []  # of the images that are predicted
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
         if self.weights is None and not (self.hp.train_backbone or self.resumed):
@@ -125,11 +139,16 @@ class Segmentation(FrozenNetwork):
             )
 
     def summary(self) -> str:
-        scale = self.of_data("scale")
-        resized = f" resized to fit {scale[0]} × {scale[1]}" if scale else ""
-        if self.hp.protocol == "whole":
-            return f"whole image{resized}"
-        return f"windows of {self.hp.window} px every {self.hp.stride} px, image{resized}"
+        hp, scale = self.hp, self.of_data("scale")
+        windows = f"windows of {hp.window} px every {hp.stride} px, image"
+        how = "whole image" if hp.protocol == "whole" else windows
+        how += f" resized to fit {scale[0]} × {scale[1]}" if scale else ""
+        how += f", scales {', '.join(f'{each:g}' for each in hp.scales)}" if hp.scales else ""
+        how += ", with its mirror image" if hp.flip else ""
+        how += f", {hp.head} head" if hp.head != "mlp" else ""
+        how += f", layers {hp.layers}" if hp.layers != 1 else ""
+        how += f", best of {len(hp.lrs)} learning rates" if hp.lrs else ""
+        return how
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         self.resumed = True
@@ -146,24 +165,34 @@ class Segmentation(FrozenNetwork):
         if not 2 <= classes <= IGNORE:
             raise InputError(f"segmentation takes from 2 to {IGNORE} classes, not {classes}")
         self.backbone, decoder = self._read_weights()
-        if (features := getattr(self.backbone, "feature_info", None)) is None:
-            kind = type(self.backbone).__name__
-            raise InputError(f"{kind} has no feature_info: choose a timm model with patch features")
-        self.decoder = MlpDecoder(features[-1]["num_chs"], classes, self.hp.hidden_dim)
-        if (obstacle := _load_decoder(self.decoder, decoder)) and not self.trainer.training:
-            raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
-        if decoder and self.trainer.training:
-            rank_zero_info(f"{self.weights}: {obstacle or 'training begins with its decoder'}")
+        self.decoder = self._make_decoder(classes, decoder)
         self._compiled_features = torch.compile(patch_features, **self.compiler_options())
         if self.hp.train_backbone:
             self._freeze_what_is_not_read()
         else:
             self.backbone.requires_grad_(False)
-        self.counts = MeanIoU(classes)
+        rates = self.hp.lrs if isinstance(self.decoder, HeadGrid) else [self.hp.lr]
+        self.measure_heads([f"lr_{rate:g}" for rate in rates])
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         whole = sum(p.numel() for p in self.parameters())
         rank_zero_info(f"{self.hp.backbone}: {whole:,} parameters with the decoder, {trained:,} are trained")
         self.train(self.training)
+
+    def _make_decoder(self, classes: int, state: dict[str, Tensor]) -> nn.Module:
+        """Build the head, with the weights of another one if they fit, or a grid of it."""
+        hp, backbone, trainer = self.hp, cast(Any, self.backbone), self.trainer
+        width, patch = feature_width(backbone, hp.layers), backbone.feature_info[-1]["reduction"]
+        layers = hp.layers if isinstance(hp.layers, int) else len(hp.layers)
+        head = make_head(hp.head, width, classes, hidden=hp.hidden_dim, layers=layers, patch=patch)
+        if (obstacle := load_head(head, state)) and not trainer.training:
+            raise InputError(f"--weights {self.weights}: {obstacle}; train a decoder with locat fit")
+        if state and trainer.training:
+            rank_zero_info(f"{self.weights}: {obstacle or 'training begins with its decoder'}")
+        if trainer.training and hp.head == "pyramid" and self.of_data("batch_size") == 1:
+            raise InputError("model.head pyramid needs batches of several images: set data.batch_size to 2")
+        if trainer.world_size > 1 and trainer.strategy.root_device.type == "cuda":
+            head = nn.SyncBatchNorm.convert_sync_batchnorm(head)
+        return HeadGrid(head, len(hp.lrs)) if hp.lrs and trainer.training else head
 
     def _freeze_what_is_not_read(self) -> None:
         """Freeze what follows the features (norm, pooling): DDP would wait for its gradients."""
@@ -171,7 +200,7 @@ class Segmentation(FrozenNetwork):
         weight = next(self.backbone.parameters())
         with in_evaluation(self.backbone), torch.enable_grad():
             images = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
-            patch_features(self.backbone, images).sum().backward()
+            patch_features(self.backbone, images, **self._read).sum().backward()
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
@@ -190,8 +219,6 @@ class Segmentation(FrozenNetwork):
             weights, hp.backbone, hp.backbone_args, network=network, any_size=True, contents=contents
         )
         hp.backbone = hp.backbone or weights
-        state = (given or {}).get("state_dict", {})
-        decoder = {k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")}
         left_out = not (hp.train_backbone or hp.save_backbone or weights == RANDOM)
         recorded = (given or {}).get(DECODER_OF)
         if left_out or recorded is not None:
@@ -201,7 +228,12 @@ class Segmentation(FrozenNetwork):
             check_same(reference, recorded, learnt, "model.backbone_weights")
         if left_out:
             self._reference = reference
-        return backbone, decoder
+        return backbone, head_in(given or {})
+
+    @property
+    def _read(self) -> dict[str, Any]:
+        """Which features the head reads, as arguments of `patch_features`."""
+        return {"layers": self.hp.layers, "norm": self.hp.head in NORMED}
 
     def features(self, images: Tensor) -> Tensor:
         """Return patch features [B, D, h, w] of images [B, 3, H, W], padded to whole patches."""
@@ -210,15 +242,24 @@ class Segmentation(FrozenNetwork):
         compiled = self.hp.compile and self.training  # in evaluation each image may have its own size
         find = self._compiled_features if compiled else patch_features
         with nullcontext() if self.hp.train_backbone else torch.inference_mode():
-            found = find(self.backbone, images, autocast_dtype=dtype)
+            found = find(self.backbone, images, **self._read, autocast_dtype=dtype)
         found = found.clone() if found.is_inference() else found  # an ordinary tensor, fit for autograd
         return found.to(next(self.decoder.parameters()).dtype)  # half only if the trainer made all weights so
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, classes, H, W] of normalised images [B, 3, H, W], by the protocol."""
-        if self.hp.protocol == "whole":
-            return self._whole(images)
-        return slide(self._whole, images, self.hp.num_classes, self.hp.window, self.hp.stride)
+    def logits(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return each head's logits [B, classes, H, W] of normalised images [B, 3, H, W], by the protocol.
+
+        Over several scales they are mean probabilities.
+        """
+        hp, classes = self.hp, self.hp.num_classes
+        find = self._whole
+        if hp.protocol == "slide":
+            channels = classes * len(self.counts)
+            find = partial(slide, find, channels=channels, window=hp.window, stride=hp.stride)
+        if hp.scales or hp.flip:
+            find = partial(over_scales, find, classes=classes, scales=hp.scales or [1.0], flip=hp.flip)
+        found: tuple[Tensor, ...] = find(images).split(classes, 1)
+        return found
 
     def _whole(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -227,103 +268,27 @@ class Segmentation(FrozenNetwork):
         return logits[..., :height, :width]
 
     def training_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
-        """Return the cross-entropy of the annotated pixels, at their own resolution."""
+        """Return the cross-entropy of the annotated pixels, at their own resolution, summed over heads."""
         images, masks, _ = batch
         height, width = images.shape[-2:]
         padded_height, padded_width = padded_size(self.backbone, (height, width))
         masks = F.pad(masks, (0, padded_width - width, 0, padded_height - height), value=IGNORE)
-        loss = upsampled_cross_entropy(self.decoder(self.features(images)), masks)
-        self.log("train/loss", loss)
-        return loss
-
-    def predicted(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Return classes [B, H, W] int64 of images [B, 3, H', W'], at the size of their masks [.., H, W]."""
-        height, width = masks.shape[-2:]
-        return upsampled_argmax(self.watched(self(images)), (height, width))
-
-    def validation_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
-        """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
-        predicted = self.predicted(batch.images, batch.masks)
-        self.counts.update(predicted, batch.masks)
-        return predicted
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._conclude("val")
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self._conclude("test")
-
-    def _conclude(self, split: str) -> None:
-        """Log IoU from one confusion matrix over the whole set, of all processes."""
-        iou = self.counts.compute()
-        self.counts.reset()
-        if self.trainer.sanity_checking:
-            return
-        self.iou = iou
-        for name in IoU.SCALARS:
-            self.log(f"{split}/{name}", getattr(iou, name), prog_bar=name == "miou", sync_dist=True)
-        by_class = zip(self.class_names, iou.per_class.tolist(), strict=True)
-        shares = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(shares, step=max(0, self.global_step - 1))
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")
-
-    def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Return positions in the data set [B], and classes [B, H, W] uint8 at the image's own size."""
-        predicted = self.predicted(batch.images, batch.masks).byte()
-        self.check_outputs()
-        return batch.indices, predicted
-
-    def write_predictions(self, prediction: tuple[Tensor, Tensor], data: Any, directory: Path) -> None:
-        """Write the classes of each image as PNGs: their indices, and their colours over the image."""
-        self._file_names = self._file_names or file_names(data.predict_paths)
-        colours = data.colours if len(data.colours) else distinct_colours(self.hp.num_classes)
-        indices, maps = prediction
-        for index, classes in zip(indices.tolist(), maps.cpu().numpy(), strict=True):
-            image, _ = data.source("predict").read(index)
-            write_classes(directory, self._file_names[index], image, classes, colours)
-
-    def finish_predictions(self, data: Any, directory: Path) -> str:
-        self._file_names = []
-        return f"predictions and overlays: {directory}"
-
-    def pictures(self, samples: Sequence[Any], data: Any, side: int) -> dict[str, Figure]:
-        """Draw input, annotation, prediction and kernels of some samples, each in its own size."""
-        inputs = [sample[0][None].to(self.device) for sample in samples]
-        masks = [sample[1] for sample in samples]
-        pairs = zip(inputs, masks, strict=True)
-        predictions = [self.predicted(image, mask)[0].cpu() for image, mask in pairs]
-        kernels = [gaussian_kernels(self.backbone, image) for image in inputs]
-        figure = segmentation_figure(
-            [rgb(image, data.normalisation)[0] for image in inputs],
-            masks,
-            predictions,
-            self.class_names,
-            data.colours,
-            kernels=[[each[0] for each in block] for block in zip(*kernels, strict=True)],
-            side=side,
-        )
-        return {"validation": figure}
-
-    def result_pictures(self, data: Any) -> dict[str, Figure]:
-        if self.iou is None:
-            return {}
-        return {
-            "iou": iou_figure(self.iou, self.class_names, data.colours, title=self.summary()),
-            "confusion": confusion_figure(self.iou.confusion, self.class_names),
-        }
+        logits = self.decoder(self.features(images)).split(self.hp.num_classes, 1)
+        losses = torch.stack([upsampled_cross_entropy(of_head, masks) for of_head in logits])
+        self.log("train/loss", losses.mean())
+        return losses.sum()  # each head has a gradient of its own
 
     def configure_optimizers(self) -> Optimizer:
-        """Return AdamW over the decoder, and a trained backbone with a learning rate for each layer."""
+        """Return AdamW over the heads, and a trained backbone with a learning rate for each layer."""
         hp = self.hp
-        peak = self.peak_learning_rate()
-        self._learning_rate = partial(one_cycle, steps=self.optimizer_steps(), peak=peak, up=hp.warmup)
-        groups: list[dict[str, Any]] = [{"params": list(self.decoder.parameters())}]
+        self._learning_rate = partial(one_cycle, steps=self.optimizer_steps(), up=hp.warmup)
+        if isinstance(self.decoder, HeadGrid):
+            self.peak_lr = max(hp.lrs)
+            rank_zero_info(f"learning rates {', '.join(f'{rate:g}' for rate in hp.lrs)}, a head for each")
+        else:
+            self.peak_learning_rate()
+        heads = self.decoder.heads if isinstance(self.decoder, HeadGrid) else [self.decoder]
+        groups: list[dict[str, Any]] = [{"params": list(head.parameters())} for head in heads]
         if hp.train_backbone:
             backbone: Any = self.backbone
             without_decay = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
@@ -333,18 +298,17 @@ class Segmentation(FrozenNetwork):
         return AdamW(groups, lr=hp.lr, weight_decay=hp.weight_decay, fused=self.fused)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:
-        for group in groups:
-            group["lr"] = self._learning_rate(self.step) * group.get("lr_scale", 1.0)
+        peaks = self.hp.lrs if isinstance(self.decoder, HeadGrid) else repeat(self.hp.lr)
+        for group, peak in zip(groups, peaks, strict=False):
+            group["lr"] = self._learning_rate(self.step, peak=peak) * group.get("lr_scale", 1.0)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.decoder, HeadGrid):
+            checkpoint[BEST] = self.best
 
-def _load_decoder(decoder: MlpDecoder, state: dict[str, Tensor]) -> str:
-    """Load a decoder's weights, or return why they do not fit."""
-    if not state:
-        return "it holds no decoder"
-    own, given = (
-        {name: list(value.shape) for name, value in each.items()} for each in (decoder.state_dict(), state)
-    )
-    if own != given:
-        return f"its decoder has other features or classes ({given} instead of {own})"
-    decoder.load_state_dict(state)
-    return ""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.best = checkpoint.get(BEST, 0)
+        if self.best not in range(len(self.counts)):
+            raise InputError(f"the checkpoint says that head {self.best!r:.80} of {len(self.counts)} is best")
