@@ -267,3 +267,25 @@ def davis(tmp_path):
     (root / "ImageSets" / "2017").mkdir(parents=True)
     (root / "ImageSets" / "2017" / "val.txt").write_text("boat\ncars\n")
     return root
+
+
+@pytest.fixture
+def nyu(tmp_path):
+    """A folder in the layout of NYUv2: 4 images to train on and 3 to test on, 40 x 32 pixels, in two rooms.
+
+    An image is darker where it is farther away, from 1 m on the left to 8 m on the right; the first rows have
+    no depth.
+    """
+    root = tmp_path / "nyu"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 3)):
+        for number in range(count):
+            metres = np.linspace(1, 8, 40)[None] + rng.normal(0, 0.1, (32, 1))
+            image = np.repeat((255 - metres * 28)[..., None], 3, 2) + rng.normal(0, 4, (32, 40, 3))
+            metres[:3] = 0
+            folder = root / split / f"room_{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"rgb_{number:05}.jpg")
+            depths = (metres * 1000).round().astype(np.uint16)
+            Image.fromarray(depths).save(folder / f"sync_depth_{number:05}.png")
+    return root

@@ -18,11 +18,11 @@ from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
 from locat_lightning.inspection import gaussian_kernels
 from locat_lightning.nn.decoder import upsampled_argmax
-from locat_lightning.tasks.frozen import FrozenNetwork
+from locat_lightning.tasks.dense import DenseTask
 from locat_lightning.tasks.prediction_files import file_names, write_classes
 
 
-class PixelClasses(FrozenNetwork):
+class PixelClasses(DenseTask):
     """A task whose heads name the class of each pixel; `logits` computes them.
 
     The heads are measured side by side. The best of the last validation is the one that predicts, and the
@@ -37,8 +37,8 @@ class PixelClasses(FrozenNetwork):
     best = 0
     counts: Any  # of the pixels, for each head
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, backbone: str | None = None, **options: Any) -> None:
+        super().__init__(backbone, **options)
         self._file_names: list[str] = []  # of the images that are predicted
 
     def logits(self, images: Tensor) -> tuple[Tensor, ...]:
