@@ -111,7 +111,8 @@ def test_mistakes():
     [
         (3, "layers is 3, but .* has 1 to 2"),
         ([0, 2], r"layers is \[0, 2\], but .* has indices from 0 to 1"),
-        ([-1], "has indices from 0 to 1"),
+        ([-1], "has indices from 0 to 1, each once"),
+        ([1, 1], r"layers is \[1, 1\], but"),
         ([], r"layers is \[\], but"),
     ],
 )

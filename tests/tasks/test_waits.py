@@ -111,6 +111,7 @@ CASES = {
     "Classification, averaged": partial(classification, ema=0.9),
     "Segmentation": segmentation,
     "Segmentation, whole": partial(segmentation, train_backbone=True),
+    "Segmentation, a grid": partial(segmentation, head="pyramid", lrs=[0.1, 0.01]),
     **{name: partial(pretraining, name=name) for name in METHODS},
     "Dinov2, all terms": partial(pretraining, name="Dinov2", **ALL_TERMS),
 }

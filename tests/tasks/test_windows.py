@@ -19,10 +19,14 @@ def images(*size):
     return torch.randn(*size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("at_once", [1, 4 * 8 * 8 * 4, 2**28])
+@pytest.mark.parametrize(
+    ("at_once", "pixels"),
+    [(1, 2**22), (2**28, 1), (4 * 8 * 8 * 4, 2**22), (2**28, 8 * 8 * 4), (2**28, 2**22)],
+)
 @pytest.mark.parametrize("size", [(18, 13), (8, 8), (5, 20)])
-def test_windows_of_all_images_are_computed_together(monkeypatch, size, at_once):
+def test_windows_of_all_images_are_computed_together(monkeypatch, size, at_once, pixels):
     monkeypatch.setattr(windows, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(windows, "PIXELS_AT_ONCE", pixels)
     given, batches = images(2, 3, *size), []
 
     def watched(some):
@@ -41,7 +45,8 @@ def test_windows_of_all_images_are_computed_together(monkeypatch, size, at_once)
     torch.testing.assert_close(found, total / times)
     number = 2 * len(tops) * len(lefts)
     assert sum(batch[0] for batch in batches) == number
-    most = max(1, at_once // (4 * min(8, size[0]) * min(8, size[1])))
+    of_one = min(8, size[0]) * min(8, size[1])
+    most = max(1, min(at_once // (4 * of_one), pixels // of_one))
     assert len(batches) == -(-number // most)
 
 

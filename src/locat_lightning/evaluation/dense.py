@@ -85,8 +85,8 @@ def feature_width(backbone: nn.Module, layers: int | Sequence[int] = 1) -> int:
     blocks = list(known)
     last = isinstance(layers, int)
     chosen = range(len(blocks) - layers, len(blocks)) if isinstance(layers, int) else layers
-    if not chosen or not all(0 <= index < len(blocks) for index in chosen):
-        allowed = f"1 to {len(blocks)}" if last else f"indices from 0 to {len(blocks) - 1}"
+    if not chosen or not set(chosen) <= set(range(len(blocks))) or len(set(chosen)) < len(chosen):
+        allowed = f"1 to {len(blocks)}" if last else f"indices from 0 to {len(blocks) - 1}, each once"
         raise InputError(f"layers is {layers}, but {type(backbone).__name__} has {allowed}")
     if len({blocks[index]["reduction"] for index in chosen}) > 1:
         raise InputError(

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOGITS_AT_ONCE = 2**28  # of windows computed together, but at least those of one
+# Of windows that are computed together, but at least those of one.
+LOGITS_AT_ONCE = 2**28
+PIXELS_AT_ONCE = 2**22
 
 
 def slide(
@@ -17,7 +19,7 @@ def slide(
 
     `logits` maps windows [N, 3, h, w] of images [B, 3, H, W] to [N, channels, h, w]. Windows are squares of
     `window` pixels, one every `stride` pixels (at most `window`); those of all images are computed together,
-    as far as memory allows (`LOGITS_AT_ONCE`).
+    as far as memory allows (`LOGITS_AT_ONCE`, `PIXELS_AT_ONCE`).
     """
     height, width = images.shape[-2:]
     total = images.new_zeros(len(images), channels, height, width, dtype=torch.float32)
@@ -30,7 +32,8 @@ def slide(
     for rows, columns in places:
         times[rows, columns] += 1
     parts = [(number, ..., *place) for number in range(len(images)) for place in places]
-    some = max(1, LOGITS_AT_ONCE // (channels * min(window, height) * min(window, width)))
+    pixels = min(window, height) * min(window, width)
+    some = max(1, min(LOGITS_AT_ONCE // (channels * pixels), PIXELS_AT_ONCE // pixels))
     for start in range(0, len(parts), some):
         together = parts[start : start + some]
         found = logits(torch.stack([images[part] for part in together]))
