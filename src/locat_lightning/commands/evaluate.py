@@ -1,32 +1,34 @@
 """`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import timm
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric import Fabric
-from rich.console import Console
 from rich.table import Column, Table
 from timm.models import load_model_config_from_hf
-from torch import nn
+from torch import Tensor, nn
 
-from locat.runs import claim, write_json
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import of_images
+from locat_lightning.commands.measurement import Measurement, report
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
+from locat_lightning.evaluation.intervals import Figures
 from locat_lightning.evaluation.iou import IoU
-from locat_lightning.evaluation.knn import knn_classify
+from locat_lightning.evaluation.knn import knn_ranks
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
+from locat_lightning.evaluation.per_image import Areas, Scores, names_of
 from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
 
 DESCRIPTIONS = {
@@ -41,14 +43,6 @@ OF_ANY_KIND = ("mean", "std")
 OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
 OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
 OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index", "reduce_zero_label")
-
-
-class Measurement(NamedTuple):
-    """A result, to print and to record."""
-
-    heading: str
-    table: Table
-    metrics: dict[str, float]
 
 
 class ConfigOfImages(parsing.ConfigByName):
@@ -67,6 +61,11 @@ class ConfigOfImages(parsing.ConfigByName):
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
+    evaluate(arguments)
+
+
+def evaluate(arguments: list[str]) -> Path | None:
+    """Do what `main` does; return the directory of the run, in the first process."""
     command, *arguments = arguments
     parser = _parser(command)
     given, recorded = parsing.decisive_options(arguments), list[str]()
@@ -101,13 +100,9 @@ def main(arguments: list[str]) -> None:
         advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
         check_size(backbone, data.img_size, fabric.device, advice=advice)
         measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
-    if fabric.is_global_zero:
-        print(measurement.heading)
-        Console().print(measurement.table)
-        run = claim(directory)
-        record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
-        write_json(run / "metrics.json", record | measurement.metrics)
-        print(f"run: {run}")
+    if not fabric.is_global_zero:
+        return None
+    return report(measurement, directory, weights=config.weights, seed=config.seed)
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -182,23 +177,29 @@ def _pretrained_cfg(weights: str) -> dict[str, Any]:
 
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
-    found = knn_classify(*bank, *queries, k=config.k, temperature=config.temperature)
-    table, metrics = _table("k", "top-1", "top-5"), dict[str, float]()
-    for k, accuracy in found.items():
-        voters = f"{k}" if accuracy.neighbours == k else f"{k} (all {accuracy.neighbours})"
-        table.add_row(voters, f"{accuracy.top1:.2%}", f"{accuracy.top5:.2%}")
-        metrics |= {f"knn/top1_k{k}": accuracy.top1, f"knn/top5_k{k}": accuracy.top5}
+    found = knn_ranks(*bank[:2], *queries[:2], k=config.k, temperature=config.temperature)
+    hits = dict[str, Tensor]()
+    for k, (neighbours, ranks) in found.items():
+        hits |= {f"top1_k{k}": ranks < 1, f"top5_k{k}": ranks < min(5, neighbours)}
+    figures = Figures(_scores(data, queries, hits), "knn")
+    table = _table("k", "top-1", "top-5")
+    for k, (neighbours, _) in found.items():
+        voters = f"{k}" if neighbours == k else f"{k} (all {neighbours})"
+        table.add_row(voters, figures.cell(f"top1_k{k}"), figures.cell(f"top5_k{k}"))
     heading = f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}"
-    return Measurement(heading, table, metrics)
+    protocol = f"k-NN at temperature {config.temperature:g} among {len(bank.labels):,} images"
+    return Measurement(heading, table, figures.metrics(), protocol, figures)
 
 
 def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    val = _features(backbone, data, "val", config, fabric)
     if config.protocol == "paper":
-        images = min(data.batch_size * fabric.world_size, len(data.source("train")))
+        number, rates = len(data.source("train")), [config.learning_rate]
+        images = min(data.batch_size * fabric.world_size, number)
         result = train_linear(
             backbone,
             data.train_dataloader(),
-            data.val_dataloader(),
+            val,
             fabric.device,
             num_classes=data.num_classes,
             batch_size=images,
@@ -209,26 +210,34 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
         )
         sweep, manner = LinearSweep((result,)), f"{images} augmented images a step"
     else:
-        train, val = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
+        train = _features(backbone, data, "train", config, fabric)
+        number, rates = len(train.labels), config.learning_rates
         sweep = sweep_linear(
-            *train,
-            *val,
-            learning_rates=config.learning_rates,
+            *train[:2],
+            *val[:2],
+            learning_rates=rates,
             epochs=config.epochs,
             batch_size=config.sweep_batch_size,
             seed=config.seed,
             progress=fabric.is_global_zero,
         )
-        features = min(config.sweep_batch_size, len(train.labels))
+        features = min(config.sweep_batch_size, number)
         manner = f"{features} features a step, best top-1 {sweep.best.top1:.2%}"
-    best, table = sweep.best, _table("learning rate", "effective", "top-1", "top-5")
-    metrics = {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
+    best, hits = sweep.best, {"top1": sweep.best.ranks < 1, "top5": sweep.best.ranks < 5}
+    several = len(sweep.results) > 1
+    for r in sweep.results if several else ():
+        hits |= {f"top1_rate{r.learning_rate:g}": r.ranks < 1, f"top5_rate{r.learning_rate:g}": r.ranks < 5}
+    figures = Figures(_scores(data, val, hits), "linear")
+    table = _table("learning rate", "effective", "top-1", "top-5")
     for r in sweep.results:
-        rates = f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}"
-        table.add_row(*rates, f"{r.top1:.2%}", f"{r.top5:.2%}")
-        if len(sweep.results) > 1:
-            metrics[f"linear/top1_rate{r.learning_rate:g}"] = r.top1
-    return Measurement(f"linear, {config.protocol}: {config.epochs} epochs, {manner}", table, metrics)
+        ending = f"_rate{r.learning_rate:g}" if several else ""
+        tops = figures.cell(f"top1{ending}"), figures.cell(f"top5{ending}")
+        table.add_row(f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *tops)
+    heading = f"linear, {config.protocol}: {config.epochs} epochs, {manner}"
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    protocol = f"linear, {config.protocol}, {config.epochs} epochs of {number:,} images at {listed}"
+    metrics = figures.metrics() | {"linear/learning_rate": best.learning_rate}
+    return Measurement(heading, table, metrics, protocol, figures)
 
 
 def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
@@ -245,9 +254,12 @@ def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fa
         if not isnan(iou):
             metrics[f"retrieval/iou_{name}"] = iou
     kept = f"{config.memory_size:,} patches kept" if config.memory_size else "all patches kept"
-    protocol = f"images resized to {config.image_size} × {config.image_size}, {kept}"
-    heading = f"dense retrieval: mIoU {float(found.miou):.4f} ({protocol}, {config.neighbours} neighbours)"
-    return Measurement(heading, table, metrics)
+    side = f"{config.image_size} × {config.image_size}"
+    protocol = f"images resized to {side}, {kept}, {config.neighbours} neighbours"
+    heading = f"dense retrieval: mIoU {float(found.miou):.4f} ({protocol})"
+    results = Areas.of(found, data.class_names, data, "val")
+    figures = Figures(results, "retrieval") if results else None
+    return Measurement(heading, table, metrics, f"dense retrieval, {protocol}", figures)
 
 
 def _features(
@@ -255,6 +267,11 @@ def _features(
 ) -> Features:
     loader, dtype = data.eval_dataloader(split), autocast_type(config.precision)
     return extract_features(backbone, loader, fabric.device, autocast_dtype=dtype).to(fabric.device)
+
+
+def _scores(data: ImageData, of: Features, hits: Mapping[str, Tensor]) -> Scores:
+    """Return hits [N] by name as results of the validation images."""
+    return Scores(of.indices, names_of(data, "val", of.indices.tolist()), of.labels.cpu(), hits)
 
 
 def _table(*columns: str) -> Table:

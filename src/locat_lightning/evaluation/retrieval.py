@@ -21,7 +21,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import measuring
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.gather import distributed, gather_rows, parts
-from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
+from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, image_areas, iou
 from locat_lightning.evaluation.knn import VOTES, Neighbours, inverse_norms, nearest_neighbours
 from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import upsampled_argmax
@@ -127,11 +127,12 @@ def segment_by_retrieval(
         total = total.to(device)
         if distributed():
             dist.all_reduce(total)
+        images = image_areas(counts, device)
         if not total.any():
             raise InputError(
                 "no pixel of the validation images is annotated: check the masks, and which label is ignored"
             )
-        return iou(total)
+        return iou(total, images)
 
 
 def build_memory(

@@ -31,6 +31,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen as in_evaluation
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.iou import IoU, MeanIoU
+from locat_lightning.evaluation.per_image import Areas
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
 from locat_lightning.inspection import gaussian_kernels
@@ -74,9 +75,11 @@ class Segmentation(FrozenNetwork):
 
     Attributes:
         iou: result of the last evaluation.
+        results: the same by image, after `validate` or `test`.
     """
 
     iou: IoU | None = None
+    results: Areas | None = None
     frozen, recorded_as, read_from = "backbone", DECODER_OF, "--weights"
 
     def __init__(
@@ -244,7 +247,7 @@ class Segmentation(FrozenNetwork):
     def validation_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
         """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
         predicted = self.predicted(batch.images, batch.masks)
-        self.counts.update(predicted, batch.masks)
+        self.counts.update(predicted, batch.masks, batch.indices)
         return predicted
 
     test_step = validation_step
@@ -271,6 +274,7 @@ class Segmentation(FrozenNetwork):
         for logger in self.trainer.loggers:
             logger.log_metrics(shares, step=max(0, self.global_step - 1))
         if self.trainer.state.fn != TrainerFn.FITTING:
+            self.results = Areas.of(iou, self.class_names, self.trainer.datamodule, split)  # type: ignore[attr-defined]
             rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,38 @@
+"""What `locat knn` and its like have measured: printed, and recorded in a run of its own."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from locat.runs import claim, write_json
+from locat_lightning.callbacks.record import versions
+from locat_lightning.evaluation.intervals import Figures
+from locat_lightning.evaluation.per_image import TABLE, write_table
+
+
+class Measurement(NamedTuple):
+    """A result, to print and to record."""
+
+    heading: str
+    table: Table
+    metrics: dict[str, float]
+    protocol: str  # on which figures depend besides weights and images; equal where they can be compared
+    figures: Figures | None
+
+
+def report(measurement: Measurement, directory: Path, **known: Any) -> Path:
+    """Print a measurement, and write it with what else is `known` to a new run in a directory."""
+    heading, table, metrics, protocol, figures = measurement
+    print(heading)
+    Console().print(table)
+    run = claim(directory)
+    record = {**known, "measured": heading, **metrics, "protocol": protocol, "versions": versions()}
+    if figures is not None:
+        print(f"in brackets: 95 % intervals, bootstrap over {len(figures.results.indices):,} images")
+        write_table(run / TABLE, figures.results)
+        record |= figures.record()
+    write_json(run / "metrics.json", record)
+    print(f"run: {run}")
+    return run
