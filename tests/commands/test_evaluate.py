@@ -15,6 +15,7 @@ from locat_lightning.evaluation.intervals import intervals
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.per_image import fingerprint, read_table
 from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
+from tests.conftest import write_images
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
@@ -205,6 +206,28 @@ def test_linear(protocol, named, capsys):
     assert f"linear, {protocol}, 30 epochs of 18 images at " in found["protocol"]
 
 
+@pytest.mark.parametrize("command", [["knn", "--k", "3"], ["linear", "--protocol", "sweep", "--epochs", "2"]])
+def test_several_data_sets_in_one_table(command, named, folder, tmp_path, capsys):
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    other = write_images(tmp_path / "others" / "flowers")
+    (other / "val" / "ant" / "0.png").unlink()
+    run(*command, "--weights", "net.pth", *named)
+    alone = capsys.readouterr().out
+    run(*command, "--weights", "net.pth", *named, "--datasets", folder, other)
+    together = capsys.readouterr().out
+
+    name = f"net_{command[0]}"
+    assert metrics(f"{name}_images") == metrics(name)
+    assert [metrics(f"{name}_{of}")["images"] for of in ("images", "flowers")] == [8, 7]
+    assert together.count("top-1") == alone.count("top-1")  # one table
+    rows = [line for line in together.splitlines() if line.startswith("│")]
+    assert len(rows) == 2
+    for row, root, of in zip(rows, (folder, other), ("images", "flowers"), strict=True):
+        assert str(root)[:10] in row.replace(" ", "")
+        top1 = next(value for key, value in metrics(f"{name}_{of}").items() if "top1" in key)
+        assert f"{top1:.2%}" in row
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("command", [["knn"], ["linear", "--epochs", "1"]])
 def test_features_have_the_precision_asked_for(command, precision, named, monkeypatch):
@@ -267,6 +290,9 @@ def test_commands_repeat_themselves(named):
             ["--weights", "net.pth", "NAMED", "--config", "digits.yaml"],
             "images would not be read, because data.dataset is digits: for the images there add",
         ),
+        (["--weights", "net.pth", "NAMED", "--datasets", "nowhere"], "--datasets: nowhere is no folder, nor"),
+        (["--weights", "net.pth", "NAMED", "--datasets", "digits", "digits"], "digits is named twice"),
+        (["--weights", "net.pth", "NAMED", "--datasets", "digits", "."], "no train/"),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),
         (["--weights", "net.pth", "NAMED", "--runs", "net.pth"], "--runs: cannot write to net.pth"),
     ],

@@ -6,22 +6,22 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric import Fabric
 from rich.table import Column, Table
-from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
 from locat_lightning.commands import checks, parsing, sources
-from locat_lightning.commands.defaults import of_images
+from locat_lightning.commands.datasets import ending_of, options_of, show_together
+from locat_lightning.commands.defaults import of_data, of_evaluation
 from locat_lightning.commands.measurement import Measurement, report
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData, SegmentationData
+from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
 from locat_lightning.evaluation.intervals import Figures
@@ -37,12 +37,6 @@ DESCRIPTIONS = {
     "retrieve": "mIoU of dense retrieval (Hummingbird): each patch takes the classes of the training patches "
     "most similar to it; nothing is trained",
 }
-# What an evaluation takes over from the data of a run of the same kind: which images, their size and their
-# normalisation, but not how strongly they were augmented.
-OF_ANY_KIND = ("mean", "std")
-OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
-OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
-OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index", "reduce_zero_label")
 
 
 class ConfigOfImages(parsing.ConfigByName):
@@ -53,7 +47,7 @@ class ConfigOfImages(parsing.ConfigByName):
         if not (isinstance(data, dict) and "class_path" in data):
             super().__call__(parser, cfg, values, option_string)
             return
-        images = _of_data(parser.prog.split()[-1], data)
+        images = of_data(parser.prog.split()[-1], data)
         text = yaml.safe_dump({"data": {key.removeprefix("data."): value for key, value in images.items()}})
         ActionConfigFile.__call__(self, parser, cfg, text, option_string)
 
@@ -72,7 +66,7 @@ def evaluate(arguments: list[str]) -> Path | None:
     if given.weights is not None:
         sources.check_weights(given.weights)
         typed = {argument.partition("=")[0] for argument in arguments}
-        recorded = parsing.as_arguments(_defaults(command, given.weights, typed))
+        recorded = parsing.as_arguments(of_evaluation(command, given.weights, typed))
         arguments = [*recorded, *arguments]  # before what is typed, and checked like it
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
@@ -86,23 +80,46 @@ def evaluate(arguments: list[str]) -> Path | None:
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
         checks.check_processes(fabric.world_size)
-    data: ImageData | SegmentationData = parser.instantiate_classes(config).data
-    data.setup("fit")
+    images = _data(parser, config)
 
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Role = "student" if config.student else "teacher"
     model = config.weights, config.backbone, config.backbone_args
     backbone = load_backbone(*model, network=network, any_size=True).to(fabric.device)
-    if isinstance(data, SegmentationData):
-        measurement = _retrieve(backbone, data, config, fabric)
-    else:
-        advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
-        check_size(backbone, data.img_size, fabric.device, advice=advice)
-        measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
-    if not fabric.is_global_zero:
-        return None
-    return report(measurement, directory, weights=config.weights, seed=config.seed)
+    measured, run = dict[str, Measurement](), None
+    for dataset, data in images.items():
+        if isinstance(data, SegmentationData):
+            measurement = _retrieve(backbone, data, config, fabric)
+        else:
+            advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
+            check_size(backbone, data.img_size, fabric.device, advice=advice)
+            measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
+        measured[dataset] = measurement
+        if fabric.is_global_zero:
+            place = directory.with_name(directory.name + ending_of(dataset)) if dataset else directory
+            known = {"weights": config.weights, "seed": config.seed}
+            run = report(measurement, place, alone=len(images) == 1, **known)
+    if fabric.is_global_zero and len(images) > 1:
+        show_together(measured)
+    return run
+
+
+def _data(parser: ArgumentParser, config: Namespace) -> dict[str, ImageData | SegmentationData]:
+    """Return the images by what `--datasets` names, "" for those of the other options; all are found now."""
+    found: dict[str, ImageData | SegmentationData] = {}
+    for dataset, options in options_of(config.get("datasets") or []).items() or [("", {})]:
+        own = config.clone()
+        for key, value in options.items():
+            own.data[key] = value
+        found[dataset] = data = parser.instantiate_classes(own).data
+        data.prepare_data()
+        data.setup("fit")
+        if isinstance(data.source("val"), Stream):
+            raise InputError(
+                f"data set {data.dataset!r} is a stream, whose images have no places: use another"
+            )
+    return found
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -118,6 +135,8 @@ def _parser(command: str) -> ArgumentParser:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.
         parser.set_defaults({"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0})
+        help_ = "measure on each of these instead: folders, digits, or timm's names; one table, a run each"
+        add("--datasets", type=str, nargs="+", default=None, help=help_)
     if command == "knn":
         add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
         add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
@@ -139,42 +158,6 @@ def _parser(command: str) -> ArgumentParser:
     return parser
 
 
-def _defaults(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
-    """Return what the weights say of the images that they are for, by option."""
-    if (record := sources.record_of_run(Path(weights))) is not None:
-        return _of_data(command, sources.read_record(record, ["data"], typed)["data"])
-    if exported := sources.exported_config(weights):
-        images = of_images(exported)
-    else:
-        images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
-        images.pop("img_size", None)
-    keys = OF_ANY_KIND if command == "retrieve" else images
-    return {f"data.{key}": images[key] for key in keys if key in images}
-
-
-def _of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return what the data of a training say of their images, by option."""
-    data, has_masks = dict(recorded["init_args"]), recorded["class_path"].endswith("SegmentationData")
-    if views := data.get("views", {}).get("init_args"):
-        data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
-    of_a_kind = has_masks == (command == "retrieve")
-    keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
-    if data.get("dataset") == "digits":  # of either kind
-        keys = (*keys, "dataset")
-    return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
-
-
-def _pretrained_cfg(weights: str) -> dict[str, Any]:
-    """Return what timm or a hub notes beside the weights that they name; {} of others."""
-    source, _, place = weights.partition(":")
-    if source not in ("hf-hub", "hf_hub"):
-        return dict(timm.get_pretrained_cfg(weights).to_dict()) if timm.is_model(weights) else {}
-    try:
-        return dict(load_model_config_from_hf(place)[0])
-    except Exception:  # of many kinds, which are reported when the weights are loaded
-        return {}
-
-
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
     found = knn_ranks(*bank[:2], *queries[:2], k=config.k, temperature=config.temperature)
@@ -182,13 +165,14 @@ def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric
     for k, (neighbours, ranks) in found.items():
         hits |= {f"top1_k{k}": ranks < 1, f"top5_k{k}": ranks < min(5, neighbours)}
     figures = Figures(_scores(data, queries, hits), "knn")
-    table = _table("k", "top-1", "top-5")
+    rows, table = list[tuple[str, ...]](), _table("k", "top-1", "top-5")
     for k, (neighbours, _) in found.items():
         voters = f"{k}" if neighbours == k else f"{k} (all {neighbours})"
-        table.add_row(voters, figures.cell(f"top1_k{k}"), figures.cell(f"top5_k{k}"))
+        rows.append((voters, figures.cell(f"top1_k{k}"), figures.cell(f"top5_k{k}")))
+        table.add_row(*rows[-1])
     heading = f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}"
     protocol = f"k-NN at temperature {config.temperature:g} among {len(bank.labels):,} images"
-    return Measurement(heading, table, figures.metrics(), protocol, figures)
+    return Measurement(heading, table, figures.metrics(), protocol, figures, rows)
 
 
 def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
@@ -228,16 +212,18 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
     for r in sweep.results if several else ():
         hits |= {f"top1_rate{r.learning_rate:g}": r.ranks < 1, f"top5_rate{r.learning_rate:g}": r.ranks < 5}
     figures = Figures(_scores(data, val, hits), "linear")
-    table = _table("learning rate", "effective", "top-1", "top-5")
+    rows, table = list[tuple[str, ...]](), _table("learning rate", "effective", "top-1", "top-5")
     for r in sweep.results:
         ending = f"_rate{r.learning_rate:g}" if several else ""
         tops = figures.cell(f"top1{ending}"), figures.cell(f"top5{ending}")
-        table.add_row(f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *tops)
+        rows += [(f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *tops)]
+        table.add_row(*rows[-1])
     heading = f"linear, {config.protocol}: {config.epochs} epochs, {manner}"
     listed = ", ".join(f"{rate:g}" for rate in rates)
     protocol = f"linear, {config.protocol}, {config.epochs} epochs of {number:,} images at {listed}"
     metrics = figures.metrics() | {"linear/learning_rate": best.learning_rate}
-    return Measurement(heading, table, metrics, protocol, figures)
+    of_best = [row for row, r in zip(rows, sweep.results, strict=True) if r is best]
+    return Measurement(heading, table, metrics, protocol, figures, of_best)
 
 
 def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:

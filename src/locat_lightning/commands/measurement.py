@@ -1,5 +1,6 @@
 """What `locat knn` and its like have measured: printed, and recorded in a run of its own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,18 @@ class Measurement(NamedTuple):
     metrics: dict[str, float]
     protocol: str  # on which figures depend besides weights and images; equal where they can be compared
     figures: Figures | None
+    rows: Sequence[tuple[str, ...]] = ()  # of the table, that stand for it beside other data sets
 
 
-def report(measurement: Measurement, directory: Path, **known: Any) -> Path:
-    """Print a measurement, and write it with what else is `known` to a new run in a directory."""
-    heading, table, metrics, protocol, figures = measurement
+def report(measurement: Measurement, directory: Path, *, alone: bool = True, **known: Any) -> Path:
+    """Print a measurement, and write it with what else is `known` to a new run in a directory.
+
+    If it is not `alone`, its table is shown later, with others.
+    """
+    heading, table, metrics, protocol, figures, _ = measurement
     print(heading)
-    Console().print(table)
+    if alone:
+        Console().print(table)
     run = claim(directory)
     record = {**known, "measured": heading, **metrics, "protocol": protocol, "versions": versions()}
     if figures is not None:
