@@ -1,4 +1,4 @@
-"""`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
+"""`locat knn`, `linear`, `retrieve` and `robustness`: how good the features of a frozen backbone are."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -20,6 +20,7 @@ from locat_lightning.commands.datasets import ending_of, options_of, show_togeth
 from locat_lightning.commands.defaults import of_data, of_evaluation
 from locat_lightning.commands.measurement import Measurement, report
 from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.commands.robustness import measure_robustness
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
@@ -30,12 +31,14 @@ from locat_lightning.evaluation.knn import knn_ranks
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
 from locat_lightning.evaluation.per_image import Areas, Scores, names_of
 from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
+from locat_lightning.evaluation.robustness import Robustness
 
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
     "linear": "Accuracy of a linear classifier on a frozen backbone's features",
     "retrieve": "mIoU of dense retrieval (Hummingbird): each patch takes the classes of the training patches "
     "most similar to it; nothing is trained",
+    "robustness": "Top-1 of a classifier against the number of patches that are corrupted, as curves",
 }
 
 
@@ -54,7 +57,7 @@ class ConfigOfImages(parsing.ConfigByName):
 
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
-    """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
+    """Run `locat knn …`, `locat linear …`, `locat retrieve …` or `locat robustness …`."""
     evaluate(arguments)
 
 
@@ -86,7 +89,8 @@ def evaluate(arguments: list[str]) -> Path | None:
     fabric.seed_everything(config.seed, verbose=False)
     network: Role = "student" if config.student else "teacher"
     model = config.weights, config.backbone, config.backbone_args
-    backbone = load_backbone(*model, network=network, any_size=True).to(fabric.device)
+    options: dict[str, Any] = {"network": network, "any_size": True, "classifier": command == "robustness"}
+    backbone = load_backbone(*model, **options).to(fabric.device)
     measured, run = dict[str, Measurement](), None
     for dataset, data in images.items():
         if isinstance(data, SegmentationData):
@@ -94,7 +98,7 @@ def evaluate(arguments: list[str]) -> Path | None:
         else:
             advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
             check_size(backbone, data.img_size, fabric.device, advice=advice)
-            measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
+            measurement = MEASURES[command](backbone, data, config, fabric)
         measured[dataset] = measurement
         if fabric.is_global_zero:
             place = directory.with_name(directory.name + ending_of(dataset)) if dataset else directory
@@ -140,6 +144,8 @@ def _parser(command: str) -> ArgumentParser:
     if command == "knn":
         add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
         add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
+    if command == "robustness":
+        parser.add_class_arguments(Robustness, skip={"seed"})
     if command == "linear":
         help_ = "paper: SGD on augmented images; sweep: many learning rates, on features extracted once"
         add("--protocol", type=Literal["paper", "sweep"], default="paper", help=help_)
@@ -224,6 +230,14 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
     metrics = figures.metrics() | {"linear/learning_rate": best.learning_rate}
     of_best = [row for row, r in zip(rows, sweep.results, strict=True) if r is best]
     return Measurement(heading, table, metrics, protocol, figures, of_best)
+
+
+def _robustness(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    settings = Robustness(**{field.name: config[field.name] for field in fields(Robustness)})
+    return measure_robustness(backbone, data, config, settings, fabric)
+
+
+MEASURES = {"knn": _knn, "linear": _linear, "robustness": _robustness}
 
 
 def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:

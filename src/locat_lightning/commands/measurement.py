@@ -1,9 +1,11 @@
 """What `locat knn` and its like have measured: printed, and recorded in a run of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +24,7 @@ class Measurement(NamedTuple):
     protocol: str  # on which figures depend besides weights and images; equal where they can be compared
     figures: Figures | None
     rows: Sequence[tuple[str, ...]] = ()  # of the table, that stand for it beside other data sets
+    pictures: Mapping[str, Figure] = MappingProxyType({})  # by name
 
 
 def report(measurement: Measurement, directory: Path, *, alone: bool = True, **known: Any) -> Path:
@@ -29,7 +32,7 @@ def report(measurement: Measurement, directory: Path, *, alone: bool = True, **k
 
     If it is not `alone`, its table is shown later, with others.
     """
-    heading, table, metrics, protocol, figures, _ = measurement
+    heading, table, metrics, protocol, figures, _, pictures = measurement
     print(heading)
     if alone:
         Console().print(table)
@@ -39,6 +42,8 @@ def report(measurement: Measurement, directory: Path, *, alone: bool = True, **k
         print(f"in brackets: 95 % intervals, bootstrap over {len(figures.results.indices):,} images")
         write_table(run / TABLE, figures.results)
         record |= figures.record()
+    for name, picture in pictures.items():
+        picture.savefig(run / f"{name}.png")
     write_json(run / "metrics.json", record)
     print(f"run: {run}")
     return run

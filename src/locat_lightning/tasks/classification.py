@@ -137,13 +137,13 @@ class Classification(Task):
     def _agree_on_classes(self, contents: Mapping[str, Any]) -> int:
         """Return the number of classes; note the names in the data, or check that they are those learnt."""
         number, names = self.agree_on_classes("data.root")
-        self.data_classes = self.data_classes or _classes_of(contents)
+        self.data_classes = self.data_classes or classes_of(contents)
         if self._is_training():
             self.data_classes = names
         elif self._trainer is not None and not self.trainer.predicting:
             learnt = self.data_classes or self.class_names
             if len(learnt) == len(names):  # load_weights reports another number
-                _check_same_classes(learnt, names)
+                check_same_classes(learnt, names)
         if self._is_training() and self.class_names and len(self.class_names) != number:
             raise InputError(f"model.class_names: {len(self.class_names)} names for {number} classes")
         if number < 2:
@@ -157,8 +157,8 @@ class Classification(Task):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        before = _classes_of(checkpoint)
-        _check_same_classes(before, self.data_classes)
+        before = classes_of(checkpoint)
+        check_same_classes(before, self.data_classes)
         self.data_classes = self.data_classes or before
 
     def _agree_on_size(self) -> None:
@@ -274,14 +274,14 @@ class Classification(Task):
                 group["weight_decay"] = self.hp.weight_decay
 
 
-def _classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
+def classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
     """Return the classes of the data that a checkpoint's model was trained on; [] if it does not say."""
     options = checkpoint.get("hyper_parameters")
     named = options.get("class_names") if isinstance(options, Mapping) else None
     return [str(name) for name in checkpoint.get(DATA_CLASSES) or named or []]
 
 
-def _check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:
+def check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:
     """Check that labels mean the same classes in the weights as in the data, where both are known."""
     if not learnt or not given or list(learnt) == list(given):
         return
