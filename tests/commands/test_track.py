@@ -73,7 +73,12 @@ def test_track(options, davis, capsys):
             assert np.array_equal(np.asarray(mask), written[place].numpy())
     assert len(masks) == 11
     out = capsys.readouterr().out
-    assert f"J&F {(j + f) / 2:.4f} (3 objects in 2 videos, short side 64" in out
+    assert f"J&F {(j + f) / 2:.4f} (3 objects in 2 videos; video object segmentation, short side 64" in out
+    assert "95 % intervals, bootstrap over 3 objects" in out
+    low, high = found["intervals"]["tracking/J"]
+    assert low < j < high
+    rows = (run / "images.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == ["boat/1", "cars/1", "cars/2"]
     main(["runs"])
     assert f"tracking/J&F {(j + f) / 2:.4g}" in capsys.readouterr().out
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
+from locat_lightning.evaluation.iou import MeanIoU
 from locat_lightning.evaluation.retrieval import (
     Memory,
     Retrieval,
@@ -331,6 +332,20 @@ def test_the_training_around_it_is_untouched():
     assert not result.per_class.is_inference()
 
 
+def known(result):
+    """All that a result says, as plain tensors."""
+    return vars(result) | {"images": list(result.images)}
+
+
+def counted(images):
+    """What `MeanIoU` counts of some images, all of which are predicted to be of class 1."""
+    metric = MeanIoU(CLASSES)
+    for index in images:
+        masks = Scenes(3)[index].masks[None]
+        metric.update(torch.ones_like(masks), masks, torch.tensor([index]))
+    return metric.compute()
+
+
 def process(rank, out):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
@@ -341,7 +356,8 @@ def process(rank, out):
             list(remembered(train, memory_size=20)),
             list(remembered(train, fraction=2, seed=42)),
             list(remembered(nothing_here)),
-            vars(segmented(train, val)),
+            known(segmented(train, val)),
+            known(counted([[], range(3)][rank])),
         ]
         torch.save(results, f"{out}{rank}")
     finally:
@@ -354,7 +370,8 @@ def test_two_processes_with_unequal_parts_both_get_the_whole(two_processes, tmp_
         list(remembered(Scenes(5), memory_size=20)),
         list(remembered(Scenes(5), fraction=2, seed=42)),
         list(remembered(Scenes(5))),
-        vars(segmented(Scenes(5), Scenes(3, mask_size=(40, 40)))),
+        known(segmented(Scenes(5), Scenes(3, mask_size=(40, 40)))),
+        known(counted(range(3))),
     ]
     for rank in range(2):
         for found, expected in zip(torch.load(tmp_path / f"out{rank}"), alone, strict=True):

@@ -12,7 +12,9 @@ from torch import nn
 from locat_lightning.commands.measurement import Measurement, columns
 from locat_lightning.data import SegmentationData
 from locat_lightning.evaluation.features import autocast_type
+from locat_lightning.evaluation.intervals import Figures
 from locat_lightning.evaluation.iou import IoU
+from locat_lightning.evaluation.per_image import Areas
 from locat_lightning.evaluation.retrieval import SEEDS, Retrieval, compare_retrievals
 
 
@@ -72,7 +74,9 @@ def retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fab
         protocol.append(f"{kept} kept")
     protocol.append(f"{config.neighbours} neighbours")
     heading = f"dense retrieval: mIoU {', '.join(headlines)} ({', '.join(protocol)})"
-    return Measurement(heading, table, metrics)
+    results = Areas.of(found[0], data.class_names, data, "val") if len(variants) == 1 else None
+    figures = Figures(results, "retrieval") if results else None
+    return Measurement(heading, table, metrics, f"dense retrieval, {', '.join(protocol)}", figures)
 
 
 def _over_seeds(

@@ -18,6 +18,8 @@ from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data.videos import VideoData, palette_of
 from locat_lightning.evaluation.dense import padded_size
 from locat_lightning.evaluation.features import autocast_type
+from locat_lightning.evaluation.intervals import Figures
+from locat_lightning.evaluation.per_image import Scores
 from locat_lightning.evaluation.tracking import Propagation, measure_tracking
 
 DESCRIPTION = (
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> None:
     run = Path(fabric.broadcast(str(claim(directory)) if fabric.is_global_zero else ""))
     measurement = _track(backbone, data, config, fabric, run / "masks")
     if fabric.is_global_zero:
-        report(measurement, run, config)
+        report(measurement, run, weights=config.weights, seed=config.seed)
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -84,19 +86,30 @@ def _track(
         write=write,
         autocast_dtype=autocast_type(config.precision),
     )
-    table, metrics = columns("video", "objects", "J", "F", "J&F"), dict[str, float]()
-    of_all = torch.cat(list(found.values())) if found else torch.empty(0, 2)
-    for name, scores in [*found.items(), ("all", of_all)]:
-        if len(scores):
-            j, f = scores.mean(0).tolist()
-            table.add_row(name, f"{len(scores)}", f"{j:.2%}", f"{f:.2%}", f"{(j + f) / 2:.2%}")
-            measured = {"tracking/J&F": (j + f) / 2, "tracking/J": j, "tracking/F": f}
-            ending = "" if name == "all" else f"_{name}"
-            metrics |= {f"{key}{ending}": value for key, value in measured.items()}
-    scored = f"J&F {metrics['tracking/J&F']:.4f}" if metrics else "no annotations to compare with"
-    heading = (
-        f"video object segmentation: {scored} ({len(of_all)} objects in {len(found)} videos, short side "
-        f"{data.short_side}, first frame and {settings.previous} before, radius {settings.radius}, "
-        f"{settings.neighbours} neighbours)"
+    protocol = (
+        f"video object segmentation, short side {data.short_side}, first frame and {settings.previous} "
+        f"before, radius {settings.radius}, {settings.neighbours} neighbours"
     )
-    return Measurement(heading, table, metrics)
+    table = columns("video", "objects", "J", "F", "J&F")
+    if not found:
+        return Measurement(f"no annotations to compare with ({protocol})", table, {}, protocol, None)
+    metrics, of_all = dict[str, float](), torch.cat(list(found.values()))
+    for video, scores in found.items():
+        j, f = scores.mean(0).tolist()
+        table.add_row(video, f"{len(scores)}", f"{j:.2%}", f"{f:.2%}", f"{(j + f) / 2:.2%}")
+        of_video = {"J&F": (j + f) / 2, "J": j, "F": f}
+        metrics |= {f"tracking/{name}_{video}": value for name, value in of_video.items()}
+    figures = Figures(_of_objects(found), "tracking")
+    table.add_row("all", f"{len(of_all)}", *(figures.cell(name) for name in ("J", "F", "J&F")))
+    objects = f"{len(of_all)} objects in {len(found)} videos"
+    heading = f"J&F {figures.values['J&F']:.4f} ({objects}; {protocol})"
+    return Measurement(heading, table, figures.metrics() | metrics, protocol, figures, units="objects")
+
+
+def _of_objects(found: dict[str, Tensor]) -> Scores:
+    """Return J and F of each object, whose means are the figures."""
+    names = [f"{video}/{number}" for video, scores in found.items() for number in range(1, len(scores) + 1)]
+    numbers = [number for scores in found.values() for number in range(1, len(scores) + 1)]
+    j, f = torch.cat(list(found.values())).unbind(1)
+    scores = {"J&F": (j + f) / 2, "J": j, "F": f}
+    return Scores(torch.arange(len(names)), names, torch.tensor(numbers), scores)

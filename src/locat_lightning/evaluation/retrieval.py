@@ -21,7 +21,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import measuring
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.evaluation.gather import distributed, gather_rows, parts
-from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, iou
+from locat_lightning.evaluation.iou import IoU, check_classes, count_pixels, image_areas, iou
 from locat_lightning.evaluation.knn import VOTES, faiss_neighbours, inverse_norms, nearest_neighbours
 from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import upsampled_argmax
@@ -133,10 +133,7 @@ def compare_retrievals(
     With `torch.distributed` initialised, each process brings its part of both data sets, an image that
     several bring counts once, and all get the whole result. If they bring only a part of the training images,
     `places` are its positions, ascending, of which the variants choose theirs (`Retrieval.split`). A training
-    around this call is not touched.
-
-    Returns:
-        The result of each variant.
+    around this call is not touched. Returned is the result of each variant.
     """
     device = torch.device(device)
     options: dict[str, Any] = {"places": places, "autocast_dtype": autocast_dtype, "progress": progress}
@@ -170,11 +167,13 @@ def compare_retrievals(
         totals = torch.stack(sums).to(device)
         if distributed():
             dist.all_reduce(totals)
+        by_image = [{index: found[number] for index, found in counts.items()} for number in range(len(sums))]
+        areas = [image_areas(of_one, device) for of_one in by_image]
         if not totals.any():
             raise InputError(
                 "no pixel of the validation images is annotated: check the masks, and which label is ignored"
             )
-        return [iou(total) for total in totals]
+        return [iou(total, of_images) for total, of_images in zip(totals, areas, strict=True)]
 
 
 def build_memory(

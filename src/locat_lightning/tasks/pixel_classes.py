@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.evaluation.iou import IoU, MeanIoU
+from locat_lightning.evaluation.per_image import Areas
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
 from locat_lightning.inspection import gaussian_kernels
@@ -30,10 +31,12 @@ class PixelClasses(DenseTask):
 
     Attributes:
         iou: result of the last evaluation.
+        results: the same by image, after `validate` or `test`.
         best: number of the best head.
     """
 
     iou: IoU | None = None
+    results: Areas | None = None
     best = 0
     counts: Any  # of the pixels, for each head
 
@@ -66,7 +69,7 @@ class PixelClasses(DenseTask):
         """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
         predicted = self._predicted(batch.images, batch.masks)
         for counts, of_head in zip(self.counts, predicted, strict=True):
-            counts.update(of_head, batch.masks)
+            counts.update(of_head, batch.masks, batch.indices)
         return predicted[self.best]
 
     test_step = validation_step
@@ -99,6 +102,7 @@ class PixelClasses(DenseTask):
         for logger in self.trainer.loggers:
             logger.log_metrics(shares, step=max(0, self.global_step - 1))
         if self.trainer.state.fn != TrainerFn.FITTING:
+            self.results = Areas.of(iou, self.class_names, self.trainer.datamodule, split)  # type: ignore[attr-defined]
             rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ class Segmentation(PixelClasses):
 
     Attributes:
         iou: result of the last evaluation.
+        results: the same by image, after `validate` or `test`.
         best: number of the best head, by the last validation.
     """
 
