@@ -45,9 +45,7 @@ def patch_features(
     if layers != 1:
         feature_width(backbone, layers)  # for its checks
     if with_cls and getattr(backbone, "cls_token", None) is None:
-        raise InputError(
-            f"{type(backbone).__name__} has no [CLS] token: choose a model that has, or do without"
-        )
+        raise InputError(f"{type(backbone).__name__} has no [CLS] token: set model.cls_token false")
     images = padded(backbone, images)
     size = tuple(images.shape[-2:])
     timm: Any = backbone
