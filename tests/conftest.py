@@ -236,3 +236,56 @@ def scenes(tmp_path):
         return tmp_path / dataset
 
     return make
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """A folder in the layout of DAVIS 2017 with the videos `boat` and `cars` (two objects), of other sizes.
+
+    A square of the first object moves to the right; one of the second, at the bottom, stays where it is.
+    """
+    root = tmp_path / "DAVIS"
+    rng = np.random.default_rng(0)
+    palette = [0, 0, 0, 200, 0, 0, 0, 200, 0] + 253 * [9, 9, 9]
+    for name, (height, width), objects, frames in (("boat", (64, 96), 1, 5), ("cars", (80, 64), 2, 6)):
+        for frame in range(frames):
+            image, mask = rng.integers(60, size=(height, width, 3)), np.zeros((height, width), np.uint8)
+            mask[8:32, 8 + 4 * frame : 32 + 4 * frame] = 1
+            if objects == 2:
+                mask[44:70, 10:50] = 2
+            image[mask == 1, 0] += 180
+            image[mask == 2, 1] += 180
+            mask[:2, :2] = 255
+            places = {"JPEGImages": (image.astype(np.uint8), ".jpg"), "Annotations": (mask, ".png")}
+            for place, (pixels, ending) in places.items():
+                path = root / place / "480p" / name / f"{frame:05}{ending}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture = Image.fromarray(pixels)
+                if place == "Annotations":
+                    picture.putpalette(palette)
+                picture.save(path)
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("boat\ncars\n")
+    return root
+
+
+@pytest.fixture
+def nyu(tmp_path):
+    """A folder in the layout of NYUv2: 4 images to train on and 3 to test on, 40 x 32 pixels, in two rooms.
+
+    An image is darker where it is farther away, from 1 m on the left to 8 m on the right; the first rows have
+    no depth.
+    """
+    root = tmp_path / "nyu"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 3)):
+        for number in range(count):
+            metres = np.linspace(1, 8, 40)[None] + rng.normal(0, 0.1, (32, 1))
+            image = np.repeat((255 - metres * 28)[..., None], 3, 2) + rng.normal(0, 4, (32, 40, 3))
+            metres[:3] = 0
+            folder = root / split / f"room_{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"rgb_{number:05}.jpg")
+            depths = (metres * 1000).round().astype(np.uint16)
+            Image.fromarray(depths).save(folder / f"sync_depth_{number:05}.png")
+    return root

@@ -104,6 +104,7 @@ def test_there_are_configs():
         "dinov2_highres",
         *DROP_PATH,
         *(f"segment_{name}" for name in SEGMENTS),
+        "depth_nyu",
     }  # a new one belongs there too
     assert {Path(config).stem for config in CONFIGS} == known
 
@@ -148,6 +149,36 @@ def test_segmentation_runs_a_step_and_is_measured_again(name, scenes, tmp_path, 
     shipped = yaml.safe_load((configs.config_directory() / f"segment_{name}.yaml").read_text())
     assert {"val/miou", "best val/miou"} <= metrics.keys()
     assert shipped["data"]["init_args"]["dataset"].removesuffix("_aug") == name
+
+
+@pytest.mark.slow
+def test_depth_runs_a_step_and_is_measured_and_predicted(nyu, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.num_workers=0"]
+    options = {
+        "model.backbone": "locatvit_tiny",
+        "model.backbone_args": BACKBONE,
+        "data.root": nyu,
+        "data.batch_size": 2,
+        "data.crop_size": [30, 38],
+        "pictures.images": 1,
+        "pictures.side": 32,
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.log_every_n_steps": 1,
+    }
+    given = [f"--{key}={value}" for key, value in options.items()]
+    with pytest.warns(UserWarning, match="random: the model has not been trained"):
+        main(["fit", "--config", "depth_nyu.yaml", "--weights", "random", *given, *quiet])
+    run = Path("runs/depth_nyu/version_0")
+    fitted = json.loads((run / "metrics.json").read_text())
+    assert {"val/rmse", "best val/rmse", "val/delta1"} <= fitted.keys()
+    best = str(run / "checkpoints" / "best.ckpt")
+    main(["validate", "--weights", best, *quiet])
+    measured = f"val/rmse {fitted['val/rmse']:.4f} m (Eigen's crop, up to 10 m, with its mirror image)"
+    assert measured in caplog.text
+    main(["predict", "--weights", best, *quiet])
+    assert len(list(Path("runs").rglob("predictions/*/rgb_*.png"))) == 3
 
 
 @pytest.mark.slow

@@ -17,6 +17,12 @@ COMMANDS = {
     "knn": (".evaluate", "k-NN accuracy of a frozen backbone: locat knn --weights W --data.root DIR"),
     "linear": (".evaluate", "linear accuracy of a frozen backbone"),
     "retrieve": (".evaluate", "mIoU of a frozen backbone's patch features, without training (Hummingbird)"),
+    "track": (
+        ".track",
+        "J and F of objects that a frozen backbone's patch features follow through videos (DAVIS)",
+    ),
+    "robustness": (".evaluate", "top-1 of a classifier against the number of patches that are corrupted"),
+    "compare": (".compare", "two models on the same images, paired: locat compare RUN_A RUN_B"),
     "study": (".study.command", "train models alike and compare them: locat study --config study_cifar.yaml"),
     "export": (
         ".export",

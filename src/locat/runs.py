@@ -16,7 +16,14 @@ if sys.platform != "win32":
     import fcntl
 
 WIDTH = 120  # columns of the list
-HEADLINES = ("val/top1", "val/miou", "knn/top1", "linear/top1", "retrieval/miou")  # also by `_kN`
+HEADLINES = (
+    "val/top1",
+    "val/miou",
+    "knn/top1",
+    "linear/top1",
+    "retrieval/miou",
+    "tracking/J&F",
+)  # also by `_kN`, `_memoryN`
 LOCK = ".lock"  # in the directory of a run, while a process trains there
 
 
@@ -150,7 +157,7 @@ def _headline(metrics: dict[str, Any]) -> str:
     texts = {k: f"{value:.4g}" if isinstance(value, float) else str(value) for k, value in metrics.items()}
     cells = []
     for name in metrics:
-        if name.partition("_k")[0] in HEADLINES:
+        if re.sub(r"_(k|memory)\w+$", "", name) in HEADLINES:
             best = f" (best {texts[f'best {name}']})" if f"best {name}" in texts else ""
             cells.append(f"{name} {texts[name]}{best}")
     return "  ".join(cells)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import save_file
 from locat.command import main
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.evaluation.features import extract_features
+from locat_lightning.evaluation.intervals import intervals
 from locat_lightning.evaluation.knn import knn_classify
-from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
+from locat_lightning.evaluation.per_image import fingerprint, read_table
+from locat_lightning.evaluation.retrieval import Retrieval, compare_retrievals, segment_by_retrieval
+from tests.conftest import write_images
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
@@ -51,7 +55,7 @@ def knn_of(model, folder, k):
         extract_features(model, data.eval_dataloader(split), "cpu", progress=False)
         for split in ("train", "val")
     )
-    return knn_classify(*bank, *queries, k=[k])[k]
+    return knn_classify(*bank[:2], *queries[:2], k=[k])[k]
 
 
 def test_knn_of_a_state_dict(named, folder, capsys):
@@ -70,7 +74,19 @@ def test_knn_of_a_state_dict(named, folder, capsys):
     assert f"{expected.top1:.2%}" in out
     assert "200 (all 18)" in out  # k is capped at the bank's size
     assert found["seed"] == 0
-    assert [path.name for path in Path("runs/net_knn/version_0").iterdir()] == ["metrics.json"]
+    written = sorted(path.name for path in Path("runs/net_knn/version_0").iterdir())
+    assert written == ["images.csv", "metrics.json"]
+    table = read_table(Path("runs/net_knn/version_0/images.csv"))
+    hits = table.scores["top1_k5"].mean()
+    assert (float(hits), found["images"]) == (pytest.approx(expected.top1), 8)
+    interval = intervals(table)["top1_k5"]
+    assert found["intervals"]["knn/top1_k5"] == pytest.approx(list(interval))
+    assert f"{expected.top1:.2%} {interval}" in out
+    assert (found["fingerprint"], found["protocol"]) == (
+        fingerprint(table),
+        "k-NN at temperature 0.07 among 18 images",
+    )
+    assert {"locat-lightning", "torch", "timm"} <= found["versions"].keys()
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
@@ -186,6 +202,31 @@ def test_linear(protocol, named, capsys):
     out = capsys.readouterr().out
     assert f"{rate * 6 / 256:.3g}" in out  # the effective one
     assert ("linear/top1_rate0.001" in found) == (protocol == "sweep")
+    low, high = found["intervals"]["linear/top1"]
+    assert low <= found["linear/top1"] <= high
+    assert f"linear, {protocol}, 30 epochs of 18 images at " in found["protocol"]
+
+
+@pytest.mark.parametrize("command", [["knn", "--k", "3"], ["linear", "--protocol", "sweep", "--epochs", "2"]])
+def test_several_data_sets_in_one_table(command, named, folder, tmp_path, capsys):
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    other = write_images(tmp_path / "others" / "flowers")
+    (other / "val" / "ant" / "0.png").unlink()
+    run(*command, "--weights", "net.pth", *named)
+    alone = capsys.readouterr().out
+    run(*command, "--weights", "net.pth", *named, "--datasets", folder, other)
+    together = capsys.readouterr().out
+
+    name = f"net_{command[0]}"
+    assert metrics(f"{name}_images") == metrics(name)
+    assert [metrics(f"{name}_{of}")["images"] for of in ("images", "flowers")] == [8, 7]
+    assert together.count("┏") == alone.count("┏") == 1  # one table
+    rows = [line for line in together.splitlines() if line.startswith("│")]
+    assert len(rows) == 2
+    for row, root, of in zip(rows, (folder, other), ("images", "flowers"), strict=True):
+        assert str(root)[:10] in row.replace(" ", "")
+        top1 = next(value for key, value in metrics(f"{name}_{of}").items() if "top1" in key)
+        assert f"{top1:.2%}" in row
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -250,6 +291,9 @@ def test_commands_repeat_themselves(named):
             ["--weights", "net.pth", "NAMED", "--config", "digits.yaml"],
             "images would not be read, because data.dataset is digits: for the images there add",
         ),
+        (["--weights", "net.pth", "NAMED", "--datasets", "nowhere"], "--datasets: nowhere is no folder, nor"),
+        (["--weights", "net.pth", "NAMED", "--datasets", "digits", "digits"], "digits is named twice"),
+        (["--weights", "net.pth", "NAMED", "--datasets", "digits", "."], "no train/"),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),
         (["--weights", "net.pth", "NAMED", "--runs", "net.pth"], "--runs: cannot write to net.pth"),
     ],
@@ -295,11 +339,52 @@ def test_dense_retrieval(scenes, named, capsys):
     found = metrics("net_retrieve")
     assert found["retrieval/miou"] == pytest.approx(float(expected.miou))
     assert found["retrieval/iou_sky"] == pytest.approx(float(expected.per_class[0]))
+    areas = read_table(Path("runs/net_retrieve/version_0/images.csv"))
+    assert torch.equal(areas.areas.sum(0)[0].sum(), expected.confusion.diagonal().sum())
+    assert found["intervals"]["retrieval/miou"] == pytest.approx(list(intervals(areas)["miou"]))
+    assert found["protocol"].startswith("dense retrieval, images resized to 36 × 36, 60 patches kept, 30")
     out = capsys.readouterr().out
     assert (
         f"dense retrieval: mIoU {float(expected.miou):.4f} (images resized to 36 × 36, 60 patches kept" in out
     )
     assert f"{float(expected.per_class[0]):.2%}" in out
+
+
+def test_dense_retrieval_over_splits_and_memory_sizes(scenes, named, capsys):
+    root = scenes("folder")
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    of_data = ["--data.root", root, "--data.classes", "[sky, road, car]", "--data.num_workers", "0"]
+    options = [
+        *named[named.index("--accelerator") :],
+        *of_data,
+        "--image_size",
+        "32",
+        "--augmentation_epochs",
+        "2",
+    ]
+    run("retrieve", "--weights", "net.pth", *options, "--fraction", "2", "--memory_size", "[5, 40]")
+
+    data = SegmentationData(root=str(root), classes=["sky", "road", "car"], num_workers=0)
+    found, of_class = metrics("net_retrieve"), []
+    for size in (5, 40):
+        mious = []
+        for seed in (42, 400, 783, 1293, 4019):
+            settings = Retrieval(memory_size=size, seed=seed, fraction=2)
+            passes = [data.square_dataloader("train", 32, augmented=number) for number in (1, 2)]
+            parts = passes, data.square_dataloader("val", 32)
+            model = backbone(seed=3, dynamic_img_size=True)
+            [iou] = compare_retrievals(model, *parts, "cpu", [settings], num_classes=3, progress=False)
+            assert found[f"retrieval/miou_seed{seed}_memory{size}"] == pytest.approx(float(iou.miou))
+            mious.append(float(iou.miou))
+            of_class.append(float(iou.per_class[0]))
+        assert found[f"retrieval/miou_memory{size}"] == pytest.approx(np.mean(mious))
+        assert found[f"retrieval/miou_std_memory{size}"] == pytest.approx(np.std(mious, ddof=1))
+    assert found["retrieval/iou_sky_memory40"] == pytest.approx(np.mean(of_class[5:]))
+    out = capsys.readouterr().out
+    assert "1/2 of the training images (3), 2 augmented passes, 30 neighbours)" in out
+    assert f"{np.mean(mious):.4f} ± {np.std(mious, ddof=1):.4f} over 5 seeds with 40 patches" in out
+    main(["runs"])
+    assert "retrieval/miou_memory40" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*the model has not been trained")

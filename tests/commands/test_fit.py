@@ -25,6 +25,8 @@ from locat_lightning.commands.messages import NO_NEWS
 from locat_lightning.commands.parsing import find_config
 from locat_lightning.data.classification import ImageData
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.intervals import intervals
+from locat_lightning.evaluation.per_image import read_table
 from locat_lightning.tasks import Classification
 from tests.commands.runs import BEST, FIT, LAST, QUIET, RUN, scalars
 from tests.conftest import PICTURES, small_options, write_images
@@ -644,6 +646,14 @@ def test_weights_of_a_run_are_measured_with_its_record(trained, folder, caplog):
             row = list(csv.DictReader(file))[-1]
         assert float(row["test/top1" if command == "test" else "val/top1"]) == pytest.approx(top1)
         assert not [name for name in row if name.startswith("gaug_")]
+        split = "test" if command == "test" else "val"
+        record = json.loads(Path(f"runs/classify_tiny_{command}/version_0/metrics.json").read_text())
+        assert (record[f"{split}/top1"], record["images"]) == (pytest.approx(top1), 8)
+        table = read_table(Path(f"runs/classify_tiny_{command}/version_0/images.csv"))
+        assert float(table.scores["top1"].mean()) == pytest.approx(top1)
+        assert record["intervals"][f"{split}/top1"] == pytest.approx(list(intervals(table)["top1"]))
+        assert f"{split}/top1 {top1:.2%} [" in caplog.text
+        assert (record["protocol"], record["weights"]) == ("classification", str(BEST))
         where = f"run: runs/classify_tiny_{command}/version_0\nlook: tensorboard --logdir runs\n"
         assert caplog.text.endswith(where)
         assert (f"no test/ in {folder}: using val/\n" in caplog.text) == (command == "test")

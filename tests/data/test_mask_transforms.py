@@ -16,6 +16,7 @@ from locat_lightning.data.mask_transforms import (
     joint_augmentation,
     joint_evaluation,
     scale_saturation,
+    square_augmentation,
     varied_crop,
 )
 
@@ -272,3 +273,42 @@ def test_the_ranges_of_the_distortion():
         assert high - near < max(values) <= high
         assert 350 < len(values) < 450
     assert 350 < sum(each["contrast_before"] for each in drawn) < 450
+
+
+def test_a_square_shows_the_same_part_of_image_and_mask(monkeypatch):
+    """Red is the place from left to right, green from top to bottom; the mask is their coarse product."""
+    monkeypatch.setattr("locat_lightning.data.mask_transforms.JITTER", [])
+    y, x = torch.meshgrid(torch.arange(60) * 4, torch.arange(120) * 2, indexing="ij")
+    image = torch.stack([x, y, y]).byte()
+    shares, flipped = [], 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        pixels, mask = square_augmentation(image, (x // 60 + 4 * (y // 60)).byte(), side=32, **PLAIN)
+        assert (pixels.shape, mask.shape, mask.dtype) == ((3, 32, 32), (32, 32), torch.uint8)
+        across, down = pixels[0] * 255, pixels[1] * 255
+        # Where the place is not on the border of two classes, the mask is its class.
+        inside = ((across % 60 - 30).abs() < 22) & ((down % 60 - 30).abs() < 22)
+        classes = (across // 60 + 4 * (down // 60)).byte()
+        assert inside.float().mean() > 0.3
+        assert torch.equal(mask[inside], classes[inside])
+        sides = [(each.max() - each.min() + each.diff(dim=k).mean()) for k, each in ((1, across), (0, down))]
+        shares.append(float(sides[0] / 240 * sides[1] / 240))
+        flipped += int(across[0, -1] < across[0, 0])
+    assert flipped == 0
+    assert min(shares) == pytest.approx(0.5, abs=0.05)
+    assert max(shares) <= 1.05
+    assert len({round(share, 3) for share in shares}) > 10
+
+
+def test_the_colours_of_a_square_change_little_and_at_random():
+    image, mask = noise(64, 64)
+    squares = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        flat = image.float().mean((1, 2), keepdim=True).byte().expand(-1, 64, 64).contiguous()
+        squares.append(square_augmentation(flat, mask, side=8, **PLAIN)[0][:, 0, 0])
+    squares = torch.stack(squares)
+    unchanged = (squares - flat[:, 0, 0] / 255).abs().amax(1) < 1e-6
+    assert 1 <= unchanged.sum() < 20  # brightness, saturation and hue: 1/8, as a flat image has no contrast
+    assert len(squares.unique(dim=0)) > 10
+    assert (squares.mean(1) - flat[:, 0, 0].float().mean() / 255).abs().max() < 0.12

@@ -262,6 +262,22 @@ def test_each_rank_reads_its_share(root, rank):
     assert len(masks.train_dataloader().sampler) == 4  # of its 5, in batches of 4
 
 
+def test_squares_of_some_images_and_augmented_passes(root):
+    def squares(**options):
+        return list(data(root, batch_size=5).square_dataloader("train", 32, **options))
+
+    whole = torch.cat([batch.images for batch in squares()])
+    [some] = squares(places=[1, 3, 4])
+    assert some.indices.tolist() == [1, 3, 4]
+    assert torch.equal(some.images, whole[[1, 3, 4]])
+    [[one], [again], [other]] = (squares(places=[1, 3], augmented=number) for number in (1, 1, 2))
+    assert one.indices.tolist() == other.indices.tolist() == [1, 3]
+    assert one.images.shape[2:] == one.masks.shape[1:] == (32, 32)
+    assert torch.equal(one.images, again.images)
+    assert not torch.equal(one.images, other.images)
+    assert not torch.equal(one.images[0], whole[1])
+
+
 class Recorder(LightningModule):
     """Notes what it sees and saves a checkpoint after 6 batches; learns nothing."""
 

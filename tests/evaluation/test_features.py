@@ -63,9 +63,10 @@ def expected(places):
 
 @pytest.mark.parametrize("places", [range(10), [5, 2, 9, 0, 7], [3, 1, 3, 2, 1], [4]])
 def test_every_image_once_and_in_order(places):
-    features, labels = extract_features(Backbone(), loader(places), "cpu", progress=False)
+    features, labels, indices = extract_features(Backbone(), loader(places), "cpu", progress=False)
     assert torch.equal(features, expected(places)[0])
     assert torch.equal(labels, expected(places)[1])
+    assert indices.tolist() == sorted(set(places))
 
 
 def test_the_training_around_it_is_untouched():
@@ -83,7 +84,7 @@ def test_the_training_around_it_is_untouched():
 @pytest.mark.parametrize("outer", [torch.inference_mode, torch.enable_grad])
 def test_features_can_be_trained_on(batch_size, outer):
     with outer():
-        features, _ = extract_features(Backbone(), loader(range(10), batch_size), "cpu", progress=False)
+        features, *_ = extract_features(Backbone(), loader(range(10), batch_size), "cpu", progress=False)
     head = nn.Linear(2, 1)
     head(features).sum().backward()
     assert head.weight.grad is not None

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.iou import MeanIoU, count_pixels, iou
+from locat_lightning.evaluation.iou import MeanIoU, class_areas, count_pixels, iou
 
 CLASSES = 7
 
@@ -116,3 +116,28 @@ def test_annotations_tell_255_classes_apart(classes):
 def test_maps_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match=r"predictions \[2, 2\] and annotations \[2, 3\]"):
         MeanIoU(2).update(torch.zeros(2, 2), torch.zeros(2, 3))
+
+
+def test_areas_of_each_image():
+    metric = MeanIoU(CLASSES)
+    for index, (predicted, annotated) in enumerate(segmentations()):
+        metric.update(predicted[None], annotated[None], torch.tensor([5 - index]))
+    result = metric.compute()
+    assert_same(result, reference(segmentations()))
+    assert result.images.indices == list(range(6))
+    for areas, maps in zip(result.images.areas.flip(0), segmentations(), strict=True):
+        right, annotated, predicted = class_areas(count_pixels(*maps, CLASSES))
+        assert torch.equal(areas, torch.stack([right, annotated, predicted]))
+        known = maps[1] != 255
+        assert right.tolist() == [((maps[0] == c) & (maps[1] == c)).sum() for c in range(CLASSES)]
+        assert annotated.tolist() == [(maps[1] == c).sum() for c in range(CLASSES)]
+        assert predicted.tolist() == [(maps[0][known] == c).sum() for c in range(CLASSES)]
+
+
+def test_areas_of_images_are_forgotten_with_the_pixels():
+    metric = MeanIoU(CLASSES)
+    metric.update(torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), torch.tensor([5, 2]))
+    assert metric.compute().images.indices == [2, 5]
+    metric.reset()
+    metric.update(torch.zeros(4, 4), torch.zeros(4, 4))
+    assert metric.compute().images is None

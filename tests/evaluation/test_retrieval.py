@@ -13,10 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import padded_size, patch_features
+from locat_lightning.evaluation.iou import MeanIoU
 from locat_lightning.evaluation.retrieval import (
     Memory,
     Retrieval,
+    build_memories,
     build_memory,
+    compare_retrievals,
     patch_histograms,
     retrieve,
     sample_patches,
@@ -245,6 +248,78 @@ def test_rare_classes_are_kept():
     assert others.min() > 5  # the others by chance
 
 
+@pytest.mark.parametrize("fraction", [2, 4])
+def test_a_few_shot_split_is_a_data_set_of_its_own(fraction):
+    """Its memory is that of a run in which no other images exist, and shares a limited size among them."""
+    settings = Retrieval(fraction=fraction, seed=42, memory_size=12)
+    chosen = settings.split(range(8))
+    assert len(chosen) == 8 // fraction
+    found = remembered(Scenes(8), fraction=fraction, seed=42, memory_size=12)
+    alone = build_memory(
+        build(),
+        loader(Scenes(8, places=chosen)),
+        "cpu",
+        Retrieval(seed=42, memory_size=12),
+        num_classes=CLASSES,
+        places=chosen,
+        progress=False,
+    )
+    assert len(found.features) == 12
+    torch.testing.assert_close(found, alone)
+
+
+def test_splits_have_the_published_sizes_and_contain_each_other():
+    for images, sizes in ((10_582, {8: 1320, 64: 160, 128: 80}), (20_210, {8: 2550, 64: 300, 128: 150})):
+        splits = {n: Retrieval(fraction=n, seed=400).split(range(images)) for n in sizes}
+        assert {n: len(split) for n, split in splits.items()} == sizes
+        assert set(splits[128]) < set(splits[64]) < set(splits[8])
+        assert all(list(split) == sorted(set(split)) for split in splits.values())
+    assert len(Retrieval(fraction=16).split(range(367))) == 23  # others are rounded
+    assert Retrieval(fraction=8, seed=42).split(range(99)) != Retrieval(fraction=8, seed=400).split(range(99))
+    assert set(Retrieval(fraction=2).split([3, 5, 8, 9])) < {3, 5, 8, 9}
+    with pytest.raises(InputError, match="1/128 of 50 training images is less than one image"):
+        Retrieval(fraction=128).split(range(50))
+
+
+def test_variants_together_are_what_each_is_alone(monkeypatch):
+    train, val = Scenes(6), Scenes(3, mask_size=(40, 36))
+    given = [
+        {"memory_size": 20, "seed": 3},
+        {},
+        {"fraction": 2, "seed": 42},
+        {"fraction": 3, "neighbours": 2},
+    ]
+    expected = [segmented(train, val, **each) for each in given]
+    seen = []
+
+    def counted(backbone, images, **options):
+        seen.append(len(images))
+        return patch_features(backbone, images, **options)
+
+    monkeypatch.setattr("locat_lightning.evaluation.retrieval.patch_features", counted)
+    variants = [Retrieval(**each) for each in given]
+    parts = [loader(train)], loader(val)
+    found = compare_retrievals(build(), *parts, "cpu", variants, num_classes=CLASSES, progress=False)
+    assert sum(seen) == 6 + 3  # every image once, for all of them
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(vars(one), vars(other))
+    assert len({float(each.miou) for each in found}) == 4
+
+
+def test_passes_fill_the_memory_together():
+    first, second = Scenes(5), Scenes(6, places=range(5))  # which draws others
+    parts, options = [loader(first), loader(second)], {"num_classes": CLASSES, "progress": False}
+    everything, some = build_memories(
+        build(), parts, "cpu", [Retrieval(), Retrieval(memory_size=31)], **options
+    )
+    alone = [remembered(each) for each in (first, second)]
+    torch.testing.assert_close(everything, Memory(*map(torch.cat, zip(*alone, strict=True))))
+    nearest = (some.features @ everything.features.T).argmax(1)
+    assert torch.equal(some.histograms, everything.histograms[nearest])
+    of_pass = (nearest >= len(alone[0].features)).sum()
+    assert (len(nearest), int(of_pass)) == (31, 16)
+
+
 def test_the_training_around_it_is_untouched():
     model = build().train()
     model.blocks[0].eval()
@@ -257,6 +332,20 @@ def test_the_training_around_it_is_untouched():
     assert not result.per_class.is_inference()
 
 
+def known(result):
+    """All that a result says, as plain tensors."""
+    return vars(result) | {"images": list(result.images)}
+
+
+def counted(images):
+    """What `MeanIoU` counts of some images, all of which are predicted to be of class 1."""
+    metric = MeanIoU(CLASSES)
+    for index in images:
+        masks = Scenes(3)[index].masks[None]
+        metric.update(torch.ones_like(masks), masks, torch.tensor([index]))
+    return metric.compute()
+
+
 def process(rank, out):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
@@ -265,8 +354,10 @@ def process(rank, out):
         val = Scenes(3, mask_size=(40, 40), places=[[2, 0], [1, 0]][rank])
         results = [
             list(remembered(train, memory_size=20)),
+            list(remembered(train, fraction=2, seed=42)),
             list(remembered(nothing_here)),
-            vars(segmented(train, val)),
+            known(segmented(train, val)),
+            known(counted([[], range(3)][rank])),
         ]
         torch.save(results, f"{out}{rank}")
     finally:
@@ -277,8 +368,10 @@ def test_two_processes_with_unequal_parts_both_get_the_whole(two_processes, tmp_
     two_processes(process, tmp_path / "out")
     alone = [
         list(remembered(Scenes(5), memory_size=20)),
+        list(remembered(Scenes(5), fraction=2, seed=42)),
         list(remembered(Scenes(5))),
-        vars(segmented(Scenes(5), Scenes(3, mask_size=(40, 40)))),
+        known(segmented(Scenes(5), Scenes(3, mask_size=(40, 40)))),
+        known(counted(range(3))),
     ]
     for rank in range(2):
         for found, expected in zip(torch.load(tmp_path / f"out{rank}"), alone, strict=True):
@@ -295,6 +388,8 @@ def test_two_processes_with_unequal_parts_both_get_the_whole(two_processes, tmp_
         (Scenes(3, mask_size=(40, 32)), Scenes(2), {}, "masks of 40 × 32 pixels for training images of 32"),
         (Scenes(3), Scenes(2), {"memory_size": 0}, "memory_size is 0"),
         (Scenes(3), Scenes(2), {"neighbours": 0}, "retrieval from 0 neighbours"),
+        (Scenes(3), Scenes(2), {"fraction": 0}, "fraction is 0"),
+        (Scenes(3), Scenes(2), {"fraction": 8}, "1/8 of 3 training images is less than one image"),
         (Scenes(3), Scenes(2), {"temperature": 0.0}, "temperature 0.0"),
     ],
 )

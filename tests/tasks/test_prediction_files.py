@@ -13,6 +13,8 @@ from PIL import Image
 from locat_lightning.commands.fit import main
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation import gather
+from locat_lightning.evaluation.intervals import Figures, intervals
+from locat_lightning.evaluation.per_image import read_table
 from locat_lightning.tasks import Classification
 from locat_lightning.tasks.prediction_files import file_names, write_classes, write_table
 
@@ -134,6 +136,14 @@ def test_measured_again_it_says_by_which_protocol(trained, caplog):
     main(["validate", "--weights", str(trained / "checkpoints" / "best.ckpt"), *limit, *QUIET])
     final = json.loads((trained / "metrics.json").read_text())["val/miou"]
     assert f"val/miou {final:.4f} (whole image resized to fit 64 × 64)" in caplog.text
+    [run] = trained.parents[1].glob("*_validate/version_0")
+    record = json.loads((run / "metrics.json").read_text())
+    areas = read_table(run / "images.csv")
+    figures = Figures(areas, "val").values
+    assert record["val/miou"] == pytest.approx(final) == pytest.approx(figures["miou"])
+    assert record["intervals"]["val/miou"] == pytest.approx(list(intervals(areas)["miou"]))
+    assert record["images"] == len(areas.indices)
+    assert record["protocol"] == "segmentation, whole image resized to fit 64 × 64"
 
 
 def test_predictions_are_index_pngs_and_overlays_of_any_folder(predicted):

@@ -180,7 +180,7 @@ def test_each_file_is_read_once(tmp_path, weights, monkeypatch):
 def test_a_backbone_that_checkpoints_hold_is_known_without_its_digest(
     tmp_path, weights, options, monkeypatch
 ):
-    monkeypatch.setattr("locat_lightning.tasks.segmentation.reference_to", None)
+    monkeypatch.setattr("locat_lightning.tasks.dense.reference_to", None)
     fit(tmp_path, task(weights, **options))
 
 
@@ -311,14 +311,14 @@ def test_predictions_have_the_size_of_the_annotation(tmp_path, weights):
 
 def test_mixed_precision_computes_the_backbone_in_it(tmp_path, weights, monkeypatch):
     asked = []
-    from locat_lightning.tasks import segmentation
+    from locat_lightning.tasks import dense
 
     def watched(backbone, images, *, autocast_dtype, **options):
         asked.append(autocast_dtype)
         return original(backbone, images, autocast_dtype=autocast_dtype, **options)
 
-    original = segmentation.patch_features
-    monkeypatch.setattr(segmentation, "patch_features", watched)
+    original = dense.patch_features
+    monkeypatch.setattr(dense, "patch_features", watched)
     fit(tmp_path, task(weights), precision="bf16-mixed", max_epochs=1)
     fit(tmp_path, task(weights), max_epochs=1)
     assert set(asked[: len(asked) // 2]) == {torch.bfloat16}

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from locat_lightning.callbacks.throughput import Throughput
-from locat_lightning.tasks import Classification
+from locat_lightning.data.depth import DepthBatch
+from locat_lightning.tasks import Classification, Depth
 from locat_lightning.tasks.base import Task
 from tests.methods.runs import METHODS, Batches, random_batch, small, trainer
 from tests.tasks import test_classification, test_segmentation
@@ -98,6 +99,12 @@ def segmentation(tmp_path, steps, **options):
     return test_segmentation.task(weights, **options), test_segmentation.Batches(steps)
 
 
+def depth(tmp_path, steps, **options):
+    data = test_segmentation.Batches(steps)
+    data.items = [DepthBatch(images, masks.float() % 9, indices) for images, masks, indices in data.items]
+    return Depth(weights=test_segmentation.weights_in(tmp_path), **options), data
+
+
 def pretraining(tmp_path, steps, *, name, **options):
     batch = random_batch(4)
     indices = batch.masks.flatten().nonzero().flatten()  # as the views bring them
@@ -112,6 +119,7 @@ CASES = {
     "Segmentation": segmentation,
     "Segmentation, whole": partial(segmentation, train_backbone=True),
     "Segmentation, a grid": partial(segmentation, head="pyramid", lrs=[0.1, 0.01]),
+    "Depth": partial(depth, layers=2, steps_without_variance=2),
     **{name: partial(pretraining, name=name) for name in METHODS},
     "Dinov2, all terms": partial(pretraining, name="Dinov2", **ALL_TERMS),
 }

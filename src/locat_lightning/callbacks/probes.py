@@ -98,7 +98,7 @@ class KnnProbe(_FeatureProbe):
         self.temperature = temperature
 
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
-        found = knn_classify(*train, *val, k=(self.k,), temperature=self.temperature)[self.k]
+        found = knn_classify(*train[:2], *val[:2], k=(self.k,), temperature=self.temperature)[self.k]
         return {"top1": found.top1, "top5": found.top5}
 
 
@@ -147,5 +147,5 @@ class LinearProbe(_FeatureProbe):
         )
 
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
-        best = self._sweep(*train, *val).best
+        best = self._sweep(*train[:2], *val[:2]).best
         return {"top1": best.top1, "top5": best.top5, "rate": best.learning_rate}

@@ -22,6 +22,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from locat.runs import HEADLINES, LOCK, replaced, write_json
 from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
+from locat_lightning.evaluation.intervals import Figures
+from locat_lightning.evaluation.per_image import TABLE, PerImage, write_table
 
 PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
 DURING = ("train/", "signs/", "gaug_")  # metrics of the training itself; all others are results
@@ -32,6 +34,8 @@ LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOG
 
 class RunRecord(SaveConfigCallback):
     """Record the config and the versions when a run starts, and its results when it ends."""
+
+    _said = ""  # of the figures of an evaluation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell all processes the directory; defer writing until training starts, as the start may fail."""
@@ -98,6 +102,36 @@ class RunRecord(SaveConfigCallback):
         write_json(Path(trainer.default_root_dir) / "metrics.json", record)
         rank_zero_info(f"{line}\n{_where(trainer.default_root_dir)}")
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write_results(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_results(trainer, pl_module, "test")
+
+    def _write_results(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        """Write what an evaluation found, with intervals, to `metrics.json`, and of each image to a table."""
+        results = getattr(pl_module, "results", None)  # a module of the user's own may have none
+        if not isinstance(results, PerImage) or not trainer.is_global_zero:
+            return
+        figures, summary = Figures(results, split), pl_module.summary()  # type: ignore[operator]
+        shown = [f"{split}/{name} {figures.cell(name)}" for name in figures.values if "iou_" not in name]
+        number = len(results.indices)
+        self._said = f"{'   '.join(shown)}   (95 % intervals, bootstrap over {number:,} images)"
+        logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        record: dict[str, Any] = {
+            "weights": self.config.get("weights"),
+            "seed": self.config.get("seed_everything"),
+            **figures.metrics(),
+            **{name: value for name, value in logged.items() if isfinite(value)},
+            "protocol": ", ".join(filter(None, [type(pl_module).__name__.lower(), summary])),
+            "versions": versions(),
+            **figures.record(),
+        }
+        run = Path(trainer.default_root_dir)
+        write_table(run / TABLE, results)
+        write_json(run / "metrics.json", record)
+
     def _write_hparams(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
         options = {"seed_everything": self.config.get("seed_everything"), "model": pl_module.hparams}
         options["data"] = getattr(trainer.datamodule, "hparams", {})  # type: ignore[attr-defined]
@@ -110,8 +144,10 @@ class RunRecord(SaveConfigCallback):
                 logger.experiment._get_file_writer().add_summary(summary)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """After an evaluation, print where its log is, below its table."""
+        """After an evaluation, print its intervals and where its log is, below its table."""
         if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            if self._said:
+                rank_zero_info(self._said)
             rank_zero_info(_where(trainer.default_root_dir))
 
 

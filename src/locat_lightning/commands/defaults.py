@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import timm
+from timm.models import load_model_config_from_hf
+
 from locat import configs
 from locat_lightning.backbones.weights import check_here, read_checkpoint
 from locat_lightning.commands.parsing import decisive_options
@@ -14,6 +17,12 @@ GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
 # How options of the data are named by timm.
 IMAGES = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolation": "interpolation"}
 SOURCES = {"teacher", "backbone_weights"}  # options of models that say where weights are
+# What an evaluation takes over from the data of a run of the same kind: which images, their size and their
+# normalisation, but not how strongly they were augmented.
+OF_ANY_KIND = ("mean", "std")
+OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
+OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
+OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index", "reduce_zero_label")
 # A command with one of these needs no defaults: it has a config, or only prints.
 WITHOUT = {"--help", "-h", "--print_config", "--model.help", "--data.help"}
 
@@ -105,3 +114,39 @@ def of_images(config: dict[str, Any]) -> dict[str, Any]:
     found = {option: known[name] for option, name in IMAGES.items() if known.get(name) is not None}
     size = config.get("model_args", {}).get("img_size") or known.get("input_size")
     return found | ({"img_size": size[-1] if isinstance(size, list | tuple) else size} if size else {})
+
+
+def of_evaluation(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
+    """Return what the weights say of the images that they are for, by option."""
+    if (record := record_of_run(Path(weights))) is not None:
+        return of_data(command, read_record(record, ["data"], typed)["data"])
+    if exported := exported_config(weights):
+        images = of_images(exported)
+    else:
+        images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
+        images.pop("img_size", None)
+    keys = OF_ANY_KIND if command in ("retrieve", "track") else images
+    return {f"data.{key}": images[key] for key in keys if key in images}
+
+
+def of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return what the data of a training say of their images, by option."""
+    data, has_masks = dict(recorded["init_args"]), recorded["class_path"].endswith("SegmentationData")
+    if views := data.get("views", {}).get("init_args"):
+        data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
+    of_a_kind = command != "track" and has_masks == (command == "retrieve")
+    keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
+    if data.get("dataset") == "digits" and command != "track":  # of either kind
+        keys = (*keys, "dataset")
+    return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
+
+
+def _pretrained_cfg(weights: str) -> dict[str, Any]:
+    """Return what timm or a hub notes beside the weights that they name; {} of others."""
+    source, _, place = weights.partition(":")
+    if source not in ("hf-hub", "hf_hub"):
+        return dict(timm.get_pretrained_cfg(weights).to_dict()) if timm.is_model(weights) else {}
+    try:
+        return dict(load_model_config_from_hf(place)[0])
+    except Exception:  # of many kinds, which are reported when the weights are loaded
+        return {}

@@ -1,54 +1,43 @@
-"""`locat knn`, `locat linear` and `locat retrieve`: how good the features of a frozen backbone are."""
+"""`locat knn`, `linear`, `retrieve` and `robustness`: how good the features of a frozen backbone are."""
 
+from collections.abc import Mapping
 from dataclasses import fields
-from math import isnan
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import timm
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.fabric import Fabric
-from rich.console import Console
-from rich.table import Column, Table
-from timm.models import load_model_config_from_hf
-from torch import nn
+from torch import Tensor, nn
 
-from locat.runs import claim, write_json
+from locat.runs import claim
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
 from locat_lightning.commands import checks, parsing, sources
-from locat_lightning.commands.defaults import of_images
+from locat_lightning.commands.datasets import ending_of, options_of, show_together
+from locat_lightning.commands.defaults import of_data, of_evaluation
+from locat_lightning.commands.measurement import Measurement, columns, report
 from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.commands.retrieval import add_retrieval_options, retrieve
+from locat_lightning.commands.robustness import measure_robustness
 from locat_lightning.data import ImageData, SegmentationData
+from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
-from locat_lightning.evaluation.iou import IoU
-from locat_lightning.evaluation.knn import knn_classify
+from locat_lightning.evaluation.intervals import Figures
+from locat_lightning.evaluation.knn import knn_ranks
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
-from locat_lightning.evaluation.retrieval import Retrieval, segment_by_retrieval
+from locat_lightning.evaluation.per_image import Scores, names_of
+from locat_lightning.evaluation.robustness import Robustness
 
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
     "linear": "Accuracy of a linear classifier on a frozen backbone's features",
     "retrieve": "mIoU of dense retrieval (Hummingbird): each patch takes the classes of the training patches "
     "most similar to it; nothing is trained",
+    "robustness": "Top-1 of a classifier against the number of patches that are corrupted, as curves",
 }
-# What an evaluation takes over from the data of a run of the same kind: which images, their size and their
-# normalisation, but not how strongly they were augmented.
-OF_ANY_KIND = ("mean", "std")
-OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
-OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
-OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index", "reduce_zero_label")
-
-
-class Measurement(NamedTuple):
-    """A result, to print and to record."""
-
-    heading: str
-    table: Table
-    metrics: dict[str, float]
 
 
 class ConfigOfImages(parsing.ConfigByName):
@@ -59,21 +48,49 @@ class ConfigOfImages(parsing.ConfigByName):
         if not (isinstance(data, dict) and "class_path" in data):
             super().__call__(parser, cfg, values, option_string)
             return
-        images = _of_data(parser.prog.split()[-1], data)
+        images = of_data(parser.prog.split()[-1], data)
         text = yaml.safe_dump({"data": {key.removeprefix("data."): value for key, value in images.items()}})
         ActionConfigFile.__call__(self, parser, cfg, text, option_string)
 
 
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
-    """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
+    """Run `locat knn …`, `locat linear …`, `locat retrieve …` or `locat robustness …`."""
+    evaluate(arguments)
+
+
+def evaluate(arguments: list[str]) -> Path | None:
+    """Do what `main` does; return the directory of the run, in the first process."""
     command, *arguments = arguments
     parser = _parser(command)
+    config, directory, fabric = prepared(command, parser, arguments)
+    images = _data(parser, config)
+    backbone = launched(config, fabric, classifier=command == "robustness")
+    measured, run = dict[str, Measurement](), None
+    for dataset, data in images.items():
+        if isinstance(data, SegmentationData):
+            measurement = retrieve(backbone, data, config, fabric)
+        else:
+            advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
+            check_size(backbone, data.img_size, fabric.device, advice=advice)
+            measurement = MEASURES[command](backbone, data, config, fabric)
+        measured[dataset] = measurement
+        if fabric.is_global_zero:
+            place = directory.with_name(directory.name + ending_of(dataset)) if dataset else directory
+            known = {"weights": config.weights, "seed": config.seed}
+            run = report(measurement, claim(place), alone=len(images) == 1, **known)
+    if fabric.is_global_zero and len(images) > 1:
+        show_together(measured)
+    return run
+
+
+def prepared(command: str, parser: ArgumentParser, arguments: list[str]) -> tuple[Namespace, Path, Fabric]:
+    """Return the options of a command, the directory of its runs, and the processes, not launched yet."""
     given, recorded = parsing.decisive_options(arguments), list[str]()
     if given.weights is not None:
         sources.check_weights(given.weights)
         typed = {argument.partition("=")[0] for argument in arguments}
-        recorded = parsing.as_arguments(_defaults(command, given.weights, typed))
+        recorded = parsing.as_arguments(of_evaluation(command, given.weights, typed))
         arguments = [*recorded, *arguments]  # before what is typed, and checked like it
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
@@ -87,27 +104,34 @@ def main(arguments: list[str]) -> None:
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
         checks.check_processes(fabric.world_size)
-    data: ImageData | SegmentationData = parser.instantiate_classes(config).data
-    data.setup("fit")
+    return config, directory, fabric
 
+
+def launched(config: Namespace, fabric: Fabric, *, classifier: bool = False) -> nn.Module:
+    """Launch the processes, and return the backbone on the device of this one."""
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Role = "student" if config.student else "teacher"
     model = config.weights, config.backbone, config.backbone_args
-    backbone = load_backbone(*model, network=network, any_size=True).to(fabric.device)
-    if isinstance(data, SegmentationData):
-        measurement = _retrieve(backbone, data, config, fabric)
-    else:
-        advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
-        check_size(backbone, data.img_size, fabric.device, advice=advice)
-        measurement = (_knn if command == "knn" else _linear)(backbone, data, config, fabric)
-    if fabric.is_global_zero:
-        print(measurement.heading)
-        Console().print(measurement.table)
-        run = claim(directory)
-        record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
-        write_json(run / "metrics.json", record | measurement.metrics)
-        print(f"run: {run}")
+    options: dict[str, Any] = {"network": network, "any_size": True, "classifier": classifier}
+    return load_backbone(*model, **options).to(fabric.device)
+
+
+def _data(parser: ArgumentParser, config: Namespace) -> dict[str, ImageData | SegmentationData]:
+    """Return the images by what `--datasets` names, "" for those of the other options; all are found now."""
+    found: dict[str, ImageData | SegmentationData] = {}
+    for dataset, options in options_of(config.get("datasets") or []).items() or [("", {})]:
+        own = config.clone()
+        for key, value in options.items():
+            own.data[key] = value
+        found[dataset] = data = parser.instantiate_classes(own).data
+        data.prepare_data()
+        data.setup("fit")
+        if isinstance(data.source("val"), Stream):
+            raise InputError(
+                f"data set {data.dataset!r} is a stream, whose images have no places: use another"
+            )
+    return found
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -117,15 +141,18 @@ def _parser(command: str) -> ArgumentParser:
     parsing.add_weights_options(parser)
     if command == "retrieve":
         parser.add_class_arguments(SegmentationData, "data")
-        add("--image_size", type=PositiveInt, default=224, help="height and width of the images, in pixels")
-        parser.add_class_arguments(Retrieval, skip={"seed"})
+        add_retrieval_options(parser)
     else:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.
         parser.set_defaults({"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0})
+        help_ = "measure on each of these instead: folders, digits, or timm's names; one table, a run each"
+        add("--datasets", type=str, nargs="+", default=None, help=help_)
     if command == "knn":
         add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
         add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
+    if command == "robustness":
+        parser.add_class_arguments(Robustness, skip={"seed"})
     if command == "linear":
         help_ = "paper: SGD on augmented images; sweep: many learning rates, on features extracted once"
         add("--protocol", type=Literal["paper", "sweep"], default="paper", help=help_)
@@ -134,6 +161,13 @@ def _parser(command: str) -> ArgumentParser:
         rates, help_ = list(DINOV2_LEARNING_RATES), "of sweep, for 256 features a step"
         add("--learning_rates", type=PositiveFloat, nargs="+", default=rates, help=help_)
         add("--sweep_batch_size", type=PositiveInt, default=1024, help="features per step of the sweep")
+    add_run_options(parser)
+    return parser
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Add options of where a measurement is computed and written."""
+    add = parser.add_argument
     add("--runs", type=str, default="runs", help="directory of all runs")
     add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
     add("--accelerator", type=str, default="auto", help="as the trainer's")
@@ -141,64 +175,34 @@ def _parser(command: str) -> ArgumentParser:
     add("--strategy", type=str, default="auto", help="as the trainer's")
     add("--precision", type=str | None, default=parsing.mixed_precision(), help="as the trainer's")
     add("--seed", type=NonNegativeInt, default=0, help="seed of everything that is drawn")
-    return parser
-
-
-def _defaults(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
-    """Return what the weights say of the images that they are for, by option."""
-    if (record := sources.record_of_run(Path(weights))) is not None:
-        return _of_data(command, sources.read_record(record, ["data"], typed)["data"])
-    if exported := sources.exported_config(weights):
-        images = of_images(exported)
-    else:
-        images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
-        images.pop("img_size", None)
-    keys = OF_ANY_KIND if command == "retrieve" else images
-    return {f"data.{key}": images[key] for key in keys if key in images}
-
-
-def _of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return what the data of a training say of their images, by option."""
-    data, has_masks = dict(recorded["init_args"]), recorded["class_path"].endswith("SegmentationData")
-    if views := data.get("views", {}).get("init_args"):
-        data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
-    of_a_kind = has_masks == (command == "retrieve")
-    keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
-    if data.get("dataset") == "digits":  # of either kind
-        keys = (*keys, "dataset")
-    return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
-
-
-def _pretrained_cfg(weights: str) -> dict[str, Any]:
-    """Return what timm or a hub notes beside the weights that they name; {} of others."""
-    source, _, place = weights.partition(":")
-    if source not in ("hf-hub", "hf_hub"):
-        return dict(timm.get_pretrained_cfg(weights).to_dict()) if timm.is_model(weights) else {}
-    try:
-        return dict(load_model_config_from_hf(place)[0])
-    except Exception:  # of many kinds, which are reported when the weights are loaded
-        return {}
 
 
 def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
     bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
-    found = knn_classify(*bank, *queries, k=config.k, temperature=config.temperature)
-    table, metrics = _table("k", "top-1", "top-5"), dict[str, float]()
-    for k, accuracy in found.items():
-        voters = f"{k}" if accuracy.neighbours == k else f"{k} (all {accuracy.neighbours})"
-        table.add_row(voters, f"{accuracy.top1:.2%}", f"{accuracy.top5:.2%}")
-        metrics |= {f"knn/top1_k{k}": accuracy.top1, f"knn/top5_k{k}": accuracy.top5}
+    found = knn_ranks(*bank[:2], *queries[:2], k=config.k, temperature=config.temperature)
+    hits = dict[str, Tensor]()
+    for k, (neighbours, ranks) in found.items():
+        hits |= {f"top1_k{k}": ranks < 1, f"top5_k{k}": ranks < min(5, neighbours)}
+    figures = Figures(_scores(data, queries, hits), "knn")
+    rows, table = list[tuple[str, ...]](), columns("k", "top-1", "top-5")
+    for k, (neighbours, _) in found.items():
+        voters = f"{k}" if neighbours == k else f"{k} (all {neighbours})"
+        rows.append((voters, figures.cell(f"top1_k{k}"), figures.cell(f"top5_k{k}")))
+        table.add_row(*rows[-1])
     heading = f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}"
-    return Measurement(heading, table, metrics)
+    protocol = f"k-NN at temperature {config.temperature:g} among {len(bank.labels):,} images"
+    return Measurement(heading, table, figures.metrics(), protocol, figures, rows)
 
 
 def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    val = _features(backbone, data, "val", config, fabric)
     if config.protocol == "paper":
-        images = min(data.batch_size * fabric.world_size, len(data.source("train")))
+        number, rates = len(data.source("train")), [config.learning_rate]
+        images = min(data.batch_size * fabric.world_size, number)
         result = train_linear(
             backbone,
             data.train_dataloader(),
-            data.val_dataloader(),
+            val,
             fabric.device,
             num_classes=data.num_classes,
             batch_size=images,
@@ -209,45 +213,44 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
         )
         sweep, manner = LinearSweep((result,)), f"{images} augmented images a step"
     else:
-        train, val = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
+        train = _features(backbone, data, "train", config, fabric)
+        number, rates = len(train.labels), config.learning_rates
         sweep = sweep_linear(
-            *train,
-            *val,
-            learning_rates=config.learning_rates,
+            *train[:2],
+            *val[:2],
+            learning_rates=rates,
             epochs=config.epochs,
             batch_size=config.sweep_batch_size,
             seed=config.seed,
             progress=fabric.is_global_zero,
         )
-        features = min(config.sweep_batch_size, len(train.labels))
+        features = min(config.sweep_batch_size, number)
         manner = f"{features} features a step, best top-1 {sweep.best.top1:.2%}"
-    best, table = sweep.best, _table("learning rate", "effective", "top-1", "top-5")
-    metrics = {"linear/top1": best.top1, "linear/top5": best.top5, "linear/learning_rate": best.learning_rate}
+    best, hits = sweep.best, {"top1": sweep.best.ranks < 1, "top5": sweep.best.ranks < 5}
+    several = len(sweep.results) > 1
+    for r in sweep.results if several else ():
+        hits |= {f"top1_rate{r.learning_rate:g}": r.ranks < 1, f"top5_rate{r.learning_rate:g}": r.ranks < 5}
+    figures = Figures(_scores(data, val, hits), "linear")
+    rows, table = list[tuple[str, ...]](), columns("learning rate", "effective", "top-1", "top-5")
     for r in sweep.results:
-        rates = f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}"
-        table.add_row(*rates, f"{r.top1:.2%}", f"{r.top5:.2%}")
-        if len(sweep.results) > 1:
-            metrics[f"linear/top1_rate{r.learning_rate:g}"] = r.top1
-    return Measurement(f"linear, {config.protocol}: {config.epochs} epochs, {manner}", table, metrics)
+        ending = f"_rate{r.learning_rate:g}" if several else ""
+        tops = figures.cell(f"top1{ending}"), figures.cell(f"top5{ending}")
+        rows += [(f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *tops)]
+        table.add_row(*rows[-1])
+    heading = f"linear, {config.protocol}: {config.epochs} epochs, {manner}"
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    protocol = f"linear, {config.protocol}, {config.epochs} epochs of {number:,} images at {listed}"
+    metrics = figures.metrics() | {"linear/learning_rate": best.learning_rate}
+    of_best = [row for row, r in zip(rows, sweep.results, strict=True) if r is best]
+    return Measurement(heading, table, metrics, protocol, figures, of_best)
 
 
-def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fabric: Fabric) -> Measurement:
-    train, val = (data.square_dataloader(split, config.image_size) for split in ("train", "val"))
-    settings = Retrieval(**{field.name: config[field.name] for field in fields(Retrieval)})
-    dtype, classes = autocast_type(config.precision), data.num_classes
-    found = segment_by_retrieval(
-        backbone, train, val, fabric.device, settings, num_classes=classes, autocast_dtype=dtype
-    )
-    table = _table("class", "IoU")
-    metrics = {f"retrieval/{name}": float(getattr(found, name)) for name in IoU.SCALARS}
-    for name, iou in zip(data.class_names, found.per_class.tolist(), strict=True):
-        table.add_row(name, "absent" if isnan(iou) else f"{iou:.2%}")
-        if not isnan(iou):
-            metrics[f"retrieval/iou_{name}"] = iou
-    kept = f"{config.memory_size:,} patches kept" if config.memory_size else "all patches kept"
-    protocol = f"images resized to {config.image_size} × {config.image_size}, {kept}"
-    heading = f"dense retrieval: mIoU {float(found.miou):.4f} ({protocol}, {config.neighbours} neighbours)"
-    return Measurement(heading, table, metrics)
+def _robustness(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+    settings = Robustness(**{field.name: config[field.name] for field in fields(Robustness)})
+    return measure_robustness(backbone, data, config, settings, fabric)
+
+
+MEASURES = {"knn": _knn, "linear": _linear, "robustness": _robustness}
 
 
 def _features(
@@ -257,8 +260,9 @@ def _features(
     return extract_features(backbone, loader, fabric.device, autocast_dtype=dtype).to(fabric.device)
 
 
-def _table(*columns: str) -> Table:
-    return Table(*(Column(name, justify="right") for name in columns))
+def _scores(data: ImageData, of: Features, hits: Mapping[str, Tensor]) -> Scores:
+    """Return hits [N] by name as results of the validation images."""
+    return Scores(of.indices, names_of(data, "val", of.indices.tolist()), of.labels.cpu(), hits)
 
 
 def _name_of(weights: str) -> str:

@@ -123,14 +123,14 @@ class ImageModule(LightningDataModule, Generic[Found]):
             **options,
         )
 
-    def _in_order(self, images: Images, **options: Any) -> ImageLoader:
-        """Return batches of these images in order, each in one process once."""
+    def _in_order(self, images: Images, items: Sequence[int] | None = None, **options: Any) -> ImageLoader:
+        """Return batches of these images, or some items of them, in order, each in one process once."""
         processes, rank = self._processes()
         if self.trainer is not None and len(images) < processes:
             # All processes have to evaluate together, but Lightning skips one that has no images.
             count = len(images)
             raise InputError(f"{count} images for {processes} processes: use --trainer.devices {count}")
-        order = EvaluationOrder(images, processes, rank, shuffle=False)
+        order = EvaluationOrder(images, processes, rank, items)
         return ImageLoader(images, sampler=order, **(self._loader_options(training=False) | options))
 
     def _processes(self) -> tuple[int, int]:

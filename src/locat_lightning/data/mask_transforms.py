@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import RandomPhotometricDistort
+from torchvision.transforms.v2 import ColorJitter, RandomApply, RandomPhotometricDistort, RandomResizedCrop
 from torchvision.transforms.v2.functional import normalize, resize
 
 from locat_lightning.data.colour import turn_hue
@@ -25,6 +25,12 @@ ATTEMPTS = 10  # at a crop that shows more than one class
 DISTORTION = RandomPhotometricDistort(
     brightness=(-32 / 255, 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.1, 0.1)
 )
+
+# Of Hummingbird's memory, as open-hummingbird-eval has it: each with probability 1/2, in this order.
+JITTER = [
+    RandomApply([ColorJitter(**{name: 0.1})], p=0.5)
+    for name in ("brightness", "contrast", "saturation", "hue")
+]
 
 
 def joint_augmentation(
@@ -75,6 +81,25 @@ def joint_evaluation(
     size = fitted_size(mask.shape, scale) if keep_ratio else list(scale)
     pixels = normalize(to_float(resize(image, size)), **normalisation, inplace=True)
     return pixels, resize_mask(mask, size) if with_mask else mask
+
+
+def square_augmentation(
+    image: Tensor, mask: Tensor, *, side: int, normalisation: Mapping[str, Sequence[float]]
+) -> tuple[Tensor, Tensor]:
+    """Crop at random, resize to a square, change the colours at random and normalise: see `JITTER`.
+
+    The crop has from half to twice the image's area and is from 3 : 4 to 4 : 3 wide to high, both at random;
+    what does not fit into the image is drawn again, at most ten times, and then it is the largest in the
+    middle. Nothing is flipped. The image becomes float32 [3, side, side], its mask uint8 [side, side].
+
+    Source: `get_hbird_train_transforms` in github.com/vpariza/open-hummingbird-eval.
+    """
+    crop = RandomResizedCrop(side, scale=(0.5, 2.0)).make_params([image])
+    area = slice(crop["top"], crop["top"] + crop["height"]), slice(crop["left"], crop["left"] + crop["width"])
+    image = resize(image[:, *area], [side, side])
+    for jitter in JITTER:
+        image = jitter(image)
+    return normalize(to_float(image), **normalisation, inplace=True), resize_mask(mask[area], [side, side])
 
 
 def fitted_size(size: Sequence[int], scale: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """The order of images: shuffled for training, unchanged for evaluation; shared out among processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil
 
 import torch
@@ -41,11 +41,16 @@ class TrainOrder(DistributedSampler):
 class EvaluationOrder(DistributedSampler):
     """Every image once, in order and without padding: process r of n reads r, r + n, ….
 
-    Lightning keeps a subclass of DistributedSampler; any other sampler it would replace by one that pads.
+    `items` of `Images` are read instead of all, where they are given. Lightning keeps a subclass of
+    DistributedSampler; any other sampler it would replace by one that pads.
     """
 
+    def __init__(self, images: Images, processes: int, rank: int, items: Sequence[int] | None = None) -> None:
+        super().__init__(images, processes, rank, shuffle=False)
+        self.items = (range(len(images)) if items is None else items)[rank::processes]
+
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return iter(self.items)
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return len(self.items)

@@ -20,7 +20,7 @@ from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import Files, listed, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
-from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation
+from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation, square_augmentation
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -194,16 +194,25 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         images = MaskedImages(self.source(split), self.evaluation, self.seed)
         return self._in_order(images, collate=collate_masks, batch_size=self.eval_batch_size)
 
-    def square_dataloader(self, split: str, side: int) -> ImageLoader:
+    def square_dataloader(
+        self, split: str, side: int, *, places: Sequence[int] | None = None, augmented: int = 0
+    ) -> ImageLoader:
         """Return the images of a split in order, resized to squares (pixels), as dense retrieval takes them.
 
-        The masks of `train` are resized as well; those of other splits keep the annotation's own size.
+        The masks of `train` are resized as well; those of other splits keep the annotation's own size. If
+        `places` are given, only those images are read. If `augmented` is 1 or more, it is the number of a
+        pass in which images and masks are augmented (`square_augmentation`), each pass differently.
         """
         training = split == "train"
         square = partial(self.evaluation, scale=(side, side), keep_ratio=False, with_mask=training)
+        if augmented:
+            square = partial(square_augmentation, side=side, normalisation=self.normalisation)
         images = MaskedImages(self.source(split), square, self.seed)
+        items = [
+            augmented * len(images) + place for place in (range(len(images)) if places is None else places)
+        ]
         size = self.batch_size if training else self.eval_batch_size
-        return self._in_order(images, collate=collate_masks, batch_size=size)
+        return self._in_order(images, items, collate=collate_masks, batch_size=size)
 
     def _find(self, split: str) -> Source[np.ndarray]:
         if split == "predict":

@@ -18,19 +18,21 @@ def patch_features(
     *,
     layers: int | Sequence[int] = 1,
     norm: bool = False,
+    with_cls: bool = False,
     autocast_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the patch tokens of the last block (for a hierarchical model, stage), or of several, as a map.
 
-    They are taken before PRR, without prefix tokens. Images are `padded` to a multiple of the patch, and the
-    map covers the padded image: what is upsampled from it has to be cut. An autocast context around this call
-    has no effect inside it.
+    They are taken before PRR, without prefix tokens unless `with_cls` is set. Images are `padded` to a
+    multiple of the patch, and the map covers the padded image: what is upsampled from it has to be cut. An
+    autocast context around this call has no effect inside it.
 
     Args:
         backbone: any timm model with `forward_intermediates`.
         images: [B, 3, height, width], normalised.
         layers: how many of the last blocks, or which blocks, by index from 0; see `feature_width`.
         norm: whether the model's final norm is applied, to the tokens of each block.
+        with_cls: whether the [CLS] token of each block follows its features of every patch, D twice as large.
         autocast_dtype: mixed precision in this type; None computes in the type of the weights.
 
     Returns:
@@ -42,6 +44,8 @@ def patch_features(
     """
     if layers != 1:
         feature_width(backbone, layers)  # for its checks
+    if with_cls and getattr(backbone, "cls_token", None) is None:
+        raise InputError(f"{type(backbone).__name__} has no [CLS] token: set model.cls_token false")
     images = padded(backbone, images)
     size = tuple(images.shape[-2:])
     timm: Any = backbone
@@ -53,9 +57,16 @@ def patch_features(
             f"{size[0]} × {size[1]}: build it with dynamic_img_size=True (Swin: strict_img_size=False)"
         )
     with autocast(images.device, autocast_dtype):
+        options = {"return_prefix_tokens": True} if with_cls else {}
         features = timm.forward_intermediates(
-            images, indices=layers, norm=norm, output_fmt="NCHW", intermediates_only=True
+            images, indices=layers, norm=norm, output_fmt="NCHW", intermediates_only=True, **options
         )
+    if with_cls:
+        features = [
+            each
+            for tokens, prefix in features
+            for each in (tokens, prefix[:, 0, :, None, None].expand_as(tokens))
+        ]
     result: Tensor = (features[0] if len(features) == 1 else torch.cat(features, 1)).float()
     return result
 

@@ -23,10 +23,11 @@ class Features(NamedTuple):
 
     features: Tensor  # [N, D] float32
     labels: Tensor  # [N] int64
+    indices: Tensor  # [N] int64, positions in the data set, ascending; on the CPU
 
     def to(self, device: torch.device) -> "Features":
-        """Return the same on a device."""
-        return Features(self.features.to(device), self.labels.to(device))
+        """Return the same with features and labels on a device."""
+        return self._replace(features=self.features.to(device), labels=self.labels.to(device))
 
 
 def autocast_type(precision: str | int | None) -> torch.dtype | None:
@@ -106,7 +107,7 @@ def extract_features(
     not touched. A progress bar is shown on the first process only.
 
     Returns:
-        Features and labels of each distinct index, ascending; ordinary tensors on the CPU, fit for autograd.
+        Features and labels of each distinct index, ascending: ordinary tensors on the CPU, fit for autograd.
     """
     device = torch.device(device)
     found = []
@@ -118,7 +119,8 @@ def extract_features(
     with torch.inference_mode(False):
         none = torch.empty(0, dtype=torch.int64)
         columns = zip(*found or [(none, torch.empty(0, 0), none)], strict=True)
-        features, labels = gather_rows(*map(torch.cat, columns), device=device)
+        indices, *tables = map(torch.cat, columns)
+        features, labels, indices = gather_rows(indices, *tables, indices, device=device)
     if not len(features):
         raise InputError("no images to extract features from: the loader is empty (check root and split)")
-    return Features(features, labels)
+    return Features(features, labels, indices)

@@ -1,15 +1,24 @@
 """Intersection over union (IoU) of a segmentation, from one confusion matrix over the whole data set."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.labels import IGNORE
+
+
+class ImageAreas(NamedTuple):
+    """The areas of classes in each image, whose sums over images decide IoU and accuracies."""
+
+    indices: list[int]  # N positions in the data set, ascending
+    areas: Tensor  # [N, 3, C] int64, see `class_areas`
 
 
 @dataclass
@@ -23,6 +32,7 @@ class IoU:
         pixel_accuracy: share of the annotated pixels that are predicted rightly.
         mean_accuracy: the same by annotated class, averaged over the annotated classes.
         confusion: [C, C] int64, counts of pixels: annotated classes as rows, predicted ones as columns.
+        images: areas of each image, on the CPU; None where it is not known which image a pixel is of.
     """
 
     SCALARS: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy", "mean_accuracy")
@@ -32,6 +42,7 @@ class IoU:
     pixel_accuracy: Tensor
     mean_accuracy: Tensor
     confusion: Tensor
+    images: ImageAreas | None = None
 
 
 class MeanIoU(Metric):
@@ -58,13 +69,34 @@ class MeanIoU(Metric):
         check_classes(num_classes)
         self.num_classes = num_classes
         self.add_state("pixels", torch.zeros(num_classes**2 + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self._images: list[tuple[Tensor, Tensor]] = []  # indices and areas of a batch each
 
-    def update(self, predictions: Tensor, annotations: Tensor) -> None:
-        """Count the pixels of an image or batch, of any size; see `count_pixels`."""
-        self.pixels += count_pixels(predictions, annotations, self.num_classes)
+    def update(self, predictions: Tensor, annotations: Tensor, indices: Tensor | None = None) -> None:
+        """Count the pixels of an image or batch, of any size; see `count_pixels`.
+
+        `indices` [B] are the positions of a batch's images in the data set: then the result has their areas.
+        """
+        if indices is None:
+            self.pixels += count_pixels(predictions, annotations, self.num_classes)
+            return
+        counts = [
+            count_pixels(*pair, self.num_classes) for pair in zip(predictions, annotations, strict=True)
+        ]
+        of_images = torch.stack(counts)
+        self.pixels += of_images.sum(0)
+        self._images.append((indices, class_areas(of_images)))
 
     def compute(self) -> IoU:
-        return iou(self.pixels)
+        """Return the result over the images of all processes, which call this together."""
+        none = torch.empty(0, dtype=torch.int64)
+        batches = self._images or [(none, none.view(0, 0, 0))]
+        indices, areas = (torch.cat(column).cpu() for column in zip(*batches, strict=True))
+        indices, areas = gather_rows(indices, indices, areas, device=self.device)
+        return iou(self.pixels, ImageAreas(indices.tolist(), areas) if len(indices) else None)
+
+    def reset(self) -> None:
+        super().reset()
+        self._images.clear()
 
 
 def check_classes(num_classes: int) -> None:
@@ -97,7 +129,44 @@ def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> 
     return counts.scatter_add_(0, place, torch.ones_like(place))[:-1]
 
 
-def iou(pixels: Tensor) -> IoU:
+def class_areas(pixels: Tensor) -> Tensor:
+    """Return areas [..., 3, C] of pixels [..., C · C + 1], counted by `count_pixels`.
+
+    They are the pixels of each class that are predicted rightly, annotated, and predicted.
+    """
+    num_classes = math.isqrt(pixels.shape[-1] - 1)
+    confusion = pixels[..., :-1].unflatten(-1, (num_classes, num_classes))
+    return torch.stack([confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1), confusion.sum(-2)], -2)
+
+
+def image_areas(pixels: Mapping[int, Tensor], device: torch.device) -> ImageAreas:
+    """Return the areas of the images of all processes, each once, from `count_pixels` of this one's by index.
+
+    All processes call it; `device` is that of their group.
+    """
+    indices = torch.tensor(list(pixels), dtype=torch.int64)
+    areas = [class_areas(each.to_dense()) for each in pixels.values()]
+    of_this = torch.stack(areas) if areas else indices.view(0, 0, 0)
+    indices, areas_of_all = gather_rows(indices, indices, of_this, device=device)
+    return ImageAreas(indices.tolist(), areas_of_all)
+
+
+def shares(areas: Tensor) -> dict[str, Tensor]:
+    """Return the figures of `IoU` by name: [...], `per_class` [..., C], of areas [..., 3, C].
+
+    Areas are sums over images, of a floating-point type.
+    """
+    right, annotated, predicted = areas.unbind(-2)
+    per_class = right / (annotated + predicted - right)  # 0 / 0 is NaN
+    return {
+        "miou": per_class.nanmean(-1),
+        "per_class": per_class,
+        "pixel_accuracy": right.sum(-1) / annotated.sum(-1),
+        "mean_accuracy": (right / annotated).nanmean(-1),
+    }
+
+
+def iou(pixels: Tensor, images: ImageAreas | None = None) -> IoU:
     """Compute IoU and accuracies of pixels [C · C + 1], the sum of `count_pixels` over images."""
     num_classes = math.isqrt(len(pixels) - 1)
     if unknown := int(pixels[-1]):
@@ -106,14 +175,4 @@ def iou(pixels: Tensor) -> IoU:
             f"and that pixels without one are annotated as {IGNORE}"
         )
     confusion = pixels[:-1].view(num_classes, num_classes)
-    right, annotated, predicted = (
-        counts.float() for counts in (confusion.diagonal(), confusion.sum(1), confusion.sum(0))
-    )
-    per_class = right / (annotated + predicted - right)  # 0 / 0 is NaN
-    return IoU(
-        miou=per_class.nanmean(),
-        per_class=per_class,
-        pixel_accuracy=right.sum() / annotated.sum(),
-        mean_accuracy=(right / annotated).nanmean(),
-        confusion=confusion,
-    )
+    return IoU(**shares(class_areas(pixels).float()), confusion=confusion, images=images)

@@ -51,6 +51,29 @@ def knn_classify(
         Accuracy for each k. As in the original, top-5 counts the first min(5, k) classes, and of classes with
         equal votes the one of smaller number ranks first.
     """
+    found = knn_ranks(train_features, train_labels, test_features, test_labels, k=k, temperature=temperature)
+    return {each: accuracy_of(*ranked) for each, ranked in found.items()}
+
+
+def accuracy_of(neighbours: int, ranks: Tensor) -> KnnAccuracy:
+    """Return the accuracy of ranks [M], among so many neighbours."""
+    hits = torch.stack([ranks < 1, ranks < min(5, neighbours)]).sum(1)
+    return KnnAccuracy(neighbours, *(hit / len(ranks) for hit in hits.tolist()))
+
+
+def knn_ranks(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: float,
+) -> dict[int, tuple[int, Tensor]]:
+    """Do what `knn_classify` does; return how many voted, and ranks of the right classes, for each k.
+
+    A rank, [M] int64 on the CPU, is the number of classes that more or stronger neighbours voted for.
+    """
     if not k or min(k) < 1:
         raise InputError(
             f"k is {list(k)}: give one or more numbers of neighbours, such as DINO's 10, 20, 100, 200"
@@ -63,27 +86,23 @@ def knn_classify(
     train_labels, test_labels = train_labels.to(device), test_labels.to(device)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     ks = sorted({min(each, size) for each in k})
-    hits = torch.zeros(len(ks), 2, dtype=torch.int64, device=device)
+    found = torch.empty(len(ks), len(test_labels), dtype=torch.int64, device=device)
     start = 0
     for similarities, indices in nearest_neighbours(train_features, test_features, ks[-1]):
         # Below the nearest one's, so that no temperature overflows: a factor per image changes no ranking.
         weights = ((similarities - similarities[:, :1]) / temperature).exp_()
         rows = max(1, VOTES // classes)
         for weight, index in zip(weights.split(rows), indices.split(rows), strict=True):
-            labels = test_labels[start : start + len(weight)]
-            start += len(weight)
+            own = slice(start, start + len(weight))
+            start = own.stop
             votes = weight.new_zeros(len(weight), classes)
             voted = 0
             for row, voters in enumerate(ks):
                 votes.scatter_add_(1, train_labels[index[:, voted:voters]], weight[:, voted:voters])
                 voted = voters
-                ranks = label_ranks(votes, labels)
-                hits[row] += torch.stack([(ranks < 1).sum(), (ranks < min(5, voters)).sum()])
-    accuracy = {
-        voters: KnnAccuracy(voters, *(hit / len(test_labels) for hit in row))
-        for voters, row in zip(ks, hits.tolist(), strict=True)
-    }
-    return {each: accuracy[min(each, size)] for each in k}
+                found[row, own] = label_ranks(votes, test_labels[own])
+    ranks = dict(zip(ks, found.cpu(), strict=True))
+    return {each: (min(each, size), ranks[min(each, size)]) for each in k}
 
 
 def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]:
@@ -103,6 +122,15 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighb
     scales, query_scales = inverse_norms(bank, "bank"), inverse_norms(queries, "query")
     for chunk, scale in zip(queries.split(QUERIES), query_scales.split(QUERIES), strict=True):
         yield _search(bank, scales, (chunk.detach().float() * scale).to(bank.device), k)
+
+
+def faiss_neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]:
+    """Do what `nearest_neighbours` does by faiss's exact search; `bank` is normalised."""
+    import faiss
+
+    queries = queries * inverse_norms(queries, "query")
+    found = faiss.knn(queries.cpu().numpy(), bank.cpu().numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    yield Neighbours(*(torch.from_numpy(table).to(bank.device) for table in found))
 
 
 def inverse_norms(features: Tensor, role: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen
-from locat_lightning.evaluation.features import extract_features, image_features
+from locat_lightning.evaluation.features import Features, extract_features, image_features
 from locat_lightning.evaluation.gather import distributed, first_process
 from locat_lightning.evaluation.knn import check_labelled, check_same_width, inverse_norms, label_ranks
 from locat_lightning.schedules import cosine
@@ -31,6 +31,7 @@ class LinearResult(NamedTuple):
     top1: float  # share of the validation images, 0 to 1; 0 for a head that diverged
     top5: float
     head: nn.Linear  # [C, D], on the CPU
+    ranks: Tensor  # [M] int64 on the CPU: of each validation image, classes before the right one
 
 
 class LinearSweep(NamedTuple):
@@ -47,7 +48,7 @@ class LinearSweep(NamedTuple):
 def train_linear(
     backbone: nn.Module,
     train_loader: DataLoader,
-    val_loader: DataLoader,
+    val: DataLoader | Features,
     device: torch.device | str,
     *,
     num_classes: int,
@@ -63,7 +64,8 @@ def train_linear(
     SGD with momentum 0.9 and no weight decay, at a learning rate of `learning_rate` * `batch_size` / 256 that
     falls as a cosine to 0; `batch_size` is the number of images in a step, over all processes. `seed` is that
     of the head's initial weights. The backbone (see `image_features`) is on `device`, and only it computes in
-    `autocast_dtype`. Validation images are not augmented, so they pass through it only once.
+    `autocast_dtype`. Validation images (`val`, or their features) are not augmented, so they
+    pass through it only once.
 
     With `torch.distributed` initialised, each process brings its part of both data sets (the training parts
     with equally many batches; a `DistributedSampler` is told the epoch) and gradients are averaged over all
@@ -76,7 +78,8 @@ def train_linear(
             f"no step to train for: {epochs} epochs of {len(train_loader)} batches "
             "(are there fewer images than in a batch, and the last one is dropped?)"
         )
-    val = extract_features(backbone, val_loader, device, autocast_dtype=autocast_dtype, progress=progress)
+    if not isinstance(val, Features):
+        val = extract_features(backbone, val, device, autocast_dtype=autocast_dtype, progress=progress)
     _check_labels(val.labels, "validation", num_classes)
     inverse_norms(val.features, "validation")  # for its check that they are finite
     val = val.to(device)
@@ -97,9 +100,9 @@ def train_linear(
                 heads.step(features, batch.labels.to(device), average_processes=distributed())
                 bar.advance(task)
             if shown:
-                top1 = heads.accuracy(*val)[0][0]
+                top1 = float((heads.ranks(val.features, val.labels)[0] < 1).double().mean())
                 bar.update(task, description=f"Linear classifier, epoch {epoch + 1}: top-1 {top1:.2%}")
-    return heads.results(*val)[0]
+    return heads.results(val.features, val.labels)[0]
 
 
 def sweep_linear(
@@ -204,14 +207,14 @@ class _Heads:
         self.steps_taken += 1
 
     @torch.no_grad()
-    def accuracy(self, features: Tensor, labels: Tensor) -> list[list[float]]:
-        """Return (top-1, top-5) of each head, as shares of the images."""
-        hits = torch.zeros(len(self.bias), 2, dtype=torch.int64, device=features.device)
+    def ranks(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return how many classes each head places before the right one, [G, M] int64."""
         chunk = max(1, 2**24 // self.bias.numel())
-        for part, truth in zip(features.split(chunk), labels.split(chunk), strict=True):
-            ranks = label_ranks(self.logits(part), truth[:, None].expand(-1, len(self.bias)))
-            hits += torch.stack([(ranks < 1).sum(0), (ranks < 5).sum(0)], 1)
-        return [[hit / len(labels) for hit in row] for row in hits.tolist()]
+        parts = zip(features.split(chunk), labels.split(chunk), strict=True)
+        found = [
+            label_ranks(self.logits(part), truth[:, None].expand(-1, len(self.bias))) for part, truth in parts
+        ]
+        return torch.cat(found).T
 
     @torch.inference_mode(False)
     def results(self, features: Tensor, labels: Tensor) -> tuple[LinearResult, ...]:
@@ -221,12 +224,13 @@ class _Heads:
                 f"the linear classifier diverged at learning rate {min(self.learning_rates):g}: lower it"
             )
         found = []
-        for number, (top1, top5) in enumerate(self.accuracy(features, labels)):
+        for number, ranks in enumerate(self.ranks(features, labels).cpu()):
             head = nn.Linear(self.weight.shape[2], self.weight.shape[1], device="meta").to_empty(device="cpu")
             head.weight.data.copy_(self.weight[number])
             head.bias.data.copy_(self.bias[number])
             rates = self.learning_rates[number], self.effective[number]
-            found.append(LinearResult(*rates, top1, top5, head))
+            top1, top5 = (int((ranks < top).sum()) / len(ranks) for top in (1, 5))
+            found.append(LinearResult(*rates, top1, top5, head, ranks))
         return tuple(found)
 
 

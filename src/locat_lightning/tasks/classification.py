@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
@@ -21,6 +22,8 @@ from locat_lightning.backbones.weights import contents_of, load_weights
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
+from locat_lightning.evaluation.knn import label_ranks
+from locat_lightning.evaluation.per_image import Scores, names_of
 from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import Task, announce_size
 from locat_lightning.tasks.prediction_files import write_table
@@ -57,7 +60,10 @@ class Classification(Task):
 
     Attributes:
         data_classes: classes of the data that the model was trained on, by label; [] if unknown.
+        results: what `validate` or `test` found of each image.
     """
+
+    results: Scores | None = None
 
     def __init__(
         self,
@@ -84,6 +90,7 @@ class Classification(Task):
         super().__init__(**options)
         self.data_classes: list[str] = []
         self._predicted: list[tuple[Tensor, Tensor]] = []  # by `write_predictions`
+        self._ranked: list[tuple[Tensor, Tensor, Tensor]] = []  # by `_evaluate`: indices, labels and ranks
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
         super().check(trainer, training=training)
@@ -130,13 +137,13 @@ class Classification(Task):
     def _agree_on_classes(self, contents: Mapping[str, Any]) -> int:
         """Return the number of classes; note the names in the data, or check that they are those learnt."""
         number, names = self.agree_on_classes("data.root")
-        self.data_classes = self.data_classes or _classes_of(contents)
+        self.data_classes = self.data_classes or classes_of(contents)
         if self._is_training():
             self.data_classes = names
         elif self._trainer is not None and not self.trainer.predicting:
             learnt = self.data_classes or self.class_names
             if len(learnt) == len(names):  # load_weights reports another number
-                _check_same_classes(learnt, names)
+                check_same_classes(learnt, names)
         if self._is_training() and self.class_names and len(self.class_names) != number:
             raise InputError(f"model.class_names: {len(self.class_names)} names for {number} classes")
         if number < 2:
@@ -150,8 +157,8 @@ class Classification(Task):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        before = _classes_of(checkpoint)
-        _check_same_classes(before, self.data_classes)
+        before = classes_of(checkpoint)
+        check_same_classes(before, self.data_classes)
         self.data_classes = self.data_classes or before
 
     def _agree_on_size(self) -> None:
@@ -196,8 +203,33 @@ class Classification(Task):
         logits = self.watched(self(images))
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update(logits, labels)
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self._ranked.append((batch.indices, labels, label_ranks(logits, labels)))
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
         self.log_dict(accuracy, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self._conclude("val")
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        self._conclude("test")
+
+    def _conclude(self, split: str) -> None:
+        """Keep the hits of each image of all processes as `results`, unless in training."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            return
+        nothing = torch.empty(3, 0, dtype=torch.int64)
+        columns = [torch.cat(column).cpu() for column in zip(nothing, *self._ranked, strict=True)]
+        self._ranked.clear()
+        indices = columns[0]
+        if (indices < 0).any():  # of a stream
+            indices = torch.arange(len(indices)) * self.trainer.world_size + self.global_rank
+        indices, labels, ranks = gather_rows(indices, indices, *columns[1:], device=self.device)
+        tops = {f"top{k}": ranks < k for k in (1, 5) if k < self.hp.num_classes}
+        names = names_of(self.trainer.datamodule, split, indices.tolist())  # type: ignore[attr-defined]
+        self.results = Scores(indices, names, labels, tops)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""
@@ -242,14 +274,14 @@ class Classification(Task):
                 group["weight_decay"] = self.hp.weight_decay
 
 
-def _classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
+def classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
     """Return the classes of the data that a checkpoint's model was trained on; [] if it does not say."""
     options = checkpoint.get("hyper_parameters")
     named = options.get("class_names") if isinstance(options, Mapping) else None
     return [str(name) for name in checkpoint.get(DATA_CLASSES) or named or []]
 
 
-def _check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:
+def check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:
     """Check that labels mean the same classes in the weights as in the data, where both are known."""
     if not learnt or not given or list(learnt) == list(given):
         return

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.evaluation.iou import IoU, MeanIoU
+from locat_lightning.evaluation.per_image import Areas
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
 from locat_lightning.inspection import gaussian_kernels
 from locat_lightning.nn.decoder import upsampled_argmax
-from locat_lightning.tasks.frozen import FrozenNetwork
+from locat_lightning.tasks.dense import DenseTask
 from locat_lightning.tasks.prediction_files import file_names, write_classes
 
 
-class PixelClasses(FrozenNetwork):
+class PixelClasses(DenseTask):
     """A task whose heads name the class of each pixel; `logits` computes them.
 
     The heads are measured side by side. The best of the last validation is the one that predicts, and the
@@ -30,15 +31,17 @@ class PixelClasses(FrozenNetwork):
 
     Attributes:
         iou: result of the last evaluation.
+        results: the same by image, after `validate` or `test`.
         best: number of the best head.
     """
 
     iou: IoU | None = None
+    results: Areas | None = None
     best = 0
     counts: Any  # of the pixels, for each head
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, backbone: str | None = None, **options: Any) -> None:
+        super().__init__(backbone, **options)
         self._file_names: list[str] = []  # of the images that are predicted
 
     def logits(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -66,7 +69,7 @@ class PixelClasses(FrozenNetwork):
         """Count the pixels of each pair of classes at the annotation's size, and return the prediction."""
         predicted = self._predicted(batch.images, batch.masks)
         for counts, of_head in zip(self.counts, predicted, strict=True):
-            counts.update(of_head, batch.masks)
+            counts.update(of_head, batch.masks, batch.indices)
         return predicted[self.best]
 
     test_step = validation_step
@@ -99,6 +102,7 @@ class PixelClasses(FrozenNetwork):
         for logger in self.trainer.loggers:
             logger.log_metrics(shares, step=max(0, self.global_step - 1))
         if self.trainer.state.fn != TrainerFn.FITTING:
+            self.results = Areas.of(iou, self.class_names, self.trainer.datamodule, split)  # type: ignore[attr-defined]
             rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def read_results(study: Study, directory: Path) -> list[dict[str, Any]]:
             continue
         records = {name: json.loads(file.read_text()) for name, file in files.items()}
         metrics = {name: record["metrics"] for name, record in records.items()}
-        said = {name: each.get("protocol") or each.get("measured") for name, each in metrics.items()}
+        said = {name: each.get("measured") or each.get("protocol") for name, each in metrics.items()}
         result = {
             "arm": arm,
             "seed": seed,

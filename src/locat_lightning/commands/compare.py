@@ -1,0 +1,124 @@
+"""`locat compare`: two models on the same images, and whether their difference may be chance."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from locat.errors import Parser
+from locat.runs import claim, write_json
+from locat_lightning.callbacks.record import versions
+from locat_lightning.commands import checks
+from locat_lightning.commands.evaluate import DESCRIPTIONS, evaluate
+from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.errors import InputError, in_a_line
+from locat_lightning.evaluation.intervals import Paired, paired_differences
+from locat_lightning.evaluation.per_image import TABLE, PerImage, fingerprint, read_table
+
+DESCRIPTION = (
+    "Compare two models that were measured on the same images: A − B, its 95 % interval (paired bootstrap "
+    "over images), and on how many images each is better"
+)
+RECORD = "metrics.json"
+
+
+class Evaluation(NamedTuple):
+    """What a run of `locat knn` or the like has measured."""
+
+    run: Path
+    protocol: str
+    results: PerImage
+
+
+@errors_in_a_line
+def main(arguments: list[str]) -> None:
+    """Run `locat compare …`."""
+    parser = Parser("locat compare", description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    of_runs = "directory of a run of locat knn, linear, retrieve, validate or test; with --protocol, weights"
+    add("a", metavar="A", help=of_runs)
+    add("b", metavar="B", help="the same of another model")
+    help_ = "measure the weights first, by this command, which takes all other options"
+    add("--protocol", choices=sorted(DESCRIPTIONS), help=help_)
+    add("--runs", default="runs", help="directory of all runs")
+    add("--name", default="compare", help="name of the run")
+    given, rest = parser.parse_known_args(arguments[1:])
+    checks.check_name(given.name)
+    checks.check_writable("--runs", Path(given.runs) / given.name)
+    pair = [Path(given.a), Path(given.b)]
+    if given.protocol:
+        options = [*rest, "--runs", given.runs]
+        measured = [evaluate([given.protocol, "--weights", str(each), *options]) for each in pair]
+        pair = [run for run in measured if run is not None]  # the first process has them
+    elif rest:
+        raise InputError(f"locat compare: {rest[0]} is an option of --protocol, which is not given")
+    if len(pair) == 2:
+        _compare(_read(pair[0]), _read(pair[1]), Path(given.runs) / given.name)
+
+
+def _compare(a: Evaluation, b: Evaluation, directory: Path) -> None:
+    """Print what two evaluations differ by, and write it to a new run in a directory."""
+    if a.protocol != b.protocol:
+        raise InputError(
+            f"{a.run} and {b.run} were measured by different protocols: {a.protocol!r} and {b.protocol!r}"
+        )
+    prints = [fingerprint(each.results) for each in (a, b)]
+    if not prints[0]:
+        raise InputError(
+            f"{a.run}: the images of a stream have no names, by which two results could be paired"
+        )
+    if prints[0] != prints[1]:
+        numbers = [len(each.results.indices) for each in (a, b)]
+        raise InputError(
+            f"{a.run} and {b.run} were not measured on the same images: {numbers[0]:,} ({prints[0]}) and "
+            f"{numbers[1]:,} ({prints[1]})"
+        )
+    found = paired_differences(a.results, b.results)
+    if not found:
+        raise InputError(f"{a.run} and {b.run} have no figure in common: measure both with the same options")
+    number = len(a.results.indices)
+    heading = f"A − B on {number:,} images, with 95 % intervals ({a.protocol})"
+    print(f"A: {a.run}\nB: {b.run}\n{heading}")
+    Console().print(_table(found))
+    run = claim(directory)
+    differences = {name: _plain(paired) for name, paired in found.items()}
+    of = {"a": str(a.run), "b": str(b.run), "measured": heading, "images": number, "fingerprint": prints[0]}
+    write_json(run / RECORD, {**of, "differences": differences, "versions": versions()})
+    print(f"run: {run}")
+
+
+def _table(found: dict[str, Paired]) -> Table:
+    titles = ("A", "B", "A − B", "A better", "B better")
+    table = Table("figure", *(Column(title, justify="right") for title in titles))
+    for name, paired in found.items():
+        low, high = paired.interval
+        difference = f"{100 * paired.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+        values = f"{paired.first:.2%}", f"{paired.second:.2%}", difference
+        table.add_row(name, *values, f"{paired.first_better:,}", f"{paired.second_better:,}")
+    return table
+
+
+def _plain(paired: Paired) -> dict[str, Any]:
+    names = ("a", "b", "difference", "interval", "a_better", "b_better")
+    return dict(zip(names, paired, strict=True))
+
+
+def _read(run: Path) -> Evaluation:
+    """Read what a run has measured: `InputError` if it measured nothing of single images."""
+    if not (run / TABLE).is_file() or not (run / RECORD).is_file():
+        newest = max(run.glob(f"version_*/{TABLE}"), key=lambda file: file.stat().st_mtime, default=None)
+        advice = f"did you mean {newest.parent}?" if newest else "give a run of locat knn or the like"
+        raise InputError(
+            f"no {RECORD} with {TABLE} in {run.absolute()}: {advice} (or --protocol, for weights)"
+        )
+    results = read_table(run / TABLE)
+    try:
+        record = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        protocol, known = str(record["protocol"]), record["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{run / RECORD} is not the record of an evaluation: {in_a_line(error)}") from error
+    if known != (fingerprint(results) or None):
+        raise InputError(f"{run / TABLE} is not the table of {run / RECORD}: measure again")
+    return Evaluation(run, protocol, results)

@@ -1,0 +1,42 @@
+"""`--datasets`: one command measures on several data sets, one after another, and shows them in one table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from locat_lightning.commands.measurement import Measurement
+from locat_lightning.data.timm_sources import KINDS
+from locat_lightning.errors import InputError
+
+
+def options_of(datasets: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return the options of the data that each of `--datasets` stands for: a folder, or a name of timm's."""
+    if again := [each for each in datasets if datasets.count(each) > 1]:
+        raise InputError(f"--datasets: {again[0]} is named twice")
+    return {each: _options_of(each) for each in datasets}
+
+
+def _options_of(dataset: str) -> dict[str, str]:
+    if Path(dataset).is_dir():
+        return {"root": dataset, "dataset": "folder"}
+    if dataset == "digits" or dataset.partition("/")[0].lower() in KINDS:
+        return {"dataset": dataset}
+    known = ", ".join(f"{kind}/…" for kind in KINDS)
+    raise InputError(f"--datasets: {dataset} is no folder, nor digits, nor a name of timm's ({known})")
+
+
+def ending_of(dataset: str) -> str:
+    """Return what is added to the name of a run on one of `--datasets`."""
+    return f"_{Path(dataset).resolve().name if Path(dataset).is_dir() else dataset.replace('/', '_')}"
+
+
+def show_together(measured: Mapping[str, Measurement]) -> None:
+    """Print the rows of several measurements of one kind in one table."""
+    titles = [str(column.header) for column in next(iter(measured.values())).table.columns]
+    table = Table("data set", *(Column(title, justify="right") for title in titles))
+    for dataset, measurement in measured.items():
+        for row in measurement.rows:
+            table.add_row(dataset, *row)
+    Console().print(table)

@@ -1,0 +1,54 @@
+"""What `locat knn` and its like have measured: printed, and recorded in a run of its own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Column, Table
+
+from locat.runs import write_json
+from locat_lightning.callbacks.record import versions
+from locat_lightning.evaluation.intervals import Figures
+from locat_lightning.evaluation.per_image import TABLE, write_table
+
+
+class Measurement(NamedTuple):
+    """A result, to print and to record."""
+
+    heading: str
+    table: Table
+    metrics: dict[str, float]
+    protocol: str  # on which figures depend besides weights and images; equal where they can be compared
+    figures: Figures | None
+    rows: Sequence[tuple[str, ...]] = ()  # of the table, that stand for it beside other data sets
+    pictures: Mapping[str, Figure] = MappingProxyType({})  # by name
+    units: str = "images"  # what the figures are means over
+
+
+def report(measurement: Measurement, run: Path, *, alone: bool = True, **known: Any) -> Path:
+    """Print a measurement, and write it with what else is `known` into the directory of a run.
+
+    If it is not `alone`, its table is shown later, with others.
+    """
+    heading, table, metrics, protocol, figures, _, pictures, units = measurement
+    print(heading)
+    if alone:
+        Console().print(table)
+    record = {**known, "measured": heading, **metrics, "protocol": protocol, "versions": versions()}
+    if figures is not None:
+        print(f"in brackets: 95 % intervals, bootstrap over {len(figures.results.indices):,} {units}")
+        write_table(run / TABLE, figures.results)
+        record |= figures.record()
+    for name, picture in pictures.items():
+        picture.savefig(run / f"{name}.png")
+    write_json(run / "metrics.json", record)
+    print(f"run: {run}")
+    return run
+
+
+def columns(*names: str) -> Table:
+    """Return a table without rows, all columns aligned to the right."""
+    return Table(*(Column(name, justify="right") for name in names))

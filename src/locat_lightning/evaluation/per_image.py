@@ -1,0 +1,197 @@
+"""What an evaluation found of each image, kept in a table: the figures follow from sums over the images."""
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from locat.runs import replaced
+from locat_lightning.errors import InputError, in_a_line
+from locat_lightning.evaluation.iou import IoU, shares
+
+TABLE = "images.csv"  # in the directory of an evaluation
+OF_IMAGE = ("index", "path")  # the first columns of the table
+OF_CLASS = (*OF_IMAGE, "class", "right", "annotated", "predicted")  # all columns, where pixels are counted
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of N images; a figure is their mean, as top-1 is that of hits.
+
+    Args:
+        indices: [N] int64, positions in the data set, ascending.
+        names: of the images, as `names_of` gives them; "" where the images of a stream have none.
+        labels: [N] int64.
+        scores: [N] by figure, of any type.
+    """
+
+    indices: Tensor
+    names: Sequence[str]
+    labels: Tensor
+    scores: Mapping[str, Tensor]
+
+    def statistics(self) -> Tensor:
+        """Return [N, S] float64, whose sums over images decide the figures."""
+        return torch.stack([each.double() for each in self.scores.values()], 1)
+
+    def figures(self, sums: Tensor, images: int) -> dict[str, Tensor]:
+        """Return figures [...] by name of sums [..., S] over so many images."""
+        return dict(zip(self.scores, (sums / images).unbind(-1), strict=True))
+
+    def annotations(self) -> Iterator[object]:
+        """Yield what is annotated of each image."""
+        yield from self.labels.tolist()
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the table."""
+        return (*OF_IMAGE, "label", *self.scores)
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """Yield the rows of the table, one for each image."""
+        scores = zip(*(each.float().tolist() for each in self.scores.values()), strict=True)
+        columns = zip(self.indices.tolist(), self.names, self.labels.tolist(), scores, strict=True)
+        for index, name, label, of_image in columns:
+            yield index, name, label, *(f"{score:.9g}" for score in of_image)
+
+
+@dataclass(frozen=True, eq=False)
+class Areas:
+    """Areas of C classes in N images; figures are IoU and accuracies of the areas' sums.
+
+    Args:
+        indices: [N] int64, positions in the data set, ascending.
+        names: of the images, as `names_of` gives them.
+        classes: names of the classes.
+        areas: [N, 3, C] int64, see `class_areas`.
+    """
+
+    indices: Tensor
+    names: Sequence[str]
+    classes: Sequence[str]
+    areas: Tensor
+
+    @classmethod
+    def of(cls, found: IoU, classes: Sequence[str], data: Any, split: str) -> Self | None:
+        """Return the areas of a result on a split of `data`; None if it does not have them."""
+        if found.images is None:
+            return None
+        indices, areas = found.images
+        return cls(torch.tensor(indices), names_of(data, split, indices), classes, areas)
+
+    def statistics(self) -> Tensor:
+        """Return [N, S] float64, whose sums over images decide the figures."""
+        return self.areas.flatten(1).double()
+
+    def figures(self, sums: Tensor, images: int) -> dict[str, Tensor]:
+        """Return figures [...] by name of sums [..., S]; NaN where no pixel of the class is among them."""
+        found = shares(sums.unflatten(-1, (3, len(self.classes))))
+        of_classes = zip(self.classes, found["per_class"].unbind(-1), strict=True)
+        return {name: found[name] for name in IoU.SCALARS} | {
+            f"iou_{name}": each for name, each in of_classes
+        }
+
+    def annotations(self) -> Iterator[object]:
+        """Yield what is annotated of each image: the pixels of each class."""
+        for annotated in self.areas[:, 1].tolist():
+            counts = zip(self.classes, annotated, strict=True)
+            yield sorted((name, pixels) for name, pixels in counts if pixels)
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the table."""
+        return OF_CLASS
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """Yield the rows of the table: one for each class of an image, or an empty one if it has none."""
+        for index, name, areas in zip(self.indices.tolist(), self.names, self.areas, strict=True):
+            held = areas.any(0).nonzero()[:, 0].tolist()
+            for label in held:
+                yield index, name, self.classes[label], *areas[:, label].tolist()
+            if not held:
+                yield index, name, "", 0, 0, 0
+
+
+PerImage = Scores | Areas
+
+
+def names_of(data: Any, split: str, indices: Sequence[int]) -> list[str]:
+    """Return names of images that are the same wherever the data set is: paths from its folder's parent on.
+
+    Without paths it is the position, and "" in a stream, whose images have none.
+    """
+    source: Any = data.source(split) if hasattr(data, "source") else None
+    if not hasattr(source, "path"):
+        return ["" if source is not None else str(index) for index in indices]
+    paths = [Path(source.path(index)) for index in indices]
+    root = Path(os.path.commonpath({path.parent for path in paths})).parent
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
+def fingerprint(results: PerImage) -> str:
+    """Return a hash of the images' names and annotations; "" if they have no names."""
+    if not all(results.names):
+        return ""
+    pairs = zip(results.names, results.annotations(), strict=True)
+    return sha256("\n".join(f"{name!r} {each}" for name, each in pairs).encode()).hexdigest()[:16]
+
+
+def write_table(file: Path, results: PerImage) -> None:
+    """Write what was found of each image as CSV, in UTF-8; paths in the bytes of the file system."""
+    with (
+        replaced(file) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened,
+    ):
+        writer = csv.writer(opened)
+        writer.writerow(results.columns())
+        writer.writerows(results.rows())
+
+
+def read_table(file: Path) -> PerImage:
+    """Read what `write_table` wrote: `InputError` if it is something else."""
+    try:
+        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
+            head, *rows = csv.reader(opened)
+        return _areas(rows) if tuple(head) == OF_CLASS else _scores(head, rows)
+    except (ValueError, IndexError, csv.Error, OverflowError) as error:
+        raise InputError(f"{file} is not the table of an evaluation: {in_a_line(error)}") from error
+
+
+def _scores(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Scores:
+    if (*head[:3],) != (*OF_IMAGE, "label") or not head[3:] or not rows:
+        raise ValueError(f"its columns are {', '.join(head)[:100]}, of {len(rows)} rows")
+    indices, names, labels, *scores = zip(*rows, strict=True)
+    columns = [[float(value) for value in column] for column in scores]
+    if len(columns) != len(head) - 3 or not all(
+        map(isfinite, (each for column in columns for each in column))
+    ):
+        raise ValueError("a row has too few numbers")
+    tables = {name: torch.tensor(column) for name, column in zip(head[3:], columns, strict=True)}
+    return Scores(_whole(indices), names, _whole(labels), tables)
+
+
+def _areas(rows: Sequence[Sequence[str]]) -> Areas:
+    indices, names, classes, right, annotated, predicted = zip(*rows, strict=True)
+    known = sorted(set(classes) - {""})
+    images = {
+        index: (row, name) for row, (index, name) in enumerate(dict(zip(indices, names, strict=True)).items())
+    }
+    table = torch.zeros(len(images), 3, len(known), dtype=torch.int64)
+    label = {name: number for number, name in enumerate(known)}
+    held = [row for row, name in enumerate(classes) if name]
+    of_image = torch.tensor([images[indices[row]][0] for row in held], dtype=torch.int64)
+    of_class = torch.tensor([label[classes[row]] for row in held], dtype=torch.int64)
+    counts = torch.stack([_whole(column) for column in (right, annotated, predicted)], 1)[held]
+    if (counts < 0).any():
+        raise ValueError("a count is negative")
+    table[of_image, :, of_class] = counts
+    return Areas(_whole(images), [name for _, name in images.values()], known, table)
+
+
+def _whole(texts: Iterable[str]) -> Tensor:
+    return torch.tensor([int(text) for text in texts], dtype=torch.int64)

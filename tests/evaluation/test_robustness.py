@@ -1,0 +1,94 @@
+"""Ranks of a classifier's classes with corrupted patches, against the model alone on the corrupted images."""
+
+import pytest
+import timm
+import torch
+
+from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.perturbation import perturbed
+from locat_lightning.evaluation.robustness import Condition, Robustness, patch_of, rank_perturbed
+from locat_lightning.nn.temperature import attention_temperature
+
+NORMALISATION = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
+PIXELS = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 3, 2, 1, 3])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    made = timm.create_model("locatvit_tiny", num_classes=4, **sizes).train()
+    torch.nn.init.normal_(made.head.weight)
+    return made
+
+
+def normalised(pixels):
+    mean, std = (torch.tensor(NORMALISATION[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+class Loader(list):
+    """Batches of images in some order."""
+
+    def __init__(self, *batches):
+        super().__init__(ImageBatch(normalised(PIXELS[b]), LABELS[b], torch.tensor(b)) for b in batches)
+
+
+def ranked(model, loader, **settings):
+    settings = Robustness(**settings)
+    return rank_perturbed(model, loader, "cpu", settings, normalisation=NORMALISATION, progress=False)
+
+
+def test_ranks_are_those_of_the_corrupted_images(model):
+    found = ranked(
+        model, Loader([4, 2], [0, 1, 3]), kinds=["noise", "shuffle"], numbers=[3], temperatures=[1, 2.0]
+    )
+    assert found.indices.tolist() == list(range(5))
+    assert found.labels.tolist() == LABELS.tolist()
+    assert {each.name for each in found.ranks} == {
+        *("top1", "top1_noise_n3", "top1_shuffle_n3"),
+        *("top1_t2", "top1_noise_n3_t2", "top1_shuffle_n3_t2"),
+    }
+    assert model.training  # as before
+    model.eval()
+    try:
+        for (kind, number, temperature), ranks in found.ranks.items():
+            (pixels,) = perturbed(PIXELS, range(5), kind, [number], patch=8, mean=NORMALISATION["mean"])
+            with torch.no_grad(), attention_temperature(model, temperature):
+                logits = model(normalised(pixels))
+            expected = [int((row > row[label]).sum()) for row, label in zip(logits, LABELS, strict=True)]
+            assert ranks.tolist() == expected
+    finally:
+        model.train()
+
+
+def test_numbers_are_powers_of_two_and_all():
+    assert Robustness().counts(12) == [1, 2, 4, 8, 12]
+    assert Robustness().counts(16) == [1, 2, 4, 8, 16]
+    assert Robustness(numbers=[5, 2, 5]).counts(16) == [2, 5]
+    assert Condition("blur", 4, 0.5).name == "top1_blur_n4_t0.5"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kinds": ["fog"]}, "there is no corruption 'fog': use noise"),
+        ({"severity": 6}, "severity 6 must be from 1 to 5"),
+        ({"temperatures": []}, "temperatures: give one or more"),
+        ({"numbers": [17]}, "an image has 16 patches, of which 17 are too many"),
+        ({"patch_size": 7}, "images of 32 × 32 pixels have no whole patches of 7"),
+    ],
+)
+def test_mistakes(settings, message, model):
+    with pytest.raises(InputError, match=message):
+        ranked(model, Loader([0]), **settings)
+
+
+def test_patches_are_those_of_the_model_if_they_are_square(model):
+    assert patch_of(model) == 8
+    with pytest.raises(InputError, match="Linear has no square patches: set --patch_size"):
+        patch_of(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match="no images to measure on"):
+        ranked(model, Loader())
