@@ -181,6 +181,8 @@ def test_every_option_exists(page):
             for group in ("model", "data"):
                 chosen = [config[group]["class_path"]] if group in config else []
                 known = known | options_of_classes(group, *chosen) | {f"--{group}.help"}
+        if command == "compare" and (protocol := re.search(r"--protocol (\w+)", rest)):
+            known = known | options_of(protocol[1])
         for option in re.findall(r"--[a-z][\w.]*", rest.partition(" # ")[0]):
             option = re.sub(r"--folders\.\w+", "--folders.NAME", option)
             assert words(option) in known, f"{command}: {option}"

@@ -71,13 +71,18 @@ def predict(rank, *options):
     main(["predict", "--weights", str(BEST), *QUIET, *options])
 
 
+def predict_and_validate(rank, *options):
+    predict(rank, *options)
+    main(["validate", "--weights", str(LAST), *QUIET, *options])
+
+
 def test_two_processes_are_as_one(small, folder, start_locat, two_processes):
     """They share out an odd number of images: none is counted twice, none is left out."""
     (folder / "val" / "ant" / "2.png").unlink()
     process, output = start_locat(*FIT, *small, *BOTH)  # which starts the other one
     process.join(120)
     assert process.exitcode == 0, output.read_text()
-    two_processes(predict, "--name", "two", *BOTH)
+    two_processes(predict_and_validate, "--name", "two", *BOTH)
     assert [step for step, _ in scalars(RUN, "train/lr")] == [0, 1]  # of 18 images, 12 a step: one an epoch
     assert list(Path("runs/classify_tiny").iterdir()) == [RUN]
 
@@ -85,6 +90,9 @@ def test_two_processes_are_as_one(small, folder, start_locat, two_processes):
     for tag in ("val/top1", "val/loss"):
         [(_, alone)] = scalars("runs/classify_tiny_validate/version_0", tag)
         assert scalars(RUN, tag)[-1][1] == pytest.approx(alone, rel=1e-5)
+    of_images = [Path(f"runs/{name}_validate/version_0/images.csv") for name in ("classify_tiny", "two")]
+    assert of_images[0].read_text() == of_images[1].read_text()
+    assert len(of_images[0].read_text().splitlines()) == 1 + 7
     predict(0, "--name", "one")
     one, two = (Path(f"runs/{name}_predict/version_0/predictions.csv") for name in ("one", "two"))
     with one.open() as alone, two.open() as together:

@@ -91,7 +91,7 @@ def _compare(a: Evaluation, b: Evaluation, directory: Path) -> None:
 
 def _table(found: dict[str, Paired]) -> Table:
     titles = ("A", "B", "A − B", "A better", "B better")
-    table = Table("figure", *(Column(title, justify="right") for title in titles))
+    table = Table(Column("figure", overflow="fold"), *(Column(title, justify="right") for title in titles))
     for name, paired in found.items():
         low, high = paired.interval
         difference = f"{100 * paired.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"

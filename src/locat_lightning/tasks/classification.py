@@ -220,7 +220,7 @@ class Classification(Task):
         """Keep the hits of each image of all processes as `results`, unless in training."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             return
-        nothing = torch.empty(3, 0, dtype=torch.int64)
+        nothing = torch.empty(3, 0, dtype=torch.int64, device=self.device)
         columns = [torch.cat(column).cpu() for column in zip(nothing, *self._ranked, strict=True)]
         self._ranked.clear()
         indices = columns[0]
