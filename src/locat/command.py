@@ -17,6 +17,11 @@ COMMANDS = {
     "knn": (".evaluate", "k-NN accuracy of a frozen backbone: locat knn --weights W --data.root DIR"),
     "linear": (".evaluate", "linear accuracy of a frozen backbone"),
     "retrieve": (".evaluate", "mIoU of a frozen backbone's patch features, without training (Hummingbird)"),
+    "embed": (
+        ".embed",
+        "write the features of a folder of images: locat embed --weights W --to features.npy",
+    ),
+    "show": (".show", "draw what a model makes of images: locat show --weights W IMAGE"),
     "study": (".study.command", "train models alike and compare them: locat study --config study_cifar.yaml"),
     "export": (
         ".export",

@@ -69,20 +69,9 @@ def main(arguments: list[str]) -> None:
     """Run `locat knn …`, `locat linear …` or `locat retrieve …`."""
     command, *arguments = arguments
     parser = _parser(command)
-    given, recorded = parsing.decisive_options(arguments), list[str]()
-    if given.weights is not None:
-        sources.check_weights(given.weights)
-        typed = {argument.partition("=")[0] for argument in arguments}
-        recorded = parsing.as_arguments(_defaults(command, given.weights, typed))
-        arguments = [*recorded, *arguments]  # before what is typed, and checked like it
-    elif not (given.config or {"--help", "-h"} & set(arguments)):
-        raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
-    config = parsing.parse(parser, arguments, recorded=recorded)
-    config.weights = sources.local_dir(config.weights)
-    checks.check_name(config.name)
-    checks.check_root(given, config.data.get("dataset"))
+    config = parse_with_weights(parser, arguments)
     autocast_type(config.precision)  # a mistake shows before anything is read
-    directory = Path(config.runs) / (config.name or f"{_name_of(config.weights)}_{command}")
+    directory = Path(config.runs) / (config.name or f"{name_of(config.weights)}_{command}")
     checks.check_writable("--runs", directory)
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
@@ -108,6 +97,24 @@ def main(arguments: list[str]) -> None:
         record = {"weights": config.weights, "seed": config.seed, "measured": measurement.heading}
         write_json(run / "metrics.json", record | measurement.metrics)
         print(f"run: {run}")
+
+
+def parse_with_weights(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse the options of a command, after those that its weights record of their images."""
+    command = parser.prog.split()[-1]
+    given, recorded = parsing.decisive_options(arguments), list[str]()
+    if given.weights is not None:
+        sources.check_weights(given.weights)
+        typed = {argument.partition("=")[0] for argument in arguments}
+        recorded = parsing.as_arguments(images_of(command, given.weights, typed))
+        arguments = [*recorded, *arguments]  # before what is typed, and checked like it
+    elif not (given.config or {"--help", "-h"} & set(arguments)):
+        raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
+    config = parsing.parse(parser, arguments, recorded=recorded)
+    config.weights = sources.local_dir(config.weights)
+    checks.check_name(config.name)
+    checks.check_root(given, config.data.get("dataset"))
+    return config
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -144,7 +151,7 @@ def _parser(command: str) -> ArgumentParser:
     return parser
 
 
-def _defaults(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
+def images_of(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
     """Return what the weights say of the images that they are for, by option."""
     if (record := sources.record_of_run(Path(weights))) is not None:
         return _of_data(command, sources.read_record(record, ["data"], typed)["data"])
@@ -261,7 +268,7 @@ def _table(*columns: str) -> Table:
     return Table(*(Column(name, justify="right") for name in columns))
 
 
-def _name_of(weights: str) -> str:
+def name_of(weights: str) -> str:
     """Return a name for the directory: that of the weights' own run, of their file, or of the model."""
     path = Path(weights)
     if (record := sources.record_of_run(path)) is not None:
