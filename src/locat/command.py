@@ -23,6 +23,11 @@ COMMANDS = {
     ),
     "robustness": (".evaluate", "top-1 of a classifier against the number of patches that are corrupted"),
     "compare": (".compare", "two models on the same images, paired: locat compare RUN_A RUN_B"),
+    "embed": (
+        ".embed",
+        "write the features of a folder of images: locat embed --weights W --to features.npy",
+    ),
+    "show": (".show", "draw what a model makes of images: locat show --weights W IMAGE"),
     "study": (".study.command", "train models alike and compare them: locat study --config study_cifar.yaml"),
     "export": (
         ".export",

@@ -4,7 +4,7 @@ Images are [B, 3, height, width], normalised; for kernels they are padded to who
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,14 +48,22 @@ def observe(backbone: nn.Module, images: Tensor, modules: Iterable[nn.Module]) -
     return calls
 
 
-def gaussian_kernels(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    """Compute the kernels S of each block with GAug, averaged over the heads.
+def layers_with_kernels(backbone: nn.Module) -> list[GaussianSelfAttention]:
+    """Return the attention of each block with GAug."""
+    return [layer for layer in backbone.modules() if isinstance(layer, GaussianSelfAttention)]
+
+
+def gaussian_kernels(
+    backbone: nn.Module, images: Tensor, blocks: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Compute the kernels S of each block with GAug, or of some of them, averaged over the heads.
 
     Returns:
         For each block [B, H·W, H, W] float32: what each patch (row by row) adds to its logit for each patch.
         Models that are no Vision Transformer, and those with windows, have no kernels.
     """
-    gaugs = [layer.gaug for layer in backbone.modules() if isinstance(layer, GaussianSelfAttention)]
+    gaugs = [layer.gaug for layer in layers_with_kernels(backbone)]
+    gaugs = gaugs if blocks is None else [gaugs[block] for block in blocks]
     calls = observe(backbone, padded(backbone, images), gaugs) if gaugs else []
     kernels = []
     for (_, grid, _), output in calls:
@@ -115,16 +123,54 @@ def pca_colours(features: Tensor) -> Tensor:
     Returns:
         [B, 3, H, W] float32 on the CPU, from 0 to 1.
     """
-    B, _, H, W = features.shape
-    patches = features.detach().float().cpu().movedim(1, -1).flatten(0, 2)
+    return torch.stack(shared_pca_colours(list(features)))
+
+
+def shared_pca_colours(maps: Sequence[Tensor], *, foreground: bool = False) -> list[Tensor]:
+    """Do the same with images that may differ in size: the maps [D, H, W] have one basis.
+
+    With `foreground`, the first component only divides the patches at 0: the side with most of the patches at
+    the images' borders is black, and the components shown are those of the other side alone (as DINOv2's).
+
+    Returns:
+        For each image [3, H, W] float32 on the CPU, from 0 to 1.
+    """
+    patches = torch.cat([features.detach().float().cpu().flatten(1).T for features in maps])
     if not patches.isfinite().all():
         patches = torch.zeros_like(patches)
-    u, s, _ = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
-    components = (u * s)[:, :3]
-    components = F.pad(components, (0, 3 - components.shape[1]))
+    shown = torch.ones(len(patches), dtype=torch.bool)
+    if foreground:
+        first = _principal(patches, 1)[:, 0]
+        shown = first > 0
+        at_border = torch.cat([_border(*features.shape[1:]) for features in maps])
+        if shown[at_border].float().mean() > 0.5:
+            shown = ~shown
+    colours = torch.zeros(len(patches), 3)
+    if shown.any():
+        colours[shown] = _colours(patches[shown])
+    parts = colours.split([features[0].numel() for features in maps])
+    return [part.T.unflatten(-1, features.shape[1:]) for part, features in zip(parts, maps, strict=True)]
+
+
+def _colours(patches: Tensor) -> Tensor:
+    """Turn the first three components of features [N, D] into colours [N, 3]."""
+    components = _principal(patches, 3)
     components = torch.where(components.pow(3).sum(0) < 0, -components, components)
     low, high = components.quantile(torch.tensor([OUTLIERS, 1 - OUTLIERS]), dim=0)
     spread = high - low
     varies = spread > NEGLIGIBLE * patches.abs().max()
-    colours = torch.where(varies, (components - low) / spread, 0.5).clamp(0, 1)
-    return colours.view(B, H, W, 3).movedim(-1, 1)
+    return torch.where(varies, (components - low) / spread, 0.5).clamp(0, 1)
+
+
+def _principal(patches: Tensor, count: int) -> Tensor:
+    """Return the first components [N, count] of features [N, D]; 0 where there are fewer."""
+    u, s, _ = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    components = (u * s)[:, :count]
+    return F.pad(components, (0, count - components.shape[1]))
+
+
+def _border(height: int, width: int) -> Tensor:
+    """Return which patches [H·W] of a grid are at its border."""
+    border = torch.ones(height, width, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    return border.flatten()

@@ -86,20 +86,9 @@ def evaluate(arguments: list[str]) -> Path | None:
 
 def prepared(command: str, parser: ArgumentParser, arguments: list[str]) -> tuple[Namespace, Path, Fabric]:
     """Return the options of a command, the directory of its runs, and the processes, not launched yet."""
-    given, recorded = parsing.decisive_options(arguments), list[str]()
-    if given.weights is not None:
-        sources.check_weights(given.weights)
-        typed = {argument.partition("=")[0] for argument in arguments}
-        recorded = parsing.as_arguments(of_evaluation(command, given.weights, typed))
-        arguments = [*recorded, *arguments]  # before what is typed, and checked like it
-    elif not (given.config or {"--help", "-h"} & set(arguments)):
-        raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
-    config = parsing.parse(parser, arguments, recorded=recorded)
-    config.weights = sources.local_dir(config.weights)
-    checks.check_name(config.name)
-    checks.check_root(given, config.data.get("dataset"))
+    config = parse_with_weights(parser, arguments)
     autocast_type(config.precision)  # a mistake shows before anything is read
-    directory = Path(config.runs) / (config.name or f"{_name_of(config.weights)}_{command}")
+    directory = Path(config.runs) / (config.name or f"{name_of(config.weights)}_{command}")
     checks.check_writable("--runs", directory)
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, strategy=config.strategy)
     if fabric.device.type == "cpu":
@@ -132,6 +121,24 @@ def _data(parser: ArgumentParser, config: Namespace) -> dict[str, ImageData | Se
                 f"data set {data.dataset!r} is a stream, whose images have no places: use another"
             )
     return found
+
+
+def parse_with_weights(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse the options of a command, after those that its weights record of their images."""
+    command = parser.prog.split()[-1]
+    given, recorded = parsing.decisive_options(arguments), list[str]()
+    if given.weights is not None:
+        sources.check_weights(given.weights)
+        typed = {argument.partition("=")[0] for argument in arguments}
+        recorded = parsing.as_arguments(of_evaluation(command, given.weights, typed))
+        arguments = [*recorded, *arguments]  # before what is typed, and checked like it
+    elif not (given.config or {"--help", "-h"} & set(arguments)):
+        raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
+    config = parsing.parse(parser, arguments, recorded=recorded)
+    config.weights = sources.local_dir(config.weights)
+    checks.check_name(config.name)
+    checks.check_root(given, config.data.get("dataset"))
+    return config
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -265,7 +272,7 @@ def _scores(data: ImageData, of: Features, hits: Mapping[str, Tensor]) -> Scores
     return Scores(of.indices, names_of(data, "val", of.indices.tolist()), of.labels.cpu(), hits)
 
 
-def _name_of(weights: str) -> str:
+def name_of(weights: str) -> str:
     """Return a name for the directory: that of the weights' own run, of their file, or of the model."""
     path = Path(weights)
     if (record := sources.record_of_run(path)) is not None:

@@ -1,6 +1,6 @@
 """Images with a label each: found in a folder, among timm's data sets, or scikit-learn's digits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from locat_lightning.data import digits
 from locat_lightning.data.base import SPLITS, ImageModule, check_side
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import class_folders, labelled_files, subfolders, unlabelled_files
-from locat_lightning.data.loading import ImageLoader
+from locat_lightning.data.loading import ImageLoader, UnreadableImages
 from locat_lightning.data.timm_sources import Stream, TimmSource, known_class_names, timm_source
 from locat_lightning.errors import InputError
 
@@ -88,6 +88,17 @@ class LabelledData(ImageModule[Source | Stream]):
 
     def eval_dataloader(self, split: str) -> ImageLoader:
         return self._loader(split, self.eval_transform(), training=False)
+
+    def loader_of(self, split: str, places: Sequence[int], *, pin_memory: bool = False) -> ImageLoader:
+        """Return the images at these positions of a split, in their order, not augmented, in one process.
+
+        Images that cannot be read are skipped and listed, however many.
+        """
+        source = self.source(split)
+        assert not isinstance(source, Stream)  # which has no positions
+        images = Images(source, self.eval_transform(), self.seed)
+        options = self._loader_options(training=False) | {"unreadable": UnreadableImages(limit=None)}
+        return ImageLoader(images, sampler=places, **(options | {"pin_memory": pin_memory}))
 
     def _loader(self, split: str, transform: Callable[[Image.Image], Any], *, training: bool) -> ImageLoader:
         source = self.source(split)

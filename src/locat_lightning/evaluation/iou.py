@@ -166,6 +166,18 @@ def shares(areas: Tensor) -> dict[str, Tensor]:
     }
 
 
+def image_miou(predictions: Tensor, annotations: Tensor, num_classes: int) -> Tensor:
+    """Compute the mIoU of each image by itself, to rank images: not that of a data set, nor its mean.
+
+    Classes are [B, H, W]; pixels annotated as 255 are ignored.
+
+    Returns:
+        [B] float32: the mean over the classes that occur in the image; NaN where nothing is annotated.
+    """
+    counts = [count_pixels(*each, num_classes) for each in zip(predictions, annotations, strict=True)]
+    return shares(class_areas(torch.stack(counts)).float())["miou"]
+
+
 def iou(pixels: Tensor, images: ImageAreas | None = None) -> IoU:
     """Compute IoU and accuracies of pixels [C · C + 1], the sum of `count_pixels` over images."""
     num_classes = math.isqrt(len(pixels) - 1)

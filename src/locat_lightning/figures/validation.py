@@ -69,11 +69,16 @@ def kernel_columns(
 
     There are kernels [H·W, H, W] for each image of each block; each column has its own scale.
     """
-    depths = {0, (len(kernels) - 1) // 2, len(kernels) - 1} if kernels else set()
-    return [_kernel_column(f"kernels, block {block}", images, kernels[block]) for block in sorted(depths)]
+    return [kernel_column(block, images, kernels[block]) for block in drawn_blocks(len(kernels))]
 
 
-def _kernel_column(title: str, images: Sequence[np.ndarray], kernels: Tensor | Sequence[Tensor]) -> Column:
+def drawn_blocks(count: int) -> list[int]:
+    """Return the first, the middle and the last of so many blocks, each once."""
+    return sorted({0, (count - 1) // 2, count - 1}) if count else []
+
+
+def kernel_column(block: int, images: Sequence[np.ndarray], kernels: Tensor | Sequence[Tensor]) -> Column:
+    """Show the kernels of three patches in one block, [H·W, H, W] for each image, over the images."""
     heat, marked = [], []
     for each in kernels:
         rows, columns = each.shape[-2:]
@@ -82,7 +87,7 @@ def _kernel_column(title: str, images: Sequence[np.ndarray], kernels: Tensor | S
         marked.append([(j / columns, i / rows, 1 / columns, 1 / rows) for i, j in places])
     peak = max(float(each.max()) for each in heat)
     note = f"mean of heads, brightest {peak:.2f}"
-    overlaid = heat_column(title, images, [each / peak for each in heat], note)
+    overlaid = heat_column(f"kernels, block {block}", images, [each / peak for each in heat], note)
 
     def draw(axes: Axes, row: int, box: Box) -> None:
         overlaid.draw(axes, row, box)

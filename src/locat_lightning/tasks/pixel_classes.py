@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
-from locat_lightning.evaluation.iou import IoU, MeanIoU
+from locat_lightning.evaluation.iou import IoU, MeanIoU, image_miou
 from locat_lightning.evaluation.per_image import Areas
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
@@ -73,6 +73,10 @@ class PixelClasses(DenseTask):
         return predicted[self.best]
 
     test_step = validation_step
+
+    def hardness(self, outputs: Tensor, batch: MaskBatch) -> Tensor:
+        """Return 1 - mIoU of each image by itself, [B]."""
+        return 1 - image_miou(outputs, batch.masks, self.hp.num_classes)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

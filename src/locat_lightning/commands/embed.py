@@ -1,0 +1,209 @@
+"""`locat embed`: the features of any folder of images in a file, or in TensorBoard's projector."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.fabric import Fabric
+from torch import nn
+
+from locat.runs import claim
+from locat_lightning.backbones.create import load_backbone
+from locat_lightning.backbones.weights import Role
+from locat_lightning.commands import checks, parsing
+from locat_lightning.commands.evaluate import ConfigOfImages, name_of, parse_with_weights
+from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.data import ImageData
+from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.data.files import Files
+from locat_lightning.data.timm_sources import Stream
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.batches import frozen
+from locat_lightning.evaluation.embedding import Waiting, What, embed, embed_images
+from locat_lightning.evaluation.feature_files import Dtype, FeatureFile, Row, check_target
+from locat_lightning.evaluation.features import autocast_type, check_size
+from locat_lightning.evaluation.projector import Projector
+from locat_lightning.tasks.frozen import reference_to
+
+DESCRIPTION = (
+    "Write the features of a folder of images, labelled or not, with the path and the label of each. An "
+    "interrupted command continues if it is given again"
+)
+Split = Literal["predict", "train", "val", "test"]
+
+
+@errors_in_a_line
+def main(arguments: list[str]) -> None:
+    """Run `locat embed …`."""
+    parser = _parser()
+    config = parse_with_weights(parser, arguments[1:])
+    file, directory = _target(config)
+    autocast_type(config.precision)  # a mistake shows before anything is read
+    data: ImageData = parser.instantiate_classes(config).data
+    source = data.source(config.split)
+    if isinstance(source, Stream):
+        raise InputError(f"data set {config.data.dataset!r} is a stream without paths, which embed needs")
+    fabric = Fabric(accelerator=config.accelerator, devices=1)
+    fabric.seed_everything(config.seed, verbose=False)
+    network: Role = "student" if config.student else "teacher"
+    model = config.weights, config.backbone, config.backbone_args
+    backbone = load_backbone(*model, network=network, any_size=True).to(fabric.device)
+    advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
+    if config.what == "cls":
+        check_size(backbone, data.img_size, fabric.device, advice=advice)
+    if file is None:
+        _project(backbone, data, config, fabric.device, directory)
+    else:
+        _write(backbone, data, config, fabric.device, file)
+
+
+def _parser() -> ArgumentParser:
+    parser = parsing.command_parser("embed", DESCRIPTION)
+    add = parser.add_argument
+    add("-c", "--config", action=ConfigOfImages, help="any of these options, or a config of locat fit")
+    parsing.add_weights_options(parser)
+    parser.add_class_arguments(ImageData, "data")
+    help_ = "the file to write: .npy or .safetensors, with a .csv of the same name, or .parquet"
+    add("--to", type=str | None, default=None, help=help_)
+    add("--overwrite", action="store_true", help="replace a file that is there, also an unfinished one")
+    help_ = "cls: the classifier's input; patch_mean, patches: patch features of the last block"
+    add("--what", type=What, default="cls", help=help_)
+    add("--dtype", type=Dtype, default="float32", help="of the numbers in the file")
+    help_ = f"which images; predict: any folder's, or those of {' or '.join(('test/', 'val/'))}"
+    add("--split", type=Split, default="predict", help=help_)
+    add("--projector", action="store_true", help="write TensorBoard's projector into a run, instead of --to")
+    add("--images", type=PositiveInt, default=2000, help="of the projector, evenly spaced over the data set")
+    add("--thumbnail", type=PositiveInt, default=48, help="side of the projector's pictures, in pixels")
+    add("--runs", type=str, default="runs", help="directory of all runs, for the projector")
+    add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
+    add("--accelerator", type=str, default="auto", help="as the trainer's")
+    add("--precision", type=str | None, default=parsing.mixed_precision(), help="as the trainer's")
+    add("--seed", type=NonNegativeInt, default=0, help="seed of random weights")
+    return parser
+
+
+def _target(config: Namespace) -> tuple[Path | None, Path]:
+    """Return the file to write, None for the projector, and the directory of the projector's runs."""
+    directory = Path(config.runs) / (config.name or f"{name_of(config.weights)}_embed")
+    if (config.to is None) == (not config.projector):
+        names = "features.npy, features.parquet or features.safetensors"
+        raise InputError(f"locat embed needs either --to ({names}) or --projector")
+    if config.to is None:
+        if config.what == "patches":
+            raise InputError("--projector: a point is an image; take --what cls or patch_mean")
+        checks.check_writable("--runs", directory)
+        return None, directory
+    file = Path(config.to)
+    check_target(file, overwrite=config.overwrite)
+    checks.check_writable("--to", file.absolute().parent)
+    return file, directory
+
+
+def _write(backbone: nn.Module, data: ImageData, config: Namespace, device: torch.device, file: Path) -> None:
+    source: Any = data.source(config.split)
+    weights = reference_to(config.weights, backbone)
+    side, images = data.img_size, len(source)
+    with frozen(backbone), torch.no_grad():
+        shape = tuple(embed(backbone, torch.zeros(1, 3, side, side, device=device), config.what).shape[1:])
+    preprocessing = {"img_size": side, **data.resizing, **data.normalisation}
+    record = {
+        "weights": weights["digest"],
+        "what": config.what,
+        "precision": str(config.precision),
+        "images": images,
+        "paths": _digest(source),
+        "preprocessing": {key: list(v) if isinstance(v, tuple) else v for key, v in preprocessing.items()},
+    }
+    notes = {"weights": weights["weights"][-1000:], "what": config.what, "img_size": str(side)}
+    options: dict[str, Any] = {"shape": shape, "dtype": config.dtype, "record": record, "notes": notes}
+    with FeatureFile(file, overwrite=config.overwrite, **options) as rows:
+
+        def add(batch: ImageBatch, features: torch.Tensor) -> None:
+            if not (finite := features.isfinite().flatten(1).all(1)).all():
+                path = source.path(int(batch.indices[~finite][0]))
+                why = (
+                    "beyond float16, or the weights are broken: try" if config.dtype == "float16" else "check"
+                )
+                raise InputError(f"features of {path} are not finite ({why} --dtype float32, --precision 32)")
+            rows.add(batch.indices.numpy(), batch.labels.numpy(), features.numpy())
+
+        if rows.start:
+            print(f"continuing after {rows.start:,} of {images:,} images")
+        try:
+            clock = _embed(backbone, data, config, device, range(rows.start, images), add)
+        except (SystemExit, KeyboardInterrupt):
+            done = f"{rows.rows:,} of {images:,} images are done"
+            print(f"{done}: the same command continues", file=sys.stderr)
+            raise
+        written = rows.finish(_describe(data, source))
+        size = " × ".join(map(str, (rows.rows, *shape)))
+    print(f"{config.what}, {size}, {config.dtype}: {', '.join(map(str, written))}")
+    _print_pace(clock, images - rows.start)
+
+
+def _project(
+    backbone: nn.Module, data: ImageData, config: Namespace, device: torch.device, directory: Path
+) -> None:
+    source: Any = data.source(config.split)
+    count = min(config.images, len(source))
+    places = torch.linspace(0, len(source) - 1, count, dtype=torch.float64).round().long().tolist()
+    projector = Projector(config.thumbnail, count, data.normalisation, _describe(data, source))
+    clock = _embed(backbone, data, config, device, places, projector.add)
+    run = claim(directory)
+    projector.write(run)
+    print(f"{config.what} of {count:,} images\nrun: {run}\nlook: tensorboard --logdir {run}")
+    _print_pace(clock, count)
+
+
+def _embed(
+    backbone: nn.Module,
+    data: ImageData,
+    config: Namespace,
+    device: torch.device,
+    places: Sequence[int],
+    write: Callable[[ImageBatch, torch.Tensor], None],
+) -> Waiting:
+    loader = data.loader_of(config.split, places, pin_memory=device.type == "cuda")
+    dtypes = {"dtype": getattr(torch, config.dtype), "autocast_dtype": autocast_type(config.precision)}
+    return embed_images(backbone, loader, device, write, what=config.what, **dtypes)
+
+
+def _describe(data: ImageData, source: Any) -> Callable[[int, int], Row]:
+    """Return what tells path, label and class of an image from its position and label.
+
+    In a folder without splits, the class of an image is the folder in it that holds the image.
+    """
+    if names := data.class_names:
+        return lambda position, label: Row(source.path(position), label, names[label] if label >= 0 else "")
+    assert isinstance(source, Files)
+
+    def folder(path: str) -> str:
+        within = Path(path).relative_to(data.root).parts
+        return within[0] if len(within) > 1 else ""
+
+    classes = {name: label for label, name in enumerate(sorted({*map(folder, source.paths)} - {""}))}
+
+    def describe(position: int, label: int) -> Row:
+        path = source.paths[position]
+        return Row(path, classes.get(folder(path), -1), folder(path))
+
+    return describe
+
+
+def _digest(source: Any) -> str:
+    """Return a digest of the paths of all images, in their order."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(f"{source.path(index)}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _print_pace(clock: Waiting, images: int) -> None:
+    if images:
+        pace = f"{images / clock.seconds:,.0f} images/s, {clock.waited / clock.seconds:.1%} of it waiting"
+        print(f"{images:,} images in {clock.seconds:,.0f} s: {pace}")

@@ -1,0 +1,76 @@
+"""Features as TensorBoard's embedding projector reads them, each with a picture and what is known of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil, sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.feature_files import HEADER, Row
+
+LARGEST = 8192  # pixels a side of the picture of all thumbnails that browsers take
+
+
+class Projector:
+    """Points of the projector, collected batch by batch.
+
+    Args:
+        side: of the thumbnails, in pixels.
+        most: number of images.
+        normalisation: `mean` and `std` of the images.
+        row_of: describes an image by its position and label.
+
+    Raises:
+        InputError: so many thumbnails are larger than the projector takes.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        most: int,
+        normalisation: Mapping[str, Sequence[float]],
+        row_of: Callable[[int, int], Row],
+    ) -> None:
+        if ceil(sqrt(most)) * side > LARGEST:
+            raise InputError(
+                f"--thumbnail: {most:,} pictures of {side} pixels are more than the projector takes, "
+                f"{LARGEST} x {LARGEST} pixels for all of them: lower --thumbnail or --images"
+            )
+        self.side, self.row_of = side, row_of
+        self.mean, self.std = (torch.tensor(normalisation[key]).view(3, 1, 1) for key in ("mean", "std"))
+        self.features: list[Tensor] = []
+        self.thumbnails: list[Tensor] = []
+        self.rows: list[Row] = []
+
+    def add(self, batch: ImageBatch, features: Tensor) -> None:
+        """Add a batch of images and their features [B, D]."""
+        images = batch.images * self.std + self.mean
+        small = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True).clamp(0, 1)
+        self.features.append(features.float())
+        self.thumbnails.append(small)
+        known = zip(batch.indices.tolist(), batch.labels.tolist(), strict=True)
+        self.rows += [self.row_of(position, label) for position, label in known]
+
+    def write(self, directory: Path) -> None:
+        """Write all points for TensorBoard."""
+        if not self.rows:
+            raise InputError("no features to project: none of the images can be read")
+        cells = [[_cell(str(each)) for each in row] for row in self.rows]
+        with SummaryWriter(str(directory)) as writer:
+            writer.add_embedding(
+                torch.cat(self.features),
+                metadata=cells,
+                metadata_header=[*HEADER],
+                label_img=torch.cat(self.thumbnails),
+                tag="features",
+            )
+
+
+def _cell(text: str) -> str:
+    """Return text that a table of tab-separated values can hold."""
+    return "".join(each if each.isprintable() else "?" for each in text)
