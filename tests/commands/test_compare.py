@@ -70,6 +70,16 @@ def test_weights_are_measured_first(folder, workplace, capsys):
         assert record["fingerprint"] == own["fingerprint"]
 
 
+@pytest.mark.usefixtures("workplace")
+def test_what_a_file_says_is_printed_and_not_obeyed(capsys):
+    evaluated("a", [1, 0], figure="[/red]\x1b[31m", protocol="k-NN\x1b[31m")
+    main(["compare", "a", "a"])
+    out = capsys.readouterr().out
+    assert "[/red]?[31m" in out
+    assert "k-NN?[31m" in out
+    assert "\x1b" not in out
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [

@@ -68,6 +68,7 @@ def test_names_do_not_say_where_the_data_set_is():
     assert names_of(source("torch/cifar10/val/0"), "val", [0]) == ["val/0"]
     assert names_of(SimpleNamespace(source=lambda split: object()), "val", [0]) == [""]
     assert names_of(SimpleNamespace(), "val", [3]) == ["3"]
+    assert names_of(here, "val", []) == []
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,19 @@ def fit(tmp_path, module, data=None, **options):
     return run
 
 
+def test_a_users_own_images_and_labels_are_measured_in_their_order(tmp_path):
+    data = Batches(batches=2, size=6, last=3)
+    module = task(num_classes=10)
+    pairs = DataLoader([tuple(batch[:2]) for batch in data.items], batch_size=None)
+    run = trainer(tmp_path)
+    run.validate(module, dataloaders=pairs, verbose=False)
+    labels = torch.cat([batch.labels for batch in data.items])
+    assert module.results.labels.tolist() == labels.tolist()
+    assert module.results.names == [str(index) for index in range(9)]
+    top1 = module.results.scores["top1"].float().mean()
+    torch.testing.assert_close(top1, run.callback_metrics["val/top1"])
+
+
 def test_matrices_alone_decay(tmp_path):
     module = task(backbone_args=BACKBONE | {"reg_tokens": 2}, weight_decay=0.3)
     run = fit(tmp_path, module)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from locat.errors import Parser
 from locat.runs import claim, write_json
@@ -96,8 +97,15 @@ def _table(found: dict[str, Paired]) -> Table:
         low, high = paired.interval
         difference = f"{100 * paired.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
         values = f"{paired.first:.2%}", f"{paired.second:.2%}", difference
-        table.add_row(name, *values, f"{paired.first_better:,}", f"{paired.second_better:,}")
+        table.add_row(
+            Text(_printable(name)), *values, f"{paired.first_better:,}", f"{paired.second_better:,}"
+        )
     return table
+
+
+def _printable(text: str) -> str:
+    """Return text of a file without what a terminal would obey."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _plain(paired: Paired) -> dict[str, Any]:
@@ -116,7 +124,7 @@ def _read(run: Path) -> Evaluation:
     results = read_table(run / TABLE)
     try:
         record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-        protocol, known = str(record["protocol"]), record["fingerprint"]
+        protocol, known = _printable(str(record["protocol"])), record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{run / RECORD} is not the record of an evaluation: {in_a_line(error)}") from error
     if known != (fingerprint(results) or None):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from locat_lightning.commands.measurement import Measurement
 from locat_lightning.data.timm_sources import KINDS
@@ -38,5 +39,5 @@ def show_together(measured: Mapping[str, Measurement]) -> None:
     table = Table("data set", *(Column(title, justify="right") for title in titles))
     for dataset, measurement in measured.items():
         for row in measurement.rows:
-            table.add_row(dataset, *row)
+            table.add_row(Text(dataset), *row)
     Console().print(table)

@@ -126,7 +126,7 @@ def names_of(data: Any, split: str, indices: Sequence[int]) -> list[str]:
     Without paths it is the position, and "" in a stream, whose images have none.
     """
     source: Any = data.source(split) if hasattr(data, "source") else None
-    if not hasattr(source, "path"):
+    if not indices or not hasattr(source, "path"):
         return ["" if source is not None else str(index) for index in indices]
     paths = [Path(source.path(index)) for index in indices]
     root = Path(os.path.commonpath({path.parent for path in paths})).parent

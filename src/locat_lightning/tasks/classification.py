@@ -204,7 +204,8 @@ class Classification(Task):
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update(logits, labels)
         if self.trainer.state.fn != TrainerFn.FITTING:
-            self._ranked.append((batch.indices, labels, label_ranks(logits, labels)))
+            indices = batch.indices if hasattr(batch, "indices") else torch.full_like(labels, -1)
+            self._ranked.append((indices, labels, label_ranks(logits, labels)))
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
         self.log_dict(accuracy, prog_bar=True)
         return logits
@@ -230,12 +231,12 @@ class Classification(Task):
         columns = [torch.cat(column).cpu() for column in zip(nothing, *self._ranked, strict=True)]
         self._ranked.clear()
         indices = columns[0]
-        if (indices < 0).any():  # of a stream
+        if (indices < 0).any():  # of a stream, or of data of the user's own
             indices = torch.arange(len(indices)) * self.trainer.world_size + self.global_rank
         indices, labels, ranks = gather_rows(indices, indices, *columns[1:], device=self.device)
         tops = {f"top{k}": ranks < k for k in (1, 5) if k < self.hp.num_classes}
         names = names_of(self.trainer.datamodule, split, indices.tolist())  # type: ignore[attr-defined]
-        self.results = Scores(indices, names, labels, tops)
+        self.results = Scores(indices, names, labels, tops) if names else None
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""
