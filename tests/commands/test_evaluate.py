@@ -208,7 +208,8 @@ def test_linear(protocol, named, capsys):
 
 
 @pytest.mark.parametrize("command", [["knn", "--k", "3"], ["linear", "--protocol", "sweep", "--epochs", "2"]])
-def test_several_data_sets_in_one_table(command, named, folder, tmp_path, capsys):
+def test_several_data_sets_in_one_table(command, named, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # a row of the table in a line
     torch.save(backbone(seed=3).state_dict(), "net.pth")
     other = write_images(tmp_path / "others" / "flowers")
     (other / "val" / "ant" / "0.png").unlink()
