@@ -71,7 +71,15 @@ SCALARS = {
     | {f"signs/{name}" for name in ("effective_rank", "patch_cosine", "patch_rank", "patch_cls_cosine")}
     | {"knn/top1", "linear/top1"}
     | KERNELS,
-    "segment_digits": {"val/miou", "val/pixel_accuracy", "val/mean_accuracy", "iou/0", "iou/ground"}
+    "segment_digits": {
+        "val/miou",
+        "val/miou_low",
+        "val/miou_high",
+        "val/pixel_accuracy",
+        "val/mean_accuracy",
+        "iou/0",
+        "iou/ground",
+    }
     | KERNELS,
 }
 PICTURES = {
@@ -130,6 +138,20 @@ def test_pictures(shown, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_text(shown, task):
     assert of_task(shown("text/tags"), task) == {"config/text_summary", "versions/text_summary"}
+
+
+def test_miou_is_drawn_with_a_band(shown):
+    [chart] = [chart for each in shown("custom_scalars/layout")["category"] for chart in each["chart"]]
+    [series] = chart["margin"]["series"]
+    tags = [series[name] for name in ("lower", "value", "upper")]
+    assert tags == ["val/miou_low", "val/miou", "val/miou_high"]
+    [run] = [name for name in shown("scalars/tags") if "segment_digits" in Path(name).parts]
+    curves = [shown(f"scalars/scalars?tag={tag}&run={run}") for tag in tags]
+    for points in zip(*curves, strict=True):
+        assert len({step for _, step, _ in points}) == 1
+        low, miou, high = (value for *_, value in points)
+        assert low <= miou <= high
+    assert any(low[2] < high[2] for low, _, high in zip(*curves, strict=True))
 
 
 def test_a_resumed_segmentation_goes_on_drawing_and_reads_its_samples_once(runs, tmp_path, monkeypatch):

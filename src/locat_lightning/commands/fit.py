@@ -17,6 +17,7 @@ import locat_lightning.data
 import locat_lightning.methods  # noqa: F401 - as the line above: a config names its classes
 from locat.runs import claim, lock, unlock
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
+from locat_lightning.callbacks.bands import Bands
 from locat_lightning.callbacks.checkpoints import CheckpointFiles, Checkpoints
 from locat_lightning.callbacks.interrupts import Interrupts
 from locat_lightning.callbacks.kernels import KernelWidths
@@ -219,7 +220,7 @@ class LocatCLI(LightningCLI):
         """Add what every run has: callbacks, and how checkpoints are written and read."""
         # Private: the public hook does not see the callbacks that come from options.
         options = self.config[self.subcommand]
-        callbacks += [Throughput(), KernelWidths(), FeatureSigns(), Predictions()]
+        callbacks += [Throughput(), KernelWidths(), FeatureSigns(), Bands(), Predictions()]
         callbacks.append(resume.ResumeGuard(options.seed_everything, allowed=options.allow_changes))
         if config["enable_progress_bar"] is not False:
             config["enable_progress_bar"] = on_terminal = get_console().is_terminal

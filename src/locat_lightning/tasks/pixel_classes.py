@@ -31,7 +31,7 @@ class PixelClasses(DenseTask):
 
     Attributes:
         iou: result of the last evaluation.
-        results: the same by image, after `validate` or `test`.
+        results: the same by image.
         best: number of the best head.
     """
 
@@ -105,8 +105,8 @@ class PixelClasses(DenseTask):
         shares = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
         for logger in self.trainer.loggers:
             logger.log_metrics(shares, step=max(0, self.global_step - 1))
+        self.results = Areas.of(iou, self.class_names, self.trainer.datamodule, split)  # type: ignore[attr-defined]
         if self.trainer.state.fn != TrainerFn.FITTING:
-            self.results = Areas.of(iou, self.class_names, self.trainer.datamodule, split)  # type: ignore[attr-defined]
             rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ class Segmentation(PixelClasses):
 
     Attributes:
         iou: result of the last evaluation.
-        results: the same by image, after `validate` or `test`.
+        results: the same by image.
         best: number of the best head, by the last validation.
     """
 
