@@ -247,18 +247,19 @@ def _retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fa
     found = segment_by_retrieval(
         backbone, train, val, fabric.device, settings, num_classes=classes, autocast_dtype=dtype
     )
+    results = Areas.of(found, data.class_names, data, "val")
+    figures = Figures(results, "retrieval") if results else None
     table = _table("class", "IoU")
     metrics = {f"retrieval/{name}": float(getattr(found, name)) for name in IoU.SCALARS}
     for name, iou in zip(data.class_names, found.per_class.tolist(), strict=True):
-        table.add_row(name, "absent" if isnan(iou) else f"{iou:.2%}")
+        shown = figures.cell(f"iou_{name}") if figures and not isnan(iou) else f"{iou:.2%}"
+        table.add_row(name, "absent" if isnan(iou) else shown)
         if not isnan(iou):
             metrics[f"retrieval/iou_{name}"] = iou
     kept = f"{config.memory_size:,} patches kept" if config.memory_size else "all patches kept"
     side = f"{config.image_size} × {config.image_size}"
     protocol = f"images resized to {side}, {kept}, {config.neighbours} neighbours"
     heading = f"dense retrieval: mIoU {float(found.miou):.4f} ({protocol})"
-    results = Areas.of(found, data.class_names, data, "val")
-    figures = Figures(results, "retrieval") if results else None
     return Measurement(heading, table, metrics, f"dense retrieval, {protocol}", figures)
 
 
