@@ -91,15 +91,14 @@ def _compare(a: Evaluation, b: Evaluation, directory: Path) -> None:
 
 
 def _table(found: dict[str, Paired]) -> Table:
-    titles = ("A", "B", "A − B", "A better", "B better")
+    titles = ("A", "B", "A − B", "better: A / B")
     table = Table(Column("figure", overflow="fold"), *(Column(title, justify="right") for title in titles))
     for name, paired in found.items():
         low, high = paired.interval
         difference = f"{100 * paired.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
         values = f"{paired.first:.2%}", f"{paired.second:.2%}", difference
-        table.add_row(
-            Text(_printable(name)), *values, f"{paired.first_better:,}", f"{paired.second_better:,}"
-        )
+        better = f"{paired.first_better:,} / {paired.second_better:,}"
+        table.add_row(Text(_printable(name)), *values, better)
     return table
 
 

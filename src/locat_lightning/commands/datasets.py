@@ -39,5 +39,5 @@ def show_together(measured: Mapping[str, Measurement]) -> None:
     table = Table("data set", *(Column(title, justify="right") for title in titles))
     for dataset, measurement in measured.items():
         for row in measurement.rows:
-            table.add_row(Text(dataset), *row)
+            table.add_row(Text(ending_of(dataset)[1:]), *row)
     Console().print(table)

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from locat.runs import write_json
 from locat_lightning.callbacks.record import versions
 from locat_lightning.evaluation.intervals import Figures
+from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.per_image import TABLE, write_table
 
 
@@ -39,6 +40,8 @@ def report(measurement: Measurement, run: Path, *, alone: bool = True, **known: 
         Console().print(table)
     record = {**known, "measured": heading, **metrics, "protocol": protocol, "versions": versions()}
     if figures is not None:
+        for name in filter(figures.values.__contains__, IoU.SCALARS):
+            print(f"{figures.group}/{name} {figures.cell(name)}")
         print(f"in brackets: 95 % intervals, bootstrap over {len(figures.results.indices):,} {units}")
         write_table(run / TABLE, figures.results)
         record |= figures.record()
