@@ -167,8 +167,9 @@ class FeatureFile:
         self.save()
         table = (row_of(int(position), int(label)) for position, label in self._positions())
         if self.file.suffix == ".parquet":
-            with replaced(self.file) as part:
-                self._write_parquet(part, table)
+            whole = self.part / "parquet"
+            self._write_parquet(whole, table)
+            whole.replace(self.file)
             written = [self.file]
         else:
             self._features.seek(0)
@@ -201,7 +202,7 @@ class FeatureFile:
     def _metadata(self) -> dict[str, str]:
         return self.notes | {key: str(self.record[key]) for key in ("shape", "dtype")}
 
-    def _write_parquet(self, part: Path, table: Iterator[Row]) -> None:
+    def _write_parquet(self, file: Path, table: Iterator[Row]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -213,7 +214,7 @@ class FeatureFile:
         ]
         schema = pa.schema([*fields, pa.field("features", pa.list_(number, width))], self._metadata())
         rows = max(1, GROUP // self._row_bytes)
-        with (self.part / "features").open("rb") as stored, pq.ParquetWriter(part, schema) as writer:
+        with (self.part / "features").open("rb") as stored, pq.ParquetWriter(file, schema) as writer:
             stored.seek(ROOM)
             for start in range(0, self.rows, rows):
                 count = min(rows, self.rows - start)
@@ -232,7 +233,7 @@ def check_target(file: Path, *, overwrite: bool) -> None:
     """Check the name of a file of features, that it is free, and that the package for its format is there."""
     if file.suffix not in FORMATS:
         raise InputError(f"--to: {file} must end in one of {', '.join(FORMATS)}")
-    for each in {file, file if file.suffix == ".parquet" else file.with_suffix(".csv")}:
+    for each in (file,) if file.suffix == ".parquet" else (file, file.with_suffix(".csv")):
         if each.is_dir():
             raise InputError(f"--to: {each} is a folder: give the name of a file")
         unfinished = each != file and Path(f"{file}.part").is_dir()  # in the midst of `finish`
