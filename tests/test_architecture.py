@@ -17,7 +17,12 @@ FLOORS = [
     {"locat_lightning.nn", "locat_lightning.data", "locat_lightning.schedules"},
     {"locat_lightning.backbones"},
     {"locat_lightning"},  # the package itself, whose import registers the backbones
-    {"locat_lightning.evaluation", "locat_lightning.inspection", "locat_lightning.figures"},
+    {
+        "locat_lightning.evaluation",
+        "locat_lightning.inspection",
+        "locat_lightning.structure",
+        "locat_lightning.figures",
+    },
     {"locat_lightning.tasks", "locat_lightning.methods"},
     {"locat_lightning.callbacks"},
     {"locat_lightning.commands"},

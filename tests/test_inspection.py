@@ -10,7 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from locat_lightning.backbones import registry  # noqa: F401 - names the models
-from locat_lightning.inspection import cls_attention, gaussian_kernels, kernel_widths, observe, pca_colours
+from locat_lightning.inspection import (
+    cls_attention,
+    gaussian_kernels,
+    kernel_widths,
+    observe,
+    pca_colours,
+    shared_pca_colours,
+)
 from locat_lightning.nn import gaussian_kernel
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -185,3 +192,42 @@ def test_training_goes_on_as_before():
     assert [list(module._forward_hooks) for module in backbone.modules()] == hooks
     assert torch.equal(torch.get_rng_state(), numbers[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == numbers[1:]  # noqa: NPY002
+
+
+def test_components_share_a_basis_across_images_of_any_size():
+    """Against an eigen-decomposition of the covariance of all patches."""
+    torch.manual_seed(0)
+    scale = torch.tensor([5.0, 3, 2, 0.1])[:, None, None]
+    maps = [scale * torch.randn(4, 6, 5), 1 + scale * torch.randn(4, 3, 8)]
+    patches = np.concatenate([each.flatten(1).T.numpy() for each in maps]).astype(np.float64)
+    centred = patches - patches.mean(0)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    components = centred @ vectors[:, ::-1][:, :3]
+    components *= np.where((components**3).sum(0) < 0, -1, 1)
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    expected = ((components - low) / (high - low)).clip(0, 1)
+    found = shared_pca_colours(maps)
+    assert [each.shape for each in found] == [(3, 6, 5), (3, 3, 8)]
+    colours = torch.cat([each.flatten(1).T for each in found])
+    np.testing.assert_allclose(colours, expected, atol=1e-4)
+
+
+def test_components_of_the_foreground_alone():
+    torch.manual_seed(0)
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[1:5, 2:6] = True
+    features = torch.randn(5, 6, 8)
+    features[0] = 40.0 * mask
+    for each in (features, -features):  # whatever the sign of the first component
+        (colours,) = shared_pca_colours([each], foreground=True)
+        assert torch.equal(colours.any(0) | ~mask, torch.ones_like(mask))
+        assert not colours[:, ~mask].any()
+        alone = shared_pca_colours([each[:, mask][..., None]])[0][..., 0]
+        torch.testing.assert_close(colours[:, mask], alone)
+
+
+def test_kernels_of_some_blocks():
+    backbone, images = vit().eval(), torch.randn(1, 3, 16, 16)
+    every, some = gaussian_kernels(backbone, images), gaussian_kernels(backbone, images, [0, 2])
+    assert all(torch.equal(a, b) for a, b in zip(some, (every[0], every[2]), strict=True))
+    assert gaussian_kernels(backbone, images, []) == []

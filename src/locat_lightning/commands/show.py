@@ -164,22 +164,22 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
     own = getattr(patches, "img_size", None) or (SIZE, SIZE)
     size = config.size or known.get("data.img_size") or min(own)
     fixed = own if getattr(patches, "strict_img_size", False) else None
-    inputs, maps = [], []
-    for image in images:
-        height, width = fixed or _whole_patches(image, size, backbone)
+    side, _ = padded_size(backbone, (1, 1))
+    sizes = [fixed or _whole_patches(image, size, side) for image in images]
+    counts = [height * width // side**2 for height, width in sizes]
+    if max(counts) > MOST_PATCHES or sum(count**2 for count in counts) > MOST_PAIRS:
+        raise InputError(f"{max(counts):,} patches in an image are too many to draw: lower --size ({size})")
+    inputs = []
+    for image, (height, width) in zip(images, sizes, strict=True):
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         inputs.append(normalize(to_tensor(resized), **normalisation)[None].to(device))
     with frozen(backbone), torch.no_grad():
         maps = [patch_features(backbone, each)[0].cpu() for each in inputs]
-    counts = [each[0].numel() for each in maps]
-    if max(counts) > MOST_PATCHES or sum(count**2 for count in counts) > MOST_PAIRS:
-        raise InputError(f"{max(counts):,} patches in an image are too many to draw: lower --size ({size})")
     return Model(backbone, inputs, maps)
 
 
-def _whole_patches(image: Image.Image, size: int, backbone: nn.Module) -> tuple[int, int]:
-    """Return height and width for a shorter side of about `size` pixels, both in whole patches."""
-    side, _ = padded_size(backbone, (1, 1))
+def _whole_patches(image: Image.Image, size: int, side: int) -> tuple[int, int]:
+    """Return height and width, in whole patches of `side` pixels, for a shorter side of about `size`."""
     scale = size / min(image.size) / side
     return max(1, round(image.height * scale)) * side, max(1, round(image.width * scale)) * side
 
