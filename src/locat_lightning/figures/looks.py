@@ -46,10 +46,10 @@ def kernels_of(
 
 
 def attention_of(images: Sequence[np.ndarray], attention: Sequence[Tensor]) -> list[Column]:
-    """Show the attention of [CLS], [h, H, W] for each image, each in its own scale."""
+    """Show the attention of [CLS], [h, H, W] for each image, in its own scale; no column if there is none."""
     heat = [each.float().mean(0) for each in attention]
     heat = [each / each.max() for each in heat]
-    return [heat_column("attention of [CLS]", images, heat, "last block, mean of heads")]
+    return [heat_column("attention of [CLS]", images, heat, "last block, mean of heads")] if heat else []
 
 
 def components_of(colours: Sequence[Tensor]) -> list[Column]:
