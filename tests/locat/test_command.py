@@ -72,7 +72,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"locat: error: {expected}")
     if "no command" in expected:
-        assert line.endswith("knn, linear, retrieve, study, export, info, configs, runs")
+        assert line.endswith("knn, linear, retrieve, embed, show, study, export, info, configs, runs")
 
 
 def test_an_unknown_command_imports_no_torch():
