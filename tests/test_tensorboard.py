@@ -75,9 +75,9 @@ SCALARS = {
     | KERNELS,
 }
 PICTURES = {
-    "quickstart": {"pictures/validation"},
+    "quickstart": {"pictures/validation", "pictures/hard"},
     "dino_digits": {"pictures/validation", "pictures/crops"},
-    "segment_digits": {"pictures/validation", "pictures/iou", "pictures/confusion"},
+    "segment_digits": {"pictures/validation", "pictures/hard", "pictures/iou", "pictures/confusion"},
 }
 
 

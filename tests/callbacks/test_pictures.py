@@ -14,6 +14,7 @@ from locat_lightning.callbacks.pictures import Pictures, spaced_items
 from locat_lightning.data.classification import ImageData
 from locat_lightning.data.dataset import Failure
 from locat_lightning.errors import InputError
+from locat_lightning.tasks.average import WeightAverage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -126,6 +127,63 @@ def test_every_second_epoch_and_a_validation_by_itself(tmp_path):
     assert steps_in(tmp_path / "fit")["pictures/validation"] == [1]
     trainer(tmp_path / "validate", callback).validate(module, digits(), verbose=False)
     assert steps_in(tmp_path / "validate") == {"pictures/validation": [0], "pictures/results": [0]}
+
+
+class Judge(Drawer):
+    """The digits of odd label are hard, the larger the harder; notes the weight of each picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone[1] = torch.nn.Linear(192, 10)
+        self.weights, self.trained = [], []
+
+    def validation_step(self, batch, _):
+        return batch.labels
+
+    def hardness(self, outputs, batch):
+        return torch.where(outputs % 2 == 1, outputs.float(), 0) + batch.indices / 1000
+
+    def on_validation_end(self):
+        self.trained.append(self.backbone[1].bias.detach().clone())
+
+    def pictures(self, samples, data, side):
+        self.weights.append(self.backbone[1].bias.detach().clone())
+        return super().pictures(samples, data, side)
+
+
+class Easy(Judge):
+    def hardness(self, outputs, batch):
+        return torch.where(batch.indices == 3, 1.0, torch.tensor([0.0]))
+
+
+def test_the_hardest_images_of_each_validation_are_drawn_hardest_first(tmp_path):
+    module, data = Judge(), digits()
+    trainer(tmp_path, Pictures(images=3), limit_val_batches=4).fit(module, data)
+    images = data.val_dataloader().dataset
+    labels = [images[index][1] for index in range(32)]
+    hardest = sorted(range(32), key=lambda i: -(labels[i] % 2 * labels[i] + i / 1000))[:3]
+    drawn = [what[0] for name, what in module.asked if name == "validation"]
+    assert drawn[1] == drawn[3] == [labels[i] for i in hardest]
+    assert drawn[0] == drawn[2] != drawn[1]
+    steps = steps_in(tmp_path)
+    assert steps["pictures/hard"] == steps["pictures/validation"] == [0, 1]
+
+
+def test_only_hard_images_are_drawn(tmp_path):
+    module = Easy()
+    trainer(tmp_path, Pictures(images=3)).validate(module, digits(), verbose=False)
+    assert [len(what[0]) for name, what in module.asked if name == "validation"] == [3, 1]
+
+
+def test_the_hardest_are_drawn_by_averaged_weights_too(tmp_path):
+    """Which are gone when the validation has ended."""
+    module = Judge()
+    trainer(tmp_path, Pictures(images=2), WeightAverage(0.5), limit_train_batches=5).fit(module, digits())
+    assert len(module.weights) == 4
+    *_, trained = module.trained  # the first are of the sanity check
+    watched, hard = module.weights[2:]
+    assert torch.equal(watched, hard)
+    assert not torch.equal(hard, trained)
 
 
 @pytest.mark.parametrize("split", ["val", "train"])

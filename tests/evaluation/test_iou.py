@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.iou import MeanIoU, count_pixels, iou
+from locat_lightning.evaluation.iou import MeanIoU, count_pixels, image_miou, iou
 
 CLASSES = 7
 
@@ -116,3 +116,12 @@ def test_annotations_tell_255_classes_apart(classes):
 def test_maps_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match=r"predictions \[2, 2\] and annotations \[2, 3\]"):
         MeanIoU(2).update(torch.zeros(2, 2), torch.zeros(2, 3))
+
+
+def test_each_image_by_itself():
+    pairs = [(predicted[:5, :5], annotated[:5, :5]) for predicted, annotated in segmentations(seed=3)]
+    pairs.append((pairs[0][0], torch.full((5, 5), 255, dtype=torch.uint8)))
+    found = image_miou(*(torch.stack(maps) for maps in zip(*pairs, strict=True)), CLASSES)
+    expected = [reference([pair])[0] for pair in pairs[:-1]]
+    np.testing.assert_allclose(found[:-1], expected, rtol=1e-6)
+    assert found[-1].isnan()

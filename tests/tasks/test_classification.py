@@ -322,3 +322,15 @@ def test_a_file_of_weights_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.load", lambda path, **options: read.append(path) or load(path, **options))
     trainer(tmp_path).validate(task(weights=str(tmp_path / "a.ckpt")), datamodule=Batches(), verbose=False)
     assert read == [tmp_path / "a.ckpt"]
+
+
+def test_an_image_is_hard_as_far_as_it_is_surely_taken_for_a_wrong_class():
+    logits, labels = (
+        torch.tensor([[3.0, 0, 0], [0, 3, 0], [0, 0.1, 0], [0, 0, 0]]),
+        torch.tensor([0, 2, 0, 1]),
+    )
+    shares = [[math.exp(each) / sum(map(math.exp, row)) for each in row] for row in logits.tolist()]
+    expected = [max(row) - row[label] for row, label in zip(shares, labels.tolist(), strict=True)]
+    batch = ImageBatch(torch.empty(4), labels, torch.arange(4))
+    assert task().hardness(logits, batch).tolist() == pytest.approx(expected)
+    assert expected[0] == 0 < expected[2] < expected[1]

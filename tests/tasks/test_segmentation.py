@@ -460,3 +460,14 @@ def test_two_processes_count_every_pixel_once(scenes, weights, two_processes):
         assert of_both.sum() == confusion.sum() == 3 * 48 * 30
         for name, value in decoder.items():
             torch.testing.assert_close(same[name], value, atol=1e-5, rtol=0)
+
+
+def test_an_image_is_hard_as_far_as_its_own_classes_are_missed(tmp_path, weights):
+    module = task(weights)
+    fit(tmp_path, module, limit_train_batches=1, limit_val_batches=0, max_epochs=1)
+    masks = torch.tensor([[[0, 0, 1, IGNORE]], [[0, 0, 1, 1]], [[IGNORE] * 4]], dtype=torch.uint8)
+    predicted = torch.tensor([[[0, 0, 1, 2]], [[0, 0, 1, 2]], [[0] * 4]])
+    batch = MaskBatch(torch.empty(3), masks, torch.arange(3))
+    found = module.hardness(predicted, batch)
+    assert found[:2].tolist() == pytest.approx([0, 1 - (1 + 1 / 2 + 0) / 3])
+    assert found[2].isnan()

@@ -1,6 +1,6 @@
 """Pictures of what a model does, for each logger that takes images: when, and of which samples."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -25,7 +25,8 @@ LARGEST = 4_000_000  # of a picture's images; half a minute on a CPU
 class Pictures(Callback):
     """Log the figures that the task draws, as `pictures/NAME`.
 
-    At each validation the task draws the same validation samples (`pictures`) and what the validation found
+    At each validation the task draws the same validation samples (`pictures`), those that were hardest
+    (`pictures` again, of what `hardness` says, as `pictures/hard`), and what the validation found
     (`result_pictures`). A task without validation draws samples of `val`, or else of `train`, at the end of
     the epoch. Before the first step of a new run it draws the training batch (`input_pictures`). A task that
     lacks one of these methods goes without; one that fails is warned of, and draws no more in this run.
@@ -55,6 +56,7 @@ class Pictures(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._samples: list[Any] | None = None
+        self._hardness: list[tuple[Tensor, Tensor]] = []  # of a validation's batches, and the images' indices
         self._loggers = [logger for logger in trainer.loggers if _takes_figures(logger)]
         self.active = bool(self.every_n_epochs and self._loggers and trainer.is_global_zero)
         if self.active and stage in ("fit", "validate") and not hasattr(pl_module, "pictures"):
@@ -78,8 +80,25 @@ class Pictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw the samples after the first batch: averaged weights are still in place then."""
-        if not batch_idx and not dataloader_idx:
+        if dataloader_idx:
+            return
+        if not batch_idx:
+            self._hardness = []
             self._log_samples(trainer)
+        hardness: Any = getattr(pl_module, "hardness", None)
+        if hardness is not None and self._is_due(trainer):
+            with giving_up(self, "pictures"):
+                self._hardness.append((hardness(outputs, batch), batch.indices))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the samples that were hardest: averaged weights are still in place here, too."""
+        found, self._hardness = self._hardness, []
+        if not found or not self._is_due(trainer):
+            return
+        with giving_up(self, "pictures"):
+            if samples := hardest_items(validation_loader(trainer), found, self.images):
+                data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                self._log(trainer, "pictures", samples, data, self.side, renamed={"validation": "hard"})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_due(trainer):
@@ -104,7 +123,9 @@ class Pictures(Callback):
             if self._samples:
                 self._log(trainer, "pictures", self._samples, trainer.datamodule, self.side)  # type: ignore[attr-defined]
 
-    def _log(self, trainer: Trainer, method: str, *arguments: Any) -> None:
+    def _log(
+        self, trainer: Trainer, method: str, *arguments: Any, renamed: Mapping[str, str] | None = None
+    ) -> None:
         module = trainer.lightning_module
         draw = getattr(module, method, None)
         if draw is None:
@@ -113,7 +134,7 @@ class Pictures(Callback):
         with giving_up(self, "pictures"), isolate_rng(), frozen(module), torch.no_grad():
             for name, figure in draw(*arguments).items():
                 for logger in self._loggers:
-                    _log_figure(logger, f"pictures/{name}", figure, step)
+                    _log_figure(logger, f"pictures/{(renamed or {}).get(name, name)}", figure, step)
 
 
 @contextmanager
@@ -131,9 +152,7 @@ def watched_samples(trainer: Trainer, count: int) -> list[Any]:
 
     There are none of data that give no loader for a split.
     """
-    loader: Any = trainer.val_dataloaders
-    if isinstance(loader, Sequence):
-        loader = loader[0]
+    loader = validation_loader(trainer)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if loader is None and hasattr(data, "eval_dataloader"):
         try:
@@ -141,6 +160,27 @@ def watched_samples(trainer: Trainer, count: int) -> list[Any]:
         except InputError:
             loader = data.eval_dataloader("train")
     return spaced_items(loader, count) if hasattr(loader, "dataset") else []
+
+
+def validation_loader(trainer: Trainer) -> Any:
+    """Return the first loader of the validation, None without one."""
+    loader: Any = trainer.val_dataloaders
+    return loader[0] if isinstance(loader, Sequence) else loader
+
+
+def hardest_items(loader: Any, found: Sequence[tuple[Tensor, Tensor]], count: int) -> list[Any]:
+    """Read the items of a loader's data set that were hardest, hardest first; of a stream none.
+
+    `found` are the hardness and the indices of each batch; what is not above 0 is not hard.
+    """
+    hardness, indices = (torch.cat([*of_batches]) for of_batches in zip(*found, strict=True))
+    if isinstance(getattr(loader, "dataset", None), IterableDataset | None):
+        return []
+    hardest, places = hardness.nan_to_num(0).topk(min(count, len(hardness)))
+    indices = indices.to(places.device)[places][hardest > 0]
+    with isolate_rng():
+        items = [loader.dataset[index] for index in indices.tolist()]
+    return [item for item in items if not isinstance(item, Failure)]
 
 
 def watched_images(trainer: Trainer, count: int) -> Tensor:

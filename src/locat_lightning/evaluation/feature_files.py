@@ -26,7 +26,7 @@ Dtype = Literal["float16", "float32"]
 
 FORMATS = (".npy", ".parquet", ".safetensors")
 ROOM = 8192  # bytes before the rows: more than any header takes, and not more than numpy reads
-GROUP = 2**26  # bytes of features in a row group of a parquet file
+GROUP = 2**24  # bytes of features in a row group of a parquet file
 PATIENCE = 5  # seconds of work that a power failure may cost
 
 

@@ -97,6 +97,21 @@ def count_pixels(predictions: Tensor, annotations: Tensor, num_classes: int) -> 
     return counts.scatter_add_(0, place, torch.ones_like(place))[:-1]
 
 
+def image_miou(predictions: Tensor, annotations: Tensor, num_classes: int) -> Tensor:
+    """Compute the mIoU of each image by itself, to rank images: not that of a data set, nor its mean.
+
+    Classes are [B, H, W]; pixels annotated as 255 are ignored.
+
+    Returns:
+        [B] float32: the mean over the classes that occur in the image; NaN where nothing is annotated.
+    """
+    counts = [count_pixels(*each, num_classes)[:-1] for each in zip(predictions, annotations, strict=True)]
+    confusion = torch.stack(counts).unflatten(-1, (num_classes, num_classes)).float()
+    right = confusion.diagonal(dim1=-2, dim2=-1)
+    per_class: Tensor = right / (confusion.sum(-1) + confusion.sum(-2) - right)  # 0 / 0 is NaN
+    return per_class.nanmean(-1)
+
+
 def iou(pixels: Tensor) -> IoU:
     """Compute IoU and accuracies of pixels [C · C + 1], the sum of `count_pixels` over images."""
     num_classes = math.isqrt(len(pixels) - 1)

@@ -182,22 +182,28 @@ class Classification(Task):
             self.log_dict(self.train_accuracy(logits, labels))
         return loss
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        return self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self._evaluate(batch, "test", self.test_loss, self.test_accuracy)
 
     def _evaluate(
         self, batch: ImageBatch, split: str, mean_loss: MeanMetric, accuracy: MetricCollection
-    ) -> None:
-        """Measure loss, top-1 and top-5 over the whole set, each image once."""
+    ) -> Tensor:
+        """Measure loss, top-1 and top-5 over the whole set, each image once, and return the logits."""
         images, labels = batch[:2]
         logits = self.watched(self(images))
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update(logits, labels)
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
         self.log_dict(accuracy, prog_bar=True)
+        return logits
+
+    def hardness(self, outputs: Tensor, batch: ImageBatch) -> Tensor:
+        """Return how much surer of a wrong class than of the label each prediction is, [B]; 0 where right."""
+        shares = outputs.float().softmax(-1)
+        return shares.amax(-1) - shares.gather(-1, batch.labels[:, None])[:, 0]
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""

@@ -30,7 +30,7 @@ from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen as in_evaluation
 from locat_lightning.evaluation.dense import padded_size, patch_features
-from locat_lightning.evaluation.iou import IoU, MeanIoU
+from locat_lightning.evaluation.iou import IoU, MeanIoU, image_miou
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
 from locat_lightning.inspection import gaussian_kernels
@@ -248,6 +248,10 @@ class Segmentation(FrozenNetwork):
         return predicted
 
     test_step = validation_step
+
+    def hardness(self, outputs: Tensor, batch: MaskBatch) -> Tensor:
+        """Return 1 - mIoU of each image by itself, [B]."""
+        return 1 - image_miou(outputs, batch.masks, self.hp.num_classes)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
