@@ -138,6 +138,22 @@ def test_a_failure_while_the_file_is_put_in_place_loses_nothing(monkeypatch):
     np.testing.assert_array_equal(read("a.npy")[0], features_of([0, 1], (3,), "float32"))
 
 
+def test_a_full_disk(monkeypatch):
+    """What was saved before is kept, the lock is not, and the error says which file it was."""
+    write("a.npy", [[0, 1]], finish=False)
+
+    def full(opened):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_files, "_flush", full)
+        with pytest.raises(OSError, match=r"No space left on device: 'a.npy'"):
+            write("a.npy", [[2]])
+    assert not Path("a.npy.part/.lock").exists()
+    assert write("a.npy", [[2]]) == 2
+    np.testing.assert_array_equal(read("a.npy")[0], features_of([0, 1, 2], (3,), "float32"))
+
+
 def test_one_process_at_a_time(monkeypatch):
     def locked(run):
         raise BlockingIOError

@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -100,12 +101,19 @@ class FeatureFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self.part.is_dir():
-                self.save()
+            with ExitStack() as stack:  # all of it is done, also on a full disk
+                stack.callback(unlock, self.part, self._lock)
+                stack.callback(self._index.close)
+                stack.callback(self._features.close)
+                if self.part.is_dir():
+                    self.save()
+        except OSError as again:
+            if not isinstance(error, OSError):
+                error = again
+                raise
         finally:
-            self._features.close()
-            self._index.close()
-            unlock(self.part, self._lock)
+            if isinstance(error, OSError) and error.filename is None:  # of an open file the system names none
+                error.filename = str(self.file)
 
     def _begin(self) -> None:
         record = self.part / "record.json"
