@@ -113,6 +113,14 @@ COMMANDS = {
         ["retrieve", "--weights", "best", "--data.root", "folder", "--data.classes", "[a, b, c]"],
         ("model", "data", "name", "runs"),
     ),
+    "embed": (
+        ["embed", "--weights", "best", "--to", "exported/features.npy"],
+        ("model", "data", "name", "runs"),
+    ),
+    "show": (
+        ["show", "--weights", "best", "--what", "pca", "images/val/ant/0.png"],
+        ("model", "data", "name", "runs"),
+    ),
     "export": (["export", "--weights", "best", "--to", "exported"], ("model", "data", "trainer")),
     "info": (["info", "best", "--batch_size", "1"], ()),
 }

@@ -37,6 +37,7 @@ from locat_lightning.inspection import (
     layers_with_kernels,
     shared_pca_colours,
 )
+from locat_lightning.records import check_like
 
 DESCRIPTION = (
     "Draw what a model makes of images: a PNG for each kind of picture, a row for each image, several models "
@@ -152,17 +153,13 @@ def _place(patch: str | None, image: Image.Image, file: str) -> tuple[float, flo
 
 
 def _show_to(weights: str, images: list[Image.Image], config: Namespace, device: torch.device) -> Model:
-    known = images_of("knn", weights, set())
     network: Role = "student" if config.student else "teacher"
     model = sources.local_dir(weights), config.backbone, config.backbone_args
     backbone = load_backbone(*model, network=network, any_size=True).to(device)
-    normalisation = {
-        "mean": known.get("data.mean", IMAGENET_DEFAULT_MEAN),
-        "std": known.get("data.std", IMAGENET_DEFAULT_STD),
-    }
     patches: Any = getattr(backbone, "patch_embed", None)
     own = getattr(patches, "img_size", None) or (SIZE, SIZE)
-    size = config.size or known.get("data.img_size") or min(own)
+    known = _known_of(weights, size=min(own))
+    size = config.size or known["img_size"]
     fixed = own if getattr(patches, "strict_img_size", False) else None
     side, _ = padded_size(backbone, (1, 1))
     sizes = [fixed or _whole_patches(image, size, side) for image in images]
@@ -172,10 +169,21 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
     inputs = []
     for image, (height, width) in zip(images, sizes, strict=True):
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        inputs.append(normalize(to_tensor(resized), **normalisation)[None].to(device))
+        inputs.append(normalize(to_tensor(resized), known["mean"], known["std"])[None].to(device))
     with frozen(backbone), torch.no_grad():
         maps = [patch_features(backbone, each)[0].cpu() for each in inputs]
     return Model(backbone, inputs, maps)
+
+
+def _known_of(weights: str, size: int) -> dict[str, Any]:
+    """Return mean, std and size of the images that weights are for; by default ImageNet's, and `size`."""
+    own = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD], "img_size": size}
+    recorded = images_of("knn", weights, set())
+    known = {key: recorded.get(f"data.{key}", value) for key, value in own.items()}
+    check_like(known, own, weights, "data")
+    if min(known["std"]) <= 0 or not known["img_size"]:
+        raise InputError(f"{weights}: data.std and data.img_size must be above 0")
+    return known
 
 
 def _whole_patches(image: Image.Image, size: int, side: int) -> tuple[int, int]:
