@@ -119,7 +119,7 @@ def step_cost(
 
 
 def steps(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for size, pixels, images, compiled in STEPS[2:4] if args.tiny else STEPS:
+    for size, pixels, images, compiled in STEPS[3:4] if args.tiny else STEPS:
         images = 2 if args.tiny else images
         cost = partial(step_cost, pixels=pixels, images=images, compiled=compiled, args=args)
         plain, ours = cost(f"vit_{size}_patch16_224"), cost(f"locatvit_{size}")

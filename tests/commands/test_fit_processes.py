@@ -36,7 +36,8 @@ def wait_until_it_trains(process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("to", [pytest.param("the process", marks=pytest.mark.faults), "all processes"])
+@pytest.mark.faults
+@pytest.mark.parametrize("to", ["the process", "all processes"])
 def test_sigterm_leaves_a_checkpoint_to_go_on_from(to, small, start_locat):
     """A shell sends it to the process, a scheduler to the workers that read images, too."""
     process, output = start_locat(*FIT, *small, *ENDLESS, "--trainer.check_val_every_n_epoch", "3")
@@ -122,6 +123,7 @@ def tell(small, start_locat, monkeypatch):
     return start
 
 
+@pytest.mark.faults
 def test_two_processes_resume_as_if_they_had_not_been_told_to_stop(tell):
     """The second one is told, in the middle of a batch; the first saves, without the other."""
     code, said = tell("none", 0)

@@ -61,10 +61,13 @@ def retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fab
             table.add_row(kept, str(seed), f"{float(each.miou):.4f}")
         if spread:
             table.add_row(kept, "mean", f"{miou}{spread}", end_section=True)
-    if len(variants) == 1:
+    results = Areas.of(found[0], data.class_names, data, "val") if len(variants) == 1 else None
+    figures = Figures(results, "retrieval") if results else None
+    if figures:
         table = columns("class", "IoU")
-        for name, share in zip(data.class_names, found[0].per_class.tolist(), strict=True):
-            table.add_row(name, "absent" if isnan(share) else f"{share:.2%}")
+        for name in data.class_names:
+            known = f"iou_{name}" in figures.values
+            table.add_row(name, figures.cell(f"iou_{name}") if known else "absent")
     protocol = [f"images resized to {side} × {side}"]
     if config.fraction > 1:
         protocol.append(f"1/{config.fraction} of the training images ({len(variants[0].split(images)):,})")
@@ -74,8 +77,6 @@ def retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fab
         protocol.append(f"{kept} kept")
     protocol.append(f"{config.neighbours} neighbours")
     heading = f"dense retrieval: mIoU {', '.join(headlines)} ({', '.join(protocol)})"
-    results = Areas.of(found[0], data.class_names, data, "val") if len(variants) == 1 else None
-    figures = Figures(results, "retrieval") if results else None
     return Measurement(heading, table, metrics, f"dense retrieval, {', '.join(protocol)}", figures)
 
 
