@@ -123,13 +123,18 @@ def list_runs(directory: Path) -> str:
     rows += [(run.relative_to(directory).as_posix(), *_describe(run)) for run in sorted(found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines = ["".join(each if each.isprintable() else "?" for each in line) for line in lines]
+    lines = [printable(line) for line in lines]
     lines = [line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines]
     if any(state == "interrupted" for _, state, *_ in rows):
         lines.append(
             f"resume an interrupted run: locat fit --ckpt_path {directory}/RUN/checkpoints/last.ckpt"
         )
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Return text of a file without what a terminal would obey."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _describe(run: Path) -> tuple[str, str, str, str]:

@@ -127,7 +127,7 @@ def pca_colours(features: Tensor) -> Tensor:
 
 
 def shared_pca_colours(maps: Sequence[Tensor], *, foreground: bool = False) -> list[Tensor]:
-    """Do the same with images that may differ in size: the maps [D, H, W] have one basis.
+    """Return the colours of images that may differ in size: the maps [D, H, W] have one basis.
 
     With `foreground`, the first component only divides the patches at 0: the side with most of the patches at
     the images' borders is black, and the components shown are those of the other side alone (as DINOv2's).

@@ -169,6 +169,17 @@ def test_the_hardest_images_of_each_validation_are_drawn_hardest_first(tmp_path)
     assert steps["pictures/hard"] == steps["pictures/validation"] == [0, 1]
 
 
+def test_batches_that_do_not_say_which_images_they_hold_have_no_hard_ones(tmp_path, monkeypatch):
+    class Plain(Judge):
+        def validation_step(self, batch, _):
+            return batch[1]
+
+    module, data = Plain(), digits()
+    monkeypatch.setattr(data, "on_after_batch_transfer", lambda batch, _: list(batch))
+    trainer(tmp_path, Pictures(images=3)).validate(module, data, verbose=False)
+    assert [name for name, _ in module.asked if name == "validation"] == ["validation"]
+
+
 def test_only_hard_images_are_drawn(tmp_path):
     module = Easy()
     trainer(tmp_path, Pictures(images=3)).validate(module, digits(), verbose=False)

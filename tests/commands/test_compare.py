@@ -106,6 +106,13 @@ def refused(*arguments):
 
 
 @pytest.mark.usefixtures("workplace")
+def test_one_data_set_is_compared(workplace, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "a.pth", "b.pth", "--protocol", "knn", "--datasets", "digits", "images"])
+    assert stopped.value.code == 2
+    assert "compare takes one data set: give --data.root in place of --datasets" in capsys.readouterr().err
+
+
 def test_what_is_no_evaluation_is_refused_in_a_line(capsys):
     evaluated("a/version_0", [1, 0])
     assert f"in {Path('a').absolute()}: did you mean a/version_0?" in refused("a", "a/version_0", capsys)

@@ -144,7 +144,7 @@ def test_other_images_or_weights_are_another_command(model, tmp_path, monkeypatc
 
 
 def test_the_projector(model, folder):
-    run("--data.root", folder, "--projector", "--images", "5", "--thumbnail", "16", "--split", "train")
+    run("--data.root", folder, "--projector", "--points", "5", "--thumbnail", "16", "--split", "train")
     (place,) = Path("runs/net_embed/version_0").rglob("tensors.tsv")
     features = np.loadtxt(place, delimiter="\t")
     assert features.shape == (5, 24)
@@ -164,7 +164,7 @@ def test_the_projector(model, folder):
         ([], "needs either --to (features.npy, features.parquet or features.safetensors) or --projector"),
         (["--to", "a.npy", "--projector"], "needs either --to"),
         (["--projector", "--what", "patches"], "--projector: a point is an image"),
-        (["--projector", "--thumbnail", "5000"], "lower --thumbnail or --images"),
+        (["--projector", "--thumbnail", "5000"], "lower --thumbnail or --points"),
         (["--to", "a.txt"], "a.txt must end in one of"),
         (["--to", "a.npy", "--data.img_size", "36"], "does not take images of 36 pixels"),
     ],
@@ -184,4 +184,4 @@ def test_features_beyond_float16_name_their_image(model, folder, capsys):
     with pytest.raises(SystemExit):
         run("--data.root", folder, "--to", "a.npy", "--dtype", "float16")
     said = capsys.readouterr().err
-    assert "val/ant/0.png are not finite (beyond float16, or the weights are broken: try" in said
+    assert "val/ant/0.png are not finite: check the weights, or try --dtype float32" in said

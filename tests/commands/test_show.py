@@ -15,7 +15,7 @@ from locat_lightning.structure import similarity_to
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 OWN = ["--backbone", "locatvit_tiny", "--backbone_args", json.dumps(SIZES)]
-QUIET = ["--accelerator", "cpu", "--side", "32"]
+QUIET = ["--accelerator", "cpu", "--tile", "32"]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_a_patch_adds_the_picture_of_its_similarity_and_size_sets_the_grid(monke
     monkeypatch.setattr(
         show.structure, "similarity_to", lambda maps, patch: seen.append(patch) or maps[0][:1]
     )
-    main(["show", "wide.png", "--weights", "net.pth", "--patch", "0,0", "--size", "64", *OWN, *QUIET])
+    main(["show", "wide.png", "--weights", "net.pth", "--patch", "0,0", "--img_size", "64", *OWN, *QUIET])
     assert seen == [(0, 0)]
     assert "similarity.png" in written("net_show")
 
@@ -118,8 +118,8 @@ def test_normalisation_and_size_are_those_of_the_weights(trained, monkeypatch):
         (["wide.png", "--patch", "60,3"], "--patch: 60,3 is outside wide.png, which has 60 x 30 pixels"),
         (["wide.png", "--patch", "a,3"], "--patch: 'a,3' is not x,y in pixels, such as 120,80"),
         (
-            ["wide.png", "--size", "2000"],
-            "125,000 patches in an image are too many to draw: lower --size (2000)",
+            ["wide.png", "--img_size", "2000"],
+            "125,000 patches in an image are too many to draw: lower --img_size (2000)",
         ),
         (["wide.png", "--what", "clusters", "--clusters", "200"], "200 clusters of 32 different patches"),
         (["wide.png"] * 33, "at most 32 images, not 33"),

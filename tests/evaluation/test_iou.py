@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.iou import MeanIoU, class_areas, count_pixels, image_miou, iou
+from locat_lightning.evaluation.iou import MeanIoU, class_areas, count_pixels, iou, shares
 
 CLASSES = 7
 
@@ -143,10 +143,14 @@ def test_areas_of_images_are_forgotten_with_the_pixels():
     assert metric.compute().images is None
 
 
-def test_each_image_by_itself():
+def test_each_image_of_the_last_batch_by_itself():
     pairs = [(predicted[:5, :5], annotated[:5, :5]) for predicted, annotated in segmentations(seed=3)]
     pairs.append((pairs[0][0], torch.full((5, 5), 255, dtype=torch.uint8)))
-    found = image_miou(*(torch.stack(maps) for maps in zip(*pairs, strict=True)), CLASSES)
-    expected = [reference([pair])[0] for pair in pairs[:-1]]
+    metric = MeanIoU(CLASSES)
+    for start in (0, 2):
+        batch = pairs[start:]
+        metric.update(*(torch.stack(maps) for maps in zip(*batch, strict=True)), torch.arange(len(batch)))
+    found = shares(metric.last_areas.float())["miou"]
+    expected = [reference([pair])[0] for pair in pairs[2:-1]]
     np.testing.assert_allclose(found[:-1], expected, rtol=1e-6)
     assert found[-1].isnan()

@@ -179,6 +179,11 @@ def test_mistakes(tmp_path, weights, options, message):
         fit(tmp_path, task(weights, **options))
 
 
+def test_the_heads_of_a_grid_are_not_clipped_together(tmp_path, weights):
+    with pytest.raises(InputError, match="gradient_clip_val clips by the norm of all heads"):
+        task(weights, lrs=RATES).check(trainer(tmp_path, gradient_clip_val=1.0), training=True)
+
+
 def test_a_pyramid_needs_more_than_one_image(tmp_path, weights):
     with pytest.raises(InputError, match=r"needs batches of several images: set data\.batch_size to 2"):
         fit(tmp_path, task(weights, head="pyramid"), Batches(size=1))

@@ -468,6 +468,7 @@ def test_an_image_is_hard_as_far_as_its_own_classes_are_missed(tmp_path, weights
     masks = torch.tensor([[[0, 0, 1, IGNORE]], [[0, 0, 1, 1]], [[IGNORE] * 4]], dtype=torch.uint8)
     predicted = torch.tensor([[[0, 0, 1, 2]], [[0, 0, 1, 2]], [[0] * 4]])
     batch = MaskBatch(torch.empty(3), masks, torch.arange(3))
+    module.counts[0].update(predicted, masks, batch.indices)
     found = module.hardness(predicted, batch)
     assert found[:2].tolist() == pytest.approx([0, 1 - (1 + 1 / 2 + 0) / 3])
     assert found[2].isnan()

@@ -1,4 +1,4 @@
-"""How sure the mIoU of each validation is, which TensorBoard draws as a band."""
+"""The 95 % interval of mIoU at each validation, which TensorBoard draws as a band."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger

@@ -86,9 +86,10 @@ class Pictures(Callback):
             self._hardness = []
             self._log_samples(trainer)
         hardness: Any = getattr(pl_module, "hardness", None)
-        if hardness is not None and self._is_due(trainer):
+        indices = getattr(batch, "indices", None)  # batches of the user's own may have none
+        if hardness is not None and indices is not None and self._is_due(trainer):
             with giving_up(self, "pictures"):
-                self._hardness.append((hardness(outputs, batch), batch.indices))
+                self._hardness.append((hardness(outputs, batch), indices))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the samples that were hardest: averaged weights are still in place here, too."""
@@ -171,7 +172,7 @@ def validation_loader(trainer: Trainer) -> Any:
 def hardest_items(loader: Any, found: Sequence[tuple[Tensor, Tensor]], count: int) -> list[Any]:
     """Read the items of a loader's data set that were hardest, hardest first; of a stream none.
 
-    `found` are the hardness and the indices of each batch; what is not above 0 is not hard.
+    `found` are the hardness and the indices of each batch; items of hardness 0 are left out.
     """
     hardness, indices = (torch.cat([*of_batches]) for of_batches in zip(*found, strict=True))
     if isinstance(getattr(loader, "dataset", None), IterableDataset | None):

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from locat.errors import Parser
-from locat.runs import claim, write_json
+from locat.runs import claim, printable, write_json
 from locat_lightning.callbacks.record import versions
 from locat_lightning.commands import checks
 from locat_lightning.commands.evaluate import DESCRIPTIONS, evaluate
@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> None:
     given, rest = parser.parse_known_args(arguments[1:])
     checks.check_name(given.name)
     checks.check_writable("--runs", Path(given.runs) / given.name)
+    if any(each.partition("=")[0] == "--datasets" for each in rest):
+        raise InputError("locat compare takes one data set: give --data.root in place of --datasets")
     pair = [Path(given.a), Path(given.b)]
     if given.protocol:
         options = [*rest, "--runs", given.runs]
@@ -98,13 +100,8 @@ def _table(found: dict[str, Paired]) -> Table:
         difference = f"{100 * paired.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
         values = f"{paired.first:.2%}", f"{paired.second:.2%}", difference
         better = f"{paired.first_better:,} / {paired.second_better:,}"
-        table.add_row(Text(_printable(name)), *values, better)
+        table.add_row(Text(printable(name)), *values, better)
     return table
-
-
-def _printable(text: str) -> str:
-    """Return text of a file without what a terminal would obey."""
-    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _plain(paired: Paired) -> dict[str, Any]:
@@ -123,7 +120,7 @@ def _read(run: Path) -> Evaluation:
     results = read_table(run / TABLE)
     try:
         record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-        protocol, known = _printable(str(record["protocol"])), record["fingerprint"]
+        protocol, known = printable(str(record["protocol"])), record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{run / RECORD} is not the record of an evaluation: {in_a_line(error)}") from error
     if known != (fingerprint(results) or None):

@@ -25,7 +25,7 @@ def _options_of(dataset: str) -> dict[str, str]:
     if dataset == "digits" or dataset.partition("/")[0].lower() in KINDS:
         return {"dataset": dataset}
     known = ", ".join(f"{kind}/…" for kind in KINDS)
-    raise InputError(f"--datasets: {dataset} is no folder, nor digits, nor a name of timm's ({known})")
+    raise InputError(f"--datasets: {dataset} is not a folder, 'digits' or a data set of timm's ({known})")
 
 
 def ending_of(dataset: str) -> str:

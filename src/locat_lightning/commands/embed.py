@@ -77,7 +77,7 @@ def _parser() -> ArgumentParser:
     help_ = f"which images; predict: any folder's, or those of {' or '.join(('test/', 'val/'))}"
     add("--split", type=Split, default="predict", help=help_)
     add("--projector", action="store_true", help="write TensorBoard's projector into a run, instead of --to")
-    add("--images", type=PositiveInt, default=2000, help="of the projector, evenly spaced over the data set")
+    add("--points", type=PositiveInt, default=2000, help="of the projector, evenly spaced over the data set")
     add("--thumbnail", type=PositiveInt, default=48, help="side of the projector's pictures, in pixels")
     add("--runs", type=str, default="runs", help="directory of all runs, for the projector")
     add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
@@ -126,10 +126,8 @@ def _write(backbone: nn.Module, data: ImageData, config: Namespace, device: torc
         def add(batch: ImageBatch, features: torch.Tensor) -> None:
             if not (finite := features.isfinite().flatten(1).all(1)).all():
                 path = source.path(int(batch.indices[~finite][0]))
-                why = (
-                    "beyond float16, or the weights are broken: try" if config.dtype == "float16" else "check"
-                )
-                raise InputError(f"features of {path} are not finite ({why} --dtype float32, --precision 32)")
+                remedy = "--dtype float32" if config.dtype == "float16" else "--precision 32-true"
+                raise InputError(f"features of {path} are not finite: check the weights, or try {remedy}")
             rows.add(batch.indices.numpy(), batch.labels.numpy(), features.numpy())
 
         if rows.start:
@@ -150,7 +148,7 @@ def _project(
     backbone: nn.Module, data: ImageData, config: Namespace, device: torch.device, directory: Path
 ) -> None:
     source: Any = data.source(config.split)
-    count = min(config.images, len(source))
+    count = min(config.points, len(source))
     places = torch.linspace(0, len(source) - 1, count, dtype=torch.float64).round().long().tolist()
     projector = Projector(config.thumbnail, count, data.normalisation, _describe(data, source))
     clock = _embed(backbone, data, config, device, places, projector.add)
@@ -204,6 +202,6 @@ def _digest(source: Any) -> str:
 
 
 def _print_pace(clock: Waiting, images: int) -> None:
-    if images:
+    if images and clock.seconds:
         pace = f"{images / clock.seconds:,.0f} images/s, {clock.waited / clock.seconds:.1%} of it waiting"
         print(f"{images:,} images in {clock.seconds:,.0f} s: {pace}")

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> Path | None:
-    """Do what `main` does; return the directory of the run, in the first process."""
+    """Run the command, and return the directory of its run, in the first process."""
     command, *arguments = arguments
     parser = _parser(command)
     config, directory, fabric = prepared(command, parser, arguments)
@@ -130,6 +130,7 @@ def parse_with_weights(parser: ArgumentParser, arguments: list[str]) -> Namespac
     if given.weights is not None:
         sources.check_weights(given.weights)
         typed = {argument.partition("=")[0] for argument in arguments}
+        typed |= {"--data.dataset"} if "--datasets" in typed else set()
         recorded = parsing.as_arguments(of_evaluation(command, given.weights, typed))
         arguments = [*recorded, *arguments]  # before what is typed, and checked like it
     elif not (given.config or {"--help", "-h"} & set(arguments)):
@@ -153,6 +154,7 @@ def _parser(command: str) -> ArgumentParser:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.
         parser.set_defaults({"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0})
+    if command in ("knn", "linear"):
         help_ = "measure on each of these instead: folders, digits, or timm's names; one table, a run each"
         add("--datasets", type=str, nargs="+", default=None, help=help_)
     if command == "knn":

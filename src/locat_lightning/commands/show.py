@@ -65,7 +65,8 @@ class Model:
 def main(arguments: list[str]) -> None:
     """Run `locat show …`."""
     # `--weights` takes several words, and would take the images that follow.
-    files = [each for each in arguments[1:] if each[0] != "-" and each.lower().endswith(IMG_EXTENSIONS)]
+    words = [each for each in arguments[1:] if not each.startswith("-")]
+    files = [each for each in words if each.lower().endswith(IMG_EXTENSIONS)]
     config = parsing.parse(_parser(), [*files, *(each for each in arguments[1:] if each not in files)])
     kinds = _kinds(config)
     checks.check_name(config.name)
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
         name: _show_to(weights, images, config, fabric.device)
         for name, weights in zip(names, config.weights, strict=True)
     }
-    shown = [_thumbnail(image, config.side) for image in images]
+    shown = [_thumbnail(image, config.tile) for image in images]
     run = None
     for kind in kinds:
         if (figure := _draw(kind, models, shown, config, place)) is None:
@@ -104,8 +105,8 @@ def _parser() -> ArgumentParser:
     add("--what", type=Kind, nargs="+", default=None, help=help_)
     add("--patch", type=str | None, default=None, help="x,y: a pixel of the first image, for similarity")
     help_ = "shorter side of the images in pixels, as models take them; by default each model's own"
-    add("--size", type=PositiveInt | None, default=None, help=help_)
-    add("--side", type=PositiveInt, default=224, help="shorter side of an image in the picture, in pixels")
+    add("--img_size", type=PositiveInt | None, default=None, help=help_)
+    add("--tile", type=PositiveInt, default=224, help="shorter side of an image in the picture, in pixels")
     add("--pca_foreground", action="store_true", help="leave out of the PCA what its first component divides")
     add("--clusters", type=PositiveInt, default=6, help="number of clusters of patches")
     add("--lines", type=PositiveInt, default=50, help="most matches that are drawn between two images")
@@ -160,13 +161,15 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
     patches: Any = getattr(backbone, "patch_embed", None)
     own = getattr(patches, "img_size", None) or (SIZE, SIZE)
     known = _known_of(weights, size=min(own))
-    size = config.size or known["img_size"]
+    size = config.img_size or known["img_size"]
     fixed = own if getattr(patches, "strict_img_size", False) else None
     side, _ = padded_size(backbone, (1, 1))
     sizes = [fixed or _whole_patches(image, size, side) for image in images]
     counts = [height * width // side**2 for height, width in sizes]
     if max(counts) > MOST_PATCHES or sum(count**2 for count in counts) > MOST_PAIRS:
-        raise InputError(f"{max(counts):,} patches in an image are too many to draw: lower --size ({size})")
+        raise InputError(
+            f"{max(counts):,} patches in an image are too many to draw: lower --img_size ({size})"
+        )
     inputs = []
     for image, (height, width) in zip(images, sizes, strict=True):
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -210,9 +213,9 @@ def _draw(
     """Draw a kind of picture of all models; None if no model has it."""
     if kind == "matches":
         matches = {name: _matches(model) for name, model in models.items()}
-        return looks.matches_figure(shown, matches, most=config.lines, side=config.side)
+        return looks.matches_figure(shown, matches, most=config.lines, side=config.tile)
     columns = {name: _columns(kind, model, shown, config, place) for name, model in models.items()}
-    return looks.looks_figure(shown, columns, side=config.side) if any(columns.values()) else None
+    return looks.looks_figure(shown, columns, side=config.tile) if any(columns.values()) else None
 
 
 def _matches(model: Model) -> list[tuple[structure.Matches, tuple[int, int], tuple[int, int]]]:

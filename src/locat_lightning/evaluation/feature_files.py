@@ -1,4 +1,4 @@
-"""Features in files of common formats, written row by row; an interrupted file is gone on with.
+"""Features in files of common formats, written row by row; an interrupted file can be continued.
 
 Until `TO` is whole, `TO.part/` holds the rows computed so far (a header's room, then the rows as they are in
 memory), for each row its image's position and label, and a record of what is computed.

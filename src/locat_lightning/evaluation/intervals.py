@@ -1,4 +1,4 @@
-"""How sure a figure is, and a difference of two: the bootstrap over images."""
+"""Confidence intervals of a figure and of a difference of two: the bootstrap over images."""
 
 from typing import Any, NamedTuple
 

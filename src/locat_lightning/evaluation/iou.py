@@ -86,6 +86,11 @@ class MeanIoU(Metric):
         self.pixels += of_images.sum(0)
         self._images.append((indices, class_areas(of_images)))
 
+    @property
+    def last_areas(self) -> Tensor:
+        """The areas [B, 3, C] of the images of the last batch."""
+        return self._images[-1][1]
+
     def compute(self) -> IoU:
         """Return the result over the images of all processes, which call this together."""
         none = torch.empty(0, dtype=torch.int64)
@@ -164,18 +169,6 @@ def shares(areas: Tensor) -> dict[str, Tensor]:
         "pixel_accuracy": right.sum(-1) / annotated.sum(-1),
         "mean_accuracy": (right / annotated).nanmean(-1),
     }
-
-
-def image_miou(predictions: Tensor, annotations: Tensor, num_classes: int) -> Tensor:
-    """Compute the mIoU of each image by itself, to rank images: not that of a data set, nor its mean.
-
-    Classes are [B, H, W]; pixels annotated as 255 are ignored.
-
-    Returns:
-        [B] float32: the mean over the classes that occur in the image; NaN where nothing is annotated.
-    """
-    counts = [count_pixels(*each, num_classes) for each in zip(predictions, annotations, strict=True)]
-    return shares(class_areas(torch.stack(counts)).float())["miou"]
 
 
 def iou(pixels: Tensor, images: ImageAreas | None = None) -> IoU:

@@ -70,7 +70,7 @@ def knn_ranks(
     k: Sequence[int],
     temperature: float,
 ) -> dict[int, tuple[int, Tensor]]:
-    """Do what `knn_classify` does; return how many voted, and ranks of the right classes, for each k.
+    """Return for each k of `knn_classify` how many neighbours voted, and the ranks of the right classes.
 
     A rank, [M] int64 on the CPU, is the number of classes that more or stronger neighbours voted for.
     """

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 
+from locat.runs import printable
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.feature_files import HEADER, Row
@@ -39,7 +40,7 @@ class Projector:
         if ceil(sqrt(most)) * side > LARGEST:
             raise InputError(
                 f"--thumbnail: {most:,} pictures of {side} pixels are more than the projector takes, "
-                f"{LARGEST} x {LARGEST} pixels for all of them: lower --thumbnail or --images"
+                f"{LARGEST} x {LARGEST} pixels for all of them: lower --thumbnail or --points"
             )
         self.side, self.row_of = side, row_of
         self.mean, self.std = (torch.tensor(normalisation[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -60,7 +61,7 @@ class Projector:
         """Write all points for TensorBoard."""
         if not self.rows:
             raise InputError("no features to project: none of the images can be read")
-        cells = [[_cell(str(each)) for each in row] for row in self.rows]
+        cells = [[printable(str(each)) for each in row] for row in self.rows]
         with SummaryWriter(str(directory)) as writer:
             writer.add_embedding(
                 torch.cat(self.features),
@@ -69,8 +70,3 @@ class Projector:
                 label_img=torch.cat(self.thumbnails),
                 tag="features",
             )
-
-
-def _cell(text: str) -> str:
-    """Return text that a table of tab-separated values can hold."""
-    return "".join(each if each.isprintable() else "?" for each in text)

@@ -27,7 +27,7 @@ def looks_figure(
 ) -> Figure:
     """Draw a row for each image [H, W, 3]: itself, and each model's columns by its name.
 
-    Of several models, each column's title is its model's name, which is cut to the width of a tile.
+    With several models, each column is titled with its model's name, cut to the width of a tile.
     """
     shown = [image_column("input", images)]
     for name, own in columns.items():

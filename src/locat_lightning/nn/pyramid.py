@@ -78,7 +78,7 @@ class PyramidDecoder(nn.Module):
 
 
 def rescaling(width: int, doublings: int) -> nn.Sequential:
-    """Return layers that double the sides of a map [B, width, h, w] so often, or halve them if negative.
+    """Return layers that double the sides of a map [B, width, h, w] `doublings` times, or halve them.
 
     Each doubling halves the width.
     """

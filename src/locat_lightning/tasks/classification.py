@@ -213,7 +213,7 @@ class Classification(Task):
     def hardness(self, outputs: Tensor, batch: ImageBatch) -> Tensor:
         """Return how much surer of a wrong class than of the label each prediction is, [B]; 0 where right."""
         shares = outputs.float().softmax(-1)
-        return shares.amax(-1) - shares.gather(-1, batch.labels[:, None])[:, 0]
+        return shares.amax(-1) - shares.gather(-1, batch[1][:, None])[:, 0]
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

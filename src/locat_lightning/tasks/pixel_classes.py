@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
-from locat_lightning.evaluation.iou import IoU, MeanIoU, image_miou
+from locat_lightning.evaluation.iou import IoU, MeanIoU, shares
 from locat_lightning.evaluation.per_image import Areas
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.segmentation import confusion_figure, iou_figure, segmentation_figure
@@ -75,8 +75,9 @@ class PixelClasses(DenseTask):
     test_step = validation_step
 
     def hardness(self, outputs: Tensor, batch: MaskBatch) -> Tensor:
-        """Return 1 - mIoU of each image by itself, [B]."""
-        return 1 - image_miou(outputs, batch.masks, self.hp.num_classes)
+        """Return 1 - mIoU of each image of the last batch by itself, [B]; NaN where none is annotated."""
+        areas: Tensor = self.counts[self.best].last_areas
+        return 1 - shares(areas.float())["miou"]
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -102,9 +103,9 @@ class PixelClasses(DenseTask):
         for name in IoU.SCALARS:
             self.log(f"{split}/{name}", getattr(iou, name), prog_bar=name == "miou", sync_dist=True)
         by_class = zip(self.class_names, iou.per_class.tolist(), strict=True)
-        shares = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
+        known = {f"iou/{name}": share for name, share in by_class if not isnan(share)}
         for logger in self.trainer.loggers:
-            logger.log_metrics(shares, step=max(0, self.global_step - 1))
+            logger.log_metrics(known, step=max(0, self.global_step - 1))
         self.results = Areas.of(iou, self.class_names, self.trainer.datamodule, split)  # type: ignore[attr-defined]
         if self.trainer.state.fn != TrainerFn.FITTING:
             rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")

@@ -12,6 +12,7 @@ from jsonargparse.typing import (
     PositiveFloat,
     PositiveInt,
 )
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,6 +113,13 @@ class Segmentation(PixelClasses):
         rates = self.hp.lrs if isinstance(self.decoder, HeadGrid) else [self.hp.lr]
         self.measure_heads([f"lr_{rate:g}" for rate in rates])
 
+    def check(self, trainer: Trainer, *, training: bool) -> None:
+        super().check(trainer, training=training)
+        if self.hp.lrs and training and trainer.gradient_clip_val:
+            raise InputError(
+                "trainer.gradient_clip_val clips by the norm of all heads: leave it out with model.lrs"
+            )
+
     def _make_decoder(self, classes: int, state: dict[str, Tensor]) -> nn.Module:
         """Build the head, with the weights of another one if they fit, or a grid of it."""
         hp, backbone, trainer = self.hp, cast(Any, self.backbone), self.trainer
@@ -159,7 +167,7 @@ class Segmentation(PixelClasses):
         logits = self.decoder(self.features(images)).split(self.hp.num_classes, 1)
         losses = torch.stack([upsampled_cross_entropy(of_head, masks) for of_head in logits])
         self.log("train/loss", losses.mean())
-        return losses.sum()  # each head has a gradient of its own
+        return losses.sum()  # each head has a gradient of its own (and none is clipped, see `check`)
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW over the heads, and a trained backbone with a learning rate for each layer."""
