@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from locat.command import main
+from locat_lightning.commands.defaults import of_data
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.evaluation.features import extract_features
 from locat_lightning.evaluation.intervals import intervals
@@ -407,3 +408,9 @@ def test_a_segmentations_run_says_itself_what_is_to_be_retrieved(scenes, images)
     decoder = Path("runs/segment_ade20k/version_0/checkpoints/last.ckpt")
     run("retrieve", "--weights", decoder, "--image_size", "32", "--accelerator", "cpu")
     assert 0 <= metrics("segment_ade20k_retrieve")["retrieval/miou"] <= 1
+
+
+def test_a_run_on_the_digits_is_measured_on_their_scenes_or_on_masks_of_ones_own():
+    recorded = {"class_path": "locat_lightning.data.ImageData", "init_args": {"dataset": "digits"}}
+    assert of_data("retrieve", recorded) == {"data.dataset": "digits"}
+    assert of_data("retrieve", recorded, {"--data.root"}) == {}

@@ -1,5 +1,6 @@
 """What a run or an exported model records of itself, as the defaults of a command that is given no config."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def of_images(config: dict[str, Any]) -> dict[str, Any]:
 def of_evaluation(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
     """Return what the weights say of the images that they are for, by option."""
     if (record := record_of_run(Path(weights))) is not None:
-        return of_data(command, read_record(record, ["data"], typed)["data"])
+        return of_data(command, read_record(record, ["data"], typed)["data"], typed)
     if exported := exported_config(weights):
         images = of_images(exported)
     else:
@@ -129,15 +130,15 @@ def of_evaluation(command: str, weights: str, typed: set[str]) -> dict[str, Any]
     return {f"data.{key}": images[key] for key in keys if key in images}
 
 
-def of_data(command: str, recorded: dict[str, Any]) -> dict[str, Any]:
-    """Return what the data of a training say of their images, by option."""
+def of_data(command: str, recorded: dict[str, Any], typed: Container[str] = ()) -> dict[str, Any]:
+    """Return what the data of a training say of their images, by option, beside what is `typed`."""
     data, has_masks = dict(recorded["init_args"]), recorded["class_path"].endswith("SegmentationData")
     if views := data.get("views", {}).get("init_args"):
         data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
     of_a_kind = command != "track" and has_masks == (command == "retrieve")
     keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
-    if data.get("dataset") == "digits" and command != "track":  # of either kind
-        keys = (*keys, "dataset")
+    if data.get("dataset") == "digits" and command != "track" and "--data.root" not in typed:
+        keys = (*keys, "dataset")  # there are digits of either kind
     return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
 
 
