@@ -24,7 +24,7 @@ OF_ANY_KIND = ("mean", "std")
 OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
 OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
 OF_FOLDER = ("images", "masks", "splits", "image_suffix", "mask_suffix", "ignore_index", "reduce_zero_label")
-OF_MASKS = (*OF_BOTH, *OF_FOLDER, "crop_size")
+OF_MASKS = (*OF_BOTH, *OF_FOLDER, "crop_size", "eval_batch_size")
 # A command with one of these needs no defaults: it has a config, or only prints.
 WITHOUT = {"--help", "-h", "--print_config", "--model.help", "--data.help"}
 
