@@ -21,7 +21,7 @@ COMMANDS = {
         ".track",
         "J and F of objects that a frozen backbone's patch features follow through videos (DAVIS)",
     ),
-    "robustness": (".evaluate", "top-1 of a classifier against the number of patches that are corrupted"),
+    "robustness": (".evaluate", "top-1 or mIoU of a model against the number of patches that are corrupted"),
     "compare": (".compare", "two models on the same images, paired: locat compare RUN_A RUN_B"),
     "embed": (
         ".embed",

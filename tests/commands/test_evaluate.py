@@ -412,5 +412,5 @@ def test_a_segmentations_run_says_itself_what_is_to_be_retrieved(scenes, images)
 
 def test_a_run_on_the_digits_is_measured_on_their_scenes_or_on_masks_of_ones_own():
     recorded = {"class_path": "locat_lightning.data.ImageData", "init_args": {"dataset": "digits"}}
-    assert of_data("retrieve", recorded) == {"data.dataset": "digits"}
-    assert of_data("retrieve", recorded, {"--data.root"}) == {}
+    assert of_data("masks", recorded) == {"data.dataset": "digits"}
+    assert of_data("masks", recorded, {"--data.root"}) == {}

@@ -7,7 +7,15 @@ import torch
 
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.intervals import Figures
-from locat_lightning.evaluation.per_image import Areas, Scores, fingerprint, names_of, read_table, write_table
+from locat_lightning.evaluation.per_image import (
+    Areas,
+    ConditionAreas,
+    Scores,
+    fingerprint,
+    names_of,
+    read_table,
+    write_table,
+)
 
 ODD = "val/new\nline, \udcff.png"  # a name that is not UTF-8
 
@@ -24,7 +32,14 @@ def areas(annotated=30, classes=("sky, blue", "road", "car")):
     return Areas(torch.tensor([2, 3, 9]), ["val/a.png", ODD, "val/c.png"], classes, table)
 
 
-@pytest.mark.parametrize("results", [scores(), areas()])
+def condition_areas():
+    own = areas()
+    fewer = own.areas.clone()
+    fewer[0, :, 2] = torch.tensor([0, 0, 7])  # a class that is predicted under one condition alone
+    return ConditionAreas(own.indices, own.names, own.classes, {"miou": own.areas, "miou_blur_n2": fewer})
+
+
+@pytest.mark.parametrize("results", [scores(), areas(), condition_areas()])
 def test_what_is_written_is_read_again(results, tmp_path):
     write_table(tmp_path / "images.csv", results)
     found = read_table(tmp_path / "images.csv")
@@ -41,6 +56,19 @@ def test_an_image_without_annotation_is_still_one_of_them(tmp_path):
     write_table(tmp_path / "images.csv", areas())
     assert read_table(tmp_path / "images.csv").areas[1].sum() == 0
     assert len(read_table(tmp_path / "images.csv").areas) == 3
+
+
+def test_areas_under_conditions_are_those_of_the_same_images(tmp_path):
+    results, file = condition_areas(), tmp_path / "images.csv"
+    assert fingerprint(results) == fingerprint(areas())
+    assert Figures(results, "robustness").values == {
+        name: Figures(each, "").values["miou"] for name, each in results.under_each().items()
+    }
+    write_table(file, results)
+    lines = file.read_text(errors="surrogateescape").splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]), errors="surrogateescape")
+    with pytest.raises(InputError, match="the conditions are not of the same images"):
+        read_table(file)
 
 
 def test_a_fingerprint_is_of_names_and_annotations_alone():

@@ -1,13 +1,23 @@
-"""Ranks of a classifier's classes with corrupted patches, against the model alone on the corrupted images."""
+"""Ranks of classes and pixels of segments with corrupted patches, against the model alone on such images."""
 
+import numpy as np
 import pytest
 import timm
 import torch
+from torch.nn import functional as F
 
 from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.per_image import ConditionAreas
 from locat_lightning.evaluation.perturbation import perturbed
-from locat_lightning.evaluation.robustness import Condition, Robustness, patch_of, rank_perturbed
+from locat_lightning.evaluation.robustness import (
+    Condition,
+    Robustness,
+    count_perturbed,
+    patch_of,
+    rank_perturbed,
+)
 from locat_lightning.nn.temperature import attention_temperature
 
 NORMALISATION = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
@@ -47,7 +57,7 @@ def test_ranks_are_those_of_the_corrupted_images(model):
     )
     assert found.indices.tolist() == list(range(5))
     assert found.labels.tolist() == LABELS.tolist()
-    assert {each.name for each in found.ranks} == {
+    assert {each.named("top1") for each in found.ranks} == {
         *("top1", "top1_noise_n3", "top1_shuffle_n3"),
         *("top1_t2", "top1_noise_n3_t2", "top1_shuffle_n3_t2"),
     }
@@ -68,7 +78,7 @@ def test_numbers_are_powers_of_two_and_all():
     assert Robustness().counts(12) == [1, 2, 4, 8, 12]
     assert Robustness().counts(16) == [1, 2, 4, 8, 16]
     assert Robustness(numbers=[5, 2, 5]).counts(16) == [2, 5]
-    assert Condition("blur", 4, 0.5).name == "top1_blur_n4_t0.5"
+    assert Condition("blur", 4, 0.5).named("top1") == "top1_blur_n4_t0.5"
 
 
 @pytest.mark.parametrize(
@@ -92,3 +102,60 @@ def test_patches_are_those_of_the_model_if_they_are_square(model):
         patch_of(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="no images to measure on"):
         ranked(model, Loader())
+    assert patch_of(torch.nn.ModuleDict({"backbone": model})) == 8
+
+
+# Of two images, which are not square, the annotations: larger than they are, with void pixels; of four
+# classes the third occurs nowhere, and the last is never predicted.
+WIDE = PIXELS[:2, :, :16, :24]
+MASKS = torch.randint(2, (2, 20, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+MASKS[0, 3:9] = 3
+MASKS[:, :, 20:] = 255
+LARGEST = torch.tensor([-1e4, -1e4])[:, None, None]  # logits of the last two classes
+
+
+class Segments(torch.nn.Module):
+    """Two classes by the colour at the corner of each patch of 8 pixels, and two that never win."""
+
+    def forward(self, images):
+        red, _, blue = images[..., ::8, ::8].unbind(1)
+        rest = LARGEST.expand(len(images), 2, *red.shape[1:])
+        return torch.cat([torch.stack([red, blue], 1), rest], 1)
+
+
+def counted(*batches, masks=MASKS, **settings):
+    loader = [MaskBatch(normalised(WIDE[b]), masks[b], torch.tensor(b) + 3) for b in batches]
+    options = {"normalisation": NORMALISATION, "num_classes": 4, "progress": False}
+    return count_perturbed(Segments(), loader, "cpu", Robustness(patch_size=8, **settings), **options)
+
+
+def test_areas_are_those_of_the_corrupted_images_at_the_size_of_their_masks():
+    found = counted([1, 0], [1], kinds=["noise", "shuffle"], numbers=[4])  # the second is there twice
+    assert found.indices.tolist() == [3, 4]
+    named = {condition.named("miou"): areas for condition, areas in found.areas.items()}
+    results = ConditionAreas(found.indices, ["a", "b"], list("wxyz"), named)
+    figures = results.figures(results.statistics().sum(0), 2)
+    assert list(figures) == ["miou", "miou_noise_n4", "miou_shuffle_n4"]
+    for condition, areas in found.areas.items():
+        kind, number, _ = condition
+        (pixels,) = perturbed(WIDE, [3, 4], kind, [number], patch=8, mean=NORMALISATION["mean"])
+        logits = F.interpolate(Segments()(normalised(pixels)), MASKS.shape[1:], mode="bilinear")
+        predicted, annotated = logits.argmax(1).numpy(), MASKS.numpy()
+        shares = []
+        for label in range(4):
+            known = annotated != 255
+            ours, theirs = (predicted == label) & known, annotated == label
+            of_images = np.stack([(each).sum((1, 2)) for each in (ours & theirs, theirs, ours)], 1)
+            assert areas[:, :, label].tolist() == of_images.tolist()
+            if (ours | theirs).any():
+                shares.append((ours & theirs).sum() / (ours | theirs).sum())
+        assert len(shares) == 3  # the absent class does not count, the one that is not found does, as 0
+        assert shares[-1] == 0
+        assert float(figures[condition.named("miou")]) == pytest.approx(np.mean(shares))
+    assert len({float(each) for each in figures.values()}) == 3
+
+
+def test_masks_that_say_nothing_or_too_much_are_refused():
+    for value, message in ((255, "no pixel of the validation images is annotated"), (4, "560 pixels are of")):
+        with pytest.raises(InputError, match=message):
+            counted([0], masks=torch.full_like(MASKS, value), kinds=["blur"])

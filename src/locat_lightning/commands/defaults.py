@@ -2,7 +2,7 @@
 
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.models import load_model_config_from_hf
@@ -14,6 +14,7 @@ from locat_lightning.commands.sources import check_weights, exported_config, rea
 from locat_lightning.errors import InputError
 from locat_lightning.records import plain, refused
 
+Kind = Literal["images", "masks", "videos"]  # of data: with labels, with masks, of objects in videos
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
 # How options of the data are named by timm.
 IMAGES = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolation": "interpolation"}
@@ -23,7 +24,8 @@ SOURCES = {"teacher", "backbone_weights"}  # options of models that say where we
 OF_ANY_KIND = ("mean", "std")
 OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
 OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
-OF_MASKS = (*OF_BOTH, "images", "masks", "splits", "mask_suffix", "ignore_index", "reduce_zero_label")
+OF_FOLDER = ("images", "masks", "splits", "image_suffix", "mask_suffix", "ignore_index", "reduce_zero_label")
+OF_MASKS = (*OF_BOTH, *OF_FOLDER, "crop_size", "eval_batch_size")
 # A command with one of these needs no defaults: it has a config, or only prints.
 WITHOUT = {"--help", "-h", "--print_config", "--model.help", "--data.help"}
 
@@ -117,27 +119,30 @@ def of_images(config: dict[str, Any]) -> dict[str, Any]:
     return found | ({"img_size": size[-1] if isinstance(size, list | tuple) else size} if size else {})
 
 
-def of_evaluation(command: str, weights: str, typed: set[str]) -> dict[str, Any]:
-    """Return what the weights say of the images that they are for, by option."""
+def of_evaluation(kind: Kind, weights: str, typed: set[str]) -> dict[str, Any]:
+    """Return what the weights say of the images that they are for, by option of a kind of data."""
     if (record := record_of_run(Path(weights))) is not None:
-        return of_data(command, read_record(record, ["data"], typed)["data"], typed)
+        return of_data(kind, read_record(record, ["data"], typed)["data"], typed)
     if exported := exported_config(weights):
         images = of_images(exported)
     else:
         images = of_images({"pretrained_cfg": _pretrained_cfg(weights)})
         images.pop("img_size", None)
-    keys = OF_ANY_KIND if command in ("retrieve", "track") else images
+    keys = images if kind == "images" else OF_ANY_KIND
     return {f"data.{key}": images[key] for key in keys if key in images}
 
 
-def of_data(command: str, recorded: dict[str, Any], typed: Container[str] = ()) -> dict[str, Any]:
-    """Return what the data of a training say of their images, by option, beside what is `typed`."""
+def of_data(kind: Kind, recorded: dict[str, Any], typed: Container[str] = ()) -> dict[str, Any]:
+    """Return what the data of a training say of their images, by option of a kind of data.
+
+    `typed` are the options that the user gave.
+    """
     data, has_masks = dict(recorded["init_args"]), recorded["class_path"].endswith("SegmentationData")
     if views := data.get("views", {}).get("init_args"):
         data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
-    of_a_kind = command != "track" and has_masks == (command == "retrieve")
+    of_a_kind = kind == ("masks" if has_masks else "images")
     keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
-    if data.get("dataset") == "digits" and command != "track" and "--data.root" not in typed:
+    if data.get("dataset") == "digits" and kind != "videos" and "--data.root" not in typed:
         keys = (*keys, "dataset")  # there are digits of either kind
     return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}
 

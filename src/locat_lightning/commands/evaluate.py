@@ -1,7 +1,8 @@
-"""`locat knn`, `linear`, `retrieve` and `robustness`: how good the features of a frozen backbone are."""
+"""`locat knn`, `linear`, `retrieve` and `robustness`: how good a model is, or its features, as it stands."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from locat.runs import claim
 from locat_lightning.backbones.create import load_backbone
-from locat_lightning.backbones.weights import Role
+from locat_lightning.backbones.weights import Role, contents_of
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.datasets import ending_of, options_of, show_together
-from locat_lightning.commands.defaults import of_data, of_evaluation
+from locat_lightning.commands.defaults import Kind, of_data, of_evaluation
 from locat_lightning.commands.measurement import Measurement, columns, report
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.retrieval import add_retrieval_options, retrieve
@@ -30,13 +31,15 @@ from locat_lightning.evaluation.knn import knn_ranks
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
 from locat_lightning.evaluation.per_image import Scores, names_of
 from locat_lightning.evaluation.robustness import Robustness
+from locat_lightning.tasks.segmenter import holds_segmentation, load_segmenter
 
 DESCRIPTIONS = {
     "knn": "Accuracy of weighted k-nearest-neighbour classification with a frozen backbone's features",
     "linear": "Accuracy of a linear classifier on a frozen backbone's features",
     "retrieve": "mIoU of dense retrieval (Hummingbird): each patch takes the classes of the training patches "
     "most similar to it; nothing is trained",
-    "robustness": "Top-1 of a classifier against the number of patches that are corrupted, as curves",
+    "robustness": "Top-1 of a classifier, or mIoU of a segmentation, against the number of patches that are "
+    "corrupted, as curves",
 }
 
 
@@ -48,7 +51,7 @@ class ConfigOfImages(parsing.ConfigByName):
         if not (isinstance(data, dict) and "class_path" in data):
             super().__call__(parser, cfg, values, option_string)
             return
-        images = of_data(parser.prog.split()[-1], data)
+        images = of_data(_kind_of(parser), data)
         text = yaml.safe_dump({"data": {key.removeprefix("data."): value for key, value in images.items()}})
         ActionConfigFile.__call__(self, parser, cfg, text, option_string)
 
@@ -62,19 +65,21 @@ def main(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> Path | None:
     """Run the command, and return the directory of its run, in the first process."""
     command, *arguments = arguments
-    parser = _parser(command)
+    masks = command == "retrieve" or (command == "robustness" and _names_segmentation(arguments))
+    parser = _parser(command, masks=masks)
     config, directory, fabric = prepared(command, parser, arguments)
     images = _data(parser, config)
-    backbone = launched(config, fabric, classifier=command == "robustness")
+    load: Callable[..., nn.Module] = load_backbone
+    if command == "robustness":
+        segmenter = partial(load_segmenter, moved=config.backbone_weights) if masks else None
+        load = segmenter or partial(load_backbone, classifier=True)
+    model = launched(config, fabric, load)
     measured, run = dict[str, Measurement](), None
     for dataset, data in images.items():
-        if isinstance(data, SegmentationData):
-            measurement = retrieve(backbone, data, config, fabric)
-        else:
+        if isinstance(data, ImageData):
             advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
-            check_size(backbone, data.img_size, fabric.device, advice=advice)
-            measurement = MEASURES[command](backbone, data, config, fabric)
-        measured[dataset] = measurement
+            check_size(model, data.img_size, fabric.device, advice=advice)
+        measured[dataset] = measurement = MEASURES[command](model, data, config, fabric)
         if fabric.is_global_zero:
             place = directory.with_name(directory.name + ending_of(dataset)) if dataset else directory
             known = {"weights": config.weights, "seed": config.seed}
@@ -96,14 +101,13 @@ def prepared(command: str, parser: ArgumentParser, arguments: list[str]) -> tupl
     return config, directory, fabric
 
 
-def launched(config: Namespace, fabric: Fabric, *, classifier: bool = False) -> nn.Module:
-    """Launch the processes, and return the backbone on the device of this one."""
+def launched(config: Namespace, fabric: Fabric, load: Callable[..., nn.Module] = load_backbone) -> nn.Module:
+    """Launch the processes, and return the model on the device of this one; `load` is as `load_backbone`."""
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
     network: Role = "student" if config.student else "teacher"
     model = config.weights, config.backbone, config.backbone_args
-    options: dict[str, Any] = {"network": network, "any_size": True, "classifier": classifier}
-    return load_backbone(*model, **options).to(fabric.device)
+    return load(*model, network=network, any_size=True).to(fabric.device)
 
 
 def _data(parser: ArgumentParser, config: Namespace) -> dict[str, ImageData | SegmentationData]:
@@ -131,7 +135,7 @@ def parse_with_weights(parser: ArgumentParser, arguments: list[str]) -> Namespac
         sources.check_weights(given.weights)
         typed = {argument.partition("=")[0] for argument in arguments}
         typed |= {"--data.dataset"} if "--datasets" in typed else set()
-        recorded = parsing.as_arguments(of_evaluation(command, given.weights, typed))
+        recorded = parsing.as_arguments(of_evaluation(_kind_of(parser), given.weights, typed))
         arguments = [*recorded, *arguments]  # before what is typed, and checked like it
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
@@ -142,14 +146,25 @@ def parse_with_weights(parser: ArgumentParser, arguments: list[str]) -> Namespac
     return config
 
 
-def _parser(command: str) -> ArgumentParser:
+def _kind_of(parser: ArgumentParser) -> Kind:
+    """Return which kind of data a command takes, by the options that it has for them."""
+    options = parser.get_defaults()
+    return "masks" if "data.masks" in options else "images" if "data.img_size" in options else "videos"
+
+
+def _names_segmentation(arguments: list[str]) -> bool:
+    """Return whether the weights among the arguments are the checkpoint of a segmentation."""
+    weights = parsing.decisive_options(arguments).weights
+    return weights is not None and holds_segmentation(contents_of(weights))
+
+
+def _parser(command: str, *, masks: bool) -> ArgumentParser:
     parser = parsing.command_parser(command, DESCRIPTIONS[command])
     add = parser.add_argument
     add("-c", "--config", action=ConfigOfImages, help="any of these options, or a config of locat fit")
     parsing.add_weights_options(parser)
-    if command == "retrieve":
+    if masks:
         parser.add_class_arguments(SegmentationData, "data")
-        add_retrieval_options(parser)
     else:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.
@@ -157,11 +172,18 @@ def _parser(command: str) -> ArgumentParser:
     if command in ("knn", "linear"):
         help_ = "measure on each of these instead: folders, digits, or timm's names; one table, a run each"
         add("--datasets", type=str, nargs="+", default=None, help=help_)
+    if command == "retrieve":
+        add_retrieval_options(parser)
     if command == "knn":
         add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
         add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
     if command == "robustness":
         parser.add_class_arguments(Robustness, skip={"seed"})
+        if masks:
+            help_ = "height and width of the images, in pixels; null takes those of the training crops"
+            add("--image_size", type=PositiveInt | None, default=None, help=help_)
+            help_ = "where the frozen backbone of the decoder is, if it has moved"
+            add("--backbone_weights", type=str | None, default=None, help=help_)
     if command == "linear":
         help_ = "paper: SGD on augmented images; sweep: many learning rates, on features extracted once"
         add("--protocol", type=Literal["paper", "sweep"], default="paper", help=help_)
@@ -254,12 +276,19 @@ def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fab
     return Measurement(heading, table, metrics, protocol, figures, of_best)
 
 
-def _robustness(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
+def _robustness(
+    model: nn.Module, data: ImageData | SegmentationData, config: Namespace, fabric: Fabric
+) -> Measurement:
     settings = Robustness(**{field.name: config[field.name] for field in fields(Robustness)})
-    return measure_robustness(backbone, data, config, settings, fabric)
+    return measure_robustness(model, data, config, settings, fabric)
 
 
-MEASURES = {"knn": _knn, "linear": _linear, "robustness": _robustness}
+MEASURES: dict[str, Callable[..., Measurement]] = {
+    "knn": _knn,
+    "linear": _linear,
+    "retrieve": retrieve,
+    "robustness": _robustness,
+}
 
 
 def _features(

@@ -182,7 +182,7 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
 def _known_of(weights: str, size: int) -> dict[str, Any]:
     """Return mean, std and size of the images that weights are for; by default ImageNet's, and `size`."""
     own = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD], "img_size": size}
-    recorded = of_evaluation("knn", weights, {"--data.dataset"})  # whose images are not read
+    recorded = of_evaluation("images", weights, {"--data.dataset"})  # whose images are not read
     known = {key: recorded.get(f"data.{key}", value) for key, value in own.items()}
     check_like(known, own, weights, "data")
     if min(known["std"]) <= 0 or not known["img_size"]:

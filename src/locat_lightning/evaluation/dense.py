@@ -100,6 +100,12 @@ def padded(backbone: nn.Module, images: Tensor) -> Tensor:
     return F.pad(images, (0, size[1] - width, 0, size[0] - height))
 
 
+def upsampled(backbone: nn.Module, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Upsample maps [B, C, h, w] of patches bilinearly to their image, (height, width) without padding."""
+    height, width = size
+    return F.interpolate(maps.float(), padded_size(backbone, size), mode="bilinear")[..., :height, :width]
+
+
 def padded_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) in pixels of the image that the map of `patch_features` covers.
 

@@ -46,6 +46,11 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
 
 
+def surrounding_autocast(device: torch.device) -> torch.dtype | None:
+    """Return the type that is autocast to around this call; None for none."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def image_features(
     backbone: nn.Module, images: Tensor, *, autocast_dtype: torch.dtype | None = None
 ) -> Tensor:

@@ -19,6 +19,7 @@ from locat_lightning.evaluation.iou import IoU, shares
 TABLE = "images.csv"  # in the directory of an evaluation
 OF_IMAGE = ("index", "path")  # the first columns of the table
 OF_CLASS = (*OF_IMAGE, "class", "right", "annotated", "predicted")  # all columns, where pixels are counted
+OF_CONDITION = (*OF_IMAGE, "condition", *OF_CLASS[2:])  # the same, under several conditions
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,53 @@ class Areas:
                 yield index, name, "", 0, 0, 0
 
 
-PerImage = Scores | Areas
+@dataclass(frozen=True, eq=False)
+class ConditionAreas:
+    """Areas of C classes in N images under several conditions; a figure is the mIoU under one of them.
+
+    Args:
+        indices: [N] int64, positions in the data set, ascending.
+        names: of the images, as `names_of` gives them.
+        classes: names of the classes.
+        areas: [N, 3, C] of whole numbers by figure, see `class_areas`.
+    """
+
+    indices: Tensor
+    names: Sequence[str]
+    classes: Sequence[str]
+    areas: Mapping[str, Tensor]
+
+    def under_each(self) -> dict[str, Areas]:
+        """Return the areas by figure."""
+        return {
+            name: Areas(self.indices, self.names, self.classes, areas) for name, areas in self.areas.items()
+        }
+
+    def statistics(self) -> Tensor:
+        """Return [N, S] float64, whose sums over images decide the figures."""
+        return torch.cat([each.statistics() for each in self.under_each().values()], 1)
+
+    def figures(self, sums: Tensor, images: int) -> dict[str, Tensor]:
+        """Return mIoU [...] by name of sums [..., S]; NaN where no pixel is annotated."""
+        found = shares(sums.unflatten(-1, (len(self.areas), 3, len(self.classes))))["miou"]
+        return dict(zip(self.areas, found.unbind(-1), strict=True))
+
+    def annotations(self) -> Iterator[object]:
+        """Yield what is annotated of each image, under any condition: the pixels of each class."""
+        yield from next(iter(self.under_each().values())).annotations()
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the table."""
+        return OF_CONDITION
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """Yield the rows of the table: of each condition those of its `Areas`."""
+        for figure, areas in self.under_each().items():
+            for index, name, *of_class in areas.rows():
+                yield index, name, figure, *of_class
+
+
+PerImage = Scores | Areas | ConditionAreas
 
 
 def names_of(data: Any, split: str, indices: Sequence[int]) -> list[str]:
@@ -157,6 +204,8 @@ def read_table(file: Path) -> PerImage:
     try:
         with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
             head, *rows = csv.reader(opened)
+        if tuple(head) == OF_CONDITION:
+            return _condition_areas(rows)
         return _areas(rows) if tuple(head) == OF_CLASS else _scores(head, rows)
     except (ValueError, IndexError, csv.Error, OverflowError) as error:
         raise InputError(f"{file} is not the table of an evaluation: {in_a_line(error)}") from error
@@ -191,6 +240,18 @@ def _areas(rows: Sequence[Sequence[str]]) -> Areas:
         raise ValueError("a count is negative")
     table[of_image, :, of_class] = counts
     return Areas(_whole(images), [name for _, name in images.values()], known, table)
+
+
+def _condition_areas(rows: Sequence[Sequence[str]]) -> ConditionAreas:
+    pairs = list(dict.fromkeys((row[2], row[0]) for row in rows))
+    figures, images = (list(dict.fromkeys(part)) for part in zip(*pairs, strict=True))
+    if pairs != [(figure, image) for figure in figures for image in images]:
+        raise ValueError("the conditions are not of the same images")
+    place = {pair: str(number) for number, pair in enumerate(pairs)}
+    found = _areas([(place[row[2], row[0]], row[1], *row[3:]) for row in rows])
+    tables = found.areas.unflatten(0, (len(figures), len(images)))
+    areas = dict(zip(figures, tables, strict=True))
+    return ConditionAreas(_whole(images), found.names[: len(images)], found.classes, areas)
 
 
 def _whole(texts: Iterable[str]) -> Tensor:

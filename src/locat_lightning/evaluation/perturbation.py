@@ -76,7 +76,8 @@ def patch_grid(images: Tensor, patch: int) -> tuple[int, int]:
     height, width = images.shape[-2:]
     if height % patch or width % patch:
         raise InputError(
-            f"images of {height} × {width} pixels have no whole patches of {patch}: set --patch_size"
+            f"images of {height} × {width} pixels have no whole patches of {patch}: set --patch_size, or "
+            "the size of the images"
         )
     return height // patch, width // patch
 

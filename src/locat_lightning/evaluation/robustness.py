@@ -1,7 +1,7 @@
-"""How a classifier's accuracy falls with the number of patches that are corrupted."""
+"""How a classifier's top-1, or the mIoU of a segmentation, falls with the number of corrupted patches."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +14,11 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import measuring
 from locat_lightning.evaluation.features import autocast
 from locat_lightning.evaluation.gather import gather_rows
+from locat_lightning.evaluation.iou import check_classes, class_areas, count_pixels
 from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.evaluation.perturbation import BLUR, KINDS, patch_grid, perturbed
+from locat_lightning.labels import IGNORE
+from locat_lightning.nn.decoder import upsampled_argmax
 from locat_lightning.nn.temperature import attention_temperature
 
 
@@ -62,11 +65,10 @@ class Condition(NamedTuple):
     number: int  # of corrupted patches
     temperature: float
 
-    @property
-    def name(self) -> str:
-        """Name of its top-1 among the figures."""
+    def named(self, figure: str) -> str:
+        """Return the name that a figure, as `top1`, has under this condition."""
         at = "" if self.temperature == 1 else f"_t{self.temperature:g}"
-        return f"top1{at}" if self.kind == "none" else f"top1_{self.kind}_n{self.number}{at}"
+        return f"{figure}{at}" if self.kind == "none" else f"{figure}_{self.kind}_n{self.number}{at}"
 
 
 class Ranked(NamedTuple):
@@ -75,6 +77,13 @@ class Ranked(NamedTuple):
     indices: Tensor  # [N] int64, ascending
     labels: Tensor  # [N] int64
     ranks: dict[Condition, Tensor]  # [N] int64: classes before the right one
+
+
+class Counted(NamedTuple):
+    """Pixels of C classes in N segmented images."""
+
+    indices: Tensor  # [N] int64, ascending
+    areas: dict[Condition, Tensor]  # [N, 3, C] int32, see `class_areas`
 
 
 def rank_perturbed(
@@ -104,47 +113,122 @@ def rank_perturbed(
 
     Source: "Are Vision Transformers Robust to Patch Perturbations?" (Gu, Tresp & Qin, ECCV 2022).
     """
-    device = torch.device(device)
-    mean, std = (torch.tensor(normalisation[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    patch = settings.patch_size or patch_of(model)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    conditions: dict[Condition, None] = {}
+    device, found = torch.device(device), _Found()
     with measuring(model, loader, "Corrupting patches", progress) as batches:
         for batch in batches:
-            images = (batch.images.to(device, non_blocking=True) * std + mean).clamp(0, 1)
-            labels, rows = batch.labels.to(device), []
-            options: dict[str, Any] = {
-                "patch": patch,
-                "severity": settings.severity,
-                "mean": normalisation["mean"],
-                "seed": settings.seed,
-            }
-            numbers = settings.counts(math.prod(patch_grid(images, patch)))
-            variants = [("none", [0]), *((kind, numbers) for kind in settings.kinds)]
-            for kind, of_kind in variants:
-                corrupted = perturbed(images, batch.indices.tolist(), kind, of_kind, **options)
-                for number, pixels in zip(of_kind, corrupted, strict=True):
-                    inputs = (pixels - mean) / std
-                    for temperature in settings.temperatures:
-                        conditions[Condition(kind, number, temperature)] = None
-                        with autocast(device, autocast_dtype), attention_temperature(model, temperature):
-                            rows.append(label_ranks(model(inputs).float(), labels))
-            found.append((batch.indices, batch.labels, torch.stack(rows, 1).cpu()))
-    with torch.inference_mode(False):
-        none = torch.empty(0, dtype=torch.int64)
-        columns = [
-            torch.cat(column) for column in zip(*found or [(none, none, none.view(0, 0))], strict=True)
-        ]
-        indices, labels, ranks = gather_rows(columns[0], *columns, device=device)
-    if not len(indices):
-        raise InputError("no images to measure on: the loader is empty (check root and split)")
-    # A process without images knows no conditions.
-    return Ranked(indices, labels, dict(zip(conditions, ranks.T, strict=False)))
+            labels = batch.labels.to(device)
+            outputs = perturbed_outputs(model, batch, device, settings, normalisation, autocast_dtype)
+            ranks = {condition: label_ranks(logits, labels) for condition, logits in outputs}
+            found.add(batch.indices, batch.labels, ranks)
+    indices, labels, of_conditions = found.joined(device)
+    return Ranked(indices, labels, of_conditions)
+
+
+def count_perturbed(
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device | str,
+    settings: Robustness,
+    *,
+    num_classes: int,
+    normalisation: Mapping[str, Sequence[float]],
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Counted:
+    """Count the pixels that a segmentation of `MaskBatch`es gets right under each condition.
+
+    The model maps images [B, 3, H, W], of whole patches, to logits [B, C, h, w], which are upsampled to the
+    size of the masks; those stay as they are, 255 is ignored. Other arguments are those of `rank_perturbed`.
+
+    Raises:
+        InputError: a mask has a class that is none of them, or no pixel of any mask is annotated.
+    """
+    check_classes(num_classes)
+    device, found = torch.device(device), _Found()
+    with measuring(model, loader, "Corrupting patches", progress) as batches:
+        for batch in batches:
+            masks = batch.masks.to(device)
+            size, areas = (masks.shape[1], masks.shape[2]), dict[Condition, Tensor]()
+            outputs = perturbed_outputs(model, batch, device, settings, normalisation, autocast_dtype)
+            for condition, logits in outputs:
+                pairs = zip(upsampled_argmax(logits, size), masks, strict=True)
+                pixels = torch.stack([count_pixels(*pair, num_classes) for pair in pairs])
+                areas[condition] = class_areas(pixels).int()
+            found.add(batch.indices, pixels[:, -1].cpu(), areas)  # last those of no class
+    indices, unknown, of_conditions = found.joined(device)
+    if pixels_of_none := int(unknown.sum()):
+        raise InputError(
+            f"{pixels_of_none} pixels are of none of the classes 0..{num_classes - 1}: check the number of "
+            f"classes, and that pixels without one are annotated as {IGNORE}"
+        )
+    if of_conditions and not next(iter(of_conditions.values()))[:, 1].any():
+        raise InputError(
+            "no pixel of the validation images is annotated: check the masks, and which label is ignored"
+        )
+    return Counted(indices, of_conditions)
+
+
+def perturbed_outputs(
+    model: nn.Module,
+    batch: Any,
+    device: torch.device,
+    settings: Robustness,
+    normalisation: Mapping[str, Sequence[float]],
+    autocast_dtype: torch.dtype | None,
+) -> Iterator[tuple[Condition, Tensor]]:
+    """Yield what a model makes of a batch's images, float32, under each condition; first of all without."""
+    mean, std = (torch.tensor(normalisation[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
+    images = (batch.images.to(device, non_blocking=True) * std + mean).clamp(0, 1)
+    patch = settings.patch_size or patch_of(model)
+    options: dict[str, Any] = {
+        "patch": patch,
+        "severity": settings.severity,
+        "mean": normalisation["mean"],
+        "seed": settings.seed,
+    }
+    numbers = settings.counts(math.prod(patch_grid(images, patch)))
+    variants = [("none", [0]), *((kind, numbers) for kind in settings.kinds)]
+    for kind, of_kind in variants:
+        corrupted = perturbed(images, batch.indices.tolist(), kind, of_kind, **options)
+        for number, pixels in zip(of_kind, corrupted, strict=True):
+            inputs = (pixels - mean) / std
+            for temperature in settings.temperatures:
+                with autocast(device, autocast_dtype), attention_temperature(model, temperature):
+                    outputs = model(inputs).float()
+                yield Condition(kind, number, temperature), outputs
+
+
+class _Found:
+    """What this process has found of its images so far, under all conditions."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.conditions: Iterable[Condition] = ()  # a process without images knows none
+
+    def add(self, indices: Tensor, of_images: Tensor, values: Mapping[Condition, Tensor]) -> None:
+        """Add images [B], a number of each [B], and values [B, ...] by condition."""
+        self.batches.append((indices, of_images, torch.stack([*values.values()], 1).cpu()))
+        self.conditions = values.keys()
+
+    def joined(self, device: torch.device) -> tuple[Tensor, Tensor, dict[Condition, Tensor]]:
+        """Return the same of the images of all processes, each once; `device` is that of their group."""
+        with torch.inference_mode(False):
+            none = torch.empty(0, dtype=torch.int64)
+            batches = self.batches or [(none, none, none.view(0, 0))]
+            columns = [torch.cat(column) for column in zip(*batches, strict=True)]
+            indices, of_images, values = gather_rows(columns[0], *columns, device=device)
+        if not len(indices):
+            raise InputError("no images to measure on: the loader is empty (check root and split)")
+        return indices, of_images, dict(zip(self.conditions, values.unbind(1), strict=False))
 
 
 def patch_of(model: nn.Module) -> int:
-    """Return height and width in pixels of a model's patches; `InputError` if it has none that are square."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    """Return height and width in pixels of a model's patches, or of its `backbone`'s.
+
+    `InputError` if it has none that are square.
+    """
+    of_images = getattr(getattr(model, "backbone", model), "patch_embed", None)
+    patch = getattr(of_images, "patch_size", None)
     sides = {patch} if isinstance(patch, int) else set(patch or ())
     if len(sides) != 1:
         raise InputError(f"{type(model).__name__} has no square patches: set --patch_size")

@@ -22,6 +22,7 @@ from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Role, check_so
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen as in_evaluation
 from locat_lightning.evaluation.dense import patch_features
+from locat_lightning.evaluation.features import surrounding_autocast
 from locat_lightning.tasks.frozen import FrozenNetwork, check_same, reference_to
 from locat_lightning.tasks.heads import head_in, load_head
 
@@ -154,8 +155,7 @@ class DenseTask(FrozenNetwork):
 
     def features(self, images: Tensor) -> Tensor:
         """Return patch features [B, D, h, w] of images [B, 3, H, W], padded to whole patches."""
-        kind = images.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        dtype = surrounding_autocast(images.device)
         compiled = self.hp.compile and self.training  # in evaluation each image may have its own size
         find = self._compiled_features if compiled else patch_features
         with nullcontext() if self.hp.train_backbone else torch.inference_mode():

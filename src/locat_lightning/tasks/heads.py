@@ -52,7 +52,7 @@ def head_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_head(head: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Load a head's weights, or return why they do not fit."""
+    """Load a head's weights, or return why they do not fit; on the meta device they become the head's."""
     if not state:
         return "it holds no decoder"
     own, given = (
@@ -65,5 +65,5 @@ def load_head(head: nn.Module, state: Mapping[str, Tensor]) -> str:
             f"its decoder has other features or classes, or is another head ({name}: {given.get(name)} "
             f"instead of {own.get(name)})"
         )
-    head.load_state_dict(state)
+    head.load_state_dict(state, assign=any(each.is_meta for each in head.parameters()))
     return ""

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.dense import feature_width, padded_size
+from locat_lightning.evaluation.dense import feature_width, padded_size, upsampled
 from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import upsampled_cross_entropy
 from locat_lightning.schedules import one_cycle
@@ -154,9 +154,7 @@ class Segmentation(PixelClasses):
 
     def _whole(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        size = padded_size(self.backbone, (height, width))
-        logits = F.interpolate(self.decoder(self.features(images)).float(), size, mode="bilinear")
-        return logits[..., :height, :width]
+        return upsampled(self.backbone, self.decoder(self.features(images)), (height, width))
 
     def training_step(self, batch: MaskBatch, batch_idx: int) -> Tensor:
         """Return the cross-entropy of the annotated pixels, at their own resolution, summed over heads."""
