@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.fabric import Fabric
 from matplotlib.figure import Figure
 from PIL import Image
@@ -111,7 +111,7 @@ def _parser() -> ArgumentParser:
     add("--clusters", type=PositiveInt, default=6, help="number of clusters of patches")
     add("--lines", type=PositiveInt, default=50, help="most matches that are drawn between two images")
     help_ = "cosine above which two patches are alike, for foreground"
-    add("--threshold", type=float, default=structure.THRESHOLD, help=help_)
+    add("--threshold", type=ClosedUnitInterval, default=structure.THRESHOLD, help=help_)
     add("--runs", type=str, default="runs", help="directory of all runs")
     add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
     add("--accelerator", type=str, default="auto", help="as the trainer's")
