@@ -15,7 +15,7 @@ from locat_lightning.commands import checks
 from locat_lightning.commands.evaluate import DESCRIPTIONS, evaluate
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.errors import InputError, in_a_line
-from locat_lightning.evaluation.intervals import Paired, paired_differences
+from locat_lightning.evaluation.intervals import ERRORS, Paired, paired_differences
 from locat_lightning.evaluation.per_image import TABLE, PerImage, fingerprint, read_table
 
 DESCRIPTION = (
@@ -94,11 +94,11 @@ def _table(found: dict[str, Paired]) -> Table:
     titles = ("A", "B", "A − B", "better: A / B")
     table = Table(Column("figure", overflow="fold"), *(Column(title, justify="right") for title in titles))
     for name, paired in found.items():
-        low, high = paired.interval
-        difference = f"{100 * paired.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-        values = f"{paired.first:.2%}", f"{paired.second:.2%}", difference
+        scale, digits = (1, 4) if name in ERRORS else (100, 2)
+        both = (f"{scale * each:.{digits}f}{ERRORS.get(name, '%')}" for each in paired[:2])
+        difference, *ends = (f"{scale * each:+.{digits}f}" for each in (paired.difference, *paired.interval))
         better = f"{paired.first_better:,} / {paired.second_better:,}"
-        table.add_row(Text(_printable(name)), *values, better)
+        table.add_row(Text(_printable(name)), *both, f"{difference} [{', '.join(ends)}]", better)
     return table
 
 

@@ -39,8 +39,9 @@ class DepthDecoder(nn.Module):
         logits = self.conv(features).float()
         with torch.autocast(logits.device.type, enabled=False):
             weights = F.interpolate(logits, scale_factor=4, mode="bilinear").relu() + 0.1
-            options = {"dtype": weights.dtype, "device": weights.device}
-            bins = torch.linspace(self.nearest, self.farthest, weights.shape[1], **options)
+            bins = torch.linspace(
+                self.nearest, self.farthest, weights.shape[1], dtype=weights.dtype, device=weights.device
+            )
             depths: Tensor = torch.einsum("bkhw,k->bhw", weights, bins) / weights.sum(1)
         return depths
 
