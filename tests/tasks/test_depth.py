@@ -108,6 +108,16 @@ def test_a_head_learns_and_is_measured(tmp_path, nyu, weights):
     assert module.summary() == "Eigen's crop, up to 10 m"
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_bfloat16_depths_are_predicted_in_float32(precision, tmp_path, nyu, weights):
+    module = Depth(weights=weights)
+    run = fit(tmp_path, nyu, module, precision=precision)
+    assert module.decoder.conv.weight.dtype == (torch.bfloat16 if "true" in precision else torch.float32)
+    assert run.callback_metrics["val/rmse"].dtype == torch.float32
+    found = module.results.scores["rmse"]
+    assert not torch.equal(found, found.bfloat16().float())
+
+
 def test_errors_are_kept_by_image(tmp_path, nyu, weights):
     """Each image once, also if two processes have seen it; those without a measured pixel do not count."""
     Image.fromarray(np.zeros((32, 40), np.uint16)).save(nyu / "test/room_1/sync_depth_00001.png")
