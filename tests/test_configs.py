@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from locat import configs
+from locat_lightning.commands import compare
 from locat_lightning.commands.fit import main
 
 SHIPPED = sorted(configs.config_directory().rglob("*.yaml"))
@@ -177,6 +178,13 @@ def test_depth_runs_a_step_and_is_measured_and_predicted(nyu, tmp_path, monkeypa
     main(["validate", "--weights", best, *quiet])
     measured = f"val/rmse {fitted['val/rmse']:.4f} m (Eigen's crop, up to 10 m, with its mirror image)"
     assert measured in caplog.text
+    [evaluated] = Path("runs").glob("*_validate/version_0")
+    record = json.loads((evaluated / "metrics.json").read_text())
+    assert record["val/rmse"] == pytest.approx(fitted["val/rmse"])
+    low, high = record["intervals"]["val/rmse"]
+    assert low < record["val/rmse"] < high
+    assert f"val/rmse {record['val/rmse']:.4f} m [{low:.4f}, {high:.4f}]" in caplog.text
+    compare.main(["compare", str(evaluated), str(evaluated)])
     main(["predict", "--weights", best, *quiet])
     assert len(list(Path("runs").rglob("predictions/*/rgb_*.png"))) == 3
 

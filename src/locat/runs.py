@@ -19,10 +19,12 @@ WIDTH = 120  # columns of the list
 HEADLINES = (
     "val/top1",
     "val/miou",
+    "val/rmse",
     "knn/top1",
     "linear/top1",
     "retrieval/miou",
     "tracking/J&F",
+    "robustness/top1",
 )  # also by `_kN`, `_memoryN`
 LOCK = ".lock"  # in the directory of a run, while a process trains there
 

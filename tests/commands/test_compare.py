@@ -49,6 +49,16 @@ def test_two_runs(capsys):
     assert "A − B on 5 images, with 95 % intervals (k-NN)" in out
 
 
+@pytest.mark.usefixtures("workplace")
+def test_errors_are_printed_in_their_unit(capsys):
+    evaluated("a", [0.25, 0.5, 0.75], figure="rmse")
+    evaluated("b", [0.5, 0.75, 1.0], figure="rmse")
+    main(["compare", "a", "b"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "rmse" in line]
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells == ["rmse", "0.5000 m", "0.7500 m", "-0.2500 [-0.2500, -0.2500]", "3 / 0"]
+
+
 def test_weights_are_measured_first(folder, workplace, capsys):
     for seed, name in enumerate(("a.pth", "b.pth")):
         save_net(name, seed)

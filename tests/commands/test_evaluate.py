@@ -292,7 +292,10 @@ def test_commands_repeat_themselves(named):
             ["--weights", "net.pth", "NAMED", "--config", "digits.yaml"],
             "images would not be read, because data.dataset is digits: for the images there add",
         ),
-        (["--weights", "net.pth", "NAMED", "--datasets", "nowhere"], "--datasets: nowhere is not a folder, 'digits'"),
+        (
+            ["--weights", "net.pth", "NAMED", "--datasets", "nowhere"],
+            "--datasets: nowhere is not a folder, 'digits'",
+        ),
         (["--weights", "net.pth", "NAMED", "--datasets", "digits", "digits"], "digits is named twice"),
         (["--weights", "net.pth", "NAMED", "--datasets", "digits", "."], "no train/"),
         (["--weights", "net.pth", "NAMED", "--colour", "red"], "--colour"),

@@ -73,12 +73,19 @@ def test_track(options, davis, capsys):
             assert np.array_equal(np.asarray(mask), written[place].numpy())
     assert len(masks) == 11
     out = capsys.readouterr().out
-    assert f"J&F {(j + f) / 2:.4f} (3 objects in 2 videos; video object segmentation, short side 64" in out
+    protocol = (
+        "video object segmentation, videos of 2017, 480p resized to a short side of 64, first frame and 7 "
+        "before, radius 3, 5 neighbours at temperature 0.1"
+    )
+    assert found["protocol"] == protocol
+    assert f"J&F {(j + f) / 2:.4f} (3 objects in 2 videos; {protocol})" in out
     assert "95 % intervals, bootstrap over 3 objects" in out
     low, high = found["intervals"]["tracking/J"]
     assert low < j < high
     rows = (run / "images.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows[1:]] == ["boat/1", "cars/1", "cars/2"]
+    main(["compare", str(run), str(run)])
+    assert "A − B on 3 objects, with 95 % intervals (video object segmentation" in capsys.readouterr().out
     main(["runs"])
     assert f"tracking/J&F {(j + f) / 2:.4g}" in capsys.readouterr().out
 

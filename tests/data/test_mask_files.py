@@ -72,6 +72,11 @@ def test_values_become_classes(values, expected, dtype):
         ),
         (MaskValues(3), 256, "value 256 in mask a.png is not a class"),
         (MaskValues(3), -1, "value -1 in mask a.png is not a class"),
+        (
+            MaskValues(2, labels=(7, 11)),
+            256,
+            "value 256 in mask a.png is not a class (classes: 7, 11, no class: any other from 0 to 255)",
+        ),
     ],
 )
 def test_values_that_are_no_class(values, value, message):

@@ -84,6 +84,28 @@ def unknown_video(root):
     (root / "ImageSets/2017/val.txt").write_text("boat\nplane\n")
 
 
+def absolute(root):
+    (root / "ImageSets/2017/val.txt").write_text(f"{root}/JPEGImages/480p/boat\n")
+
+
+def above(root):
+    (root / "ImageSets/2017/val.txt").write_text("boat\n../480p/boat\n")
+
+
+def the_folder_above(root):
+    (root / "ImageSets/2017/val.txt").write_text("..\n")
+
+
+def frames_of_one_name(root):
+    (root / "JPEGImages/480p/boat/more").mkdir()
+    Image.new("RGB", (96, 64)).save(root / "JPEGImages/480p/boat/more/00001.jpg")
+
+
+def annotations_of_one_name(root):
+    (root / "Annotations/480p/boat/more").mkdir()
+    Image.new("L", (96, 64)).save(root / "Annotations/480p/boat/more/00001.png")
+
+
 def first_not_annotated(root):
     (root / "Annotations/480p/boat/00000.png").unlink()
 
@@ -110,6 +132,11 @@ def broken(root):
         (without_list, r"no such file: .*val\.txt; set --data\.root to the folder of DAVIS"),
         (empty_list, "no videos in"),
         (unknown_video, "no such folder: .*plane, which should hold the video plane"),
+        (absolute, r"'/.*/480p/boat' in .*val\.txt is a path: it should be the name of a video's folder"),
+        (above, r"'\.\./480p/boat' in .*val\.txt is a path"),
+        (the_folder_above, r"'\.\.' in .*val\.txt is a path"),
+        (frames_of_one_name, r"boat/00001\.jpg and .*boat/more/00001\.jpg of one video have the same name"),
+        (annotations_of_one_name, r"boat/00001\.png and .*boat/more/00001\.png of one video have the same"),
         (first_not_annotated, "the first frame of .*boat has no annotation"),
         (without_frame, r"annotations in .* without a frame in .*: 00002"),
         (coloured, r"00000\.png is a picture"),

@@ -141,3 +141,16 @@ def test_what_is_hard_for_both_is_no_difference():
 def test_figures_that_only_one_has_are_left_out():
     a, b = scores(top1_k5=[1, 0], top1_k9=[1, 0]), scores(top1_k9=[1, 1], top1_k1=[0, 0])
     assert list(paired_differences(a, b)) == ["top1_k9"]
+
+
+def test_errors_are_no_shares_and_better_where_they_are_lower():
+    a, b = (
+        scores(rmse=[0.5, 0.3, 0.4], delta1=[0.9, 0.7, 0.8]),
+        scores(rmse=[0.6, 0.4, 0.2], delta1=[1, 0, 0]),
+    )
+    figures = Figures(a, "val")
+    assert figures.cell("rmse") == "0.4000 m [0.3000, 0.5000]"
+    assert figures.cell("delta1") == "80.00% [70.0, 90.0]"
+    found = paired_differences(a, b)
+    assert (found["rmse"].first_better, found["rmse"].second_better) == (2, 1)
+    assert (found["delta1"].first_better, found["delta1"].second_better) == (2, 1)

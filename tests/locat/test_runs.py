@@ -45,6 +45,14 @@ def test_runs_are_listed_with_state_seed_and_metrics(tmp_path, monkeypatch):
     assert lines[-1] == "resume an interrupted run: locat fit --ckpt_path runs/RUN/checkpoints/last.ckpt"
 
 
+@pytest.mark.parametrize("name", ["val/rmse", "robustness/top1", "knn/top1_k20"])
+def test_headlines(name, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({name: 0.41234, "val/loss": 2.0}))
+    row = runs.list_runs(tmp_path).splitlines()[1]
+    assert f"{name} 0.4123" in row
+    assert "loss" not in row
+
+
 def test_what_a_terminal_would_obey_is_not_printed(tmp_path):
     (tmp_path / "a\x1b[31m").mkdir()
     metrics = {"val/top1": "\x1b]0;title\x07", "epochs": "\x9b2J\r"}

@@ -24,6 +24,34 @@ def test_the_head_is_that_of_the_protocol():
     assert list(head.state_dict()) == ["conv.weight", "conv.bias"]
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_depths_are_not_rounded_to_bfloat16(mixed):
+    """Weights of bins are: then each of 256 bins alone is predicted as exactly as in float32."""
+    head = DepthDecoder(256)
+    with torch.no_grad():
+        head.conv.bias.zero_()
+        head.conv.weight.copy_(4096 * torch.eye(256)[..., None, None])
+    features = torch.eye(256)[..., None, None]  # the image i wants the bin i
+    expected = head(features)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        found = head(features) if mixed else head.bfloat16()(features.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert expected[:, 0, 0].diff().min() > 0.03  # bins are 39 mm apart, 31 or 63 mm in bfloat16
+
+
+def test_depths_are_float32_whatever_the_default(monkeypatch):
+    """Lightning's bf16-true makes it bfloat16."""
+    head, features = DepthDecoder(6).bfloat16(), torch.randn(1, 6, 2, 2).bfloat16()
+    expected = head(features)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = head(features)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def depths(seed=0, size=(2, 13, 17)):
     rng = np.random.default_rng(seed)
     predicted, true = rng.uniform(0.1, 10, (2, *size))

@@ -6,6 +6,7 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from locat_lightning.backbones.weights import DECODER_OF
 from locat_lightning.data.depth import DepthData
@@ -105,6 +106,33 @@ def test_a_head_learns_and_is_measured(tmp_path, nyu, weights):
     assert module.errors["rmse"] < 1  # of depths from 1 to 8 m; those of the untrained head are 2 m wrong
     assert set(run.callback_metrics) >= {"val/abs_rel", "val/delta1", "val/log10", "train/loss"}
     assert module.summary() == "Eigen's crop, up to 10 m"
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_bfloat16_depths_are_predicted_in_float32(precision, tmp_path, nyu, weights):
+    module = Depth(weights=weights)
+    run = fit(tmp_path, nyu, module, precision=precision)
+    assert module.decoder.conv.weight.dtype == (torch.bfloat16 if "true" in precision else torch.float32)
+    assert run.callback_metrics["val/rmse"].dtype == torch.float32
+    found = module.results.scores["rmse"]
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+def test_errors_are_kept_by_image(tmp_path, nyu, weights):
+    """Each image once, also if two processes have seen it; those without a measured pixel do not count."""
+    Image.fromarray(np.zeros((32, 40), np.uint16)).save(nyu / "test/room_1/sync_depth_00001.png")
+    module = Depth(weights=weights)
+    run = fit(tmp_path, nyu, module)
+    assert module.results.indices.tolist() == [0, 1]  # room_0 has two of the three images
+    assert module.results.names == ["room_0/rgb_00000.jpg", "room_0/rgb_00002.jpg"]
+    assert min(module.results.labels.tolist()) > 500  # measured pixels
+    for name, scores in module.results.scores.items():
+        assert run.callback_metrics[f"val/{name}"].item() == pytest.approx(scores.mean().item())
+    once, batches = module.results.scores["rmse"], list(data(nyu).val_dataloader())
+    again = trainer(tmp_path)
+    again.validate(module, DataLoader([batches[1], *batches], batch_size=None), verbose=False)
+    torch.testing.assert_close(module.results.scores["rmse"], once)
+    assert again.callback_metrics["val/rmse"].item() == pytest.approx(once.mean().item())
 
 
 def test_a_checkpoint_says_where_the_backbone_is(tmp_path, nyu, weights):

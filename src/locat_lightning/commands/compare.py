@@ -15,7 +15,7 @@ from locat_lightning.commands import checks
 from locat_lightning.commands.evaluate import DESCRIPTIONS, evaluate
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.errors import InputError, in_a_line
-from locat_lightning.evaluation.intervals import Paired, paired_differences
+from locat_lightning.evaluation.intervals import ERRORS, Paired, paired_differences
 from locat_lightning.evaluation.per_image import TABLE, PerImage, fingerprint, read_table
 
 DESCRIPTION = (
@@ -31,6 +31,7 @@ class Evaluation(NamedTuple):
     run: Path
     protocol: str
     results: PerImage
+    units: str  # of what the results are: images, or the objects of videos
 
 
 @errors_in_a_line
@@ -38,8 +39,8 @@ def main(arguments: list[str]) -> None:
     """Run `locat compare …`."""
     parser = Parser("locat compare", description=DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
-    of_runs = "directory of a run of locat knn, linear, retrieve, validate or test; with --protocol, weights"
-    add("a", metavar="A", help=of_runs)
+    of_runs = "directory of a run of locat knn, linear, retrieve, robustness, track, validate or test"
+    add("a", metavar="A", help=f"{of_runs}; with --protocol, weights")
     add("b", metavar="B", help="the same of another model")
     help_ = "measure the weights first, by this command, which takes all other options"
     add("--protocol", choices=sorted(DESCRIPTIONS), help=help_)
@@ -75,20 +76,28 @@ def _compare(a: Evaluation, b: Evaluation, directory: Path) -> None:
     if prints[0] != prints[1]:
         numbers = [len(each.results.indices) for each in (a, b)]
         raise InputError(
-            f"{a.run} and {b.run} were not measured on the same images: {numbers[0]:,} ({prints[0]}) and "
+            f"{a.run} and {b.run} were not measured on the same {a.units}: {numbers[0]:,} ({prints[0]}) and "
             f"{numbers[1]:,} ({prints[1]})"
         )
     found = paired_differences(a.results, b.results)
     if not found:
         raise InputError(f"{a.run} and {b.run} have no figure in common: measure both with the same options")
     number = len(a.results.indices)
-    heading = f"A − B on {number:,} images, with 95 % intervals ({a.protocol})"
+    heading = f"A − B on {number:,} {a.units}, with 95 % intervals ({a.protocol})"
     print(f"A: {a.run}\nB: {b.run}\n{heading}")
     Console().print(_table(found))
     run = claim(directory)
-    differences = {name: _plain(paired) for name, paired in found.items()}
-    of = {"a": str(a.run), "b": str(b.run), "measured": heading, "images": number, "fingerprint": prints[0]}
-    write_json(run / RECORD, {**of, "differences": differences, "versions": versions()})
+    record = {
+        "a": str(a.run),
+        "b": str(b.run),
+        "measured": heading,
+        "images": number,
+        "units": a.units,
+        "fingerprint": prints[0],
+        "differences": {name: _plain(paired) for name, paired in found.items()},
+        "versions": versions(),
+    }
+    write_json(run / RECORD, record)
     print(f"run: {run}")
 
 
@@ -96,11 +105,11 @@ def _table(found: dict[str, Paired]) -> Table:
     titles = ("A", "B", "A − B", "better: A / B")
     table = Table(Column("figure", overflow="fold"), *(Column(title, justify="right") for title in titles))
     for name, paired in found.items():
-        low, high = paired.interval
-        difference = f"{100 * paired.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-        values = f"{paired.first:.2%}", f"{paired.second:.2%}", difference
+        scale, digits = (1, 4) if name in ERRORS else (100, 2)
+        both = (f"{scale * each:.{digits}f}{ERRORS.get(name, '%')}" for each in paired[:2])
+        difference, *ends = (f"{scale * each:+.{digits}f}" for each in (paired.difference, *paired.interval))
         better = f"{paired.first_better:,} / {paired.second_better:,}"
-        table.add_row(Text(printable(name)), *values, better)
+        table.add_row(Text(printable(name)), *both, f"{difference} [{', '.join(ends)}]", better)
     return table
 
 
@@ -121,8 +130,9 @@ def _read(run: Path) -> Evaluation:
     try:
         record = json.loads((run / RECORD).read_text(encoding="utf-8"))
         protocol, known = printable(str(record["protocol"])), record["fingerprint"]
+        units = printable(str(record.get("units", "images")))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{run / RECORD} is not the record of an evaluation: {in_a_line(error)}") from error
     if known != (fingerprint(results) or None):
         raise InputError(f"{run / TABLE} is not the table of {run / RECORD}: measure again")
-    return Evaluation(run, protocol, results)
+    return Evaluation(run, protocol, results, units)

@@ -44,7 +44,7 @@ def report(measurement: Measurement, run: Path, *, alone: bool = True, **known: 
             print(f"{figures.group}/{name} {figures.cell(name)}")
         print(f"in brackets: 95 % intervals, bootstrap over {len(figures.results.indices):,} {units}")
         write_table(run / TABLE, figures.results)
-        record |= figures.record()
+        record |= {**figures.record(), "units": units}
     for name, picture in pictures.items():
         picture.savefig(run / f"{name}.png")
     write_json(run / "metrics.json", record)

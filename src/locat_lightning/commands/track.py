@@ -87,8 +87,9 @@ def _track(
         autocast_dtype=autocast_type(config.precision),
     )
     protocol = (
-        f"video object segmentation, short side {data.short_side}, first frame and {settings.previous} "
-        f"before, radius {settings.radius}, {settings.neighbours} neighbours"
+        f"video object segmentation, videos of {data.year}, {data.resolution} resized to a short side of "
+        f"{data.short_side}, first frame and {settings.previous} before, radius {settings.radius}, "
+        f"{settings.neighbours} neighbours at temperature {settings.temperature:g}"
     )
     table = columns("video", "objects", "J", "F", "J&F")
     if not found:

@@ -27,7 +27,7 @@ class Layout:
         names: names of each split, in the order in which they are looked for.
         home: path of the data set's folder, as far as root may be above it.
         labels: values of the classes in the masks, where they are not 0, 1, …; any other means no class.
-        otherwise: layout of a folder in which no mask of a split ends as here.
+        otherwise: layout of a folder in which no mask of a split has this suffix.
     """
 
     images: str = "images/{split}"
@@ -42,7 +42,7 @@ class Layout:
     otherwise: "Layout | None" = None
 
     def of(self, root: Path, split: str) -> "Layout":
-        """Return this layout; or `otherwise`, if no mask of a split ends as here."""
+        """Return this layout; or `otherwise`, if no mask of a split has this suffix."""
         name = self.name(root, split)
         if self.otherwise is None or name is None:
             return self
@@ -208,10 +208,14 @@ class MaskValues:
         else:
             unknown = [low if low < 0 else high]
         if unknown:
+            known, none = f"{first} to {last}", " and ".join(map(str, void))
+            advice = "correct the mask or classes, ignore_index, reduce_zero_label"
+            if self.labels:
+                known, none = ", ".join(map(str, self.labels)), f"any other from 0 to {IGNORE}"
+                advice = "correct the mask"
             raise InputError(
-                f"value {unknown[0]} in mask {file} is not a class (classes: {first} to {last}, no class:"
-                f" {' and '.join(map(str, void))}): correct the mask or classes, ignore_index,"
-                " reduce_zero_label"
+                f"value {unknown[0]} in mask {file} is not a class (classes: {known}, no class: {none}):"
+                f" {advice}"
             )
         classes: np.ndarray = table.astype(np.uint8)[values]
         return classes

@@ -136,6 +136,9 @@ class VideoData(ImageModule[Frames]):
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not names:
             raise InputError(f"no videos in {file}: it should have a name a line")
+        # The list may be another's, and the name of a video is also that of a folder of masks.
+        if paths := [name for name in names if name in (".", "..") or "/" in name or "\\" in name]:
+            raise InputError(f"{paths[0]!r} in {file} is a path: it should be the name of a video's folder")
         return Frames([self._video(name) for name in names])
 
     def _video(self, name: str) -> Video:
@@ -145,19 +148,26 @@ class VideoData(ImageModule[Frames]):
         for folder in (images, annotations):
             if not folder.is_dir():
                 raise InputError(f"no such folder: {folder}, which should hold the video {name}")
-        frames = files_beneath(images)
-        masks = {Path(each).stem: each for each in files_beneath(annotations, (".png",))}
-        stems = [Path(each).stem for each in frames]
-        if unknown := sorted(masks.keys() - set(stems)):
+        frames, masks = _by_stem(files_beneath(images)), _by_stem(files_beneath(annotations, (".png",)))
+        if unknown := sorted(masks.keys() - frames.keys()):
             raise InputError(
                 f"annotations in {annotations} without a frame in {images}: {listed(unknown, 3)}"
             )
-        if not frames or stems[0] not in masks:
+        if not frames or next(iter(frames)) not in masks:
             raise InputError(
                 f"the first frame of {images} has no annotation in {annotations}: it says what to track, and "
-                "is called like the frame, .png"
+                "has the frame's name with .png"
             )
-        return Video(name, frames, [masks.get(stem) for stem in stems])
+        return Video(name, list(frames.values()), [masks.get(stem) for stem in frames])
+
+
+def _by_stem(files: Sequence[str]) -> dict[str, str]:
+    """Return files by their names without ending: `InputError` if two have one name."""
+    found: dict[str, str] = {}
+    for file in files:
+        if (other := found.setdefault(Path(file).stem, file)) != file:
+            raise InputError(f"{other} and {file} of one video have the same name: rename one")
+    return found
 
 
 def read_objects(file: str) -> np.ndarray:

@@ -1,14 +1,12 @@
-"""Errors of predicted depths: of each image, and their means over a data set.
+"""Errors of predicted depths, of each image.
 
 Source: Eigen et al., "Depth Map Prediction from a Single Image using a Multi-Scale Deep Network" (2014).
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+NAMES = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
 EIGEN_CROP = (45 / 480, 471 / 480, 41 / 640, 601 / 640)  # first and last row, first and last column
 
 
@@ -20,7 +18,7 @@ def depth_errors(predicted: Tensor, depths: Tensor, valid: Tensor) -> dict[str, 
     Returns:
         `rmse` in metres; `abs_rel`, the mean of |predicted − measured| / measured; `log10`, that of the
         difference of their logarithms; `delta1` to `delta3`, the share of pixels whose larger depth is less
-        than 1.25, 1.25², 1.25³ times the smaller.
+        than 1.25, 1.25², 1.25³ times the smaller. They are in the order of `NAMES`.
     """
     number = valid.sum((1, 2))
 
@@ -46,32 +44,3 @@ def eigen_crop(depths: Tensor) -> Tensor:
     top, bottom, left, right = EIGEN_CROP
     inside = (rows >= round(top * height)) & (rows < round(bottom * height))
     return inside[:, None] & (columns >= round(left * width)) & (columns < round(right * width))
-
-
-class DepthErrors(Metric):
-    """Means over the images of a data set, of all processes; images without valid pixels do not count."""
-
-    NAMES: ClassVar[tuple[str, ...]] = ("rmse", "abs_rel", "log10", "delta1", "delta2", "delta3")
-
-    is_differentiable = False
-    full_state_update = False
-
-    sums: Tensor
-    images: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(len(self.NAMES), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, predicted: Tensor, depths: Tensor, valid: Tensor) -> None:
-        """Add images; arguments are those of `depth_errors`."""
-        found = depth_errors(predicted, depths, valid)
-        counts = valid.any(2).any(1)
-        self.sums += torch.stack([found[name].where(counts, 0).sum() for name in self.NAMES]).double()
-        self.images += counts.sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the mean of each error, NaN if there is no image."""
-        means = (self.sums / self.images).float()
-        return dict(zip(self.NAMES, means, strict=True))

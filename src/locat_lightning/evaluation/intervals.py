@@ -11,6 +11,8 @@ from locat_lightning.evaluation.per_image import PerImage, fingerprint
 RESAMPLES = 2000
 LEVEL = 0.95
 ENTRIES = 2**20  # of the table of counts at a time, 8 MiB
+# Figures that are errors, the lower the better, with their units; all others are shares, shown in percent.
+ERRORS = {"rmse": " m", "abs_rel": "", "log10": ""}
 
 
 class Interval(NamedTuple):
@@ -43,7 +45,10 @@ class Figures:
         self.values = {name: float(value) for name, value in found.items() if not value.isnan()}
 
     def cell(self, name: str) -> str:
-        """Return a figure and its interval in percent: 83.06% [79.2, 86.7]."""
+        """Return a figure and its interval: 83.06% [79.2, 86.7], of an error 0.4312 m [0.4101, 0.4530]."""
+        if name in ERRORS:
+            low, high = self.intervals[name]
+            return f"{self.values[name]:.4f}{ERRORS[name]} [{low:.4f}, {high:.4f}]"
         return f"{self.values[name]:.2%} {self.intervals[name]}"
 
     def metrics(self) -> dict[str, float]:
@@ -66,7 +71,7 @@ class Paired(NamedTuple):
     second: float
     difference: float  # first - second
     interval: Interval  # of the difference
-    first_better: int  # images of which the first model's figure is higher
+    first_better: int  # images of which the first model's figure is better: higher, or lower of an error
     second_better: int
 
 
@@ -106,7 +111,8 @@ def paired_differences(first: PerImage, second: PerImage, *, seed: int = 0) -> d
         ends = _percentiles(samples[0][name] - samples[1][name])
         if ends:
             values = float(whole[0][name]), float(whole[1][name])
-            better = [int((alone[i][name] > alone[1 - i][name]).sum()) for i in (0, 1)]
+            more = [int((alone[i][name] > alone[1 - i][name]).sum()) for i in (0, 1)]
+            better = reversed(more) if name in ERRORS else more
             found[name] = Paired(*values, values[0] - values[1], Interval(*ends), *better)
     return {name: found[name] for name in whole[0] if name in found}
 

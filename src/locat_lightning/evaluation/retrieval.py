@@ -133,7 +133,10 @@ def compare_retrievals(
     With `torch.distributed` initialised, each process brings its part of both data sets, an image that
     several bring counts once, and all get the whole result. If they bring only a part of the training images,
     `places` are its positions, ascending, of which the variants choose theirs (`Retrieval.split`). A training
-    around this call is not touched. Returned is the result of each variant.
+    around this call is not touched.
+
+    Returns:
+        The result of each variant; of one alone, with the areas of each image.
     """
     device = torch.device(device)
     options: dict[str, Any] = {"places": places, "autocast_dtype": autocast_dtype, "progress": progress}
@@ -167,13 +170,14 @@ def compare_retrievals(
         totals = torch.stack(sums).to(device)
         if distributed():
             dist.all_reduce(totals)
-        by_image = [{index: found[number] for index, found in counts.items()} for number in range(len(sums))]
-        areas = [image_areas(of_one, device) for of_one in by_image]
+        areas = None
+        if len(variants) == 1:
+            areas = image_areas({index: found for index, (found,) in counts.items()}, device)
         if not totals.any():
             raise InputError(
                 "no pixel of the validation images is annotated: check the masks, and which label is ignored"
             )
-        return [iou(total, of_images) for total, of_images in zip(totals, areas, strict=True)]
+        return [iou(total, areas) for total in totals]
 
 
 def build_memory(

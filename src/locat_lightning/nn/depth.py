@@ -1,7 +1,9 @@
 """From patch features to depth: a linear head over bins, and its losses at full size.
 
 Sources: the linear evaluation of depth in DINOv2 (Oquab et al. 2024), with the bins of AdaBins (Bhat et al.
-2021), of one width; its `SigLoss` and `GradientLoss` in github.com/facebookresearch/dinov2.
+2021), of one width; its `SigLoss` and `GradientLoss` in github.com/facebookresearch/dinov2. The latter slices
+[B, 1, H, W] by its first two dimensions, batch and channel; `gradient_loss` compares pixels, in height and
+width.
 """
 
 import math
@@ -18,7 +20,8 @@ class DepthDecoder(nn.Module):
     """1×1 convolution to bins of depth, whose weights are relu + 0.1 divided by their sum.
 
     Maps patch features [B, D, h, w] to depths [B, 4h, 4w] in metres. The features are upsampled bilinearly by
-    4: here what the convolution makes of them, which is the same.
+    4: here what the convolution makes of them, which is the same. The depths are float32 in any precision of
+    the weights: in bfloat16 they would be rounded by up to 3 cm.
 
     Args:
         features: D.
@@ -27,18 +30,19 @@ class DepthDecoder(nn.Module):
         farthest: depth of the last, in metres.
     """
 
-    depths: Tensor
-
     def __init__(self, features: int, bins: int = 256, nearest: float = 1e-3, farthest: float = 10.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(features, bins, 1)
-        self.register_buffer("depths", torch.linspace(nearest, farthest, bins), persistent=False)
+        self.nearest, self.farthest = nearest, farthest  # no buffer, whose type would be that of the weights
 
     def forward(self, features: Tensor) -> Tensor:
-        weights: Tensor = (
-            F.interpolate(self.conv(features), scale_factor=4, mode="bilinear").float().relu() + 0.1
-        )
-        depths: Tensor = torch.einsum("bkhw,k->bhw", weights, self.depths) / weights.sum(1)
+        logits = self.conv(features).float()
+        with torch.autocast(logits.device.type, enabled=False):
+            weights = F.interpolate(logits, scale_factor=4, mode="bilinear").relu() + 0.1
+            bins = torch.linspace(
+                self.nearest, self.farthest, weights.shape[1], dtype=weights.dtype, device=weights.device
+            )
+            depths: Tensor = torch.einsum("bkhw,k->bhw", weights, bins) / weights.sum(1)
         return depths
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -22,7 +23,9 @@ from torch.optim import Optimizer
 from locat_lightning.data.depth import DepthBatch, write_depth
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import feature_width, padded_size
-from locat_lightning.evaluation.depth import DepthErrors, eigen_crop
+from locat_lightning.evaluation.depth import NAMES, depth_errors, eigen_crop
+from locat_lightning.evaluation.gather import gather_rows
+from locat_lightning.evaluation.per_image import Scores, names_of
 from locat_lightning.figures.depth import depth_figure
 from locat_lightning.figures.grid import rgb
 from locat_lightning.nn.depth import DepthDecoder, gradient_loss, measured, scale_invariant_loss
@@ -55,9 +58,11 @@ class Depth(DenseTask):
 
     Attributes:
         errors: result of the last evaluation, by name.
+        results: the same by image.
     """
 
     errors: dict[str, Tensor] | None = None
+    results: Scores | None = None
 
     def __init__(
         self,
@@ -81,6 +86,8 @@ class Depth(DenseTask):
         if nearest >= farthest:
             raise InputError(f"model.nearest ({nearest:g}) must be less than model.farthest ({farthest:g})")
         self._file_names: list[str] = []  # of the images that are predicted
+        # Positions, measured pixels and errors of the images seen so far.
+        self._measured: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @property
     def read(self) -> dict[str, Any]:
@@ -93,7 +100,6 @@ class Depth(DenseTask):
     def configure_model(self) -> None:
         if not hasattr(self, "backbone"):
             self.read_weights(self._make_decoder)
-            self.counts = DepthErrors()
 
     def _make_decoder(self, state: dict[str, Tensor]) -> nn.Module:
         hp = self.hp
@@ -138,7 +144,8 @@ class Depth(DenseTask):
         valid = measured(batch.depths, self.hp.farthest)
         if self.hp.crop:
             valid &= eigen_crop(batch.depths)
-        self.counts.update(predicted, batch.depths, valid)
+        errors = torch.stack(list(depth_errors(predicted, batch.depths, valid).values()), 1)
+        self._measured.append((batch.indices, valid.sum((1, 2)), errors))
         return predicted
 
     test_step = validation_step
@@ -152,14 +159,21 @@ class Depth(DenseTask):
         self._conclude("test")
 
     def _conclude(self, split: str) -> None:
-        """Log the mean errors over the images of all processes."""
-        errors = self.counts.compute()
-        self.counts.reset()
+        """Log the mean errors over the images of all processes that have a measured pixel."""
+        whole = torch.empty(2, 0, dtype=torch.int64, device=self.device)
+        nothing = *whole, torch.empty(0, len(NAMES), dtype=torch.float32, device=self.device)
+        columns = [torch.cat(column).cpu() for column in zip(nothing, *self._measured, strict=True)]
+        self._measured.clear()
         if self.trainer.sanity_checking:
             return
-        if errors["rmse"].isnan():
+        found = gather_rows(columns[0], *columns, device=self.device)
+        indices, pixels, of_images = (each[found[1] > 0] for each in found)
+        if not len(indices):
             raise InputError("no pixel of the images has a depth: check the files, and model.farthest")
-        self.errors = errors
+        names = names_of(self.trainer.datamodule, split, indices.tolist())  # type: ignore[attr-defined]
+        scores = dict(zip(NAMES, of_images.unbind(1), strict=True))
+        self.results = Scores(indices, names, pixels, scores)
+        self.errors = errors = {name: each.mean().to(self.device) for name, each in scores.items()}
         for name, value in errors.items():
             self.log(f"{split}/{name}", value, prog_bar=name == "rmse", sync_dist=True)
         if self.trainer.state.fn != TrainerFn.FITTING:
