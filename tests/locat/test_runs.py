@@ -46,9 +46,10 @@ def test_runs_are_listed_with_state_seed_and_metrics(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["val/rmse", "robustness/top1", "knn/top1_k20"])
-def test_headlines(name, tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps({name: 0.41234, "val/loss": 2.0}))
-    row = runs.list_runs(tmp_path).splitlines()[1]
+def test_headlines(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a short name, so that the row is not cut
+    Path("metrics.json").write_text(json.dumps({name: 0.41234, "val/loss": 2.0}))
+    row = runs.list_runs(Path()).splitlines()[1]
     assert f"{name} 0.4123" in row
     assert "loss" not in row
 
