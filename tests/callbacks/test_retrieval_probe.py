@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from locat_lightning.callbacks.retrieval_probe import RetrievalProbe
 from locat_lightning.data import ImageData, SegmentationData
-from locat_lightning.evaluation.retrieval import Retrieval, build_memory, segment_by_retrieval
+from locat_lightning.evaluation.retrieval import Retrieval, build_memories, segment_by_retrieval
 from locat_lightning.tasks import Classification
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -72,7 +72,8 @@ def test_the_memory_is_of_the_chosen_images(folder, masks, monkeypatch):
 
     def watched(backbone, train, val, device, settings, **options):
         kept = {name: options[name] for name in ("num_classes", "places")}
-        sizes.append(len(build_memory(backbone, train, "cpu", settings, **kept, progress=False).features))
+        (memory,) = build_memories(backbone, [train], "cpu", [settings], **kept, progress=False)
+        sizes.append(len(memory.features))
         seen.append([index for batch in train for index in batch.indices.tolist()])
         return segment_by_retrieval(backbone, train, val, device, settings, **options)
 

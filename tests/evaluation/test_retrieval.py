@@ -18,7 +18,6 @@ from locat_lightning.evaluation.retrieval import (
     Memory,
     Retrieval,
     build_memories,
-    build_memory,
     compare_retrievals,
     patch_histograms,
     retrieve,
@@ -59,6 +58,11 @@ class Scenes(Dataset):
         if row == 1:
             mask[: len(mask) // 2] = 255
         return Batch(torch.from_numpy(image.transpose(2, 0, 1)).float(), torch.from_numpy(mask).byte(), row)
+
+
+def build_memory(backbone, loader, device, settings, **options):
+    (memory,) = build_memories(backbone, [loader], device, [settings], **options)
+    return memory
 
 
 def loader(scenes, batch_size=2):

@@ -180,14 +180,6 @@ def compare_retrievals(
         return [iou(total, areas) for total in totals]
 
 
-def build_memory(
-    backbone: nn.Module, loader: DataLoader, device: torch.device | str, settings: Retrieval, **options: Any
-) -> Memory:
-    """Keep the features of training patches with the classes of their pixels: one of `build_memories`."""
-    (memory,) = build_memories(backbone, [loader], device, [settings], **options)
-    return memory
-
-
 def build_memories(
     backbone: nn.Module,
     loaders: Sequence[DataLoader],

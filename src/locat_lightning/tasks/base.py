@@ -165,10 +165,8 @@ class Task(Watched):
                     raise InputError(f"trainer.callbacks: no {type(callback).__name__} here: {instead}")
         epochs, warmup = trainer.max_epochs or 0, self.hp.get("warmup_epochs", 0)
         if training and trainer.max_steps == -1 and epochs > 0 and epochs <= warmup:
-            raise InputError(
-                f"model.warmup_epochs ({warmup:g}) has to be less than trainer.max_epochs ({epochs}): set "
-                f"one of them, as by --model.warmup_epochs {epochs // 10}"
-            )
+            few = f"model.warmup_epochs ({warmup:g}) has to be less than trainer.max_epochs ({epochs})"
+            raise InputError(f"{few}: set one of them, as by --model.warmup_epochs {epochs // 10}")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         """Load the weights of a checkpoint: `InputError` if they are not of this model."""
