@@ -13,10 +13,8 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from locat.runs import claim
-from locat_lightning.backbones.create import load_backbone
-from locat_lightning.backbones.weights import Role
 from locat_lightning.commands import checks, parsing
-from locat_lightning.commands.evaluate import ConfigOfImages, name_of, parse_with_weights
+from locat_lightning.commands.evaluate import ConfigOfImages, launched, name_of, parse_with_weights
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData
 from locat_lightning.data.dataset import ImageBatch
@@ -49,10 +47,7 @@ def main(arguments: list[str]) -> None:
     if isinstance(source, Stream):
         raise InputError(f"data set {config.data.dataset!r} is a stream without paths, which embed needs")
     fabric = Fabric(accelerator=config.accelerator, devices=1)
-    fabric.seed_everything(config.seed, verbose=False)
-    network: Role = "student" if config.student else "teacher"
-    model = config.weights, config.backbone, config.backbone_args
-    backbone = load_backbone(*model, network=network, any_size=True).to(fabric.device)
+    backbone = launched(config, fabric)
     advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
     if config.what == "cls":
         check_size(backbone, data.img_size, fabric.device, advice=advice)

@@ -215,14 +215,6 @@ class Classification(Task):
         shares = outputs.float().softmax(-1)
         return shares.amax(-1) - shares.gather(-1, batch[1][:, None])[:, 0]
 
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._conclude("val")
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self._conclude("test")
-
     def _conclude(self, split: str) -> None:
         """Keep the hits of each image of all processes as `results`, unless in training."""
         if self.trainer.state.fn == TrainerFn.FITTING:

@@ -150,14 +150,6 @@ class Depth(DenseTask):
 
     test_step = validation_step
 
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._conclude("val")
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self._conclude("test")
-
     def _conclude(self, split: str) -> None:
         """Log the mean errors over the images of all processes that have a measured pixel."""
         whole = torch.empty(2, 0, dtype=torch.int64, device=self.device)

@@ -79,14 +79,6 @@ class PixelClasses(DenseTask):
         areas: Tensor = self.counts[self.best].last_areas
         return 1 - shares(areas.float())["miou"]
 
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._conclude("val")
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self._conclude("test")
-
     def _conclude(self, split: str) -> None:
         """Log IoU from one confusion matrix over the whole set, of all processes."""
         found = [counts.compute() for counts in self.counts]

@@ -79,9 +79,14 @@ class Watched(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.check_outputs()
+        self._conclude("val")
 
     def on_test_epoch_end(self) -> None:
         self.check_outputs()
+        self._conclude("test")
+
+    def _conclude(self, split: str) -> None:
+        """Log what the evaluation of a split has found; a task that measures says how."""
 
     def _look_at_losses(self) -> None:
         """Stop all processes if the mean of their losses is not finite."""
