@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from locat_lightning.backbones.parts import assemble
 from locat_lightning.backbones.registry import checkpoint_filter_fn
 from locat_lightning.errors import InputError, in_a_line, near
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
@@ -149,6 +150,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             that are not finite.
     """
     path = Path(path)
+    contents = _read(path)
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    contents = assemble(contents, path, _read)
+    for key in {"hyper_parameters", DECODER_OF} & contents.keys():
+        if not isinstance(contents[key], dict):
+            raise InputError(f"{path}: {key} is a {type(contents[key]).__name__}, not a dictionary")
+    for weights in (contents, *(contents.get(name) for name in (*get_args(Role), *CONTAINERS))):
+        for name, value in weights.items() if isinstance(weights, dict) else ():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise InputError(f"{path} holds weights that are not finite numbers ({name}): use others")
+    return contents
+
+
+def _read(path: Path) -> Any:
+    """Read one file of weights; errors are those of `read_checkpoint`."""
     if not path.is_file():
         raise InputError(f"no such file: {path.absolute()}")
     damaged = None
@@ -172,17 +189,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         said = str(error).partition(". ")[0] or "it is empty"
         reason = said if " " in said else type(error).__name__  # of KeyError, a number
         raise InputError(f"{path} cannot be read (truncated, or no checkpoint?): {reason}") from error
-    if not isinstance(contents, dict):
-        raise InputError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
     if damaged is not None:
         raise InputError(f"{path} is damaged ({damaged} has another checksum than when it was written)")
-    for key in {"hyper_parameters", DECODER_OF} & contents.keys():
-        if not isinstance(contents[key], dict):
-            raise InputError(f"{path}: {key} is a {type(contents[key]).__name__}, not a dictionary")
-    for weights in (contents, *(contents.get(name) for name in (*get_args(Role), *CONTAINERS))):
-        for name, value in weights.items() if isinstance(weights, dict) else ():
-            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-                raise InputError(f"{path} holds weights that are not finite numbers ({name}): use others")
     return contents
 
 

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from locat.runs import replaced
+from locat_lightning.backbones.parts import PARTS, remove_parts
+from locat_lightning.backbones.weights import read_checkpoint
 from locat_lightning.data.loading import ResumableLoader
 from locat_lightning.errors import InputError
 
@@ -44,10 +46,15 @@ class CheckpointFiles(TorchCheckpointIO):
             part.parent.mkdir(parents=True, exist_ok=True)
             torch.save(checkpoint, contents := BytesIO())  # torch's own file would not say why it failed
             part.write_bytes(contents.getbuffer())
+        remove_parts(Path(path), keep=checkpoint.get(PARTS, {}).get("folder"))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        remove_parts(Path(path))
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         contents, self._resumed = self._resumed, None
-        return super().load_checkpoint(path, *arguments, **options) if contents is None else dict(contents)
+        return read_checkpoint(path) if contents is None else dict(contents)
 
 
 class Checkpoints(ModelCheckpoint):

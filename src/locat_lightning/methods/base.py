@@ -21,6 +21,7 @@ from locat_lightning.evaluation.features import check_size
 from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_size
+from locat_lightning.tasks.sharding import norms, part_of
 
 
 class Output(NamedTuple):
@@ -206,15 +207,15 @@ class Pretraining(Task):
         """Clip gradients by the norms of `clipped_together`; `train/grad_norm` is the norm of all before."""
         together = [[p.grad for p in part if p.grad is not None] for part in self.clipped_together()]
         gradients = [gradient for part in together for gradient in part]
-        # Private, but the only way to have all norms in one kernel; torch's own clipping does the same.
-        norms = torch.stack(torch._foreach_norm(gradients))
-        self.log("train/grad_norm", norms.norm())
+        own = norms(gradients)
+        self.log("train/grad_norm", own.norm())
         if self.hp.clip_grad is None:
             return
         sizes = [len(part) for part in together]
         if max(sizes) > 1:
-            norms = torch.cat([own.norm().expand(len(own)) for own in norms.split(sizes)])
-        torch._foreach_mul_(gradients, (self.hp.clip_grad / (norms + 1e-6)).clamp(max=1).unbind())
+            own = torch.cat([part.norm().expand(len(part)) for part in own.split(sizes)])
+        shares = (self.hp.clip_grad / (own + 1e-6)).clamp(max=1).unbind()
+        torch._foreach_mul_([part_of(each) for each in gradients], shares)
 
     def clipped_together(self) -> Iterable[list[nn.Parameter]]:
         """Return the parameters whose gradients are clipped by their common norm: each by its own."""

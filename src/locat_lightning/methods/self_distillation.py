@@ -23,6 +23,7 @@ from locat_lightning.methods.base import Pretraining
 from locat_lightning.methods.heads import load_projection_heads
 from locat_lightning.schedules import cosine, linear_warmup
 from locat_lightning.tasks.base import UNFIT
+from locat_lightning.tasks.sharding import part_of
 
 COLLAPSED = 0.01  # share of the largest possible entropy that counts as none
 AVERAGED = "the teacher is a moving average already (see model.momentum)"
@@ -206,7 +207,10 @@ class SelfDistillation(Pretraining):
     def after_step(self, step: int) -> None:
         super().after_step(step)
         move = get_ema_multi_avg_fn(self.momentum(step))
-        move(list(self.teacher.parameters()), list(self.student.parameters()), 0)
+        teacher, student = (
+            [part_of(each) for each in network.parameters()] for network in (self.teacher, self.student)
+        )
+        move(teacher, student, 0)
 
     def watch_for_collapse(
         self, p: Tensor, entropy: Tensor, divergence: Tensor, what: str = "image", temp: str = "teacher_temp"

@@ -32,6 +32,7 @@ from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 from locat_lightning.schedules import linear_rule
 from locat_lightning.tasks.average import WeightAverage
+from locat_lightning.tasks.sharding import norms, part_of
 from locat_lightning.tasks.watch import Watched
 
 # Callbacks of Lightning that would change what a task computes from its options, and what to do instead.
@@ -314,10 +315,11 @@ class Task(Watched):
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        trained = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])  # type: ignore[misc]
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = norms(gradients).norm()
         if gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
+            share = (gradient_clip_val / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_([part_of(each) for each in gradients], share)
         self.log("train/grad_norm", norm)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from locat_lightning.errors import InputError
+from locat_lightning.tasks.sharding import part_of
 
 
 class Watched(LightningModule):
@@ -58,8 +59,11 @@ class Watched(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that losses and weights are finite, before a file is touched: `InputError` if not."""
         self._look_at_losses()
-        weights = [parameter.detach() for parameter in self.parameters()]
-        if not nn.utils.get_total_norm(weights, math.inf).isfinite():
+        parts = [part_of(parameter.detach()) for parameter in self.parameters()]
+        weights = [part for part in parts if part.numel()]
+        finite = nn.utils.get_total_norm(weights, math.inf).isfinite()
+        # In each process, which may have a part of them only; `_stop` is for all.
+        if not self.trainer.strategy.reduce(finite.float(), reduce_op="min"):
             self._stop("a weight is not finite", self.global_step)
 
     def watched(self, outputs: Tensor) -> Tensor:
