@@ -1,8 +1,8 @@
 """Checkpoints in parts: a file for each process of a sharded run, and one that says how they fit together.
 
-`last.ckpt` is a checkpoint as any other, but that it numbers the tensors that are sharded; `last.parts/N/R.pt`
-holds the rows that process R had of them. It is replaced when all parts of the next are written, so that there
-is always a whole one, and read with the weights alone, as data.
+`last.ckpt` is a checkpoint as any other, but that it numbers the tensors that are sharded;
+`last.parts/N/R.pt` holds the rows that process R had of them. It is replaced when all parts of the next are
+written, so that there is always a whole one. Reading executes nothing in them.
 """
 
 import shutil

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from locat.runs import replaced
@@ -18,6 +19,12 @@ from locat_lightning.backbones.parts import PARTS, remove_parts
 from locat_lightning.backbones.weights import read_checkpoint
 from locat_lightning.data.loading import ResumableLoader
 from locat_lightning.errors import InputError
+from locat_lightning.tasks.sharding import ShardedStrategy
+
+
+class AgreedEnd(SystemExit):
+    """All processes of a run end, before the same batch."""
+
 
 METRICS = "metrics"  # a checkpoint's key of the results measured last, by name
 SEEN = "images_seen"  # and of how many images of an epoch have been seen, where it has not ended
@@ -142,6 +149,13 @@ class Checkpoints(ModelCheckpoint):
     ) -> None:
         self._write_last(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last checkpoint of a sharded run: while its processes validate, none can be written."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and isinstance(trainer.strategy, ShardedStrategy) and self.save_on_exception:
+            self._last_is_due = True
+            self._write_last(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
@@ -156,13 +170,15 @@ class Checkpoints(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the last checkpoint, and say so."""
-        if dist.is_available() and dist.is_initialized():
+        together = isinstance(exception, AgreedEnd)
+        if dist.is_available() and dist.is_initialized() and not together:
             dist.group.WORLD = None  # what follows waits for no other process
-        if not trainer.is_global_zero or is_worthless(trainer, exception):
+        if not (trainer.is_global_zero or together) or is_worthless(trainer, exception):
             return
         try:
             is_new = self._last_step != trainer.global_step and not self._is_stepping
-            if self.save_on_exception and is_new:
+            has_all = together or not isinstance(trainer.strategy, ShardedStrategy)
+            if self.save_on_exception and is_new and has_all:
                 batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
                 if batches.processed != batches.completed:  # it is not logged yet
                     trainer._logger_connector.update_train_step_metrics()  # private

@@ -9,10 +9,14 @@ from collections.abc import Callable
 from subprocess import Popen
 from typing import Any, NoReturn, Self
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
+from locat_lightning.callbacks.checkpoints import AgreedEnd
 from locat_lightning.data.workers import GRACE
+from locat_lightning.tasks.sharding import ShardedStrategy
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED_BY = "LOCAT_LAUNCHED_BY"  # environment variable: the process of the run that started this one
@@ -25,7 +29,8 @@ class Interrupts(Callback):
 
     Between batches, as while images are listed, it ends after a second, or at once at a second signal. Of
     several processes, the first saves without waiting for the others, which may be anywhere, and ends
-    them; they pass signals on to it. One that waits for a lost process does not react, and is ended.
+    them; they pass signals on to it. One that waits for a lost process does not react, and is ended. Those of
+    a sharded run agree on the batch before which all save and end: the second after the signal.
 
     Args:
         trainer: of the run.
@@ -38,6 +43,8 @@ class Interrupts(Callback):
         self._told = 0  # the signal
         self._lost = ""  # which process
         self._ended = False
+        self._agreement: tuple[Tensor, Any] | None = None  # a signal that any was told, being exchanged
+        self._group: Any = None  # of processes, which agree on it
         self._others: list[Popen[bytes]] = []  # which this one has started
         self._process = os.getpid()
         # The process that started this one, if that is of the run: no launcher such as torchrun.
@@ -79,7 +86,26 @@ class Interrupts(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_if_told()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            self._group = dist.new_group(backend="gloo")  # of the hosts: no GPU waits
+
     def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._group is None:
+            self._end_if_told()
+            return
+        if self._agreement is not None:
+            told, exchange = self._agreement
+            exchange.wait()
+            if told:
+                self._told = int(told)
+                raise AgreedEnd(128 + self._told)
+        told = torch.tensor(self._told)
+        self._agreement = told, dist.all_reduce(told, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def on_validation_batch_start(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -89,11 +115,11 @@ class Interrupts(Callback):
     ) -> None:
         self._end_if_told()
 
-    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_validation_start = on_train_epoch_end
 
     def _end_if_told(self) -> None:
-        if self._told and self.trainer.is_global_zero:
+        if self._told and self.trainer.is_global_zero and self._group is None:
             self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -111,7 +137,8 @@ class Interrupts(Callback):
             self._told = self._told or number
         if self._lost or self.trainer.is_global_zero:
             batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            if not is_first and batches.started == batches.completed:
+            agrees = self._group is not None and not self._lost
+            if not (is_first or agrees) and batches.started == batches.completed:
                 self._end()
         elif os.getppid() == self._parent:
             os.kill(self._parent, number)

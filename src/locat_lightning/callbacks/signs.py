@@ -13,6 +13,7 @@ from locat_lightning.callbacks.pictures import giving_up, watched_images
 from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.rank import effective_rank, patch_signs
 from locat_lightning.methods.base import Pretraining, features
+from locat_lightning.tasks.sharding import whole
 
 ALIKE = 0.99  # mean cosine of the patches of an image
 ONE_DIRECTION = 1.5  # effective rank of the images' features
@@ -33,16 +34,18 @@ class FeatureSigns(Callback):
         self.images = images
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.active = trainer.is_global_zero and isinstance(pl_module, Pretraining)
+        self.active = trainer.is_global_zero
         self._samples: Tensor | None = None
         self._collapsed: set[str] = set()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if not self.active or not pl_module.is_logged():  # type: ignore[operator]
+        if not (isinstance(pl_module, Pretraining) and pl_module.is_logged()):
             return
-        with giving_up(self, "signs of features"):
+        with whole(pl_module), giving_up(self, "signs of features"):
+            if not self.active:
+                return
             if self._samples is None:
                 self._samples = watched_images(trainer, self.images).to(pl_module.device)
             if len(self._samples):

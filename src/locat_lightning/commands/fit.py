@@ -35,6 +35,7 @@ from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.sources import local_dir, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
+from locat_lightning.tasks.sharding import ShardedStrategy
 
 # Arguments of the trainer's methods that are not options.
 NO_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
@@ -228,6 +229,8 @@ class LocatCLI(LightningCLI):
                 callbacks.insert(0, ProgressBar())  # it stops before any other prints results
             else:
                 callbacks.append(EpochLines())  # after those that measure
+        if config["strategy"] == "fsdp":
+            config["strategy"] = ShardedStrategy()
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         config["plugins"] = [*plugins, CheckpointFiles(self._resumed or None)]

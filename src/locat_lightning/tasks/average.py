@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
+from locat_lightning.tasks.sharding import ShardedStrategy, gather, part_of, release
+
 
 class WeightAverage(EMAWeightAveraging):
     """Lightning's `EMAWeightAveraging` that never waits for a GPU, and whose validation may be interrupted.
@@ -33,6 +35,10 @@ class WeightAverage(EMAWeightAveraging):
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy) and self._average_model is not None:
+            trainer.strategy.shard(self._average_model.module)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step, average = trainer.global_step, self._average_model
         assert average is not None
@@ -45,19 +51,30 @@ class WeightAverage(EMAWeightAveraging):
         if self._average_model is not None:
             self._trained = [each.detach().clone() for each in tensors_of(pl_module)]
             self._copy_average_to_current(pl_module)
+            gather(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for tensor, trained in zip(tensors_of(pl_module), self._trained, strict=False):
-            tensor.data.copy_(trained)
-        self._trained = []
+        self._take_back(pl_module)
+        gather(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_validation_epoch_end(trainer, pl_module)
+        self._take_back(pl_module)
+
+    def _take_back(self, module: LightningModule) -> None:
+        if self._trained:
+            for tensor, trained in zip(tensors_of(module), self._trained, strict=True):
+                tensor.data.copy_(trained)
+        self._trained = []
+
+    def _copy_average_to_current(self, pl_module: LightningModule) -> None:
+        assert self._average_model is not None
+        move(pl_module, self._average_model.module, 1.0)
 
 
-def tensors_of(module: nn.Module) -> "chain[Tensor]":
-    """Return parameters and buffers."""
-    return chain(module.parameters(), module.buffers())
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers; of a sharded module, this process's parts."""
+    release(module)
+    return [part_of(each.detach()) for each in chain(module.parameters(), module.buffers())]
 
 
 @torch.no_grad()

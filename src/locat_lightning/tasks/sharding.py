@@ -1,15 +1,15 @@
 """Fully sharded training (FSDP2): each process keeps its part of weights, gradients and optimizer states.
 
-`--trainer.strategy fsdp` shards any task by one rule, without its help: the elements of each list of modules of
-one class (the blocks of a backbone or a decoder, teacher's included) one by one, and the task with what is
-left. A training step gathers the latter as it begins, and a block as it is called. Outside training steps the
-model is whole in every process, so that a process may evaluate, measure or draw on its own.
+`--trainer.strategy fsdp` shards any task by one rule, without its help: the elements of each list of modules
+of one class (blocks of backbones and decoders, the teacher's too) one by one, and the task with what is left.
+A training step gathers what is left as it begins, and a block when it is called. Outside training steps the
+model is whole in every process, so that each may evaluate, measure or draw on its own.
 
 Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", VLDB 2023.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -43,18 +44,23 @@ class ShardedStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         task: Any = self.lightning_module
-        self._mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        shard(task, self._mesh)
+        self.shard(task)
         register_fsdp_forward_method(task, "training_step")
 
+    def shard(self, module: nn.Module) -> None:
+        """Shard a module over all processes, after they have taken the weights of the first."""
+        shard(module, init_device_mesh(self.root_device.type, (self.world_size,)))
+
     def setup(self, trainer: Trainer) -> None:
+        if trainer.precision == "16-mixed":
+            raise InputError(
+                "trainer.precision (16-mixed) is not for --trainer.strategy fsdp: use bf16-mixed"
+            )
         super().setup(trainer)
-        if trainer.training:
+        if trainer.state.fn == TrainerFn.FITTING:
             task: Any = self.lightning_module
-            gather_it = {
-                event: lambda *_: gather(task)
-                for event in ("on_train_start", "on_train_epoch_end", "on_validation_start")
-            }
+            events = ("on_train_start", "on_train_epoch_end", "on_validation_epoch_start")
+            gather_it: dict[str, Any] = dict.fromkeys(events, lambda *_: gather(task))
             own = LambdaCallback(on_train_batch_start=lambda *_: release(task), **gather_it)
             trainer.callbacks.insert(0, own)  # type: ignore[attr-defined]
 
@@ -83,7 +89,9 @@ class ShardedStrategy(DDPStrategy):
         """Write the parts of all processes, then what says how they fit together. All processes call it."""
         path = Path(filepath)
         if "://" in str(filepath):
-            raise InputError(f"{filepath}: checkpoints of a sharded run are written to folders, no other store")
+            raise InputError(
+                f"{filepath}: checkpoints of a sharded run are written to folders, no other store"
+            )
         rows: dict[int, Tensor] = {}
         whole = split(checkpoint, lambda each: each.to_local() if isinstance(each, DTensor) else None, rows)
         folder: int = self.broadcast(new_folder(path) if self.is_global_zero else 0)
@@ -118,7 +126,7 @@ class ShardedStrategy(DDPStrategy):
 def units(task: nn.Module) -> list[nn.Module]:
     """Return what is sharded one by one: modules that several others share, then the elements of lists.
 
-    A list counts if it has more than one element and all are of one class. Inner lists come before outer ones.
+    A list counts if it has more than one element, all of one class. Inner lists come before outer ones.
     """
     lists = [each for each in task.modules() if isinstance(each, nn.Sequential | nn.ModuleList)]
     repeated = [part for each in lists if len(each) > 1 and len({*map(type, each)}) == 1 for part in each]
@@ -152,6 +160,14 @@ def release(module: nn.Module) -> None:
         if isinstance(each, FSDPModule):
             each.set_reshard_after_forward(each is not module, recurse=False)
             each.reshard()
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Make a sharded model whole within a training step. All processes call it."""
+    gather(module)
+    yield
+    release(module)
 
 
 def part_of(tensor: Tensor) -> Tensor:
