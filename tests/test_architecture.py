@@ -12,6 +12,7 @@ FLOORS = [
         "locat",
         "locat.configs",
         "locat.errors",
+        "locat.jobs",
         "locat.runs",
     },
     {"locat_lightning.nn", "locat_lightning.data", "locat_lightning.schedules"},

@@ -153,8 +153,10 @@ class Checkpoints(ModelCheckpoint):
         """Write the last checkpoint of a sharded run: while its processes validate, none can be written."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and isinstance(trainer.strategy, ShardedStrategy) and self.save_on_exception:
+            step = self._last_global_step_saved  # private: it would take the best for written
             self._last_is_due = True
             self._write_last(trainer)
+            self._last_global_step_saved = step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

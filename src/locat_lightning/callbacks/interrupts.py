@@ -11,10 +11,13 @@ from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from locat import jobs
 from locat_lightning.callbacks.checkpoints import AgreedEnd
+from locat_lightning.callbacks.heartbeat import Heartbeat
 from locat_lightning.data.workers import GRACE
 from locat_lightning.tasks.sharding import ShardedStrategy
 
@@ -30,7 +33,8 @@ class Interrupts(Callback):
     Between batches, as while images are listed, it ends after a second, or at once at a second signal. Of
     several processes, the first saves without waiting for the others, which may be anywhere, and ends
     them; they pass signals on to it. One that waits for a lost process does not react, and is ended. Those of
-    a sharded run agree on the batch before which all save and end: the second after the signal.
+    a sharded run agree on the batch before which all save and end: the second after the signal. On SLURM's
+    signal to requeue (USR1), the first process has the job queued again when the run has ended.
 
     Args:
         trainer: of the run.
@@ -45,6 +49,11 @@ class Interrupts(Callback):
         self._ended = False
         self._agreement: tuple[Tensor, Any] | None = None  # a signal that any was told, being exchanged
         self._group: Any = None  # of processes, which agree on it
+        self._heartbeat: Heartbeat | None = None
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        self._requeue_signal = environment.requeue_signal if requeues else None
+        self._signals = (*SIGNALS, *filter(None, [self._requeue_signal]))
         self._others: list[Popen[bytes]] = []  # which this one has started
         self._process = os.getpid()
         # The process that started this one, if that is of the run: no launcher such as torchrun.
@@ -56,20 +65,25 @@ class Interrupts(Callback):
     def __enter__(self) -> Self:
         # Private: Lightning's own handler calls a collective wherever its process is.
         self.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in self._signals}
         threading.Thread(target=self._watch, daemon=True).start()
         if self.trainer.world_size > 1 and hasattr(signal, "pthread_sigmask"):
             # Processes that this one starts inherit it, and get signals when `locat.command` can handle them.
             # This process still gets them, through the watch thread.
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         return self
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        _unblock()
+        self._unblock()
+        if dist.is_initialized() and trainer.world_size > 1 and self._heartbeat is None:
+            store = dist.distributed_c10d._get_default_store().clone()  # private: the one that all have
+            self._heartbeat = Heartbeat(store, trainer.global_rank, trainer.world_size)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._ended = True
-        _unblock()
+        self._unblock()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         self._look()
         for other in self._others:
             if kind is not None:
@@ -80,6 +94,7 @@ class Interrupts(Callback):
         os.environ.pop(LAUNCHED_BY, None)
         if self._told and self.trainer.is_global_zero and not self.trainer.global_step:
             print("interrupted", file=sys.stderr)  # else it says how to resume
+        self._requeue()
         if self._told and kind is not None and issubclass(kind, Exception):
             sys.exit(128 + self._told)  # a worker was told, too, and ended first
 
@@ -172,10 +187,12 @@ class Interrupts(Callback):
         for rank, other in enumerate(self._others, start=1):
             code = other.poll() or 0
             number = -code if code < 0 else code - 128
-            if number in SIGNALS:  # at its start, when it could not pass it on
+            if number in self._signals:  # at its start, when it could not pass it on
                 self._told = self._told or number
             elif code:
                 self._lost = f"process {rank} of the run has ended with code {code}"
+        if self._heartbeat is not None and not self._lost:
+            self._lost = self._heartbeat.lost
         if self._parent and os.getppid() != self._parent:
             self._lost = "the first process of the run has ended"
 
@@ -183,13 +200,17 @@ class Interrupts(Callback):
         for other in self._others:
             other.kill()
         self._release()
+        self._requeue()
         if self._lost or self.trainer.global_step:
             said = self._lost or "another process of the run does not react"
             remedy = "resume the run with --ckpt_path last" if self.trainer.global_step else "start it again"
             print(f"locat: error: {said}: {remedy}", file=sys.stderr, flush=True)
         os._exit(128 + self._told if self._told else 1)
 
+    def _requeue(self) -> None:
+        if self._told and self._told == self._requeue_signal and self.trainer.is_global_zero:
+            print(jobs.requeue(), file=sys.stderr, flush=True)
 
-def _unblock() -> None:
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    def _unblock(self) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
+from locat import jobs
 from locat.runs import HEADLINES, LOCK, replaced, write_json
 from locat_lightning.callbacks.checkpoints import Checkpoints, is_worthless
 from locat_lightning.evaluation.intervals import Figures
@@ -29,7 +30,7 @@ PACKAGES = ("locat-lightning", "torch", "lightning", "timm", "torchvision")
 DURING = ("train/", "signs/", "gaug_")  # metrics of the training itself; all others are results
 LOGGERS = "loggers"  # folder in the directory of a run, for the files of loggers that the user adds
 # What a run writes before it has results.
-LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOGGERS, LOCK)
+LOGS = ("events.out.tfevents", "hparams.yaml", "metrics.csv", "config.yaml", LOGGERS, LOCK, jobs.MARK)
 
 
 class RunRecord(SaveConfigCallback):
@@ -61,6 +62,8 @@ class RunRecord(SaveConfigCallback):
         # Written atomically: a run that resumes at the same moment may be reading it.
         with replaced(Path(trainer.default_root_dir) / "config.yaml") as part:
             part.write_text(texts["config"], encoding="utf-8")
+        if trainer.state.fn == TrainerFn.FITTING:
+            jobs.mark(Path(trainer.default_root_dir))
         for logger in _boards(trainer):
             for name, text in texts.items():  # as code, in Markdown
                 logger.experiment.add_text(name, indent(text, "    "), trainer.global_step)

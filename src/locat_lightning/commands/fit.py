@@ -10,11 +10,12 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich import get_console
 
 import locat_lightning.data
 import locat_lightning.methods  # noqa: F401 - as the line above: a config names its classes
+from locat import jobs
 from locat.runs import claim, lock, unlock
 from locat_lightning.backbones.weights import RANDOM, read_checkpoint
 from locat_lightning.callbacks.bands import Bands
@@ -138,6 +139,8 @@ class LocatCLI(LightningCLI):
         self._resumed: dict[str, Any] = {}  # contents of the checkpoint that a run resumes from
         self._resume_from: Path | None = None
         self._directory: Path | None = None  # its directory
+        if self.subcommand == "fit":
+            self._take_up(config)
         if self.subcommand == "fit" and config.ckpt_path is not None:
             self._resume_from = defaults.checkpoint_to_resume(config.ckpt_path, config.runs, config.name)
             if self._given.weights is not None:
@@ -152,6 +155,17 @@ class LocatCLI(LightningCLI):
                 self._directory = record.parent
         option = "--runs" if self._directory is None else "--ckpt_path"
         checks.check_writable(option, self._directory or Path(config.runs) / self._name(config))
+
+    def _take_up(self, config: Namespace) -> None:
+        """Resume the run that this job had begun before SLURM or torchrun restarted it, if there is one."""
+        runs = [*(Path(config.runs) / self._name(config)).glob("version_*")]
+        if config.ckpt_path is not None:
+            given = defaults.checkpoint_to_resume(config.ckpt_path, config.runs, config.name)
+            runs += [] if (record := record_of_run(given)) is None else [record.parent]
+        run = jobs.run_of_this_job(runs)
+        if run is not None and (last := run / "checkpoints" / "last.ckpt").is_file():
+            rank_zero_info(f"this job was restarted: its run resumes from {last}")
+            config.ckpt_path, self._given.weights = str(last), None
 
     def _name(self, config: Namespace) -> str:
         """Return the name of the directory that groups runs of this kind."""

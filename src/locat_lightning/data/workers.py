@@ -38,6 +38,8 @@ def end_with_the_run(worker: int) -> None:
     One that cannot send a batch ends, as the run would wait for the batch.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # a scheduler sends it to all processes before it ends a job
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.excepthook = _unless_the_receiver_left
     # Private: what a subclass would override, but DataLoader makes the queue.
     Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]

@@ -64,6 +64,18 @@ class ShardedStrategy(DDPStrategy):
             own = LambdaCallback(on_train_batch_start=lambda *_: release(task), **gather_it)
             trainer.callbacks.insert(0, own)  # type: ignore[attr-defined]
 
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if not type(optimizer).__module__.startswith("torch.optim."):
+                raise InputError(
+                    f"model.optimizer: {type(optimizer).__name__} does not step on parts of parameters: with "
+                    "--trainer.strategy fsdp use adamw"
+                )
+            for group in optimizer.param_groups:
+                if len({isinstance(each, DTensor) for each in group["params"]}) > 1:
+                    group |= {"foreach": False, "fused": None}  # torch has no kernel for both kinds together
+
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Keep the gradients of a batch that is followed by others of its step; they take their full size."""

@@ -1,0 +1,180 @@
+"""Sharded training: two processes are one, and their checkpoints are anyone's."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.tensor import DTensor
+
+from locat_lightning.backbones.weights import read_checkpoint
+from locat_lightning.callbacks.checkpoints import CheckpointFiles
+from locat_lightning.callbacks.signs import FeatureSigns
+from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.data.segmentation import MaskBatch
+from locat_lightning.errors import InputError
+from locat_lightning.tasks import Classification
+from locat_lightning.tasks.sharding import ShardedStrategy, units
+from tests.methods import runs
+from tests.tasks import test_classification, test_segmentation
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
+    pytest.mark.filterwarnings("ignore:.*using the WeightAveraging callback"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated, use:FutureWarning"),
+]
+
+STEPS = 4
+# Uneven parts everywhere: no dimension of a bias or a token is even in all of them.
+GATED = {"locat": {"start": "identity", "prr": True}}
+
+
+def classification(folder):
+    seed_everything(0)
+    options = {"mixup": 0.0, "cutmix": 0.0, "lr": 1e-3, "warmup_epochs": 0, "ema": 0.5}
+    return Classification(
+        "vit_tiny_patch16_224", backbone_args=test_classification.BACKBONE, **GATED, **options
+    )
+
+
+def segmentation(folder):
+    return test_segmentation.task(folder / "backbone.pt", checkpoint_blocks=False)
+
+
+def method(name):
+    return lambda folder: runs.small(name, checkpoint_blocks=name == "Dino")
+
+
+def classes(rank, processes):
+    data = test_classification.Batches(batches=STEPS)
+    data.items = [ImageBatch(*(part[rank::processes] for part in batch)) for batch in data.items]
+    data.batch_size //= processes
+    return data
+
+
+def masks(rank, processes):
+    data = test_segmentation.Batches(batches=STEPS, size=4)
+    data.items = [MaskBatch(*(part[rank::processes] for part in batch)) for batch in data.items]
+    data.batch_size //= processes
+    return data
+
+
+def views(rank, processes):
+    whole = [runs.random_batch(6, seed) for seed in range(STEPS)]
+    return runs.Batches([runs.part_of(batch, torch.arange(rank, 6, processes)) for batch in whole])
+
+
+CASES = {
+    "Classification": (classification, classes, {"gradient_clip_val": 0.5}),
+    "Segmentation": (segmentation, masks, {}),
+    "Dino": (method("Dino"), views, {"accumulate_grad_batches": 2, "max_epochs": 2}),
+    "Mae": (method("Mae"), views, {}),
+    "Dinov2": (method("Dinov2"), views, {}),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+class Norms(Callback):
+    """The norm of the gradients of each step, as it is logged."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if len(self.found) < trainer.global_step:
+            self.found.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
+def run(name, folder, saved, rank=0, processes=1, **how):
+    """Train for four batches, or resume after two optimizer steps; return norms, and all weights."""
+    make, batches, options = CASES[name]
+    module, norms = make(folder), Norms()
+    saving = ModelCheckpoint(saved / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "log_every_n_steps": 2, "use_distributed_sampler": False}
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=[norms, saving, FeatureSigns()],
+        plugins=[CheckpointFiles()],
+        **(quiet | {"max_epochs": 1} | options),
+        **({"devices": 2, "strategy": ShardedStrategy()} if processes == 2 else {}),
+    )
+    trainer.fit(module, datamodule=batches(rank, processes), weights_only=True, **how)
+    whole = {
+        key: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for key, value in module.state_dict().items()
+    }
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return {"norms": norms.found, "weights": whole, "numbers": sum(each.numel() for each in own)}
+
+
+def in_two_processes(rank, folder):
+    """Runs, and runs that resume from checkpoints of one process: all in one launch, which takes long."""
+    found = {}
+    for name in CASES:
+        whole = run(name, folder, folder / "two", rank, 2)
+        resumed = run(name, folder, folder / "none", rank, 2, ckpt_path=folder / "one" / name / "step=2.ckpt")
+        found[name] = {"whole": whole, "resumed": resumed}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def of_one_and_two(tmp_path_factory, two_processes):
+    """What one process found, what two, and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp("sharded")
+    test_segmentation.weights_in(folder)
+    one = {name: run(name, folder, folder / "one") for name in CASES}
+    two_processes(in_two_processes, folder)
+    return folder, one, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def close(found, expected):
+    for key, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][key], value, atol=1e-4, rtol=0, msg=key)
+
+
+@every_case
+def test_two_processes_are_one_with_half_of_the_weights_each(of_one_and_two, name):
+    _, one, (first, second) = of_one_and_two
+    close(first[name]["whole"], one[name])
+    found, expected = (torch.tensor(each["norms"]) for each in (first[name]["whole"], one[name]))
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-4)
+    assert all(
+        torch.equal(a, second[name]["whole"]["weights"][key])
+        for key, a in first[name]["whole"]["weights"].items()
+    )
+    most = one[name]["numbers"]
+    assert first[name]["whole"]["numbers"] + second[name]["whole"]["numbers"] < 1.001 * most + 2
+    assert first[name]["whole"]["numbers"] < 0.6 * most
+
+
+@every_case
+def test_a_run_resumes_on_another_number_of_processes(of_one_and_two, name, tmp_path):
+    folder, one, (first, _) = of_one_and_two
+    close(first[name]["resumed"], one[name])  # 1 -> 2
+    close(run(name, folder, tmp_path, ckpt_path=folder / "two" / name / "step=2.ckpt"), one[name])  # 2 -> 1
+    assert len(list((folder / "two" / name / "step=2.parts" / "0").iterdir())) == 2
+
+
+def test_a_checkpoint_without_one_of_its_parts(of_one_and_two, tmp_path):
+    file = of_one_and_two[0] / "two" / "Mae" / "step=2.ckpt"
+    alone = tmp_path / "alone.ckpt"
+    alone.write_bytes(file.read_bytes())
+    with pytest.raises(
+        InputError, match=r"alone\.ckpt is in parts, and .*0\.pt is missing: copy .*alone\.parts"
+    ):
+        read_checkpoint(alone)
+    part = tmp_path / "alone.parts" / "0" / "1.pt"
+    part.parent.mkdir(parents=True)
+    for rank in range(2):
+        part.with_name(f"{rank}.pt").write_bytes((file.with_suffix(".parts") / "0" / "0.pt").read_bytes())
+    with pytest.raises(InputError, match="do not fit"):
+        read_checkpoint(alone)
+
+
+def test_what_is_sharded_one_by_one():
+    task = runs.small("Mae")
+    found = {name for name, module in task.named_modules() if any(module is each for each in units(task))}
+    assert {"backbone.blocks.0", "backbone.blocks.1"} <= found
+    assert all(name.rpartition(".")[2].isdigit() for name in found)
