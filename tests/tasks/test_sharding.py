@@ -79,11 +79,11 @@ class Norms(Callback):
     """The norm of the gradients of each step, as it is logged."""
 
     def __init__(self):
-        self.found = []
+        self.found = {}
 
     def on_train_batch_end(self, trainer, module, *_):
-        if len(self.found) < trainer.global_step:
-            self.found.append(float(trainer.callback_metrics["train/grad_norm"]))
+        if "train/grad_norm" in trainer.callback_metrics:  # a batch that is resumed between may have none
+            self.found[trainer.global_step] = float(trainer.callback_metrics["train/grad_norm"])
 
 
 def run(name, folder, saved, rank=0, processes=1, **how):
@@ -106,7 +106,11 @@ def run(name, folder, saved, rank=0, processes=1, **how):
         for key, value in module.state_dict().items()
     }
     own = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
-    return {"norms": norms.found, "weights": whole, "numbers": sum(each.numel() for each in own)}
+    return {
+        "norms": list(norms.found.values()),
+        "weights": whole,
+        "numbers": sum(each.numel() for each in own),
+    }
 
 
 def in_two_processes(rank, folder):

@@ -155,6 +155,8 @@ def shard(task: nn.Module, mesh: DeviceMesh) -> None:
     scalars = {parameter for parameter in task.parameters() if parameter.ndim == 0}
     for each in (*units(task), task):
         fully_shard(each, mesh=mesh, ignored_params=scalars)
+    # Private: the first module to be called would be taken for the root, and a validation calls the backbone.
+    task._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     release(task)
 
 
