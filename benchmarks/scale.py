@@ -312,8 +312,8 @@ def main() -> None:
             *table_of_models(found),
             "",
             f"`{args.config}` with {batch} images a GPU, if a GPU trains on {args.rate:,.0f} a second (not",
-            f"measured: an assumption), an image has {args.image_bytes / 1e3:.0f} kB (about ImageNet-1K's mean), and a",
-            f"process writes {args.write_speed / 1e9:.2f} GB/s (measured, one process):",
+            f"measured: an assumption), an image has {args.image_bytes / 1e3:.0f} kB (about ImageNet-1K's",
+            f"mean), and a process writes {args.write_speed / 1e9:.2f} GB/s (measured, one process):",
             "",
             *table_of_gpus(found[args.config], batch, args),
         ]
