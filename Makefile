@@ -13,7 +13,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,onnx,parquet,retrieval]'
 	@touch $@
 
-.PHONY: help install quickstart segment study test test-fast test-faults coverage check format bench kernels gpu figures docs
+.PHONY: help install quickstart segment study test test-fast test-faults coverage check format bench kernels gpu scale \
+	figures docs
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,7 +28,8 @@ test-fast: $(INSTALLED) ## run the tests but for those of whole runs
 	$(PYTEST) -m "not slow and not faults"
 
 test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs, and count what comes of it: all, or FILES="tests/faults/…"
-	$(PYTEST) -m faults $(or $(FILES),tests/faults tests/commands/test_fit_processes.py)
+	$(PYTEST) -m faults $(or $(FILES),tests/faults tests/commands/test_fit_processes.py \
+		tests/commands/test_restarts.py)
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
 	$(PYTEST) --cov=src --cov-report=term-missing:skip-covered
@@ -76,6 +78,9 @@ kernels: $(INSTALLED) ## compile the Triton kernels for three kinds of GPU, with
 gpu: $(INSTALLED) ## measure on a CUDA device within MINUTES (8): attention, training steps, runs from files
 	$(BIN)/python benchmarks/gpu.py --minutes $(or $(MINUTES),8)
 	$(BIN)/python benchmarks/refresh.py
+
+scale: $(INSTALLED) ## compute what a run on 1 to 1,024 GPUs sends, reads and writes, and write the tables of docs/scaling.md
+	$(BIN)/python benchmarks/scale.py
 
 figures: $(INSTALLED) ## measure again every figure of README and docs but the study's, an hour on a CPU
 	rm -rf build/figures

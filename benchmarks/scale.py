@@ -78,7 +78,7 @@ class Model(NamedTuple):
 
 
 class Count(Callback):
-    """Bytes of each kind of collective in the third step: of what is reduced, or of what is gathered."""
+    """Bytes of each kind of collective in the last batch: of what is reduced, or of what is gathered."""
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
@@ -96,11 +96,8 @@ class Count(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self.found.clear()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, number: int
-    ) -> None:
-        if number == 2:
-            self.of_step = self.found.copy()
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.of_step = self.found.copy()
 
     @contextmanager
     def counting(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from socket import gethostname
 
 MARK = ".job"  # in the directory of a run: which job and command it belongs to
 COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # environment variables
@@ -27,13 +28,16 @@ def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
 def identity(environment: Mapping[str, str] = os.environ) -> str:
     """Return what this job's command has in common with itself restarted, in all processes; "" without a job.
 
-    torchrun names a job by `--rdzv-id`, or else by the address of its first process.
+    A job of torchrun is named by `--rdzv-id`; without it by the process of torchrun, and on several machines
+    by the address of the first, which stays the same unless the rendezvous is c10d.
     """
     name = slurm_job(environment)
     if not name and "TORCHELASTIC_RUN_ID" in environment:
-        named = environment["TORCHELASTIC_RUN_ID"]
-        address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
-        name = address if named in ("", "none") else named
+        name = environment["TORCHELASTIC_RUN_ID"]
+        if name in ("", "none") and environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"):
+            name = f"{gethostname()} {os.getppid()}"
+        elif name in ("", "none"):
+            name = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     return name and f"{name} {hashlib.sha256(repr(sys.argv[1:]).encode()).hexdigest()[:16]}"
 
 

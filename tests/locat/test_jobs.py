@@ -5,7 +5,8 @@ import pytest
 from locat import jobs
 
 SLURM = {"SLURM_JOB_ID": "7"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
+TORCHRUN |= {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def job(monkeypatch):
         ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "2"}, "SLURM_RESTART_COUNT"),
         (TORCHRUN, "TORCHELASTIC_RESTART_COUNT"),
         (TORCHRUN | {"TORCHELASTIC_RUN_ID": "mine"}, "TORCHELASTIC_RESTART_COUNT"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}, "TORCHELASTIC_RESTART_COUNT"),
     ],
 )
 def test_a_restarted_job_has_its_run_and_no_other(job, runs, monkeypatch, environment, count):

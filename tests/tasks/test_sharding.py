@@ -1,5 +1,9 @@
 """Sharded training: two processes are one, and their checkpoints are anyone's."""
 
+import sys
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -23,9 +27,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
     pytest.mark.filterwarnings("ignore:.*using the WeightAveraging callback"),
     pytest.mark.filterwarnings("ignore:.*is deprecated, use:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
 
-STEPS = 4
+BATCHES = 2  # of an epoch
 # Uneven parts everywhere: no dimension of a bias or a token is even in all of them.
 GATED = {"locat": {"start": "identity", "prr": True}}
 
@@ -43,34 +48,34 @@ def segmentation(folder):
 
 
 def method(name):
-    return lambda folder: runs.small(name, checkpoint_blocks=name == "Dino")
+    return lambda folder: runs.small(name, checkpoint_blocks=name == "Dinov2")
 
 
 def classes(rank, processes):
-    data = test_classification.Batches(batches=STEPS)
+    data = test_classification.Batches(batches=BATCHES)
     data.items = [ImageBatch(*(part[rank::processes] for part in batch)) for batch in data.items]
     data.batch_size //= processes
     return data
 
 
 def masks(rank, processes):
-    data = test_segmentation.Batches(batches=STEPS, size=4)
+    data = test_segmentation.Batches(batches=BATCHES, size=4)
     data.items = [MaskBatch(*(part[rank::processes] for part in batch)) for batch in data.items]
     data.batch_size //= processes
     return data
 
 
 def views(rank, processes):
-    whole = [runs.random_batch(6, seed) for seed in range(STEPS)]
+    whole = [runs.random_batch(6, seed) for seed in range(BATCHES)]
     return runs.Batches([runs.part_of(batch, torch.arange(rank, 6, processes)) for batch in whole])
 
 
 CASES = {
     "Classification": (classification, classes, {"gradient_clip_val": 0.5}),
     "Segmentation": (segmentation, masks, {}),
-    "Dino": (method("Dino"), views, {"accumulate_grad_batches": 2, "max_epochs": 2}),
+    "Dino": (method("Dino"), views, {}),
     "Mae": (method("Mae"), views, {}),
-    "Dinov2": (method("Dinov2"), views, {}),
+    "Dinov2": (method("Dinov2"), views, {"accumulate_grad_batches": 2}),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -86,21 +91,31 @@ class Norms(Callback):
             self.found[trainer.global_step] = float(trainer.callback_metrics["train/grad_norm"])
 
 
+def scale():
+    """The module of `benchmarks/`, which is no package."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        return import_module("scale")
+    finally:
+        del sys.path[0]
+
+
 def run(name, folder, saved, rank=0, processes=1, **how):
-    """Train for four batches, or resume after two optimizer steps; return norms, and all weights."""
+    """Train for two epochs, or resume after the first; return norms, and all weights."""
     make, batches, options = CASES[name]
     module, norms = make(folder), Norms()
-    saving = ModelCheckpoint(saved / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    saving = ModelCheckpoint(saved / name, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "log_every_n_steps": 2, "use_distributed_sampler": False}
+    quiet |= {"accelerator": "cpu", "log_every_n_steps": 3, "use_distributed_sampler": False}
     trainer = Trainer(
         default_root_dir=folder,
-        callbacks=[norms, saving, FeatureSigns()],
+        callbacks=[norms, saving, FeatureSigns(), count := scale().Count()],
         plugins=[CheckpointFiles()],
-        **(quiet | {"max_epochs": 1} | options),
+        **(quiet | {"max_epochs": 2} | options),
         **({"devices": 2, "strategy": ShardedStrategy()} if processes == 2 else {}),
     )
-    trainer.fit(module, datamodule=batches(rank, processes), weights_only=True, **how)
+    with count.counting():
+        trainer.fit(module, datamodule=batches(rank, processes), weights_only=True, **how)
     whole = {
         key: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
         for key, value in module.state_dict().items()
@@ -110,6 +125,7 @@ def run(name, folder, saved, rank=0, processes=1, **how):
         "norms": list(norms.found.values()),
         "weights": whole,
         "numbers": sum(each.numel() for each in own),
+        "sent": dict(count.of_step),
     }
 
 
@@ -118,7 +134,9 @@ def in_two_processes(rank, folder):
     found = {}
     for name in CASES:
         whole = run(name, folder, folder / "two", rank, 2)
-        resumed = run(name, folder, folder / "none", rank, 2, ckpt_path=folder / "one" / name / "step=2.ckpt")
+        resumed = run(
+            name, folder, folder / "none", rank, 2, ckpt_path=folder / "one" / name / "epoch=0.ckpt"
+        )
         found[name] = {"whole": whole, "resumed": resumed}
     torch.save(found, folder / f"{rank}.pt")
 
@@ -157,12 +175,12 @@ def test_two_processes_are_one_with_half_of_the_weights_each(of_one_and_two, nam
 def test_a_run_resumes_on_another_number_of_processes(of_one_and_two, name, tmp_path):
     folder, one, (first, _) = of_one_and_two
     close(first[name]["resumed"], one[name])  # 1 -> 2
-    close(run(name, folder, tmp_path, ckpt_path=folder / "two" / name / "step=2.ckpt"), one[name])  # 2 -> 1
-    assert len(list((folder / "two" / name / "step=2.parts" / "0").iterdir())) == 2
+    close(run(name, folder, tmp_path, ckpt_path=folder / "two" / name / "epoch=0.ckpt"), one[name])  # 2 -> 1
+    assert len(list((folder / "two" / name / "epoch=0.parts" / "0").iterdir())) == 2
 
 
 def test_a_checkpoint_without_one_of_its_parts(of_one_and_two, tmp_path):
-    file = of_one_and_two[0] / "two" / "Mae" / "step=2.ckpt"
+    file = of_one_and_two[0] / "two" / "Mae" / "epoch=0.ckpt"
     alone = tmp_path / "alone.ckpt"
     alone.write_bytes(file.read_bytes())
     with pytest.raises(
@@ -182,3 +200,15 @@ def test_what_is_sharded_one_by_one():
     found = {name for name, module in task.named_modules() if any(module is each for each in units(task))}
     assert {"backbone.blocks.0", "backbone.blocks.1"} <= found
     assert all(name.rpartition(".")[2].isdigit() for name in found)
+
+
+@pytest.mark.parametrize(("name", "config", "in_vain"), [("Mae", "mae_small", 0), ("Dino", "dino_small", 1)])
+def test_what_is_sent_is_what_make_scale_says(of_one_and_two, name, config, in_vain):
+    """But for padding, and for a block that is gathered ahead of a backward pass that it has no part in."""
+    found = of_one_and_two[2][0][name]["whole"]["sent"]
+    model = scale().measured(runs.small(name), scale().calls(config))
+    expected = scale().collectives(model)["fsdp"]
+    ahead = in_vain * model.parts[-1].whole
+    assert found["all_gather_single"] == pytest.approx(expected["all_gather_single"] + ahead, rel=0.03)
+    assert found["reduce_scatter_single"] == pytest.approx(expected["reduce_scatter_single"], rel=0.03)
+    assert found["all_reduce"] == expected["all_reduce"] + 4  # a CPU looks at each loss

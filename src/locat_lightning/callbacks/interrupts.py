@@ -50,7 +50,8 @@ class Interrupts(Callback):
         self._agreement: tuple[Tensor, Any] | None = None  # a signal that any was told, being exchanged
         self._group: Any = None  # of processes, which agree on it
         self._heartbeat: Heartbeat | None = None
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        # Private: a strategy for one device does not know its environment.
+        environment: Any = trainer._accelerator_connector.cluster_environment
         requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
         self._requeue_signal = environment.requeue_signal if requeues else None
         self._signals = (*SIGNALS, *filter(None, [self._requeue_signal]))

@@ -33,6 +33,7 @@ from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.commands import checks, defaults, parsing, resume
 from locat_lightning.commands.loggers import OptionParser, make_loggers
 from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.commands.rendezvous import meet_anew
 from locat_lightning.commands.sources import local_dir, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
@@ -194,6 +195,7 @@ class LocatCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config[self.subcommand]
+        meet_anew()
         step = self._resumed.get("global_step", 0)
         run = self._hold(config)
         board = TensorBoardLogger(
