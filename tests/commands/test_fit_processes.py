@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from locat_lightning.backbones.weights import read_checkpoint
 from locat_lightning.commands.fit import main
 from tests.commands.runs import BEST, FIT, LAST, QUIET, RUN, scalars
 
@@ -103,7 +104,7 @@ def test_two_processes_are_as_one(small, folder, start_locat, two_processes):
 
 
 def state_of(checkpoint):
-    return torch.load(checkpoint, weights_only=True)["state_dict"]
+    return read_checkpoint(checkpoint)["state_dict"]
 
 
 @pytest.fixture
@@ -124,18 +125,20 @@ def tell(small, start_locat, monkeypatch):
 
 
 @pytest.mark.faults
-def test_two_processes_resume_as_if_they_had_not_been_told_to_stop(tell):
-    """The second one is told, in the middle of a batch; the first saves, without the other."""
-    code, said = tell("none", 0)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_resume_as_if_they_had_not_been_told_to_stop(tell, strategy):
+    """The second one is told, in the middle of a batch; the first saves, without the other if it has all."""
+    options = ["--trainer.strategy", strategy]
+    code, said = tell("none", 0, *options)
     assert code == 0, said
     whole = state_of(LAST)
     RUN.rename(RUN.with_name("whole"))
-    code, said = tell(1, signal.SIGTERM)
+    code, said = tell(1, signal.SIGTERM, *options)
     assert code == 128 + signal.SIGTERM, said
     assert "Traceback" not in said
     assert said.splitlines()[-1] == f"interrupted; resume with: locat fit --ckpt_path {LAST}"
     assert 3 < torch.load(LAST, weights_only=True)["global_step"] < 8
-    code, said = tell("none", 0, "--ckpt_path", str(LAST))
+    code, said = tell("none", 0, "--ckpt_path", str(LAST), *options)
     assert code == 0, said
     resumed = state_of(LAST)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

@@ -70,9 +70,10 @@ def views(rank, processes):
     return runs.Batches([runs.part_of(batch, torch.arange(rank, 6, processes)) for batch in whole])
 
 
+VALUE = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
 CASES = {
     "Classification": (classification, classes, {"gradient_clip_val": 0.5}),
-    "Segmentation": (segmentation, masks, {}),
+    "Segmentation": (segmentation, masks, VALUE),
     "Dino": (method("Dino"), views, {}),
     "Mae": (method("Mae"), views, {}),
     "Dinov2": (method("Dinov2"), views, {"accumulate_grad_batches": 2}),

@@ -3,7 +3,7 @@
 import os
 import socket
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from locat.jobs import COUNTS
 

@@ -21,7 +21,7 @@ from locat_lightning.evaluation.features import check_size
 from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
 from locat_lightning.tasks.base import Task, announce_size
-from locat_lightning.tasks.sharding import norms, part_of
+from locat_lightning.tasks.sharding import clip, norms
 
 
 class Output(NamedTuple):
@@ -214,8 +214,7 @@ class Pretraining(Task):
         sizes = [len(part) for part in together]
         if max(sizes) > 1:
             own = torch.cat([part.norm().expand(len(part)) for part in own.split(sizes)])
-        shares = (self.hp.clip_grad / (own + 1e-6)).clamp(max=1).unbind()
-        torch._foreach_mul_([part_of(each) for each in gradients], shares)
+        clip(gradients, own, self.hp.clip_grad)
 
     def clipped_together(self) -> Iterable[list[nn.Parameter]]:
         """Return the parameters whose gradients are clipped by their common norm: each by its own."""

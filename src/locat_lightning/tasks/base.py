@@ -32,7 +32,7 @@ from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 from locat_lightning.schedules import linear_rule
 from locat_lightning.tasks.average import WeightAverage
-from locat_lightning.tasks.sharding import norms, part_of
+from locat_lightning.tasks.sharding import clip, norms
 from locat_lightning.tasks.watch import Watched
 
 # Callbacks of Lightning that would change what a task computes from its options, and what to do instead.
@@ -318,8 +318,7 @@ class Task(Watched):
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = norms(gradients).norm()
         if gradient_clip_val:
-            share = (gradient_clip_val / (norm + 1e-6)).clamp(max=1)
-            torch._foreach_mul_([part_of(each) for each in gradients], share)
+            clip(gradients, norm, gradient_clip_val)
         self.log("train/grad_norm", norm)
 
     def set_rates(self, groups: list[dict[str, Any]]) -> None:

@@ -208,3 +208,9 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     squares[[not each for each in sharded]] /= dist.get_world_size()  # which each process has whole
     dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def clip(gradients: Sequence[Tensor], lengths: Tensor, most: float) -> None:
+    """Scale gradients that may be sharded to a length of at most `most`: by their norms, or a common one."""
+    shares = (most / (lengths + 1e-6)).clamp(max=1).expand(len(gradients)).unbind()
+    torch._foreach_mul_([part_of(each) for each in gradients], shares)
