@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from locat_lightning.backbones.weights import read_checkpoint
 from locat_lightning.callbacks.checkpoints import CheckpointFiles
+from locat_lightning.callbacks.kernels import KernelWidths
 from locat_lightning.callbacks.signs import FeatureSigns
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.data.segmentation import MaskBatch
@@ -110,7 +111,7 @@ def run(name, folder, saved, rank=0, processes=1, **how):
     quiet |= {"accelerator": "cpu", "log_every_n_steps": 3, "use_distributed_sampler": False}
     trainer = Trainer(
         default_root_dir=folder,
-        callbacks=[norms, saving, FeatureSigns(), count := scale().Count()],
+        callbacks=[norms, saving, FeatureSigns(), KernelWidths(), count := scale().Count()],
         plugins=[CheckpointFiles()],
         **(quiet | {"max_epochs": 2} | options),
         **({"devices": 2, "strategy": ShardedStrategy()} if processes == 2 else {}),

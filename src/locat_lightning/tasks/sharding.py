@@ -97,6 +97,11 @@ class ShardedStrategy(DDPStrategy):
             dist.all_reduce(mean)
             torch._foreach_copy_(gradients, mean.unbind())
 
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            release(self.lightning_module)  # a whole one, as of a step that has failed, cannot be moved
+        super().teardown()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the parts of all processes, then what says how they fit together. All processes call it."""
         path = Path(filepath)
@@ -174,6 +179,9 @@ def release(module: nn.Module) -> None:
         if isinstance(each, FSDPModule):
             each.set_reshard_after_forward(each is not module, recurse=False)
             each.reshard()
+            # Private: the order in which a backward pass gathers, in which processes that have evaluated on
+            # their own would differ.
+            each._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
 
 @contextmanager
