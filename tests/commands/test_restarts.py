@@ -81,7 +81,7 @@ def test_torchrun_starts_a_lost_process_again_and_the_run_resumes_by_itself(opti
         env=os.environ | environment(1, signal.SIGKILL),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
