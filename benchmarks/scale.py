@@ -47,7 +47,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2_small, ViT-g/14": ("dinov2_small", {"backbone": "vit_giant_patch14_dinov2", "backbone_args": {}}),
 }
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-HEADS = {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16, "decoder_dim": 16, "decoder_depth": 2}
+HEADS: dict[str, float] = {
+    "out_dim": 64,
+    "hidden_dim": 32,
+    "bottleneck_dim": 16,
+    "decoder_dim": 16,
+    "decoder_depth": 2,
+}
 HEADS |= {
     "decoder_heads": 2,
     "warmup_epochs": 0,
@@ -138,7 +144,7 @@ class Batches(LightningDataModule):
             True: ViewBatch(views, torch.full((2,), -1), torch.arange(2), masks),
             False: ImageBatch(images, torch.arange(2), torch.arange(2)),
         }
-        return DataLoader([batch[self.of_views]], batch_size=None)
+        return DataLoader([batch[self.of_views]], batch_size=None)  # type: ignore[arg-type]
 
     of_views = True
 
