@@ -125,6 +125,26 @@ def test_what_is_logged_of_accumulated_batches_is_their_mean(name):
 
 
 @every_method
+def test_sharpness_aware_steps(name):
+    """Both passes draw the same numbers, and what a step gathers, as a centre's mean, is as without."""
+    batches = [random_batch(4, seed) for seed in range(2)]
+    found = {}
+    for rho in (None, 1e-9, 1.0):
+        task = small(name, sam=rho, backbone_args={"drop_path_rate": 0.3})
+        record = fit(task, batches, accumulate_grad_batches=2)
+        found[rho] = record.metrics[-1]["train/loss"], sum(record.losses) / 2, copied(task)
+    logged, loss, state = found[None]
+    assert loss == pytest.approx(logged)
+    for rho in (1e-9, 1.0):
+        assert found[rho][0] == pytest.approx(logged)
+        for key, value in state.items():
+            if key.endswith(".center"):
+                torch.testing.assert_close(found[rho][2][key], value, msg=key)
+    assert found[1e-9][1] == pytest.approx(loss, abs=1e-5)
+    assert found[1.0][1] > loss + 1e-3
+
+
+@every_method
 def test_options_of_the_trainer_that_do_not_fit(name):
     with pytest.raises(InputError, match=r"model\.clip_grad"):
         fit(small(name), [random_batch(2)], gradient_clip_val=1.0)
@@ -311,6 +331,13 @@ def with_sinkhorn(batch, **options):
     return fit(small("Ibot", centering="sinkhorn_knopp"), [batch], **options).losses[0]
 
 
+def sharpness_aware(batches, **options):
+    """The weights after a step of SAM."""
+    task = small("Dino", sam=0.5)
+    fit(task, batches, **options)
+    return copied(task)
+
+
 def in_two_processes(rank, folder):
     """All that is tested of two processes: they take long to start."""
     found = {
@@ -323,9 +350,9 @@ def in_two_processes(rank, folder):
         }
         for name in METHODS
     }
-    found["sinkhorn"] = with_sinkhorn(
-        part_of(random_batch(6), torch.arange(3 * rank, 3 * rank + 3)), devices=2, strategy="ddp"
-    )
+    own_part = part_of(random_batch(6), torch.arange(3 * rank, 3 * rank + 3))
+    found["sinkhorn"] = with_sinkhorn(own_part, devices=2, strategy="ddp")
+    found["sam"] = sharpness_aware([own_part], devices=2, strategy="ddp")
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -358,6 +385,21 @@ def test_sinkhorn_knopp_balances_over_processes(of_two):
     halves = [found["sinkhorn"] for found in of_two[1]]
     assert halves[0] != halves[1]
     assert sum(halves) / 2 == pytest.approx(with_sinkhorn(random_batch(6)), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_each_process_disturbs_the_weights_by_its_own_gradient(of_two):
+    """As accumulated batches do."""
+    halves = [found["sam"] for found in of_two[1]]
+    assert same(*halves)
+    parts = [part_of(random_batch(6), torch.arange(first, first + 3)) for first in (0, 3)]
+    expected = sharpness_aware(parts, accumulate_grad_batches=2)
+    synchronised = sharpness_aware([random_batch(6)])
+    errors = [
+        sum((halves[0][key] - value).double().square().sum().item() for key, value in each.items())
+        for each in (expected, synchronised)
+    ]
+    assert errors[0] < 0.1 * errors[1]
 
 
 @pytest.mark.slow

@@ -108,8 +108,6 @@ class Classification(SharpnessAware):
         name, known = self.hp.optimizer, list_optimizers()
         if name.lower().removeprefix("lookahead_") not in known:
             raise InputError(f"model.optimizer: timm knows no optimizer {name!r}{near(name, known, n=5)}")
-        if self.hp.mixing == "transmix" and not self.hp.cutmix:
-            raise InputError("model.mixing: transmix is about the labels of CutMix: set model.cutmix to 1.0")
 
     def configure_model(self) -> None:
         hp, new = self.hp, not hasattr(self, "backbone")
@@ -141,6 +139,8 @@ class Classification(SharpnessAware):
         self._attention: ClassAttention | None = None
         if hp.mixing == "mixup" and not (hp.mixup or hp.cutmix):
             return None
+        if hp.mixing == "transmix" and not hp.cutmix:
+            raise InputError("model.mixing: transmix is about the labels of CutMix: set model.cutmix to 1.0")
         if hp.mixing in BY_ATTENTION:
             try:
                 self._attention = ClassAttention(self.backbone, hp.mixing_attention)

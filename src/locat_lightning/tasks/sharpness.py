@@ -88,7 +88,7 @@ class SharpnessAware(Task):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:  # gradients in half precision vanish if they are not scaled
             loss = scaler.scale(loss)
-        weights = list(self.trained())
+        weights = [weight for weight in self.trained() if weight.requires_grad]
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         pairs = [(weight, own) for weight, own in zip(weights, found, strict=True) if own is not None]
         norm = nn.utils.get_total_norm([gradient for _, gradient in pairs])
