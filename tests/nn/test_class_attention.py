@@ -93,7 +93,7 @@ def test_training_is_as_without_it_compiled_and_with_checkpointed_blocks():
     images = torch.randn(2, 3, 32, 32)
     found = {}
     for way in ("plain", "reads", "checkpoints", "compiled"):
-        backbone = model(depth=1)
+        backbone = model(depth=1, gaug=False)
         reader = ClassAttention(backbone) if way != "plain" else None
         if way == "checkpoints":
             backbone.set_grad_checkpointing()
@@ -125,6 +125,11 @@ def test_models_of_other_kinds():
     for name in ("resnet10t", "swin_tiny_patch4_window7_224"):
         with torch.device("meta"), pytest.raises(ValueError, match=r"pools no \[CLS\] token"):
             ClassAttention(timm.create_model(name))
+
+
+def test_a_block_that_shows_no_queries():
+    with torch.device("meta"), pytest.raises(ValueError, match="does not show queries and keys"):
+        ClassAttention(timm.create_model("cait_xxs24_224", depth=1))
 
 
 def test_by_head():

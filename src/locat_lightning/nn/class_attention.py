@@ -43,7 +43,7 @@ class ClassAttention:
             pooled = refinement.pool
         if getattr(model, "cls_token", None) is None or pooled != "token":
             raise ValueError("it pools no [CLS] token, whose attention could be read")
-        if getattr(model.patch_drop, "prob", 0):
+        if getattr(getattr(model, "patch_drop", None), "prob", 0):
             raise ValueError("it drops patches (patch_drop_rate), so that their attention is not known")
         self._classes, self._prefix = model.cls_token.shape[1], model.num_prefix_tokens
         self._q: Tensor | None = None
@@ -53,9 +53,9 @@ class ClassAttention:
                 raise ValueError("it has no PRR, whose attention could be read")
             refinement.register_forward_pre_hook(self._note_refinement)
             return
-        attention = model.blocks[-1].attn
+        attention: Any = getattr(next(reversed(getattr(model, "blocks", ())), None), "attn", None)
         if not hasattr(attention, "q_norm"):
-            raise ValueError(f"its {type(attention).__name__} does not show queries and keys")
+            raise ValueError("its last block does not show queries and keys")
         attention.register_forward_pre_hook(self._note_rope, with_kwargs=True)
         attention.q_norm.register_forward_hook(self._note_queries)
         attention.k_norm.register_forward_hook(self._note_keys)

@@ -23,10 +23,9 @@ from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.evaluation.per_image import Scores, names_of
-from locat_lightning.nn.class_attention import ClassAttention
 from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
-from locat_lightning.tasks.mixing import BY_ATTENTION, Kind, Mixed, Mixing
+from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.prediction_files import write_table
 from locat_lightning.tasks.sharpness import SharpnessAware
 
@@ -131,38 +130,7 @@ class Classification(SharpnessAware):
             accuracy.clone(prefix=f"{split}/") for split in ("train", "val", "test")
         )
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.mixup = self._make_mixing(num_classes)
-
-    def _make_mixing(self, num_classes: int) -> Mixing | None:
-        """Return what mixes the batches; `InputError` if the model lacks what that needs."""
-        hp: Any = self.hp
-        self._attention: ClassAttention | None = None
-        if hp.mixing == "mixup" and not (hp.mixup or hp.cutmix):
-            return None
-        if hp.mixing == "transmix" and not hp.cutmix:
-            raise InputError("model.mixing: transmix is about the labels of CutMix: set model.cutmix to 1.0")
-        if hp.mixing in BY_ATTENTION:
-            try:
-                self._attention = ClassAttention(self.backbone, hp.mixing_attention)
-            except ValueError as error:
-                raise InputError(
-                    f"model.mixing {hp.mixing} with model.mixing_attention {hp.mixing_attention}: "
-                    f"{hp.backbone}: {error}: use another model, or maskmix"
-                ) from error
-        patches: Any = getattr(self.backbone, "patch_embed", None)
-        if hp.mixing == "patch_mixing" and not hasattr(patches, "patch_size"):
-            raise InputError(f"model.mixing: {hp.backbone} has no patches to mix: use maskmix or mixup")
-        return Mixing(
-            hp.mixing,
-            hp.mixing_prob,
-            getattr(patches, "patch_size", (1, 1)),
-            mixup_alpha=hp.mixup,
-            cutmix_alpha=hp.cutmix,
-            prob=hp.mixup_prob if hp.mixup or hp.cutmix else 0.0,
-            switch_prob=hp.mixup_switch_prob,
-            label_smoothing=hp.label_smoothing,
-            num_classes=num_classes,
-        )
+        self.mixup = mixing_of(hp, self.backbone, num_classes)
 
     def _is_training(self) -> bool:
         return self._trainer is not None and self.trainer.training  # `trainer` is an error without one
@@ -220,12 +188,8 @@ class Classification(SharpnessAware):
         if self.mixup is None or mixed is None:
             logits = self(images)
             return F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing), logits, labels
-        logits, attention = self(mixed.images), None
-        if self._attention is not None and self._attention.heads is not None:
-            backbone: Any = self.backbone
-            grid = backbone.patch_embed.dynamic_feat_size(mixed.images.shape[-2:])
-            attention = self._attention.heads.mean(1).unflatten(-1, grid)
-        targets = self.mixup.targets(mixed, logits, attention)
+        logits = self(mixed.images)
+        targets = self.mixup.targets(mixed, logits)
         return F.cross_entropy(logits, targets), logits, targets.argmax(-1)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from timm.data import Mixup
 from timm.data.mixup import cutmix_bbox_and_lam, one_hot
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from locat_lightning.errors import InputError
+from locat_lightning.nn.class_attention import ClassAttention
 
 Kind = Literal["mixup", "transmix", "maskmix", "mixpro", "patch_mixing"]
 OF_PATCHES = ("maskmix", "mixpro", "patch_mixing")
@@ -115,14 +118,39 @@ class Mixing(Mixup):
 
     Args:
         kind: one of these.
-        mixing_prob: share of the batches that the last three mix; `mixup` has the others.
-        patch: height and width of a patch in pixels, for `patch_mixing`.
+        mixing_prob: share of the batches that the last three mix; mixup and CutMix have the others.
+        backbone: what is trained: its patches are the cells, and labels follow its attention.
+        attention: which attention, as of `ClassAttention`.
         options: those of timm's class.
+
+    Raises:
+        InputError: the backbone lacks what this kind needs.
     """
 
-    def __init__(self, kind: Kind, mixing_prob: float, patch: tuple[int, int], **options: Any) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        mixing_prob: float,
+        backbone: nn.Module,
+        attention: Literal["class", "refined"] = "class",
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
-        self.kind, self.mixing_prob, self.patch = kind, mixing_prob, patch
+        self.kind, self.mixing_prob = kind, mixing_prob
+        self._patches: Any = getattr(backbone, "patch_embed", None)
+        self._attention: ClassAttention | None = None
+        if kind == "patch_mixing" and not hasattr(self._patches, "patch_size"):
+            raise InputError("model.mixing patch_mixing: the backbone has no patches: use maskmix")
+        if kind == "transmix" and not self.cutmix_alpha:
+            raise InputError("model.mixing: transmix is about the labels of CutMix: set model.cutmix to 1.0")
+        if kind in BY_ATTENTION:
+            try:
+                self._attention = ClassAttention(backbone, attention)
+            except ValueError as error:
+                raise InputError(
+                    f"model.mixing {kind} with model.mixing_attention {attention} does not fit "
+                    f"model.backbone: {error}: choose another, or maskmix"
+                ) from error
 
     def __call__(self, images: Tensor, labels: Tensor) -> Mixed:
         """Mix images [B, 3, height, width]; of an odd batch mixup and CutMix leave the last image out."""
@@ -147,7 +175,9 @@ class Mixing(Mixup):
     def _mix_cells(self, images: Tensor, labels: Tensor) -> Mixed:
         height, width = images.shape[-2:]
         if self.kind == "patch_mixing":
-            rows, columns = (-(-side // of) for side, of in zip((height, width), self.patch, strict=True))
+            rows, columns = (
+                -(-side // of) for side, of in zip((height, width), self._patches.patch_size, strict=True)
+            )
         else:
             rows = columns = CELLS
         other = torch.from_numpy(np.random.permutation(len(images))).to(labels.device)  # noqa: NPY002
@@ -156,18 +186,39 @@ class Mixing(Mixup):
         noted = own if self.kind == "mixpro" else None
         return Mixed(mixture, labels, labels[other], own.float().mean((1, 2)), noted)
 
-    def targets(self, mixed: Mixed, logits: Tensor, attention: Tensor | None) -> Tensor:
-        """Return the targets [B, classes] of a mixed batch.
-
-        `attention` is that of [CLS] to the patches, [B, H, W] without gradient, where labels follow it.
-        """
-        smoothing = self.label_smoothing
-        pair, classes = (mixed.labels, mixed.partners), self.num_classes
+    def targets(self, mixed: Mixed, logits: Tensor) -> Tensor:
+        """Return the targets [B, classes] of mixtures, of which the backbone has just made the logits."""
+        smoothing, classes = self.label_smoothing, self.num_classes
+        pair = mixed.labels, mixed.partners
         targets = mixed_labels(*pair, mixed.area, classes, smoothing)
-        if mixed.own is None or attention is None:
+        if mixed.own is None:
             return targets
-        attended = attended_share(mixed.own, attention)
-        if self.kind == "transmix":
+        attended = attended_share(mixed.own, self._attention_map(mixed.images))
+        if not isinstance(mixed.area, Tensor):  # of a CutMix
             return mixed_labels(*pair, transmix_share(mixed.area, attended), classes, smoothing)
-        assert isinstance(mixed.area, Tensor)
         return mixed_labels(*pair, progressive_share(mixed.area, attended, targets, logits), classes)
+
+    def _attention_map(self, images: Tensor) -> Tensor:
+        """Return the attention of [CLS] to the patches of these images, [B, H, W], mean over heads."""
+        assert self._attention is not None
+        assert self._attention.heads is not None
+        grid = self._patches.dynamic_feat_size(images.shape[-2:])
+        return self._attention.heads.mean(1).unflatten(-1, grid)
+
+
+def mixing_of(hp: Any, backbone: nn.Module, num_classes: int) -> Mixing | None:
+    """Return what mixes the batches, as the options of `Classification` say; None for nothing."""
+    if hp.mixing == "mixup" and not (hp.mixup or hp.cutmix):
+        return None
+    return Mixing(
+        hp.mixing,
+        hp.mixing_prob,
+        backbone,
+        hp.mixing_attention,
+        mixup_alpha=hp.mixup,
+        cutmix_alpha=hp.cutmix,
+        prob=hp.mixup_prob if hp.mixup or hp.cutmix else 0.0,
+        switch_prob=hp.mixup_switch_prob,
+        label_smoothing=hp.label_smoothing,
+        num_classes=num_classes,
+    )
