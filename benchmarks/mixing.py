@@ -50,7 +50,7 @@ def step(options: dict[str, Any], args: argparse.Namespace) -> Callable[[], None
     )
 
     def run() -> None:
-        task.training_step(batch, 0).backward()
+        torch.autograd.backward(task.training_step(batch, 0))
         task.on_after_backward()
         task.zero_grad()
 

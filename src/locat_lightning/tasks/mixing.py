@@ -203,7 +203,8 @@ class Mixing(Mixup):
         assert self._attention is not None
         assert self._attention.heads is not None
         grid = self._patches.dynamic_feat_size(images.shape[-2:])
-        return self._attention.heads.mean(1).unflatten(-1, grid)
+        attention: Tensor = self._attention.heads.mean(1).unflatten(-1, grid)
+        return attention
 
 
 def mixing_of(hp: Any, backbone: nn.Module, num_classes: int) -> Mixing | None:
