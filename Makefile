@@ -61,12 +61,13 @@ study: $(INSTALLED) ## write docs/results.md, hours on a CPU: make study IMAGES=
 	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md $(if $(PRESET),--preset $(PRESET)) \
 		--folders.images "$(IMAGES)" --folders.masks "$(MASKS)"
 
-bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, features from files, a step of each method, the segmentation head
+bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, features from files, a step of each method, mixings and SAM, the segmentation head
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/knn.py
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/segmentation.py
 
 kernels: $(INSTALLED) ## compile the Triton kernels for three kinds of GPU, without one: registers, spills, instructions

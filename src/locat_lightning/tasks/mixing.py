@@ -180,8 +180,10 @@ class Mixing(Mixup):
             )
         else:
             rows = columns = CELLS
-        other = torch.from_numpy(np.random.permutation(len(images))).to(labels.device)  # noqa: NPY002
-        own = own_pixels(own_cells(len(images), rows, columns).to(images.device), height, width)
+        other = torch.from_numpy(np.random.permutation(len(images)))  # noqa: NPY002
+        other = other.to(images.device, non_blocking=True)
+        cells = own_cells(len(images), rows, columns).to(images.device, non_blocking=True)
+        own = own_pixels(cells, height, width)
         mixture = torch.where(own[:, None], images, images[other])
         noted = own if self.kind == "mixpro" else None
         return Mixed(mixture, labels, labels[other], own.float().mean((1, 2)), noted)

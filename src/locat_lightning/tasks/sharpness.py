@@ -69,8 +69,9 @@ class SharpnessAware(Task):
         """Return what `compute` finds of a batch, loss first, and the loss whose gradient is to be followed.
 
         Both passes draw the same random numbers on the device and the CPU; what a batch draws from numpy's
-        has to be drawn before. Running statistics are of the first pass alone. The weights are disturbed
-        from here until the backward pass has ended.
+        has to be drawn before. Running statistics are of the first pass alone. What a method adds up until
+        the end of a step, as the mean of a teacher's logits, it adds twice, which leaves the mean as it is.
+        The weights are disturbed from here until the backward pass has ended.
         """
         if self.hp.sam is None:
             found = compute()
