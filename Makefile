@@ -27,7 +27,7 @@ test-fast: $(INSTALLED) ## run the tests but for those of whole runs
 	$(PYTEST) -m "not slow and not faults"
 
 test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs, and count what comes of it: all, or FILES="tests/faults/…"
-	$(PYTEST) -m faults $(or $(FILES),tests/faults tests/commands/test_fit_processes.py)
+	$(PYTEST) -m faults $(or $(FILES),tests/faults tests/commands/test_fit_processes.py tests/commands/test_killed.py)
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
 	$(PYTEST) --cov=src --cov-report=term-missing:skip-covered

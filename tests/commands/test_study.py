@@ -35,6 +35,7 @@ EPOCHS = 2
 CLASSES = ["sky", "road", "car"]
 DEFAULTS = {"gaug": True, "prr": True, "global_pool": "token"}
 QUICK = {"data.num_workers": 0, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1}
+QUICK |= {"pictures.every_n_epochs": 0}  # of the runs: the study draws its own
 PLAIN = {"model.backbone_args.gaug": False, "model.backbone_args.prr": False}
 SMALL = {f"model.backbone_args.{name}": value for name, value in BACKBONE.items()} | {
     "data.dataset": "folder",
