@@ -90,6 +90,7 @@ class Pictures:
     quality: tuple[str, str] | None = None  # two measures, the second over the first
     features: str | None = None  # a step; patch features of its validation images
     predictions: str | None = None  # a step of `locat predict` that writes label maps
+    colours: list[tuple[int, int, int]] | None = None  # of its classes, RGB; None for those in the data
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Study:
         arms: by name, a recipe and the options that differ; the first of a recipe is the others' baseline.
         probes: steps after the training by name: command, options, weights (a step), seeds, recipes, curve.
         measures: what to compare by name: title, step, metric in the step's metrics.json.
-        pictures: what to draw: quality (two measures), features (a step), predictions (a step).
+        pictures: what to draw: quality (two measures), features (a step), predictions (a step),
+            colours of their classes.
         seeds: of each arm.
         epochs: after which the training keeps its weights, for the probes with a curve; the last needs none.
         per_class: training images of each class to keep, by name of the folder.

@@ -21,7 +21,7 @@ import yaml
 from locat.runs import write_json
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.callbacks.record import versions
-from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Step, Study
+from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Measure, Step, Study, epoch_of
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import activation_bytes, count_parameters, multiply_adds
 from locat_lightning.evaluation.packed import packed
@@ -30,6 +30,7 @@ from locat_lightning.evaluation.per_image import TABLE, read_table
 Results = Sequence[Mapping[str, Any]]  # of some arms and seeds, as `read_results` returns them
 
 LEARNING = ("train/loss", "train/top1", "val/")  # what is kept of a training by epoch
+IMAGES = "images"  # in a result, by measure and epoch what was found of each image
 MISTAKE = 2  # exit code of a command that refuses its options
 
 
@@ -113,14 +114,20 @@ def read_results(study: Study, records: Path) -> list[dict[str, Any]]:
         steps, known = study.steps(arm, seed), finished_steps(record_of(records, arm, seed))
         if not all(step.name in known for step in steps):
             continue
+        last = int(known[TRAIN]["metrics"].get("epochs", 0))
+        found = {name: _found(each, last, study.epochs, known) for name, each in study.measures.items()}
         said = {step.name: known[step.name]["measured"] for step in steps}
         result = {
             "arm": arm,
             "seed": seed,
             "recipe": study.arms[arm].recipe,
-            "measures": {
-                name: known.get(each.step, {}).get("metrics", {}).get(each.metric)
-                for name, each in study.measures.items()
+            "measures": {name: each.get(last, (None, None))[0] for name, each in found.items()},
+            "curves": {
+                name: {epoch: value for epoch, (value, _) in each.items()} for name, each in found.items()
+            },
+            IMAGES: {
+                name: {epoch: images for epoch, (_, images) in each.items() if images}
+                for name, each in found.items()
             },
             "seconds": {step.name: known[step.name]["seconds"] for step in steps},
             "commands": {step.name: step.typed() for step in steps},
@@ -132,9 +139,28 @@ def read_results(study: Study, records: Path) -> list[dict[str, Any]]:
     return results
 
 
-def by_seed(arm: str, measure: str, results: Results) -> dict[int, float]:
-    """Return what was measured of an arm, by seed."""
-    own = {result["seed"]: result["measures"].get(measure) for result in results if result["arm"] == arm}
+def _found(
+    measure: Measure, last: int, epochs: Sequence[int], known: Mapping[str, Mapping[str, Any]]
+) -> dict[int, tuple[float, dict[str, Any] | None]]:
+    """Return what was measured by epoch, and of each image (see `packed`); after the last epoch last."""
+    names = {epoch: epoch_of(measure.step, epoch) for epoch in epochs} | {last: measure.step}
+    steps = {epoch: known[name] for epoch, name in names.items() if name in known}
+    return {
+        epoch: (step["metrics"][measure.metric], step["images"])
+        for epoch, step in steps.items()
+        if measure.metric in step["metrics"]
+    }
+
+
+def by_seed(arm: str, measure: str, results: Results, epoch: int | None = None) -> dict[int, float]:
+    """Return what was measured of an arm, by seed; after an epoch, or else after the last one."""
+    own = {
+        result["seed"]: result["measures"].get(measure)
+        if epoch is None
+        else result["curves"].get(measure, {}).get(epoch)
+        for result in results
+        if result["arm"] == arm
+    }
     return {seed: value for seed, value in own.items() if value is not None}
 
 
