@@ -398,6 +398,15 @@ def test_the_arms_are_those_of_the_paper(cifar):
     }
     assert {cifar.baseline_of(arm) for arm in cifar.arms} == {"vit"}
     assert study_of("study_cifar.yaml", "gpu").baseline_of("dino_locat") == "dino_vit"
+    variants = study_of("study_cifar.yaml", "variants")
+    assert {
+        arm: variants.baseline_of(arm) for arm in ("locat", "rotated", "locat_nowhere", "locat_fine")
+    } == {
+        "locat": "vit",
+        "rotated": "locat",
+        "locat_nowhere": "vit_nowhere",
+        "locat_fine": "vit_fine",
+    }
     assert cifar.folders() == ["images", "masks"]
     assert study_of("study_digits.yaml").folders() == []
 
@@ -406,6 +415,7 @@ def test_the_arms_are_those_of_the_paper(cifar):
     ("options", "message"),
     [
         (["--presets={cpu: {arms: [vitt]}}"], "presets.cpu.arms: 'vitt' is not one of .*; did you mean vit"),
+        (["--arms={vit: {recipe: dino, baseline: vid}}"], "arms.vit.baseline: 'vid' is not one of vit"),
         (["--presets={gpu: {}}"], "preset: 'cpu' is not one of gpu"),
         (["--presets={cpu: {options: {nothing: {}}}}"], "presets.cpu.options: 'nothing' is not one of super"),
         (["--probes={segment: {command: segment}}"], "probes.segment.command: 'segment' is not one of fit"),

@@ -60,6 +60,7 @@ class Arm:
 
     recipe: str
     options: Options = field(default_factory=dict)  # that differ from the recipe's
+    baseline: str | None = None  # the arm to compare it with; None for the first of its recipe
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Study:
 
     Args:
         recipes: options of `locat fit`, by name of the recipe.
-        arms: by name, a recipe and the options that differ; the first of a recipe is the others' baseline.
+        arms: by name, a recipe and the options that differ; the first of a recipe is the others' baseline,
+            if they name none.
         probes: steps after the training by name: command, options, weights (a step), seeds, recipes, curve.
         measures: what to compare by name: title, step, metric in the step's metrics.json.
         pictures: what to draw: quality (two measures), features (a step), predictions (a step),
@@ -138,6 +140,8 @@ class Study:
     def __post_init__(self) -> None:
         for name, arm in self.arms.items():
             _check(f"arms.{name}.recipe", arm.recipe, self.recipes)
+            if arm.baseline is not None:
+                _check(f"arms.{name}.baseline", arm.baseline, self.arms)
         steps = [TRAIN]
         for name, probe in self.probes.items():
             _check(f"probes.{name}.command", probe.command, COMMANDS)
@@ -186,8 +190,9 @@ class Study:
         )
 
     def baseline_of(self, arm: str) -> str:
-        """Return the arm that another is compared with: the first of its recipe."""
-        return next(name for name, each in self.arms.items() if each.recipe == self.arms[arm].recipe)
+        """Return the arm that another is compared with: the one that it names, or the first of its recipe."""
+        first = next(name for name, each in self.arms.items() if each.recipe == self.arms[arm].recipe)
+        return self.arms[arm].baseline or first
 
     def runs(self) -> list[tuple[str, int]]:
         """Return all arms with all seeds, seed by seed, so that an interrupted study can compare arms."""
