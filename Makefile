@@ -55,11 +55,12 @@ segment: $(INSTALLED) ## after quickstart: what the patch features of its two mo
 	done
 	@echo; $(BIN)/locat runs $(RUNS)
 
-study: $(INSTALLED) ## write docs/results.md, hours on a CPU: make study IMAGES=cifar10.tar.gz MASKS=camvid.tar [PRESET=cpu]
+study: PRESET ?= cpu
+study: $(INSTALLED) ## write docs/results.md, half a day on a CPU: make study IMAGES=cifar10.tar.gz MASKS=camvid.tar [PRESET=cpu]
 	@test -n "$(IMAGES)" -a -n "$(MASKS)" || { echo 'make study needs IMAGES=… (CIFAR-10: train/CLASS/*, test/CLASS/*)' \
 		'and MASKS=… (CamVid, as segment_folder.yaml reads it): folders, or .tar archives of them' >&2; exit 2; }
-	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md $(if $(PRESET),--preset $(PRESET)) \
-		--folders.images "$(IMAGES)" --folders.masks "$(MASKS)"
+	$(BIN)/locat study --config study_cifar.yaml --preset $(PRESET) --records docs/study/$(PRESET) \
+		--report docs/results.md --folders.images "$(IMAGES)" --folders.masks "$(MASKS)"
 
 bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, features from files, a step of each method, the segmentation head
 	$(BIN)/python benchmarks/backbones.py

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.data.classification import ImageData
 from locat_lightning.tasks import Classification
+from locat_lightning.tasks.average import WeightAverage
 from tests.conftest import write_images
 
 pytestmark = pytest.mark.filterwarnings(
@@ -62,6 +63,32 @@ def test_last_is_the_last_and_best_the_best(tmp_path):
     fit(tmp_path, Worsening())
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (step_of(tmp_path / "best.ckpt"), step_of(tmp_path / "last.ckpt")) == (2, 6)
+
+
+@pytest.mark.parametrize("average", [None, WeightAverage(0.5)])
+def test_weights_are_kept_after_some_epochs(average, tmp_path):
+    module = Worsening()
+    saving = Checkpoints(
+        tmp_path, filename="best", monitor="score", mode="max", save_last=True, keep=[2, 3, 9]
+    )
+    run = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        logger=False,
+        callbacks=[saving, *filter(None, [average])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(module)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {path.name for path in tmp_path.glob("epoch_*")} == {"epoch_2.ckpt", "epoch_3.ckpt"}
+    assert step_of(tmp_path / "epoch_2.ckpt") == 4
+    kept = torch.load(tmp_path / "epoch_3.ckpt", weights_only=True)
+    torch.testing.assert_close(kept["state_dict"], last["state_dict"], rtol=0, atol=0)
+    assert not {"optimizer_states", "callbacks", "loops", "current_model_state"} & kept.keys()
+    assert average is None or "current_model_state" in last
 
 
 @pytest.mark.parametrize("stop_at", [3, 4])
