@@ -204,6 +204,41 @@ def test_the_bank_is_a_fixed_choice(folder):
     assert banks[-1][0] == sorted(int(place) // 6 for place in chosen)
 
 
+def count_extracted(monkeypatch):
+    """Calls of the backbone for a probe: how many images each."""
+    calls = []
+
+    def counted(backbone, images, **options):
+        calls.append(len(images))
+        return image_features(backbone, images, **options)
+
+    monkeypatch.setattr("locat_lightning.evaluation.features.image_features", counted)
+    return calls
+
+
+@pytest.mark.parametrize("of_their_own", [False, True])
+def test_features_are_extracted_once_for_all_probes(folder, monkeypatch, of_their_own):
+    """Before training, and after each of two epochs: 18 images to train on and 8 to validate on."""
+    calls, values = count_extracted(monkeypatch), []
+    for probes in (1, 2):
+        data = [image_data(folder) if of_their_own else None for _ in range(2)]
+        several = KnnProbe(data[0]), LinearProbe(data[1], every_n_epochs=1, epochs=2)
+        trainer = fit(classification(), image_data(folder), *several[-probes:])
+        values.append(trainer.callback_metrics["linear/top1"])
+        assert all(not probe._kept for probe in several)
+        assert sum(calls) == 3 * (18 + 8)
+        calls.clear()
+    assert values[0] == values[1]
+
+
+def test_probes_of_other_images_share_what_they_have_in_common(folder, monkeypatch):
+    calls = count_extracted(monkeypatch)
+    probes = KnnProbe(images=9), LinearProbe(every_n_epochs=1, epochs=2), KnnProbe(name="again", images=9)
+    other = KnnProbe(image_data(folder, crop_pct=1.0), name="other", images=9)
+    fit(classification(), image_data(folder), *probes, other, max_epochs=1)
+    assert sum(calls) == 2 * (9 + 8 + 18 + 9 + 8)
+
+
 def test_every_n_epochs_and_after_the_last(folder, tmp_path):
     def steps(**options):
         probe = KnnProbe(every_n_epochs=2)

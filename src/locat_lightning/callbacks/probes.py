@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from locat_lightning.callbacks.probe import Probe
@@ -20,10 +21,19 @@ __all__ = ["KnnProbe", "LinearProbe"]
 
 
 class _FeatureProbe(Probe[LabelledData]):
-    """Measure one vector per image, on images with a class each."""
+    """Measure one vector per image, on images with a class each.
+
+    Until the next epoch, features are kept for the other probes of the same images.
+    """
 
     figure = "top-1"
     metrics: tuple[str, ...] = ("top1", "top5")
+
+    def __init__(
+        self, data: LabelledData | None, every_n_epochs: int, images: int | None, seed: int, name: str
+    ) -> None:
+        super().__init__(data, every_n_epochs, images, seed, name)
+        self._kept: list[tuple[LabelledData, str, Sequence[int], Features]] = []  # of images of a split
 
     @abstractmethod
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
@@ -47,18 +57,41 @@ class _FeatureProbe(Probe[LabelledData]):
         return ""
 
     def measure(self, data: LabelledData, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        # Lightning's progress bar is on the screen: rich has no room for a second one.
-        extract = partial(extract_features, autocast_dtype=self._autocast_dtype, progress=False)
-        parts = []
-        for split in ("train", "val"):
-            loader = self.share(data, data.eval_dataloader(split), training=split == "train")
-            found = extract(backbone, loader, device)
-            # Accelerators other than CUDA lack some of the operations.
-            parts.append(found.to(device) if device.type == "cuda" else found)
-        metrics = self.accuracy(*parts)
+        # Accelerators other than CUDA lack some of the operations.
+        parts = [self._features(data, split, backbone, device) for split in ("train", "val")]
+        metrics = self.accuracy(*(part.to(device) if device.type == "cuda" else part for part in parts))
         if len(data.class_names) <= 5:
             metrics.pop("top5")
         return metrics
+
+    def _features(
+        self, data: LabelledData, split: str, backbone: nn.Module, device: torch.device
+    ) -> Features:
+        """Return the features that this or another probe has of these images, or else extract them."""
+        places: Sequence[int] = self._bank if split == "train" else range(len(data.source(split)))  # type: ignore[arg-type]
+        trainer: Any = data.trainer
+        for probe in trainer.callbacks:
+            for of, named, chosen, found in probe._kept if isinstance(probe, _FeatureProbe) else ():
+                if _same(of, data) and (named, chosen) == (split, places):
+                    return found
+        loader = self.share(data, data.eval_dataloader(split), training=split == "train")
+        # Lightning's progress bar is on the screen: rich has no room for a second one.
+        found = extract_features(
+            backbone, loader, device, autocast_dtype=self._autocast_dtype, progress=False
+        )
+        self._kept.append((data, split, places, found))
+        return found
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the features: the backbone changes now."""
+        self._kept.clear()
+
+    on_fit_start = on_train_end = on_train_epoch_start
+
+
+def _same(data: LabelledData, other: LabelledData) -> bool:
+    """Return whether two data modules give the same images."""
+    return data is other or (type(data) is type(other) and data.hparams == other.hparams)
 
 
 class KnnProbe(_FeatureProbe):
