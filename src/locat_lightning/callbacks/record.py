@@ -99,6 +99,10 @@ class RunRecord(SaveConfigCallback):
         if protocol := summary() if summary else "":
             record["protocol"] = protocol
             line += f"   ({protocol})"
+        record["versions"] = versions()
+        # Of a stream or of data of the user's own there may be no results of single images.
+        if isinstance(results := getattr(pl_module, "results", None), PerImage):
+            record |= Figures(results, "val").record() | {"protocol": _protocol(pl_module)}
         write_json(Path(trainer.default_root_dir) / "metrics.json", record)
         rank_zero_info(f"{line}\n{_where(trainer.default_root_dir)}")
 
@@ -114,7 +118,7 @@ class RunRecord(SaveConfigCallback):
         results = getattr(pl_module, "results", None)  # a module of the user's own may have none
         if not isinstance(results, PerImage) or not trainer.is_global_zero:
             return
-        figures, summary = Figures(results, split), pl_module.summary()  # type: ignore[operator]
+        figures = Figures(results, split)
         shown = [f"{split}/{name} {figures.cell(name)}" for name in figures.values if "iou_" not in name]
         number = len(results.indices)
         self._said = f"{'   '.join(shown)}   (95 % intervals, bootstrap over {number:,} images)"
@@ -124,7 +128,7 @@ class RunRecord(SaveConfigCallback):
             "seed": self.config.get("seed_everything"),
             **figures.metrics(),
             **{name: value for name, value in logged.items() if isfinite(value)},
-            "protocol": ", ".join(filter(None, [type(pl_module).__name__.lower(), summary])),
+            "protocol": _protocol(pl_module),
             "versions": versions(),
             **figures.record(),
         }
@@ -208,6 +212,11 @@ class MetricsTable(Logger):
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what a run computes, by name."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def _protocol(module: Any) -> str:
+    """Return what the figures of a task depend on besides weights and images, in words."""
+    return ", ".join(filter(None, [type(module).__name__.lower(), module.summary()]))
 
 
 def _boards(trainer: Trainer) -> list[TensorBoardLogger]:

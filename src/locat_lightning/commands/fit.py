@@ -246,3 +246,9 @@ class LocatCLI(LightningCLI):
 def main(arguments: list[str]) -> None:
     """Run `locat fit …`, `validate`, `test` or `predict`."""
     LocatCLI(arguments)
+
+
+def validate(arguments: list[str]) -> Path | None:
+    """Run `locat validate …`, and return the directory of its run, in the first process."""
+    trainer = LocatCLI(arguments).trainer
+    return Path(trainer.default_root_dir) if trainer.is_global_zero else None
