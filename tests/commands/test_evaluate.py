@@ -434,6 +434,27 @@ def test_dense_retrieval(scenes, named, capsys):
     assert f"retrieval/miou {float(expected.miou):.2%} {sure['miou']}" in out
 
 
+def test_dense_retrieval_at_the_size_that_the_model_is_for(scenes, named):
+    of_data = ["--data.root", scenes("folder"), "--data.classes", "sky", "road", "car"]
+    options = [*named[named.index("--accelerator") :], *of_data, "--data.num_workers", "0"]
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    run("retrieve", "--weights", "net.pth", *options, "--memory_size", "60")
+    run(
+        "retrieve",
+        "--weights",
+        "net.pth",
+        *options,
+        "--memory_size",
+        "60",
+        "--image_size",
+        "32",
+        "--name",
+        "b",
+    )
+    assert metrics("net_retrieve")["retrieval/miou"] == metrics("b")["retrieval/miou"]
+    assert "images resized to 32 × 32" in metrics("net_retrieve")["protocol"]
+
+
 def test_dense_retrieval_over_splits_and_memory_sizes(scenes, named, capsys):
     root = scenes("folder")
     torch.save(backbone(seed=3).state_dict(), "net.pth")
