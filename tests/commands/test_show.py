@@ -54,6 +54,9 @@ def test_the_images_of_a_folder(capsys):
     main(["show", *rows, "--weights", "net.pth", "--what", "pca", "--name", "named", *OWN, *QUIET])
     pictures = [Path(f"runs/{name}/version_0/pca.png").read_bytes() for name in ("all", "again", "named")]
     assert pictures[0] == pictures[1] == pictures[2]
+    with pytest.raises(SystemExit):
+        main(["show", "some/more", "--weights", "net.pth", *OWN, *QUIET])
+    assert "some/more is a folder without images in it: name image files" in capsys.readouterr().err
 
 
 def test_a_foreground_without_a_cut_is_said(capsys):
@@ -134,7 +137,6 @@ def test_normalisation_and_size_are_those_of_the_weights(trained, monkeypatch):
     ("arguments", "expected"),
     [
         ([], "needs images: files ending in .jpg"),
-        (["/dev"], "/dev is a folder without images in it"),
         (["gone.png"], "cannot read image gone.png: No such file or directory"),
         (["wide.png", "--what", "similarity"], "--what similarity needs --patch x,y"),
         (["wide.png", "--what", "matches"], "--what matches needs two images or more"),

@@ -58,6 +58,7 @@ def kept_features(
         with TemporaryDirectory(prefix=".part-", dir=folder) as own:
             part = Path(own) / file.name
             save_file(found._asdict(), part, {"decisive": text})
+            part.chmod(folder.stat().st_mode & 0o666)  # for whoever may read the folder
             part.replace(file)
     return found
 
