@@ -277,7 +277,7 @@ def test_kept_features_are_of_these_weights_and_images(named, folder, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "words", [["3", "5"], ["[3, 5]"], ["[3,5]"]], ids=["words", "a list", "without a space"]
+    "words", [["3", "5"], ["[3, 5]"], ["[3,", "5]"]], ids=["words", "a list", "a list without quotes"]
 )
 def test_a_list_is_given_in_words_or_as_one(words, named):
     torch.save(backbone(seed=3).state_dict(), "net.pth")

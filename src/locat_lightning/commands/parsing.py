@@ -158,13 +158,12 @@ def join_words(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
         if not lists or not words:
             joined.append(option + equals + value)
             continue
-        alone = len(words) == 1 and (
-            words[0].lstrip().startswith("[")
-            or words[0] == "null"
-            or {get_origin(each) for each in types[option] if each is not type(None)} - {list, Sequence}
-        )
-        quoted = ", ".join(_as_text([word])[1:-1] if str in get_args(lists[0]) else word for word in words)
-        joined.append(f"{option}={words[0]}" if alone else f"{option}=[{quoted}]")
+        others = {get_origin(each) for each in types[option] if each is not type(None)} - {list, Sequence}
+        text = " ".join(words)
+        if not (text.lstrip().startswith("[") or (len(words) == 1 and (others or text == "null"))):
+            quote = str in get_args(lists[0])
+            text = f"[{', '.join(_as_text([word])[1:-1] if quote else word for word in words)}]"
+        joined.append(f"{option}={text}")
     return joined
 
 
