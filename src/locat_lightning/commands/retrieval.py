@@ -63,7 +63,7 @@ def retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fab
     metrics, headlines, table = dict[str, float](), list[str](), columns("memory", "seed", "mIoU")
     for size in sizes:
         own = [place for place, variant in enumerate(variants) if variant.memory_size == size]
-        kept, ending = f"{size:,} patches" if size else "all patches", _ending(size, sizes)
+        kept, ending = _patches(size), _ending(size, sizes)
         metrics |= _over_seeds([found[place] for place in own], data.class_names, seeds, ending)
         for place in own:
             table.add_row(kept, str(variants[place].seed), figures.cell(names[place]))
@@ -80,18 +80,35 @@ def retrieve(backbone: nn.Module, data: SegmentationData, config: Namespace, fab
         for name in data.class_names:
             known = f"iou_{name}" in figures.values
             table.add_row(name, figures.cell(f"iou_{name}") if known else "absent")
+    share = len(variants[0].split(images))
+    protocol = _conditions(config, data, side, sizes, seeds, share)
+    heading = f"dense retrieval: mIoU {', '.join(headlines)} ({protocol})"
+    return Measurement(heading, table, metrics, f"dense retrieval, {protocol}", figures)
+
+
+def _conditions(
+    config: Namespace,
+    data: SegmentationData,
+    side: int,
+    sizes: Sequence[int | None],
+    seeds: Sequence[int],
+    images: int,
+) -> str:
+    """Say what the figures depend on besides weights and images, of which so many fill the memory."""
     parts = [f"images resized to {side} × {side}"]
     if config.fraction > 1:
-        parts.append(f"1/{config.fraction} of the training images ({len(variants[0].split(images)):,})")
+        parts.append(f"1/{config.fraction} of the training images ({images:,})")
     if config.augmentation_epochs:
         parts.append(f"{config.augmentation_epochs} augmented passes of seed {data.seed}")
     if len(sizes) == 1:
-        parts.append(f"{kept} kept")
+        parts.append(f"{_patches(sizes[0])} kept")
     parts.append(f"{config.neighbours} neighbours at temperature {config.temperature:g}")
     parts.append(f"seed{'s' if len(seeds) > 1 else ''} {' '.join(map(str, seeds))}")
-    protocol = protocol_of(*parts, precision=config.precision)
-    heading = f"dense retrieval: mIoU {', '.join(headlines)} ({protocol})"
-    return Measurement(heading, table, metrics, f"dense retrieval, {protocol}", figures)
+    return protocol_of(*parts, precision=config.precision)
+
+
+def _patches(size: int | None) -> str:
+    return f"{size:,} patches" if size else "all patches"
 
 
 def _ending(size: int | None, sizes: Sequence[int | None]) -> str:
