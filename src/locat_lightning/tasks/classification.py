@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
@@ -60,7 +59,7 @@ class Classification(Task):
 
     Attributes:
         data_classes: classes of the data that the model was trained on, by label; [] if unknown.
-        results: what `validate` or `test` found of each image.
+        results: what the last evaluation found of each image.
     """
 
     results: Scores | None = None
@@ -203,7 +202,7 @@ class Classification(Task):
         logits = self.watched(self(images))
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update(logits, labels)
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if not self.trainer.sanity_checking:
             indices = batch.indices if hasattr(batch, "indices") else torch.full_like(labels, -1)
             self._ranked.append((indices, labels, label_ranks(logits, labels)))
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
@@ -216,8 +215,8 @@ class Classification(Task):
         return shares.amax(-1) - shares.gather(-1, batch[1][:, None])[:, 0]
 
     def _conclude(self, split: str) -> None:
-        """Keep the hits of each image of all processes as `results`, unless in training."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        """Keep the hits of each image of all processes as `results`."""
+        if self.trainer.sanity_checking:
             return
         nothing = torch.empty(3, 0, dtype=torch.int64, device=self.device)
         columns = [torch.cat(column).cpu() for column in zip(nothing, *self._ranked, strict=True)]
