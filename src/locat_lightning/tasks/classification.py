@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,7 +66,7 @@ class Classification(SharpnessAware):
 
     Attributes:
         data_classes: classes of the data that the model was trained on, by label; [] if unknown.
-        results: what `validate` or `test` found of each image.
+        results: what the last evaluation found of each image.
     """
 
     results: Scores | None = None
@@ -206,7 +205,7 @@ class Classification(SharpnessAware):
         logits = self.watched(self(images))
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update(logits, labels)
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if not self.trainer.sanity_checking:
             indices = batch.indices if hasattr(batch, "indices") else torch.full_like(labels, -1)
             self._ranked.append((indices, labels, label_ranks(logits, labels)))
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
@@ -219,8 +218,8 @@ class Classification(SharpnessAware):
         return shares.amax(-1) - shares.gather(-1, batch[1][:, None])[:, 0]
 
     def _conclude(self, split: str) -> None:
-        """Keep the hits of each image of all processes as `results`, unless in training."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        """Keep the hits of each image of all processes as `results`."""
+        if self.trainer.sanity_checking:
             return
         nothing = torch.empty(3, 0, dtype=torch.int64, device=self.device)
         columns = [torch.cat(column).cpu() for column in zip(nothing, *self._ranked, strict=True)]
