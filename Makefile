@@ -29,7 +29,7 @@ test-fast: $(INSTALLED) ## run the tests but for those of whole runs
 
 test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs, and count what comes of it: all, or FILES="tests/faults/…"
 	$(PYTEST) -m faults $(or $(FILES),tests/faults tests/commands/test_fit_processes.py \
-		tests/commands/test_restarts.py)
+		tests/commands/test_killed.py tests/commands/test_restarts.py)
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
 	$(PYTEST) --cov=src --cov-report=term-missing:skip-covered
@@ -57,18 +57,20 @@ segment: $(INSTALLED) ## after quickstart: what the patch features of its two mo
 	done
 	@echo; $(BIN)/locat runs $(RUNS)
 
-study: $(INSTALLED) ## write docs/results.md, hours on a CPU: make study IMAGES=cifar10.tar.gz MASKS=camvid.tar [PRESET=cpu]
+study: PRESET ?= cpu
+study: $(INSTALLED) ## write docs/results.md, half a day on a CPU: make study IMAGES=cifar10.tar.gz MASKS=camvid.tar [PRESET=cpu]
 	@test -n "$(IMAGES)" -a -n "$(MASKS)" || { echo 'make study needs IMAGES=… (CIFAR-10: train/CLASS/*, test/CLASS/*)' \
 		'and MASKS=… (CamVid, as segment_folder.yaml reads it): folders, or .tar archives of them' >&2; exit 2; }
-	$(BIN)/locat study --config study_cifar.yaml --report docs/results.md $(if $(PRESET),--preset $(PRESET)) \
-		--folders.images "$(IMAGES)" --folders.masks "$(MASKS)"
+	$(BIN)/locat study --config study_cifar.yaml --preset $(PRESET) --records docs/study/$(PRESET) \
+		--report docs/results.md --folders.images "$(IMAGES)" --folders.masks "$(MASKS)"
 
-bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, features from files, a step of each method, the segmentation head
+bench: $(INSTALLED) ## measure: what LocAt costs, views per second, k-NN, features from files, a step of each method, mixings and SAM, the segmentation head
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/knn.py
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/segmentation.py
 
 kernels: $(INSTALLED) ## compile the Triton kernels for three kinds of GPU, without one: registers, spills, instructions

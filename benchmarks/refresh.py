@@ -18,7 +18,7 @@ from typing import Any
 
 from gpu import RESULTS, markdown
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import (
     EventAccumulator,
 )
 

@@ -20,6 +20,7 @@ from torch.multiprocessing import start_processes
 from locat.command import main
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that a test runs as processes of their own
+torch.set_num_threads(1)  # of fixtures that several tests share: they come before `one_thread`
 
 SMALL = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
 # Drawing them takes as long as training; `small_options` does without.

@@ -286,7 +286,7 @@ def test_the_results_are_those_of_three_finished_seeds_of_every_arm():
             assert cell == (
                 f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}" if found else NOTHING
             )
-    assert len(re.findall(r"\]\((results_\w+\.png)\)", RESULTS)) == 4
+    assert len(re.findall(r"\]\((results_\w+\.png)\)", RESULTS)) >= 4
 
 
 def test_the_words_on_the_results_are_of_that_page():

@@ -1,10 +1,11 @@
 """The runs in a directory: which there are, what came of each, and which are still training."""
 
+import csv
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -50,6 +51,17 @@ def write_json(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced(file) as part:
         part.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table so that it is there whole or as it was, in UTF-8 (paths: as the system has them)."""
+    with (
+        replaced(file) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened,
+    ):
+        writer = csv.writer(opened)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def claim(directory: Path) -> Path:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.dense import padded
 from locat_lightning.nn import GaussianAugmentation, GaussianSelfAttention, gaussian_kernel
+from locat_lightning.nn.class_attention import class_attention
 
 OUTLIERS = 0.01  # share of the patches at either end of a principal component that saturates
 NEGLIGIBLE = 1e-5  # spread of a component, relative to the largest feature, that may be rounding error
@@ -101,15 +102,11 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     if not layers or model.cls_token is None:
         return None
     attention: Any = layers[-1]
-    [call] = observe(model, images, [attention])
+    of_q, of_k = observe(model, images, [attention.q_norm, attention.k_norm])
     with torch.no_grad():
-        qkv = attention.qkv(call.inputs[0]).unflatten(-1, (3, attention.num_heads, attention.head_dim))
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
-        q, k = attention.q_norm(q), attention.k_norm(k)
-        # GAug's S is 0 in this row.
-        row = (q[:, :, 0].unsqueeze(-2) * attention.scale @ k.transpose(-2, -1)).float().softmax(-1)
+        row = class_attention(of_q.output[:, :, :1], of_k.output)
     grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    patches: Tensor = row[..., 0, model.num_prefix_tokens :].unflatten(-1, grid)
+    patches: Tensor = row[..., model.num_prefix_tokens :].unflatten(-1, grid)
     return patches
 
 

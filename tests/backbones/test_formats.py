@@ -46,16 +46,20 @@ def run(form, directory):
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+shared = cache(trained)
+program_of = cache(formats._program)
+
+
 @pytest.fixture
 def exported_once(monkeypatch):
-    """`export` and `onnx` are written from the same program, which takes seconds to make."""
-    monkeypatch.setattr(formats, "_program", cache(formats._program))
+    """All that is written of a shared model is written from one program, which takes seconds to make."""
+    monkeypatch.setattr(formats, "_program", program_of)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 @pytest.mark.parametrize(("name", "forms"), CASES)
 def test_the_outputs_are_the_same_for_any_batch(tmp_path, exported_once, name, forms):
-    model = trained(name)
+    model = shared(name)
     for form in forms.split():
         if form == "onnx":
             pytest.importorskip("onnxruntime")
@@ -102,10 +106,10 @@ def test_one_without_classes(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["timm", "torchscript", "export"])
-def test_other_outputs_are_an_error(tmp_path, form, monkeypatch):
+def test_other_outputs_are_an_error(tmp_path, form, exported_once, monkeypatch):
     monkeypatch.setattr(formats, "_difference", lambda *_: 0.01)
     with pytest.raises(InputError, match=rf"outputs of the {form} file differ .* by 0.01 of the largest"):
-        write_model(trained(), tmp_path, form)
+        write_model(shared("locatvit_tiny"), tmp_path, form)
 
 
 def test_differences_are_found():
@@ -148,10 +152,10 @@ def test_timm_builds_again_what_locat_was_added_to(tmp_path, name, arguments, lo
     assert features(torch.zeros(1, 3, 64, 64))[0].shape[0] == 1
 
 
-@pytest.mark.parametrize("start", ["paper", "identity"])
-def test_a_model_to_which_locat_was_added_is_a_program(tmp_path, start):
+def test_a_model_to_which_locat_was_added_is_a_program(tmp_path):
+    """With the gates of a pretrained model; without, its modules are those of `locatvit_tiny` above."""
     torch.manual_seed(0)
-    model = add_locat(timm.create_model("vit_tiny_patch16_224", **VIT), start=start).eval()
+    model = add_locat(timm.create_model("vit_tiny_patch16_224", **VIT), start="identity").eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     write_model(model, tmp_path, "export")

@@ -203,6 +203,12 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path, caplog):
     torch.save({k: v for k, v in state.items() if "head" not in k} | {"a": torch.ones(1)}, tmp_path / "a.pth")
     load_weights(model(2), str(tmp_path / "a.pth"), warm_start=True)
     assert "2 missing (head.bias, head.weight), 1 unexpected (a)" in caplog.text
+    torch.save(state | {"a": torch.ones(1)}, tmp_path / "c.pth")
+    caplog.clear()
+    without = model(2)
+    without.reset_classifier(0)
+    load_weights(without, str(tmp_path / "c.pth"))
+    assert "tensors matched, without the classifier, 1 unexpected (a)" in caplog.text
     del state["norm.weight"]
     torch.save(state, tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"do not fit \(norm.weight\)"):

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from locat_lightning.callbacks.checkpoints import Checkpoints
 from locat_lightning.data.classification import ImageData
 from locat_lightning.tasks import Classification
+from locat_lightning.tasks.average import WeightAverage
+from tests.conftest import write_images
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers:UserWarning",  # nothing is read from disk here
@@ -61,6 +63,32 @@ def test_last_is_the_last_and_best_the_best(tmp_path):
     fit(tmp_path, Worsening())
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (step_of(tmp_path / "best.ckpt"), step_of(tmp_path / "last.ckpt")) == (2, 6)
+
+
+@pytest.mark.parametrize("average", [None, WeightAverage(0.5)])
+def test_weights_are_kept_after_some_epochs(average, tmp_path):
+    module = Worsening()
+    saving = Checkpoints(
+        tmp_path, filename="best", monitor="score", mode="max", save_last=True, keep=[2, 3, 9]
+    )
+    run = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        limit_train_batches=2,
+        limit_val_batches=1,
+        logger=False,
+        callbacks=[saving, *filter(None, [average])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(module)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {path.name for path in tmp_path.glob("epoch_*")} == {"epoch_2.ckpt", "epoch_3.ckpt"}
+    assert step_of(tmp_path / "epoch_2.ckpt") == 4
+    kept = torch.load(tmp_path / "epoch_3.ckpt", weights_only=True)
+    torch.testing.assert_close(kept["state_dict"], last["state_dict"], rtol=0, atol=0)
+    assert not {"optimizer_states", "callbacks", "loops", "current_model_state"} & kept.keys()
+    assert average is None or "current_model_state" in last
 
 
 @pytest.mark.parametrize("stop_at", [3, 4])
@@ -115,6 +143,17 @@ def test_a_run_that_was_moved_knows_its_best(tmp_path):
 BATCHES = 4
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("checkpoints") / "images")
+
+
+@pytest.fixture(scope="module")
+def in_one_go():
+    """What runs that nothing cut off ended with, which several tests compare with."""
+    return {}
+
+
 class Cut(Callback):
     """Stops a run at a hook of a batch."""
 
@@ -130,7 +169,7 @@ class Cut(Callback):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
 @pytest.mark.parametrize(("accumulate", "batch"), [(1, 2), (2, 1), (2, 2), (2, 3), (3, 3)])
-def test_a_run_cut_off_anywhere_ends_as_one_in_one_go(folder, tmp_path, hook, accumulate, batch):
+def test_a_run_cut_off_anywhere_ends_as_one_in_one_go(images, in_one_go, tmp_path, hook, accumulate, batch):
     """Of 18 images, 4 batches an epoch: with three of them a step, the last step has one batch alone.
 
     Mixup, cutmix and drop path draw the same numbers, though another process begins with others.
@@ -142,7 +181,7 @@ def test_a_run_cut_off_anywhere_ends_as_one_in_one_go(folder, tmp_path, hook, ac
         task = Classification(backbone_args=size | {"drop_path_rate": 0.5}, warmup_epochs=0, lr=1e-2)
         if options:
             seed_everything(5)
-        data = ImageData(root=str(folder), img_size=32, batch_size=4, num_workers=0)
+        data = ImageData(root=str(images), img_size=32, batch_size=4, num_workers=0)
         saving = Checkpoints(tmp_path / "run", filename="best", save_last=True, save_on_exception=True)
         trainer = Trainer(
             accelerator="cpu",
@@ -165,7 +204,9 @@ def test_a_run_cut_off_anywhere_ends_as_one_in_one_go(folder, tmp_path, hook, ac
         assert any(isinstance(module, DropPath) for module in task.modules())
         return trainer.global_step, task.state_dict()
 
-    steps, whole = run()
+    if accumulate not in in_one_go:
+        in_one_go[accumulate] = run()
+    steps, whole = in_one_go[accumulate]
     run(Cut(hook, 1, batch))
     resumed_steps, resumed = run(ckpt_path=str(tmp_path / "run" / "last.ckpt"), weights_only=True)
     assert resumed_steps == steps
@@ -233,12 +274,12 @@ def steps_of(folder, run, batch_size, accumulate, steps, **resume):
     ids=str,
 )
 def test_a_run_with_other_batches_goes_on_with_the_images_it_has_not_seen(
-    folder, tmp_path, before, cut, after
+    images, in_one_go, tmp_path, before, cut, after
 ):
     """Of 18 images; batches and accumulation before and after the second epoch is cut off."""
-    steps_of(folder, tmp_path, *before, begun := Steps(1, cut))
+    steps_of(images, tmp_path, *before, begun := Steps(1, cut))
     last = tmp_path / "last.ckpt"
-    trainer = steps_of(folder, tmp_path, *after, rest := Steps(), ckpt_path=str(last), weights_only=True)
+    trainer = steps_of(images, tmp_path, *after, rest := Steps(), ckpt_path=str(last), weights_only=True)
     assert trainer.current_epoch == 3
     assert len(rest.images[2]) == (18 // after[0] * after[0] or 18)
     both = begun.images[1] + rest.images[1]
@@ -247,8 +288,10 @@ def test_a_run_with_other_batches_goes_on_with_the_images_it_has_not_seen(
     dropped = 18 % after[0] if after[0] < 18 else 0
     assert len(both) == 18 - dropped or len(begun.images[1]) >= 18 - dropped
     # The schedule goes on where it was, and ends with the run.
-    steps_of(folder, tmp_path / "whole", *after, whole := Steps())
-    assert rest.rates == whole.rates[-len(rest.rates) :]
+    if after not in in_one_go:
+        steps_of(images, tmp_path / "whole", *after, whole := Steps())
+        in_one_go[after] = whole.rates
+    assert rest.rates == in_one_go[after][-len(rest.rates) :]
     assert trainer.global_step == len(begun.rates) + len(rest.rates)
 
 

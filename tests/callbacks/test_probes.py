@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from google.protobuf import text_format
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.nn.functional import cross_entropy
 
 from locat_lightning.callbacks.probes import KnnProbe, LinearProbe
@@ -202,6 +205,96 @@ def test_the_bank_is_a_fixed_choice(folder):
     assert banks[0] == banks[1] == banks[2] == banks[3] == banks[3]
     chosen = np.random.default_rng(1).choice(18, 9, replace=False)
     assert banks[-1][0] == sorted(int(place) // 6 for place in chosen)
+
+
+def count_extracted(monkeypatch):
+    """Calls of the backbone for a probe: how many images each."""
+    calls = []
+
+    def counted(backbone, images, **options):
+        calls.append(len(images))
+        return image_features(backbone, images, **options)
+
+    monkeypatch.setattr("locat_lightning.evaluation.features.image_features", counted)
+    return calls
+
+
+@pytest.mark.parametrize("of_their_own", [False, True])
+def test_features_are_extracted_once_for_all_probes(folder, monkeypatch, of_their_own):
+    """Before training, and after each of two epochs: 18 images to train on and 8 to validate on."""
+    calls, values = count_extracted(monkeypatch), []
+    for probes in (1, 2):
+        data = [image_data(folder) if of_their_own else None for _ in range(2)]
+        several = KnnProbe(data[0]), LinearProbe(data[1], every_n_epochs=1, epochs=2)
+        trainer = fit(classification(), image_data(folder), *several[-probes:])
+        values.append(trainer.callback_metrics["linear/top1"])
+        assert all(not probe._kept for probe in several)
+        assert sum(calls) == 3 * (18 + 8)
+        calls.clear()
+    assert values[0] == values[1]
+
+
+def test_probes_of_other_images_share_what_they_have_in_common(folder, monkeypatch):
+    calls = count_extracted(monkeypatch)
+    probes = KnnProbe(images=9), LinearProbe(every_n_epochs=1, epochs=2), KnnProbe(name="again", images=9)
+    other = KnnProbe(image_data(folder, crop_pct=1.0), name="other", images=9)
+    fit(classification(), image_data(folder), *probes, other, max_epochs=1)
+    assert sum(calls) == 2 * (9 + 8 + 18 + 9 + 8)
+
+
+def lines(*parts):
+    return Path(*parts).read_text().splitlines()
+
+
+def projected(directory):
+    """The steps that TensorBoard's projector lists, each with its labels and its features."""
+    listed = text_format.Parse(Path(directory, "projector_config.pbtxt").read_text(), ProjectorConfig())
+    found = {}
+    for each in listed.embeddings:
+        rows = list(csv.DictReader(lines(directory, each.metadata_path), delimiter="\t"))
+        features = np.loadtxt(Path(directory, each.tensor_path), ndmin=2)
+        side, _ = each.sprite.single_image_dim
+        with Image.open(Path(directory, each.sprite.image_path)) as sprite:
+            assert sprite.size == (3 * side, 3 * side)
+        found[each.tensor_name] = [int(row["label"]) for row in rows], features
+    return found
+
+
+def test_the_last_features_are_in_the_projector(folder, tmp_path):
+    """Also where another probe has extracted them, and of 8 images no more than 7, evenly spaced."""
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    probes = LinearProbe(every_n_epochs=1, epochs=1), KnnProbe(points=7)
+    data = image_data(folder)
+    fit(task := classification(), data, *probes, logger=logger)
+    [(name, (labels, features))] = projected(tmp_path).items()
+    expected = features_of(task, data, "val", places=[0, 1, 2, 4, 5, 6, 7])
+    assert name == "features:00005"
+    assert labels == expected.labels.tolist()
+    np.testing.assert_allclose(features, expected.features, rtol=1e-4, atol=1e-5)
+    again = KnnProbe(points=0)
+    fit(classification(), data, again, logger=TensorBoardLogger(tmp_path, name="none", version=""))
+    assert not Path(tmp_path, "none", "projector_config.pbtxt").exists()
+
+
+def test_a_resumed_run_keeps_the_projectors_points(folder, tmp_path, capsys):
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                raise KeyError
+
+    def run(*callbacks, **options):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        probe = KnnProbe(points=9, project="each")
+        fit(classification(), image_data(folder), probe, *callbacks, max_epochs=3, logger=logger, **options)
+
+    with pytest.raises(KeyError):
+        run(ModelCheckpoint(tmp_path / "checkpoints", filename="cut", save_top_k=-1), Stop())
+    assert list(projected(tmp_path)) == ["features:00002", "features:00005"]
+    first = projected(tmp_path)["features:00002"][1]
+    run(resume=tmp_path / "checkpoints" / "cut.ckpt")  # after the first epoch or the second
+    assert list(projected(tmp_path)) == ["features:00002", "features:00005", "features:00008"]
+    np.testing.assert_array_equal(projected(tmp_path)["features:00002"][1], first)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_every_n_epochs_and_after_the_last(folder, tmp_path):

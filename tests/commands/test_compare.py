@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ import torch
 from locat.command import main
 from locat.runs import write_json
 from locat_lightning.evaluation.intervals import paired_differences
-from locat_lightning.evaluation.per_image import Scores, fingerprint, read_table, write_table
+from locat_lightning.evaluation.per_image import ConditionAreas, Scores, fingerprint, read_table, write_table
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -78,6 +79,54 @@ def test_weights_are_measured_first(folder, workplace, capsys):
         own = json.loads(Path(f"runs/{side}_knn/version_0/metrics.json").read_text())
         assert record["differences"]["top1_k3"][side] == pytest.approx(own["knn/top1_k3"])
         assert record["fingerprint"] == own["fingerprint"]
+
+
+@pytest.mark.usefixtures("workplace")
+def test_over_seeds(capsys):
+    """mIoU is the mean over two seeds; its interval is over images, its deviation over seeds."""
+    generator, means = torch.Generator().manual_seed(0), {}
+    for run in "ab":
+        areas = {}
+        for seed in (1, 2):
+            right = torch.randint(1, 40, (6, 2), generator=generator)
+            areas[f"miou_seed{seed}"] = torch.stack([right, torch.full((6, 2), 50), right + 10], 1)
+        results = ConditionAreas(torch.arange(6), [f"{i}.png" for i in range(6)], ["sky", "road"], areas)
+        known = {"protocol": "dense retrieval, seeds 1 2", "fingerprint": fingerprint(results)}
+        write_json(Path(run) / "metrics.json", known)
+        write_table(Path(run) / "images.csv", results)
+        sums = [each.sum(0) for each in areas.values()]
+        means[run] = [float((s[0] / (s[1] + s[2] - s[0])).mean()) for s in sums]
+    main(["compare", "a", "b"])
+    found = json.loads(Path("runs/compare/version_0/metrics.json").read_text())["differences"]
+    differences = [a - b for a, b in zip(means["a"], means["b"], strict=True)]
+    assert list(found) == ["miou", "miou_seed1", "miou_seed2"]
+    assert found["miou"]["difference"] == pytest.approx(mean(differences))
+    assert found["miou"]["std"] == pytest.approx(stdev(differences))
+    assert found["miou_seed2"]["difference"] == pytest.approx(differences[1])
+    assert "std" not in found["miou_seed1"]
+    assert f"of miou: standard deviation over the seeds {stdev(differences):.2%}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("workplace")
+def test_unlike_protocols_are_told_apart(capsys):
+    evaluated("a", [1, 0], protocol="k-NN, 224 × 224 px, crop 1")
+    evaluated("b", [1, 1], protocol="k-NN, 384 × 384 px, crop 1")
+    said = refused("a", "b", capsys)
+    assert "different protocols: '224 × 224 px' and '384 × 384 px'; add --unlike" in said
+    main(["compare", "a", "b", "--unlike"])
+    assert "crop 1; but '224 × 224 px' and '384 × 384 px')" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_checkpoints_are_validated_first(workplace, trained, capsys):
+    best, last = (f"runs/classify_tiny/version_0/checkpoints/{name}.ckpt" for name in ("best", "last"))
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    main(["compare", best, last, "--protocol", "validate", *quiet])
+    found = json.loads(Path("runs/compare/version_0/metrics.json").read_text())
+    for number, side in enumerate("ab"):
+        own = json.loads(Path(f"runs/classify_tiny_validate/version_{number}/metrics.json").read_text())
+        assert found["differences"]["top1"][side] == pytest.approx(own["val/top1"])
+    assert found["images"] == 8
 
 
 @pytest.mark.usefixtures("workplace")

@@ -114,6 +114,13 @@ def test_an_interrupted_command_continues(model, tmp_path, monkeypatch, capsys):
     assert "8 of 30 images are done: the same command continues" in capsys.readouterr().err
     assert not Path("a.npy").exists()
 
+    monkeypatch.setattr(embedding, "embed", lambda *a, **o: counting(*a, stop_at=len(computed) + 1, **o))
+    with pytest.raises(SystemExit):
+        run(*arguments, "--to", "none.npy")
+    said = "interrupted before any of 30 images was done: the same command begins again"
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(embedding, "embed", counting)
+
     with pytest.raises(SystemExit) as stopped:
         run(*arguments, "--to", "a.npy", "--dtype", "float16")
     assert stopped.value.code == 2

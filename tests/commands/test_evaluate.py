@@ -85,7 +85,7 @@ def test_knn_of_a_state_dict(named, folder, capsys):
     assert f"{expected.top1:.2%} {interval}" in out
     assert (found["fingerprint"], found["protocol"]) == (
         fingerprint(table),
-        "k-NN at temperature 0.07 among 18 images",
+        "k-NN at temperature 0.07 among 18 images, 32 × 32 px, bicubic, crop 0.875",
     )
     assert {"locat-lightning", "torch", "timm"} <= found["versions"].keys()
 
@@ -208,6 +208,83 @@ def test_linear(protocol, named, capsys):
     assert f"linear, {protocol}, 30 epochs of 18 images at " in found["protocol"]
 
 
+def count_passes(monkeypatch):
+    """The calls of timm's models."""
+    calls = []
+    original = timm.models.VisionTransformer.forward_features
+
+    def counted(self, images, **options):
+        calls.append(len(images))
+        return original(self, images, **options)
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward_features", counted)
+    return calls
+
+
+def test_features_are_kept_between_commands(named, folder, monkeypatch):
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    calls = count_passes(monkeypatch)
+    kept = [*named, "--features", "kept"]
+    run("knn", "--weights", "net.pth", *kept, "--k", "3")
+    assert len(list(Path("kept").iterdir())) == 2
+    assert sum(calls) == 18 + 8 + 2  # a black image each, for its size
+    calls.clear()
+    run("knn", "--weights", "net.pth", *kept, "--k", "3", "--name", "again")
+    run("linear", "--weights", "net.pth", *kept, "--protocol", "sweep", "--epochs", "2")
+    assert calls == []
+    assert metrics("again")["knn/top1_k3"] == metrics("net_knn")["knn/top1_k3"]
+    assert metrics("again")["fingerprint"] == metrics("net_knn")["fingerprint"]
+    run("linear", "--weights", "net.pth", *named, "--protocol", "sweep", "--epochs", "2", "--name", "anew")
+    assert metrics("net_linear")["linear/top1"] == metrics("anew")["linear/top1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "extracted"),
+    [
+        (["--data.crop_pct", "1"], 28),
+        (["--precision", "bf16-mixed"], 28),
+        (["--data.mean", "0", "0", "0"], 28),
+        (["--data.batch_size", "4"], 0),
+    ],
+)
+def test_kept_features_are_of_what_decides_them(change, extracted, named, folder, monkeypatch):
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    kept = ["knn", "--weights", "net.pth", *named, "--k", "3", "--features", "kept"]
+    run(*kept)
+    calls = count_passes(monkeypatch)
+    run(*kept, *change)
+    assert sum(calls) == extracted
+
+
+def test_kept_features_are_of_these_weights_and_images(named, folder, monkeypatch, capsys):
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    kept = ["knn", *named, "--k", "3", "--features", "kept", "--weights"]
+    run(*kept, "net.pth")
+    calls = count_passes(monkeypatch)
+    torch.save(backbone(seed=4).state_dict(), "other.pth")
+    run(*kept, "other.pth")
+    assert sum(calls) == 28
+    calls.clear()
+    (folder / "val" / "ant" / "0.png").write_bytes((folder / "val" / "bee" / "0.png").read_bytes())
+    run(*kept, "net.pth")
+    assert sum(calls) == 9
+    for file in Path("kept").iterdir():
+        file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(SystemExit):
+        run(*kept, "net.pth")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "kept/" in line and "remove" in line]
+    assert "does not hold the features of these images" in line
+
+
+@pytest.mark.parametrize(
+    "words", [["3", "5"], ["[3, 5]"], ["[3,", "5]"]], ids=["words", "a list", "a list without quotes"]
+)
+def test_a_list_is_given_in_words_or_as_one(words, named):
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    run("knn", "--weights", "net.pth", "--k", *words, *named)
+    assert {f"knn/top1_k{k}" for k in (3, 5)} == {key for key in metrics("net_knn") if "/top1_k" in key}
+
+
 @pytest.mark.parametrize("command", [["knn", "--k", "3"], ["linear", "--protocol", "sweep", "--epochs", "2"]])
 def test_several_data_sets_in_one_table(command, named, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # a row of the table in a line
@@ -284,7 +361,7 @@ def test_commands_repeat_themselves(named):
         (["--weights", "net.pth", "--backbone", "locatvit_tyni"], "did you mean locatvit_tiny"),
         (["--weights", "net.pth", "--backbone", "resnet18"], "less than half of the model matched"),
         (["--weights", "net.pth", "NAMED", "--student"], "holds no student"),
-        (["--weights", "net.pth", "NAMED", "--k", "0"], '"k" element 1'),
+        (["--weights", "net.pth", "NAMED", "--k", "0"], '"k": Not of type PositiveInt: 0'),
         (["--weights", "net.pth", "NAMED", "--precision", "64-true"], "precision '64-true' is not supported"),
         (["--weights", "net.pth", "NAMED", "--data.img_size", "33"], "does not take images of 33 pixels"),
         (["--weights", "net.pth", "NAMED", "--data.root", "nowhere"], "no such folder"),
@@ -346,7 +423,8 @@ def test_dense_retrieval(scenes, named, capsys):
     areas = read_table(Path("runs/net_retrieve/version_0/images.csv"))
     assert torch.equal(areas.areas.sum(0)[0].sum(), expected.confusion.diagonal().sum())
     assert found["intervals"]["retrieval/miou"] == pytest.approx(list(intervals(areas)["miou"]))
-    assert found["protocol"].startswith("dense retrieval, images resized to 36 × 36, 60 patches kept, 30")
+    manner = "60 patches kept, 30 neighbours at temperature 0.02, seed 0"
+    assert found["protocol"] == f"dense retrieval, images resized to 36 × 36, {manner}"
     out = capsys.readouterr().out
     assert (
         f"dense retrieval: mIoU {float(expected.miou):.4f} (images resized to 36 × 36, 60 patches kept" in out
@@ -354,6 +432,27 @@ def test_dense_retrieval(scenes, named, capsys):
     sure = intervals(areas)
     assert f"{float(expected.per_class[0]):.2%} {sure['iou_sky']}" in out
     assert f"retrieval/miou {float(expected.miou):.2%} {sure['miou']}" in out
+
+
+def test_dense_retrieval_at_the_size_that_the_model_is_for(scenes, named):
+    of_data = ["--data.root", scenes("folder"), "--data.classes", "sky", "road", "car"]
+    options = [*named[named.index("--accelerator") :], *of_data, "--data.num_workers", "0"]
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    run("retrieve", "--weights", "net.pth", *options, "--memory_size", "60")
+    run(
+        "retrieve",
+        "--weights",
+        "net.pth",
+        *options,
+        "--memory_size",
+        "60",
+        "--image_size",
+        "32",
+        "--name",
+        "b",
+    )
+    assert metrics("net_retrieve")["retrieval/miou"] == metrics("b")["retrieval/miou"]
+    assert "images resized to 32 × 32" in metrics("net_retrieve")["protocol"]
 
 
 def test_dense_retrieval_over_splits_and_memory_sizes(scenes, named, capsys):
@@ -368,7 +467,7 @@ def test_dense_retrieval_over_splits_and_memory_sizes(scenes, named, capsys):
         "--augmentation_epochs",
         "2",
     ]
-    run("retrieve", "--weights", "net.pth", *options, "--fraction", "2", "--memory_size", "[5, 40]")
+    run("retrieve", "--weights", "net.pth", *options, "--fraction", "2", "--memory_size", "5", "40")
 
     data = SegmentationData(root=str(root), classes=["sky", "road", "car"], num_workers=0)
     found, of_class = metrics("net_retrieve"), []
@@ -385,12 +484,20 @@ def test_dense_retrieval_over_splits_and_memory_sizes(scenes, named, capsys):
             of_class.append(float(iou.per_class[0]))
         assert found[f"retrieval/miou_memory{size}"] == pytest.approx(np.mean(mious))
         assert found[f"retrieval/miou_std_memory{size}"] == pytest.approx(np.std(mious, ddof=1))
+        table = read_table(Path("runs/net_retrieve/version_0/images.csv"))
+        figures = table.figures(table.statistics().sum(0), len(table.indices))
+        assert float(figures[f"miou_memory{size}"]) == pytest.approx(np.mean(mious))
+        assert float(figures[f"miou_seed4019_memory{size}"]) == pytest.approx(mious[-1])
+        low, high = found["intervals"][f"retrieval/miou_memory{size}"]
+        assert low < np.mean(mious) < high
     assert found["retrieval/iou_sky_memory40"] == pytest.approx(np.mean(of_class[5:]))
     out = capsys.readouterr().out
-    assert "1/2 of the training images (3), 2 augmented passes, 30 neighbours)" in out
+    assert "1/2 of the training images (3), 2 augmented passes of seed 0, 30 neighbours at " in out
     assert f"{np.mean(mious):.4f} ± {np.std(mious, ddof=1):.4f} over 5 seeds with 40 patches" in out
     main(["runs"])
     assert "retrieval/miou_memory40" in capsys.readouterr().out
+    main(["compare", *["runs/net_retrieve/version_0"] * 2])
+    assert "A − B of miou_memory40: standard deviation over the seeds 0.00%" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*the model has not been trained")

@@ -639,7 +639,11 @@ def test_images_that_came_or_went_are_refused_at_resuming(trained, folder, capsy
 
 
 def test_weights_of_a_run_are_measured_with_its_record(trained, folder, caplog):
-    top1 = json.loads((RUN / "metrics.json").read_text())["best val/top1"]
+    fitted = json.loads((RUN / "metrics.json").read_text())
+    top1 = fitted["best val/top1"]
+    low, high = fitted["intervals"]["val/top1"]
+    assert low <= fitted["val/top1"] <= high
+    assert (fitted["images"], fitted["protocol"]) == (8, "classification")
     for command in ("validate", "test"):
         main([command, "--weights", str(BEST), *QUIET])
         with Path(f"runs/classify_tiny_{command}/version_0/metrics.csv").open() as file:
@@ -654,6 +658,7 @@ def test_weights_of_a_run_are_measured_with_its_record(trained, folder, caplog):
         assert record["intervals"][f"{split}/top1"] == pytest.approx(list(intervals(table)["top1"]))
         assert f"{split}/top1 {top1:.2%} [" in caplog.text
         assert (record["protocol"], record["weights"]) == ("classification", str(BEST))
+        assert (record["fingerprint"], record["versions"]) == (fitted["fingerprint"], fitted["versions"])
         where = f"run: runs/classify_tiny_{command}/version_0\nlook: tensorboard --logdir runs\n"
         assert caplog.text.endswith(where)
         assert (f"no test/ in {folder}: using val/\n" in caplog.text) == (command == "test")

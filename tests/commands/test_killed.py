@@ -77,7 +77,7 @@ def differences(a, b, at=""):
     return [] if a == b else [f"{at}: {a!r}, {b!r}"]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(options, tmp_path, monkeypatch, start_locat):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -38,7 +38,9 @@ def test_curves_of_a_run(trained, capsys):
         low, high = record["intervals"][f"robustness/{name}"]
         assert low <= record[f"robustness/{name}"] <= high
     assert record["robustness/top1_occlusion_n16"] == pytest.approx(1 / 3, abs=0.1)  # all images are alike
-    assert record["protocol"] == "patches of 8 px corrupted, severity 5, seed 0"
+    assert (
+        record["protocol"] == "patches of 8 px corrupted, severity 5, seed 0, 32 × 32 px, bicubic, crop 0.875"
+    )
     assert (RESULT / "robustness.png").stat().st_size > 10_000
     assert "top-1 at temperature 2.5" in capsys.readouterr().out
 

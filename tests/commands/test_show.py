@@ -42,6 +42,31 @@ def test_pictures_by_default(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "runs/net_show/version_0/pca.png"
 
 
+def test_the_images_of_a_folder(capsys):
+    Path("some/more").mkdir(parents=True)
+    for name in ("wide.png", "tall.JPG", "square.webp"):
+        Path(name).rename(Path("some", name))
+    Path("some/.hidden.png").write_text("")
+    Path("some/notes.txt").write_text("")
+    main(["show", "--weights", "net.pth", "some", "--what", "pca", "--name", "all", *OWN, *QUIET])
+    main(["show", "some", "--weights", "net.pth", "--what", "pca", "--name", "again", *OWN, *QUIET])
+    rows = [f"some/{name}" for name in ("square.webp", "tall.JPG", "wide.png")]
+    main(["show", *rows, "--weights", "net.pth", "--what", "pca", "--name", "named", *OWN, *QUIET])
+    pictures = [Path(f"runs/{name}/version_0/pca.png").read_bytes() for name in ("all", "again", "named")]
+    assert pictures[0] == pictures[1] == pictures[2]
+    with pytest.raises(SystemExit):
+        main(["show", "some/more", "--weights", "net.pth", *OWN, *QUIET])
+    assert "some/more is a folder without images in it: name image files" in capsys.readouterr().err
+
+
+def test_a_foreground_without_a_cut_is_said(capsys):
+    """All patches are alike: the cosine of each two is above -1."""
+    options = ["--what", "foreground", "--threshold", "0", *OWN, *QUIET]
+    Image.new("RGB", (32, 32), "red").save("red.png")
+    main(["show", "--weights", "net.pth", "red.png", *options])
+    assert "foreground of red.png: no cut found; lower or raise --threshold (0)" in capsys.readouterr().out
+
+
 def test_every_kind_of_several_models(monkeypatch):
     chosen = []
 

@@ -3,14 +3,18 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tarfile
+from dataclasses import replace
 from math import inf, sqrt
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,23 +22,29 @@ from PIL import Image
 
 from locat import configs
 from locat_lightning.commands.study import command, steps
-from locat_lightning.commands.study.folders import some_of_each_class, unpacked
-from locat_lightning.commands.study.pictures import lines_figure, points_figure
-from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Step
-from locat_lightning.commands.study.report import (
+from locat_lightning.commands.study.differences import (
     Difference,
+    Place,
+    course,
     difference_between,
     in_words,
     paired_difference,
-    write_report,
 )
+from locat_lightning.commands.study.folders import some_of_each_class, unpacked
+from locat_lightning.commands.study.pictures import differences_figure, lines_figure, points_figure
+from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Measure, Pictures, Probe, Step
+from locat_lightning.commands.study.report import write_report
 from locat_lightning.errors import InputError
+from locat_lightning.evaluation.intervals import Interval
+from locat_lightning.evaluation.packed import packed
+from locat_lightning.evaluation.per_image import Scores
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 EPOCHS = 2
 CLASSES = ["sky", "road", "car"]
 DEFAULTS = {"gaug": True, "prr": True, "global_pool": "token"}
 QUICK = {"data.num_workers": 0, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1}
+QUICK |= {"pictures.every_n_epochs": 0}  # of the runs: the study draws its own
 PLAIN = {"model.backbone_args.gaug": False, "model.backbone_args.prr": False}
 SMALL = {f"model.backbone_args.{name}": value for name, value in BACKBONE.items()} | {
     "data.dataset": "folder",
@@ -60,7 +70,11 @@ TINY = {
         "dino": {"recipe": "dino"},
     },
     "probes": {
-        "near": {"command": "knn", "options": {"k": 3, "data.num_workers": 0, "accelerator": "cpu"}},
+        "near": {
+            "command": "knn",
+            "curve": True,
+            "options": {"k": 3, "data.num_workers": 0, "accelerator": "cpu"},
+        },
         "scenes": {
             "command": "fit",
             "options": {"config": "segment_folder.yaml", "data.root": "{masks}", "data.classes": CLASSES}
@@ -77,6 +91,7 @@ TINY = {
         "never": {"title": "top-9", "step": "near", "metric": "knn/top9"},
     },
     "pictures": {"quality": ["near", "miou"], "features": "scenes", "predictions": "maps"},
+    "epochs": [1, 2],
     "per_class": {"images": 4},
     "notes": ["Four images of each class."],
 }
@@ -121,7 +136,7 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "gc", SimpleNamespace(collect=lambda: None))  # slow, and no workers to end
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
-    arguments = ["study", "--config", "tiny.yaml", *places, "--report", "docs/page.md"]
+    arguments = ["study", "--config", "tiny.yaml", *places, "--report", "docs/page.md", "--records=records"]
     page, runs = Path("docs/page.md"), Path("runs/tiny")
 
     Path("halt").touch()
@@ -131,11 +146,12 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
     assert capsys.readouterr().err.endswith("interrupted; the same command resumes the study\n")
     assert "Missing: locat (seed 0), dino (seed 0)." in page.read_text()
     assert "## Difference" not in page.read_text()
-    finished = {file: file.stat().st_mtime_ns for file in (runs / "vit/seed_0").glob("*.json")}
-    assert {file.stem for file in finished} == {"train", "near", "scenes", "maps"}
+    record = Path("records/vit/seed_0.json")
+    finished = record.stat().st_mtime_ns
+    assert [*json.loads(record.read_text())] == ["train", "near_epoch_1", "near", "scenes", "maps"]
 
     command.main(arguments)
-    assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
+    assert record.stat().st_mtime_ns == finished
     epochs = Path("epochs.txt").read_text().split()
     assert epochs == ["vit/0", "vit/1", "locat/0", "locat/1"]  # resumed within its second epoch
 
@@ -172,6 +188,20 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
         assert f"(page_{name}.png)" in text
         with Image.open(f"docs/page_{name}.png") as picture:
             assert min(picture.size) > 100
+    assert set(vit["curves"]["near"]) == {"1", "2"}  # measured after both epochs
+    assert vit["curves"]["near"]["2"] == vit["measures"]["near"]
+    assert set(dino["curves"]["near"]) == {"1"}
+    assert "(page_curves.png)" in text
+    kept = torch.load(runs / "vit/seed_0/train/version_0/checkpoints/epoch_1.ckpt", weights_only=True)
+    assert kept["global_step"] == 2
+
+    # Without the runs, the records are enough for the page, and pictures of what is gone stay.
+    before = Path("docs/page_features.png").read_bytes()
+    shutil.rmtree(runs)
+    command.main([*arguments, "--run", "false"])
+    assert page.read_text() == text
+    assert Path("docs/page_features.png").read_bytes() == before
+    assert not (runs / "vit").exists()
 
 
 class Commands:
@@ -213,10 +243,10 @@ TRAINING = Step(TRAIN, "fit", {"data.root": "{images}", "trainer.max_epochs": 3}
 def test_an_interrupted_training_resumes_and_a_finished_one_is_left_alone(commands, tmp_path):
     commands.ends[TRAIN] = 143
     with pytest.raises(SystemExit):
-        steps.run_step(TRAINING, tmp_path, {"images": "here"})
-    assert not (tmp_path / f"{TRAIN}.json").exists()
-    assert steps.run_step(TRAINING, tmp_path, {"images": "here"})
-    assert not steps.run_step(TRAINING, tmp_path, {"images": "here"})
+        steps.run_step(TRAINING, tmp_path, {"images": "here"}, tmp_path / "record.json")
+    assert not (tmp_path / "record.json").exists()
+    assert steps.run_step(TRAINING, tmp_path, {"images": "here"}, tmp_path / "record.json")
+    assert not steps.run_step(TRAINING, tmp_path, {"images": "here"}, tmp_path / "record.json")
     first, second = commands.given
     assert second == [*first, "--ckpt_path=last"]
     assert {"--data.root=here", "--trainer.max_epochs=3"} <= {*first}
@@ -228,27 +258,31 @@ def test_a_training_that_cannot_be_resumed_starts_again(commands, tmp_path):
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"half a checkpoint")
     commands.ends[TRAIN] = 2
-    steps.run_step(TRAINING, tmp_path, {"images": "here"})
+    steps.run_step(TRAINING, tmp_path, {"images": "here"}, tmp_path / "record.json")
     first, second = commands.given
     assert first == [*second, "--ckpt_path=last"]
     assert broken.read_bytes() == b"weights"
-    assert json.loads((tmp_path / f"{TRAIN}.json").read_text())["metrics"] == {"val/top1": 0.5}
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record[TRAIN]["metrics"] == {"val/top1": 0.5}
 
 
 def test_a_command_that_refuses_is_quoted(commands, tmp_path):
     commands.ends["knn"] = 2
     with pytest.raises(InputError, match=r"locat knn: no such thing \(see .*knn\.log\)"):
-        steps.run_step(Step("knn", "knn", {}), tmp_path, {})
-    assert not (tmp_path / "knn.json").exists()
+        steps.run_step(Step("knn", "knn", {}), tmp_path, {}, tmp_path / "record.json")
+    assert not (tmp_path / "record.json").exists()
 
 
 def test_results_of_other_options_or_images_are_not_mixed_in(commands, tmp_path):
-    steps.run_step(TRAINING, tmp_path, {"images": "data/cifar10"})
-    assert not steps.run_step(TRAINING, tmp_path, {"images": "elsewhere/cifar10"})
-    with pytest.raises(InputError, match=r"train\.json is the result of other options .*cifar10"):
-        steps.run_step(TRAINING, tmp_path, {"images": "data/animals"})
-    with pytest.raises(InputError, match="is the result of other options"):
-        steps.run_step(Step(TRAIN, "fit", {"data.root": "{images}"}), tmp_path, {"images": "data/cifar10"})
+    record = tmp_path / "record.json"
+    steps.run_step(TRAINING, tmp_path, {"images": "data/cifar10"}, record)
+    assert not steps.run_step(TRAINING, tmp_path, {"images": "elsewhere/cifar10"}, record)
+    with pytest.raises(InputError, match=r"record\.json has the result of other options .*cifar10"):
+        steps.run_step(TRAINING, tmp_path, {"images": "data/animals"}, record)
+    with pytest.raises(InputError, match="has the result of other options"):
+        steps.run_step(
+            Step(TRAIN, "fit", {"data.root": "{images}"}), tmp_path, {"images": "data/cifar10"}, record
+        )
 
 
 def test_seeds_arms_and_probes_can_be_added(commands, tmp_path, monkeypatch):
@@ -262,7 +296,59 @@ def test_seeds_arms_and_probes_can_be_added(commands, tmp_path, monkeypatch):
     assert commands.names[2:] == ["knn", "knn", TRAIN, "knn", TRAIN, "knn"]
     command.main(["study", "--config=mine.yaml", "--seeds=[1, 2]"])
     assert len(commands.given) == 8
-    assert {path.parent.name for path in Path("runs/mine/vit").glob("*/train.json")} == {"seed_1", "seed_2"}
+    assert {path.name for path in Path("runs/mine/vit").glob("*.json")} == {"seed_1.json", "seed_2.json"}
+
+
+def test_what_is_measured_after_an_epoch_is_of_one_training(commands, tmp_path):
+    """Where a checkpoint is gone that a missing step needs, the arm begins again."""
+    study = study_of("study_digits.yaml", epochs=[2, 4])
+    study = replace(
+        study,
+        recipes={"digits": {"trainer.max_epochs": 4}},
+        probes={
+            "near": Probe("knn", curve=True),
+            "scenes": Probe("fit", curve=True),
+            "miou": Probe("validate", weights="scenes", curve=True),
+        },
+        measures={},
+        pictures=Pictures(),
+    )
+    todo = study.steps("vit", 0)
+    assert todo[0].options["checkpoint.keep"] == [2]  # the last needs none
+    weights = [(step.name, step.weights, step.epoch) for step in todo[1:]]
+    assert weights == [
+        ("near_epoch_2", "train", 2),
+        ("near", "train", 0),
+        ("scenes_epoch_2", "train", 2),
+        ("scenes", "train", 0),
+        ("miou_epoch_2", "scenes_epoch_2", 0),
+        ("miou", "scenes", 0),
+    ]
+
+    def finish(missing):
+        commands.given.clear()
+        for name in missing:
+            known = steps.finished_steps(record)
+            known.pop(name)
+            record.write_text(json.dumps(known))
+        steps.forget_what_is_lost(todo, own, record)
+        for step in todo:
+            steps.run_step(step, own, {}, record)
+        return commands.names
+
+    own, record = tmp_path / "runs", tmp_path / "vit.json"
+    names = [step.name for step in todo]
+    assert finish([]) == names
+    assert commands.given[1][-1].endswith("/checkpoints/epoch_2.ckpt")
+    for kept in own.glob("train/version_0/checkpoints/*"):  # the stand-in writes the last one alone
+        (kept.parent / "epoch_2.ckpt").write_bytes(b"weights")
+    assert finish(["near_epoch_2"]) == ["near_epoch_2"]
+    shutil.rmtree(own / "scenes_epoch_2")
+    assert finish(["miou"]) == ["miou"]
+    assert finish(["miou_epoch_2"]) == ["scenes_epoch_2", "miou_epoch_2"]
+    shutil.rmtree(own)
+    assert finish([]) == []
+    assert finish(["near_epoch_2"]) == names
 
 
 def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, capsys):
@@ -280,7 +366,7 @@ def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, cap
 
 
 def test_every_arm_differs_from_its_baseline_in_nothing_but_its_options():
-    for config, preset in (("cifar", "cpu"), ("cifar", "gpu"), ("pretraining", None)):
+    for config, preset in (("cifar", "cpu"), ("cifar", "quick"), ("cifar", "gpu"), ("pretraining", None)):
         study = study_of(f"study_{config}.yaml", preset)
         assert len(study.seeds) >= 3
         for arm, seed in study.runs():
@@ -313,6 +399,15 @@ def test_the_arms_are_those_of_the_paper(cifar):
     }
     assert {cifar.baseline_of(arm) for arm in cifar.arms} == {"vit"}
     assert study_of("study_cifar.yaml", "gpu").baseline_of("dino_locat") == "dino_vit"
+    variants = study_of("study_cifar.yaml", "variants")
+    assert {
+        arm: variants.baseline_of(arm) for arm in ("locat", "rotated", "locat_nowhere", "locat_fine")
+    } == {
+        "locat": "vit",
+        "rotated": "locat",
+        "locat_nowhere": "vit_nowhere",
+        "locat_fine": "vit_fine",
+    }
     assert cifar.folders() == ["images", "masks"]
     assert study_of("study_digits.yaml").folders() == []
 
@@ -321,14 +416,24 @@ def test_the_arms_are_those_of_the_paper(cifar):
     ("options", "message"),
     [
         (["--presets={cpu: {arms: [vitt]}}"], "presets.cpu.arms: 'vitt' is not one of .*; did you mean vit"),
+        (["--arms={vit: {recipe: dino, baseline: vid}}"], "arms.vit.baseline: 'vid' is not one of vit"),
         (["--presets={gpu: {}}"], "preset: 'cpu' is not one of gpu"),
         (["--presets={cpu: {options: {nothing: {}}}}"], "presets.cpu.options: 'nothing' is not one of super"),
         (["--probes={segment: {command: segment}}"], "probes.segment.command: 'segment' is not one of fit"),
         (["--probes={a: {command: knn, weights: b}}"], "probes.a.weights: 'b' is not one of train"),
         (["--arms={vit: {recipe: none}}"], "arms.vit.recipe: 'none' is not one of supervised, dino"),
-        (["--measures={a: {title: a, step: b, metric: c}}"], "measures.a.step: 'b' is not one of train, knn"),
+        (["--measures={a: {title: a, step: b, metric: c}}"], "measures.a.step: 'b' is not one of train, "),
         (["--pictures.quality=[top1, top2]"], "pictures.quality: 'top2' is not one of top1, .*mean top1"),
-        (["--pictures.features=a"], "pictures: 'a' is not one of knn"),
+        (
+            ["--probes={a: {command: knn}, b: {command: validate, weights: a, curve: true}}"],
+            "a, whose weights",
+        ),
+        (
+            ["--presets={cpu: {probes: [kn]}}"],
+            "presets.cpu.probes: 'kn' is not one of top1.*; did you mean knn",
+        ),
+        (["--probes.knn.recipes=[other]"], "probes.knn.recipes: 'other' is not one of supervised, dino"),
+        (["--pictures.features=a"], "pictures: 'a' is not one of top1"),
     ],
 )
 def test_a_mistake_in_the_config_is_told(options, message):
@@ -404,7 +509,8 @@ def test_paired_difference_by_hand():
 
 
 def result(arm, seed, **measures):
-    return {"arm": arm, "seed": seed, "measures": measures}
+    curves = {name: {4: value} for name, value in measures.items()}
+    return {"arm": arm, "seed": seed, "measures": measures, "curves": curves, steps.IMAGES: {}}
 
 
 def test_differences_are_of_runs_of_one_seed():
@@ -420,6 +526,30 @@ def test_differences_are_of_runs_of_one_seed():
     assert (found.low, found.high) == pytest.approx((0.075 - half, 0.075 + half))
     assert difference_between("vit", "dino", "top1", results) is None
     assert difference_between("vit", "locat", "knn", results) is None
+
+
+def test_the_course_of_a_difference_has_intervals_over_seeds_and_over_images():
+    rng = np.random.default_rng(0)
+    hits = {name: rng.random((2, 8)) < share for name, share in (("vit", 0.4), ("locat", 0.8))}
+    results = []
+    for arm, of_arm in hits.items():
+        for seed, each in enumerate(of_arm):
+            own = Scores(
+                torch.arange(8), [f"{i}" for i in range(8)], torch.zeros(8), {"top1": torch.tensor(each)}
+            )
+            results.append(result(arm, seed, top1=float(each.mean())))
+            results[-1][steps.IMAGES] = {"top1": {4: packed(own, ["top1"])}}
+    study = study_of("study_digits.yaml", seeds=[0, 1])
+    study = replace(study, measures={"top1": Measure("top-1", "train", "val/top1")}, pictures=Pictures())
+    [place] = course(study, "locat", "top1", results)
+    assert place.epoch == 4
+    assert place.difference == difference_between("vit", "locat", "top1", results)
+    of_images = (hits["locat"].astype(float) - hits["vit"]).mean(0)  # of both seeds
+    drawn = np.random.default_rng(0).integers(8, size=(2000, 8))
+    assert place.over_images == pytest.approx(np.quantile(of_images[drawn].mean(1), [0.025, 0.975]))
+
+    results[-1][steps.IMAGES]["top1"][4]["fingerprint"] = "of other images"
+    assert course(study, "locat", "top1", results)[0].over_images is None
 
 
 def test_words_say_where_nothing_is_shown():
@@ -441,7 +571,8 @@ def test_the_report_compares_seeds(commands, tmp_path):
         for step in study.steps(arm, seed):
             value = 0.5 + 0.1 * seed + 0.2 * (arm == "locat")
             commands.metrics = {TRAIN: {"val/top1": value}, "knn": {"knn/top1_k20": 0.5, "measured": "k-NN"}}
-            steps.run_step(step, tmp_path / arm / f"seed_{seed}", {})
+            record = steps.record_of(tmp_path, arm, seed)
+            steps.run_step(step, tmp_path / arm / f"seed_{seed}", {}, record)
     page = tmp_path / "page.md"
     write_report(page, study, steps.read_results(study, tmp_path), tmp_path, {}, "locat study")
     text = page.read_text()
@@ -463,3 +594,12 @@ def test_charts_have_points_where_they_belong():
     assert set(level.get_ydata()) == {1.0}
     assert line.get_ydata().tolist() == [1.0, 2.0]
     assert axes.get_ylim()[0] == 0
+    places = [
+        Place(2, Difference(0.01, -0.02, 0.04, 3), Interval(0.0, 0.02)),
+        Place(4, Difference(0.03, -inf, inf, 1), None),
+    ]
+    [axes] = differences_figure({"b − a": {"top-1": places}}).axes
+    _, line = axes.lines
+    assert line.get_xydata().tolist() == [[2, 1], [4, 3]]  # percentage points
+    seeds, images = (band.get_paths()[0].get_extents() for band in axes.collections)
+    assert (seeds.y0, seeds.y1, images.y0, images.y1) == (-2, 4, 0, 2)

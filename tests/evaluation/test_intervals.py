@@ -9,6 +9,7 @@ from locat_lightning.evaluation.intervals import (
     RESAMPLES,
     Figures,
     intervals,
+    mean_difference,
     paired_differences,
     resampled_sums,
 )
@@ -154,3 +155,15 @@ def test_errors_are_no_shares_and_better_where_they_are_lower():
     found = paired_differences(a, b)
     assert (found["rmse"].first_better, found["rmse"].second_better) == (2, 1)
     assert (found["delta1"].first_better, found["delta1"].second_better) == (2, 1)
+
+
+def test_a_mean_over_runs_has_an_interval_over_the_images_of_all():
+    pairs = [(areas(seed, wrong=0.2), areas(seed + 10, wrong=0.4)) for seed in (1, 2)]
+    expected = []
+    for drawn in samples(12)[:200]:
+        figures = [[miou(*each.areas[drawn].sum(0).tolist()) for each in pair] for pair in pairs]
+        expected.append(sum(first - second for first, second in figures) / 2)
+    found = mean_difference(pairs, "miou")
+    assert list(found) == pytest.approx(percentiles(expected), abs=0.02)  # of a tenth of the samples
+    [pair] = pairs[:1]
+    assert mean_difference([pair], "miou") == paired_differences(*pair)["miou"].interval

@@ -39,6 +39,11 @@ from tests.methods.runs import (
 )
 
 every_method = pytest.mark.parametrize("name", METHODS)
+LOOKS = ["at every step", "when it saves"]
+# The base decides for all alike when a loss is looked at: one method shows that a later look finds it, too.
+every_method_looks = pytest.mark.parametrize(
+    ("name", "looks"), [*((name, LOOKS[0]) for name in METHODS), ("Dino", LOOKS[1])]
+)
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start")  # a frozen teacher's
 resuming = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -122,6 +127,26 @@ def test_what_is_logged_of_accumulated_batches_is_their_mean(name):
         assert logged["train/loss"] == pytest.approx(sum(losses := record.losses[step]) / len(losses))
     alone = [fit(small(name), [batch]).metrics[0]["train/feature_std"] for batch in batches[:3]]
     assert record.metrics[2]["train/feature_std"] == pytest.approx(sum(alone) / 3)
+
+
+@every_method
+def test_sharpness_aware_steps(name):
+    """Both passes draw the same numbers, and what a step gathers, as a centre's mean, is as without."""
+    batches = [random_batch(4, seed) for seed in range(2)]
+    found = {}
+    for rho in (None, 1e-9, 1.0):
+        task = small(name, sam=rho, backbone_args={"drop_path_rate": 0.3})
+        record = fit(task, batches, accumulate_grad_batches=2)
+        found[rho] = record.metrics[-1]["train/loss"], sum(record.losses) / 2, copied(task)
+    logged, loss, state = found[None]
+    assert loss == pytest.approx(logged)
+    for rho in (1e-9, 1.0):
+        assert found[rho][0] == pytest.approx(logged)
+        for key, value in state.items():
+            if key.endswith(".center"):
+                torch.testing.assert_close(found[rho][2][key], value, msg=key)
+    assert found[1e-9][1] == pytest.approx(loss, abs=1e-5)
+    assert found[1.0][1] > loss + 1e-3
 
 
 @every_method
@@ -233,8 +258,7 @@ def test_the_first_step_after_a_resume_has_its_own_schedule(tmp_path, name):
     assert record.losses == whole.losses[2:]
 
 
-@every_method
-@pytest.mark.parametrize("looks", ["at every step", "when it saves"])
+@every_method_looks
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, looks, name):
     """On a GPU nobody looks at each loss; it comes out when a checkpoint is about to be written."""
     if looks == "when it saves":
@@ -250,9 +274,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, looks, n
     assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
-@every_method
 @pytest.mark.parametrize(
-    "when", [{"every_n_train_steps": 1}, {"every_n_train_steps": 3}, {"every_n_epochs": 1}]
+    ("name", "when"),
+    [
+        *((name, {"every_n_train_steps": 1}) for name in METHODS),
+        # When it is due, the callback decides, which knows no method.
+        ("Dino", {"every_n_train_steps": 3}),
+        ("Dino", {"every_n_epochs": 1}),
+    ],
 )
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, when, name):
     """Though no loss has shown it yet, and nothing is saved on the exception either."""
@@ -311,6 +340,13 @@ def with_sinkhorn(batch, **options):
     return fit(small("Ibot", centering="sinkhorn_knopp"), [batch], **options).losses[0]
 
 
+def sharpness_aware(batches, **options):
+    """The weights after a step of SAM."""
+    task = small("Dino", sam=0.5)
+    fit(task, batches, **options)
+    return copied(task)
+
+
 def in_two_processes(rank, folder):
     """All that is tested of two processes: they take long to start."""
     found = {
@@ -318,14 +354,14 @@ def in_two_processes(rank, folder):
             "digits": of_digits(name, 2, devices=2, strategy="ddp"),
             "nan": {
                 looks: train_until_nan(name, rank, folder / f"{name} {looks}", looks)
-                for looks in ("at every step", "when it saves")
+                for looks in (LOOKS if name == "Dino" else LOOKS[:1])
             },
         }
         for name in METHODS
     }
-    found["sinkhorn"] = with_sinkhorn(
-        part_of(random_batch(6), torch.arange(3 * rank, 3 * rank + 3)), devices=2, strategy="ddp"
-    )
+    own_part = part_of(random_batch(6), torch.arange(3 * rank, 3 * rank + 3))
+    found["sinkhorn"] = with_sinkhorn(own_part, devices=2, strategy="ddp")
+    found["sam"] = sharpness_aware([own_part], devices=2, strategy="ddp")
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -361,8 +397,22 @@ def test_sinkhorn_knopp_balances_over_processes(of_two):
 
 
 @pytest.mark.slow
-@every_method
-@pytest.mark.parametrize("looks", ["at every step", "when it saves"])
+def test_each_process_disturbs_the_weights_by_its_own_gradient(of_two):
+    """As accumulated batches do."""
+    halves = [found["sam"] for found in of_two[1]]
+    assert same(*halves)
+    parts = [part_of(random_batch(6), torch.arange(first, first + 3)) for first in (0, 3)]
+    expected = sharpness_aware(parts, accumulate_grad_batches=2)
+    synchronised = sharpness_aware([random_batch(6)])
+    errors = [
+        sum((halves[0][key] - value).double().square().sum().item() for key, value in each.items())
+        for each in (expected, synchronised)
+    ]
+    assert errors[0] < 0.1 * errors[1]
+
+
+@pytest.mark.slow
+@every_method_looks
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(of_two, name, looks):
     folder, (one, other) = of_two
     assert one[name]["nan"][looks] == other[name]["nan"][looks]

@@ -56,7 +56,8 @@ def test_a_compiled_backbone_keeps_its_names_and_figures(tmp_path, monkeypatch):
     compile_module = torch.nn.Module.compile
     without_compiler = partialmethod(compile_module, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", without_compiler)
-    plain, fast = (trained(tmp_path, compile=compiles) for compiles in (False, True))
+    one_block = BACKBONE | {"depth": 1}
+    plain, fast = (trained(tmp_path, compile=each, backbone_args=one_block) for each in (False, True))
     assert fast.backbone._compiled_call_impl is not None
     assert plain.backbone._compiled_call_impl is None
     assert plain.state_dict().keys() == fast.state_dict().keys()

@@ -1,10 +1,14 @@
 """The heads of a segmentation, and several trained at once, each against one that is trained alone."""
 
+import math
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
+from locat_lightning.nn.decoder import LinearDecoder
 from locat_lightning.tasks.heads import BEST, HeadGrid
 from tests.tasks.test_segmentation import Batches, fit, saved, state, task, trainer, weights_in
 
@@ -47,6 +51,34 @@ def test_the_linear_head_is_that_of_normed_features(tmp_path, weights):
         )
         plain = F.interpolate(module.decoder(torch.cat(tokens, 1)), (20, 16), mode="bilinear")
         torch.testing.assert_close(module(images), plain[..., :18, :13])
+
+
+def test_the_linear_head_drops_whole_features_in_training_alone(tmp_path, weights):
+    """DINOv3's: features of an image are 0 before BatchNorm, and the rate falls to 0 along a cosine."""
+    rates = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    module = task(weights, head="linear", dropout=0.5, decay="cosine", warmup=0.25, lr=0.04)
+    fit(tmp_path, module, callbacks=[Rates()], max_epochs=4)
+    warmup = round(len(rates) / 4)
+    falling = range(len(rates) - warmup)
+    plain = [0.02 * (1 + math.cos(math.pi * step / len(falling))) for step in falling]
+    rising = [0.04 * step / max(1, warmup - 1) for step in range(warmup)]
+    assert rates == pytest.approx(rising + plain)
+    features = torch.rand(2, module.decoder[0].num_features, 3, 3) + 1
+    module.eval()
+    assert torch.equal(module.decoder(features), module.decoder[1](module.decoder[0](features)))
+    module.decoder.train()
+    seen = []
+    module.decoder[0].register_forward_pre_hook(lambda norm, given: seen.append(given[0].flatten(2)))
+    module.decoder(features)
+    dropped = seen[0] == 0
+    assert torch.equal(dropped.all(2), dropped.any(2))
+    assert 0 < dropped.float().mean() < 1
+    assert set(module.decoder.state_dict()) == set(LinearDecoder(4, 2).state_dict())
 
 
 def test_a_trained_backbone_learns_its_norm_where_the_head_reads_it(tmp_path, weights):

@@ -131,11 +131,14 @@ def predicted(trained, tmp_path_factory):
     return directory
 
 
-def test_measured_again_it_says_by_which_protocol(trained, caplog):
+def test_measured_again_it_says_by_which_protocol(trained, caplog, capsys):
     limit = ["--trainer.limit_val_batches", "1", "--pictures.every_n_epochs", "0"]
     main(["validate", "--weights", str(trained / "checkpoints" / "best.ckpt"), *limit, *QUIET])
     final = json.loads((trained / "metrics.json").read_text())["val/miou"]
-    assert f"val/miou {final:.4f} (whole image resized to fit 64 × 64)" in caplog.text
+    said = caplog.text + capsys.readouterr().out
+    assert said.count("val/miou") == 1
+    assert f"val/miou {final:.2%} [" in said
+    assert "(segmentation, whole image resized to fit 64 × 64; 95 % intervals: bootstrap over" in said
     [run] = trained.parents[1].glob("*_validate/version_0")
     record = json.loads((run / "metrics.json").read_text())
     areas = read_table(run / "images.csv")

@@ -116,11 +116,13 @@ ALL_TERMS |= {"gram_weight": 1.0, "gram_start": 1, "gram_warmup": 2, "gram_updat
 CASES = {
     "Classification": classification,
     "Classification, averaged": partial(classification, ema=0.9),
+    "Classification, MixPro and SAM": partial(classification, mixing="mixpro", mixing_prob=1.0, sam=0.1),
     "Segmentation": segmentation,
     "Segmentation, whole": partial(segmentation, train_backbone=True),
     "Segmentation, a grid": partial(segmentation, head="pyramid", lrs=[0.1, 0.01]),
     "Depth": partial(depth, layers=2, steps_without_variance=2),
     **{name: partial(pretraining, name=name) for name in METHODS},
+    "Dino, SAM": partial(pretraining, name="Dino", sam=0.1),
     "Dinov2, all terms": partial(pretraining, name="Dinov2", **ALL_TERMS),
 }
 every_task = pytest.mark.parametrize("case", CASES)

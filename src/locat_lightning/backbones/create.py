@@ -1,13 +1,14 @@
 """Build backbones by timm's name, or from their weights alone."""
 
 import argparse
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from locat_lightning.backbones.locate import LOCATED, add_locat
 from locat_lightning.backbones.weights import (
@@ -25,13 +26,33 @@ from locat_lightning.errors import InputError, near
 from locat_lightning.records import plain
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Build models on the meta device: of shapes alone, in no memory."""
+    with torch.device("meta"), _Unclamped():
+        yield
+
+
+class _Unclamped(TorchFunctionMode):
+    """Leaves out the last step of truncated initial values, for whose shapes torch needs most of the time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return args[0] if func is Tensor.clamp_ else func(*args, **(kwargs or {}))
+
+
 def check_arguments(name: str, arguments: dict[str, Any] | None) -> None:
     """Check that timm knows a model and that it takes these arguments, without memory for its weights.
 
     Models that cannot be built on the meta device are not checked.
     """
     try:
-        with torch.device("meta"):
+        with without_values():
             create_backbone(name, arguments, num_classes=0)
     except (InputError, RuntimeError) as error:
         if "meta" not in str(error):  # torch's message for an operation that needs a tensor's values

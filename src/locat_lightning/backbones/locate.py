@@ -24,7 +24,9 @@ from locat_lightning.nn.refinement import PatchRefinement
 
 Model = TypeVar("Model", bound=nn.Module)
 Kernel = GaussianAugmentation | GaussianMixture
-VARIANTS = {"query_dependent", "isotropic", "learned_alpha", "rotated", "mixture"}  # arguments of a kernel
+# Arguments of a kernel.
+VARIANTS = {"query_dependent", "isotropic", "learned_alpha", "rotated", "mixture"}
+VARIANTS |= {"initial_variance", "initial_alpha"}
 LOCATED = "located"  # registered name of a model to which LocAt was added (see `registry`)
 
 

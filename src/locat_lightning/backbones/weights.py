@@ -3,7 +3,8 @@
 import argparse
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 from zipfile import ZipFile, is_zipfile
@@ -77,6 +78,11 @@ def load_weights(
     missing = sorted(own.keys() - matched.keys() - set(other_shape))
     unexpected = sorted(state.keys() - own.keys())
     summary = f"{weights}: {len(matched)} of the model's {len(own)} tensors matched"
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+    if left := [name for name in unexpected if name.startswith(classifier)] if classifier else []:
+        unexpected = [name for name in unexpected if name not in left]
+        summary += ", without the classifier"
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other_shape)):
         if names:
             summary += f", {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
@@ -192,6 +198,15 @@ def _read(path: Path) -> Any:
     if damaged is not None:
         raise InputError(f"{path} is damaged ({damaged} has another checksum than when it was written)")
     return contents
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over names and values."""
+    digest = sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def contents_of(weights: str) -> dict[str, Any] | None:

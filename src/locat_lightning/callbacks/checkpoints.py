@@ -1,6 +1,6 @@
 """Checkpoints of a run: its best weights, and its last state, from which it resumes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
@@ -29,6 +30,8 @@ class AgreedEnd(SystemExit):
 METRICS = "metrics"  # a checkpoint's key of the results measured last, by name
 SEEN = "images_seen"  # and of how many images of an epoch have been seen, where it has not ended
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of ModelCheckpoint
+# What only a resumed run needs of a checkpoint; the last two are of a moving average of the weights.
+STATES = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "current_model_state", "averaging_state")
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -71,7 +74,15 @@ class Checkpoints(ModelCheckpoint):
     a run is interrupted. This one waits until what follows the batch has been logged and measured: the next
     batch, the next epoch or the end of the run. When a run of several processes ends by an exception, the
     first writes it without the others, which may be anywhere: after a step each has the same state.
+
+    Args:
+        keep: Epochs, counted from 1, after which the weights are kept as `epoch_N.ckpt`, without what a
+            resumed run needs besides.
     """
+
+    def __init__(self, *arguments: Any, keep: Sequence[PositiveInt] = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.keep = keep
 
     _is_stepping = False  # in a step that has not been taken completely
     _last_is_due = False
@@ -162,6 +173,11 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._last_is_due = True
+        if trainer.current_epoch + 1 in self.keep and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Private: Lightning's own checkpoint of weights alone does not hold their average.
+            contents = trainer._checkpoint_connector.dump_checkpoint()
+            file = Path(str(self.dirpath)) / f"epoch_{trainer.current_epoch + 1}.ckpt"
+            trainer.strategy.save_checkpoint({k: v for k, v in contents.items() if k not in STATES}, file)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: see `setup`."""

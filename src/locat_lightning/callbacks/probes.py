@@ -1,29 +1,48 @@
 """k-NN and linear accuracy of the backbone's features during training."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from locat_lightning.callbacks.pictures import giving_up
 from locat_lightning.callbacks.probe import Probe
 from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.timm_sources import Stream
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.feature_files import Row
 from locat_lightning.evaluation.features import Features, extract_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear
+from locat_lightning.evaluation.projector import Projector
 
 __all__ = ["KnnProbe", "LinearProbe"]
 
+THUMBNAIL = 48  # side of the projector's pictures, in pixels
+MOST_POINTS = 10_000
+
 
 class _FeatureProbe(Probe[LabelledData]):
-    """Measure one vector per image, on images with a class each."""
+    """Measure one vector per image, on images with a class each.
+
+    Until the next epoch, features are kept for the other probes of the same images.
+    """
 
     figure = "top-1"
     metrics: tuple[str, ...] = ("top1", "top5")
+
+    def __init__(
+        self, data: LabelledData | None, every_n_epochs: int, images: int | None, seed: int, name: str
+    ) -> None:
+        super().__init__(data, every_n_epochs, images, seed, name)
+        self._kept: list[tuple[LabelledData, str, Sequence[int], Features]] = []  # of images of a split
 
     @abstractmethod
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
@@ -47,18 +66,42 @@ class _FeatureProbe(Probe[LabelledData]):
         return ""
 
     def measure(self, data: LabelledData, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        # Lightning's progress bar is on the screen: rich has no room for a second one.
-        extract = partial(extract_features, autocast_dtype=self._autocast_dtype, progress=False)
-        parts = []
-        for split in ("train", "val"):
-            loader = self.share(data, data.eval_dataloader(split), training=split == "train")
-            found = extract(backbone, loader, device)
-            # Accelerators other than CUDA lack some of the operations.
-            parts.append(found.to(device) if device.type == "cuda" else found)
-        metrics = self.accuracy(*parts)
+        # Accelerators other than CUDA lack some of the operations.
+        parts = [self._features(data, split, backbone, device) for split in ("train", "val")]
+        metrics = self.accuracy(*(part.to(device) if device.type == "cuda" else part for part in parts))
         if len(data.class_names) <= 5:
             metrics.pop("top5")
         return metrics
+
+    def _features(
+        self, data: LabelledData, split: str, backbone: nn.Module, device: torch.device
+    ) -> Features:
+        """Return the features that this or another probe has of these images, or else extract them."""
+        places: Sequence[int] = self._bank if split == "train" else range(len(data.source(split)))
+        trainer: Any = data.trainer
+        for probe in trainer.callbacks:
+            for of, named, chosen, found in probe._kept if isinstance(probe, _FeatureProbe) else ():
+                if _same(of, data) and (named, chosen) == (split, places):
+                    self._kept.append((data, split, places, found))
+                    return found
+        loader = self.share(data, data.eval_dataloader(split), training=split == "train")
+        # Lightning's progress bar is on the screen: rich has no room for a second one.
+        found = extract_features(
+            backbone, loader, device, autocast_dtype=self._autocast_dtype, progress=False
+        )
+        self._kept.append((data, split, places, found))
+        return found
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the features: the backbone changes now."""
+        self._kept.clear()
+
+    on_fit_start = on_train_end = on_train_epoch_start
+
+
+def _same(data: LabelledData, other: LabelledData) -> bool:
+    """Return whether two data modules give the same images."""
+    return data is other or (type(data) is type(other) and data.hparams == other.hparams)
 
 
 class KnnProbe(_FeatureProbe):
@@ -76,6 +119,8 @@ class KnnProbe(_FeatureProbe):
         images: training images in the bank, chosen at random once; null takes all.
         k: number of neighbours that vote.
         temperature: temperature of the votes.
+        points: validation images in TensorBoard's projector, evenly spaced; 0 for no projector.
+        project: when they are written: after the `last` measurement, or after `each`.
         seed: seed of the choice of images.
         name: what precedes the slash in the logged names; several probes need several names.
     """
@@ -90,16 +135,54 @@ class KnnProbe(_FeatureProbe):
         images: PositiveInt | None = 50_000,
         k: PositiveInt = 20,
         temperature: PositiveFloat = 0.07,
+        points: NonNegativeInt = 1000,
+        project: Literal["last", "each"] = "last",
         seed: int = 0,
         name: str = "knn",
     ) -> None:
         super().__init__(data, every_n_epochs, images, seed, name)
+        if points > MOST_POINTS:
+            raise InputError(f"{name}.points is {points:,}: the projector takes at most {MOST_POINTS:,}")
         self.k = k
         self.temperature = temperature
+        self.points, self.project = points, project
+        self.active = points > 0
 
     def accuracy(self, train: Features, val: Features) -> dict[str, float]:
         found = knn_classify(*train[:2], *val[:2], k=(self.k,), temperature=self.temperature)[self.k]
         return {"top1": found.top1, "top5": found.top5}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.project == "each":
+            self._project(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.project == "last":
+            self._project(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    def _project(self, trainer: Trainer) -> None:
+        """Write the features just measured into TensorBoard's projector, with a picture of each image."""
+        writers = [each.experiment for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
+        if not (self.active and writers and trainer.is_global_zero):
+            return
+        for data, _, _, found in (each for each in self._kept if each[1] == "val"):
+            source, names, last = data.source("val"), data.class_names, len(found.indices) - 1
+            assert not isinstance(source, Stream)
+            describe = partial(_row, source.path, names)
+            rows = torch.linspace(0, last, min(self.points, last + 1), dtype=torch.float64).round().long()
+            projector = Projector(THUMBNAIL, len(rows), data.normalisation, describe)
+            with giving_up(self, "points of the projector"), isolate_rng():
+                for batch in data.loader_of("val", found.indices[rows].tolist()):
+                    own = torch.searchsorted(found.indices, batch.indices)
+                    projector.add(batch, found.features[own])
+                for writer in writers:
+                    projector.write(writer, max(0, trainer.global_step - 1))
+
+
+def _row(path_of: Callable[[int], str], names: Sequence[str], position: int, label: int) -> Row:
+    return Row(path_of(position), label, names[label])
 
 
 class LinearProbe(_FeatureProbe):

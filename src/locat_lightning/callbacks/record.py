@@ -102,6 +102,10 @@ class RunRecord(SaveConfigCallback):
         if protocol := summary() if summary else "":
             record["protocol"] = protocol
             line += f"   ({protocol})"
+        record["versions"] = versions()
+        # Of a stream or of data of the user's own there may be no results of single images.
+        if isinstance(results := getattr(pl_module, "results", None), PerImage):
+            record |= Figures(results, "val").record() | {"protocol": _protocol(pl_module)}
         write_json(Path(trainer.default_root_dir) / "metrics.json", record)
         rank_zero_info(f"{line}\n{_where(trainer.default_root_dir)}")
 
@@ -115,19 +119,22 @@ class RunRecord(SaveConfigCallback):
     def _write_results(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         """Write what an evaluation found, with intervals, to `metrics.json`, and of each image to a table."""
         results = getattr(pl_module, "results", None)  # a module of the user's own may have none
-        if not isinstance(results, PerImage) or not trainer.is_global_zero:
-            return
-        figures, summary = Figures(results, split), pl_module.summary()  # type: ignore[operator]
-        shown = [f"{split}/{name} {figures.cell(name)}" for name in figures.values if "iou_" not in name]
-        number = len(results.indices)
-        self._said = f"{'   '.join(shown)}   (95 % intervals, bootstrap over {number:,} images)"
         logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        if not isinstance(results, PerImage) or not trainer.is_global_zero:
+            self._said = "   ".join(f"{name} {value:.4g}" for name, value in logged.items())
+            return
+        figures, protocol = Figures(results, split), _protocol(pl_module)
+        shown = {f"{split}/{name}": figures.cell(name) for name in figures.values if "iou_" not in name}
+        plain = {name: f"{value:.4g}" for name, value in logged.items() if name not in figures.metrics()}
+        number = len(results.indices)
+        self._said = "   ".join(f"{name} {value}" for name, value in (shown | plain).items())
+        self._said += f"   ({protocol}; 95 % intervals: bootstrap over {number:,} images)"
         record: dict[str, Any] = {
             "weights": self.config.get("weights"),
             "seed": self.config.get("seed_everything"),
             **figures.metrics(),
             **{name: value for name, value in logged.items() if isfinite(value)},
-            "protocol": ", ".join(filter(None, [type(pl_module).__name__.lower(), summary])),
+            "protocol": protocol,
             "versions": versions(),
             **figures.record(),
         }
@@ -147,7 +154,7 @@ class RunRecord(SaveConfigCallback):
                 logger.experiment._get_file_writer().add_summary(summary)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """After an evaluation, print its intervals and where its log is, below its table."""
+        """After an evaluation, print what it found, and where its log is."""
         if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
             if self._said:
                 rank_zero_info(self._said)
@@ -211,6 +218,11 @@ class MetricsTable(Logger):
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what a run computes, by name."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def _protocol(module: Any) -> str:
+    """Return what the figures of a task depend on besides weights and images, in words."""
+    return ", ".join(filter(None, [type(module).__name__.lower(), module.summary()]))
 
 
 def _boards(trainer: Trainer) -> list[TensorBoardLogger]:

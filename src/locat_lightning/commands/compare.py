@@ -1,7 +1,9 @@
 """`locat compare`: two models on the same images, and whether their difference may be chance."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from statistics import stdev
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -13,16 +15,24 @@ from locat.runs import claim, printable, write_json
 from locat_lightning.callbacks.record import versions
 from locat_lightning.commands import checks
 from locat_lightning.commands.evaluate import DESCRIPTIONS, evaluate
+from locat_lightning.commands.fit import validate
 from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.commands.track import track
 from locat_lightning.errors import InputError, in_a_line
 from locat_lightning.evaluation.intervals import ERRORS, Paired, paired_differences
-from locat_lightning.evaluation.per_image import TABLE, PerImage, fingerprint, read_table
+from locat_lightning.evaluation.per_image import TABLE, PerImage, fingerprint, read_table, seeds_of
 
 DESCRIPTION = (
     "Compare two models that were measured on the same images: A − B, its 95 % interval (paired bootstrap "
     "over images), and on how many images each is better"
 )
 RECORD = "metrics.json"
+# The commands that measure weights: each returns the run of what it found, in the first process.
+COMMANDS: dict[str, Callable[[list[str]], Path | None]] = {
+    **dict.fromkeys(DESCRIPTIONS, evaluate),
+    "track": track,
+    "validate": validate,
+}
 
 
 class Evaluation(NamedTuple):
@@ -43,7 +53,9 @@ def main(arguments: list[str]) -> None:
     add("a", metavar="A", help=f"{of_runs}; with --protocol, weights")
     add("b", metavar="B", help="the same of another model")
     help_ = "measure the weights first, by this command, which takes all other options"
-    add("--protocol", choices=sorted(DESCRIPTIONS), help=help_)
+    add("--protocol", choices=sorted(COMMANDS), help=help_)
+    help_ = "compare also what was measured by different protocols, on the same images"
+    add("--unlike", action="store_true", help=help_)
     add("--runs", default="runs", help="directory of all runs")
     add("--name", default="compare", help="name of the run")
     given, rest = parser.parse_known_args(arguments[1:])
@@ -54,19 +66,21 @@ def main(arguments: list[str]) -> None:
     pair = [Path(given.a), Path(given.b)]
     if given.protocol:
         options = [*rest, "--runs", given.runs]
-        measured = [evaluate([given.protocol, "--weights", str(each), *options]) for each in pair]
+        measure = COMMANDS[given.protocol]
+        measured = [measure([given.protocol, "--weights", str(each), *options]) for each in pair]
         pair = [run for run in measured if run is not None]  # the first process has them
     elif rest:
         raise InputError(f"locat compare: {rest[0]} is an option of --protocol, which is not given")
     if len(pair) == 2:
-        _compare(_read(pair[0]), _read(pair[1]), Path(given.runs) / given.name)
+        _compare(_read(pair[0]), _read(pair[1]), Path(given.runs) / given.name, unlike=given.unlike)
 
 
-def _compare(a: Evaluation, b: Evaluation, directory: Path) -> None:
+def _compare(a: Evaluation, b: Evaluation, directory: Path, *, unlike: bool) -> None:
     """Print what two evaluations differ by, and write it to a new run in a directory."""
-    if a.protocol != b.protocol:
+    if (differ := _differences(a.protocol, b.protocol)) and not unlike:
         raise InputError(
-            f"{a.run} and {b.run} were measured by different protocols: {a.protocol!r} and {b.protocol!r}"
+            f"{a.run} and {b.run} were measured by different protocols: {differ}; add --unlike to compare "
+            "them nevertheless"
         )
     prints = [fingerprint(each.results) for each in (a, b)]
     if not prints[0]:
@@ -83,9 +97,17 @@ def _compare(a: Evaluation, b: Evaluation, directory: Path) -> None:
     if not found:
         raise InputError(f"{a.run} and {b.run} have no figure in common: measure both with the same options")
     number = len(a.results.indices)
-    heading = f"A − B on {number:,} {a.units}, with 95 % intervals ({a.protocol})"
+    protocol = f"{a.protocol}; but {differ}" if differ else a.protocol
+    heading = f"A − B on {number:,} {a.units}, with 95 % intervals ({protocol})"
     print(f"A: {a.run}\nB: {b.run}\n{heading}")
+    deviations = {
+        name: stdev(found[each].difference for each in own)
+        for name, own in seeds_of(found).items()
+        if name in found and len(own) > 1
+    }
     Console().print(_table(found))
+    for name, deviation in deviations.items():
+        print(f"A − B of {printable(name)}: standard deviation over the seeds {deviation:.2%}")
     run = claim(directory)
     record = {
         "a": str(a.run),
@@ -94,11 +116,22 @@ def _compare(a: Evaluation, b: Evaluation, directory: Path) -> None:
         "images": number,
         "units": a.units,
         "fingerprint": prints[0],
-        "differences": {name: _plain(paired) for name, paired in found.items()},
+        "protocol": protocol,
+        "differences": {
+            name: _plain(paired) | ({"std": deviations[name]} if name in deviations else {})
+            for name, paired in found.items()
+        },
         "versions": versions(),
     }
     write_json(run / RECORD, record)
     print(f"run: {run}")
+
+
+def _differences(a: str, b: str) -> str:
+    """Return the parts of two protocols that differ; nothing if they are equal."""
+    parts = [each.split(", ") for each in (a, b)]
+    own = [", ".join(part for part in parts[i] if part not in parts[1 - i]) for i in (0, 1)]
+    return "" if a == b else f"{own[0]!r} and {own[1]!r}"
 
 
 def _table(found: dict[str, Paired]) -> Table:

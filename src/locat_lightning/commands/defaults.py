@@ -5,17 +5,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_model_config_from_hf
+from torch import nn
 
 from locat import configs
 from locat_lightning.backbones.weights import check_here, read_checkpoint
 from locat_lightning.commands.parsing import decisive_options
 from locat_lightning.commands.sources import check_weights, exported_config, read_record, record_of_run
 from locat_lightning.errors import InputError
-from locat_lightning.records import plain, refused
+from locat_lightning.records import check_like, plain, refused
 
 Kind = Literal["images", "masks", "videos"]  # of data: with labels, with masks, of objects in videos
 GROUPS = ("trainer", "checkpoint", "pictures", "knn", "linear", "retrieval")
+SIZE = 224  # of the images, where neither the weights nor the model say theirs
 # How options of the data are named by timm.
 IMAGES = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolation": "interpolation"}
 SOURCES = {"teacher", "backbone_weights"}  # options of models that say where weights are
@@ -130,6 +133,21 @@ def of_evaluation(kind: Kind, weights: str, typed: set[str]) -> dict[str, Any]:
         images.pop("img_size", None)
     keys = images if kind == "images" else OF_ANY_KIND
     return {f"data.{key}": images[key] for key in keys if key in images}
+
+
+def images_for(weights: str, backbone: nn.Module) -> dict[str, Any]:
+    """Return mean, std and `img_size` of the images that a model is for.
+
+    Where its weights do not say them they are ImageNet's, and the size that the model was built for.
+    """
+    built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or (SIZE, SIZE)
+    own = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD], "img_size": min(built_for)}
+    recorded = of_evaluation("images", weights, {"--data.dataset"})  # whose images are not read
+    known = {key: recorded.get(f"data.{key}", value) for key, value in own.items()}
+    check_like(known, own, weights, "data")
+    if min(known["std"]) <= 0 or not known["img_size"]:
+        raise InputError(f"{weights}: data.std and data.img_size must be above 0")
+    return known
 
 
 def of_data(kind: Kind, recorded: dict[str, Any], typed: Container[str] = ()) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`locat embed`: the features of any folder of images in a file, or in TensorBoard's projector."""
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,23 +7,31 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
 from lightning.fabric import Fabric
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from locat.runs import claim
 from locat_lightning.commands import checks, parsing
-from locat_lightning.commands.evaluate import ConfigOfImages, launched, name_of, parse_with_weights
+from locat_lightning.commands.evaluate import (
+    ConfigOfImages,
+    add_run_options,
+    launched,
+    name_of,
+    parse_with_weights,
+)
+from locat_lightning.commands.measurement import check_images
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData
-from locat_lightning.data.dataset import ImageBatch
+from locat_lightning.data.dataset import ImageBatch, digest_of_images
 from locat_lightning.data.files import Files
 from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.embedding import Waiting, What, embed, embed_images
 from locat_lightning.evaluation.feature_files import Dtype, FeatureFile, Row, check_target
-from locat_lightning.evaluation.features import autocast_type, check_size
+from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.evaluation.projector import Projector
 from locat_lightning.tasks.frozen import reference_to
 
@@ -48,9 +55,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"data set {config.data.dataset!r} is a stream without paths, which embed needs")
     fabric = Fabric(accelerator=config.accelerator, devices=1)
     backbone = launched(config, fabric)
-    advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
     if config.what == "cls":
-        check_size(backbone, data.img_size, fabric.device, advice=advice)
+        check_images(backbone, data, fabric.device)
     if file is None:
         _project(backbone, data, config, fabric.device, directory)
     else:
@@ -74,11 +80,7 @@ def _parser() -> ArgumentParser:
     add("--projector", action="store_true", help="write TensorBoard's projector into a run, instead of --to")
     add("--points", type=PositiveInt, default=2000, help="of the projector, evenly spaced over the data set")
     add("--thumbnail", type=PositiveInt, default=48, help="side of the projector's pictures, in pixels")
-    add("--runs", type=str, default="runs", help="directory of all runs, for the projector")
-    add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
-    add("--accelerator", type=str, default="auto", help="as the trainer's")
-    add("--precision", type=str | None, default=parsing.mixed_precision(), help="as the trainer's")
-    add("--seed", type=NonNegativeInt, default=0, help="seed of random weights")
+    add_run_options(parser, processes=False)
     return parser
 
 
@@ -105,14 +107,13 @@ def _write(backbone: nn.Module, data: ImageData, config: Namespace, device: torc
     side, images = data.img_size, len(source)
     with frozen(backbone), torch.no_grad():
         shape = tuple(embed(backbone, torch.zeros(1, 3, side, side, device=device), config.what).shape[1:])
-    preprocessing = {"img_size": side, **data.resizing, **data.normalisation}
     record = {
         "weights": weights["digest"],
         "what": config.what,
         "precision": str(config.precision),
         "images": images,
-        "paths": _digest(source),
-        "preprocessing": {key: list(v) if isinstance(v, tuple) else v for key, v in preprocessing.items()},
+        "paths": digest_of_images(source),
+        "preprocessing": data.preprocessing,
     }
     notes = {"weights": weights["weights"][-1000:], "what": config.what, "img_size": str(side)}
     options: dict[str, Any] = {"shape": shape, "dtype": config.dtype, "record": record, "notes": notes}
@@ -130,8 +131,9 @@ def _write(backbone: nn.Module, data: ImageData, config: Namespace, device: torc
         try:
             clock = _embed(backbone, data, config, device, range(rows.start, images), add)
         except (SystemExit, KeyboardInterrupt):
-            done = f"{rows.rows:,} of {images:,} images are done"
-            print(f"{done}: the same command continues", file=sys.stderr)
+            done = f"{rows.rows:,} of {images:,} images are done: the same command continues"
+            none = f"interrupted before any of {images:,} images was done: the same command begins again"
+            print(done if rows.rows else none, file=sys.stderr)
             raise
         written = rows.finish(_describe(data, source))
         size = " × ".join(map(str, (rows.rows, *shape)))
@@ -148,7 +150,8 @@ def _project(
     projector = Projector(config.thumbnail, count, data.normalisation, _describe(data, source))
     clock = _embed(backbone, data, config, device, places, projector.add)
     run = claim(directory)
-    projector.write(run)
+    with SummaryWriter(str(run)) as writer:
+        projector.write(writer)
     print(f"{config.what} of {count:,} images\nrun: {run}\nlook: tensorboard --logdir {run}")
     _print_pace(clock, count)
 
@@ -186,14 +189,6 @@ def _describe(data: ImageData, source: Any) -> Callable[[int, int], Row]:
         return Row(path, classes.get(folder(path), -1), folder(path))
 
     return describe
-
-
-def _digest(source: Any) -> str:
-    """Return a digest of the paths of all images, in their order."""
-    digest = hashlib.sha256()
-    for index in range(len(source)):
-        digest.update(f"{source.path(index)}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def _print_pace(clock: Waiting, images: int) -> None:

@@ -1,35 +1,32 @@
 """`locat knn`, `linear`, `retrieve` and `robustness`: how good a model is, or its features, as it stands."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from locat.runs import claim
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role, contents_of
 from locat_lightning.commands import checks, parsing, sources
+from locat_lightning.commands.accuracy import add_knn_options, add_linear_options, measure_knn, measure_linear
 from locat_lightning.commands.datasets import ending_of, options_of, show_together
 from locat_lightning.commands.defaults import Kind, of_data, of_evaluation
-from locat_lightning.commands.measurement import Measurement, columns, report
+from locat_lightning.commands.measurement import Measurement, report
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.retrieval import add_retrieval_options, retrieve
 from locat_lightning.commands.robustness import measure_robustness
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.features import Features, autocast_type, check_size, extract_features
-from locat_lightning.evaluation.intervals import Figures
-from locat_lightning.evaluation.knn import knn_ranks
-from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
-from locat_lightning.evaluation.per_image import Scores, names_of
+from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.evaluation.robustness import Robustness
 from locat_lightning.tasks.segmenter import holds_segmentation, load_segmenter
 
@@ -76,9 +73,6 @@ def evaluate(arguments: list[str]) -> Path | None:
     model = launched(config, fabric, load)
     measured, run = dict[str, Measurement](), None
     for dataset, data in images.items():
-        if isinstance(data, ImageData):
-            advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
-            check_size(model, data.img_size, fabric.device, advice=advice)
         measured[dataset] = measurement = MEASURES[command](model, data, config, fabric)
         if fabric.is_global_zero:
             place = directory.with_name(directory.name + ending_of(dataset)) if dataset else directory
@@ -105,9 +99,13 @@ def launched(config: Namespace, fabric: Fabric, load: Callable[..., nn.Module] =
     """Launch the processes, and return the model on the device of this one; `load` is as `load_backbone`."""
     fabric.launch()
     fabric.seed_everything(config.seed, verbose=False)
+    return loaded(config.weights, config, load).to(fabric.device)
+
+
+def loaded(weights: str, config: Namespace, load: Callable[..., nn.Module] = load_backbone) -> nn.Module:
+    """Return the model of these weights, by the options that say which it is; `load`: as `load_backbone`."""
     network: Role = "student" if config.student else "teacher"
-    model = config.weights, config.backbone, config.backbone_args
-    return load(*model, network=network, any_size=True).to(fabric.device)
+    return load(weights, config.backbone, config.backbone_args, network=network, any_size=True)
 
 
 def _data(parser: ArgumentParser, config: Namespace) -> dict[str, ImageData | SegmentationData]:
@@ -169,14 +167,10 @@ def _parser(command: str, *, masks: bool) -> ArgumentParser:
         parser.add_class_arguments(ImageData, "data")
         # The linear protocol crops and flips, no more.
         parser.set_defaults({"data.auto_augment": None, "data.color_jitter": 0.0, "data.random_erasing": 0.0})
-    if command in ("knn", "linear"):
-        help_ = "measure on each of these instead: folders, digits, or timm's names; one table, a run each"
-        add("--datasets", type=str, nargs="+", default=None, help=help_)
     if command == "retrieve":
         add_retrieval_options(parser)
     if command == "knn":
-        add("--k", type=PositiveInt, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
-        add("--temperature", type=PositiveFloat, default=0.07, help="of the votes, exp(cosine / temperature)")
+        add_knn_options(parser)
     if command == "robustness":
         parser.add_class_arguments(Robustness, skip={"seed"})
         if masks:
@@ -185,95 +179,23 @@ def _parser(command: str, *, masks: bool) -> ArgumentParser:
             help_ = "where the frozen backbone of the decoder is, if it has moved"
             add("--backbone_weights", type=str | None, default=None, help=help_)
     if command == "linear":
-        help_ = "paper: SGD on augmented images; sweep: many learning rates, on features extracted once"
-        add("--protocol", type=Literal["paper", "sweep"], default="paper", help=help_)
-        add("--epochs", type=PositiveInt, default=100, help="passes over the training images")
-        add("--learning_rate", type=PositiveFloat, default=0.001, help="of paper, for 256 images a step")
-        rates, help_ = list(DINOV2_LEARNING_RATES), "of sweep, for 256 features a step"
-        add("--learning_rates", type=PositiveFloat, nargs="+", default=rates, help=help_)
-        add("--sweep_batch_size", type=PositiveInt, default=1024, help="features per step of the sweep")
+        add_linear_options(parser)
     add_run_options(parser)
     return parser
 
 
-def add_run_options(parser: ArgumentParser) -> None:
-    """Add options of where a measurement is computed and written."""
+def add_run_options(parser: ArgumentParser, *, processes: bool = True, precision: bool = True) -> None:
+    """Add options of where a measurement is computed and written, perhaps by several processes."""
     add = parser.add_argument
     add("--runs", type=str, default="runs", help="directory of all runs")
     add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
     add("--accelerator", type=str, default="auto", help="as the trainer's")
-    add("--devices", type=int | str, default=1, help="as the trainer's")
-    add("--strategy", type=str, default="auto", help="as the trainer's")
-    add("--precision", type=str | None, default=parsing.mixed_precision(), help="as the trainer's")
+    if processes:
+        add("--devices", type=int | str, default=1, help="as the trainer's")
+        add("--strategy", type=str, default="auto", help="as the trainer's")
+    if precision:
+        add("--precision", type=str | None, default=parsing.mixed_precision(), help="as the trainer's")
     add("--seed", type=NonNegativeInt, default=0, help="seed of everything that is drawn")
-
-
-def _knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
-    bank, queries = (_features(backbone, data, split, config, fabric) for split in ("train", "val"))
-    found = knn_ranks(*bank[:2], *queries[:2], k=config.k, temperature=config.temperature)
-    hits = dict[str, Tensor]()
-    for k, (neighbours, ranks) in found.items():
-        hits |= {f"top1_k{k}": ranks < 1, f"top5_k{k}": ranks < min(5, neighbours)}
-    figures = Figures(_scores(data, queries, hits), "knn")
-    rows, table = list[tuple[str, ...]](), columns("k", "top-1", "top-5")
-    for k, (neighbours, _) in found.items():
-        voters = f"{k}" if neighbours == k else f"{k} (all {neighbours})"
-        rows.append((voters, figures.cell(f"top1_k{k}"), figures.cell(f"top5_k{k}")))
-        table.add_row(*rows[-1])
-    heading = f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}"
-    protocol = f"k-NN at temperature {config.temperature:g} among {len(bank.labels):,} images"
-    return Measurement(heading, table, figures.metrics(), protocol, figures, rows)
-
-
-def _linear(backbone: nn.Module, data: ImageData, config: Namespace, fabric: Fabric) -> Measurement:
-    val = _features(backbone, data, "val", config, fabric)
-    if config.protocol == "paper":
-        number, rates = len(data.source("train")), [config.learning_rate]
-        images = min(data.batch_size * fabric.world_size, number)
-        result = train_linear(
-            backbone,
-            data.train_dataloader(),
-            val,
-            fabric.device,
-            num_classes=data.num_classes,
-            batch_size=images,
-            epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-            autocast_dtype=autocast_type(config.precision),
-        )
-        sweep, manner = LinearSweep((result,)), f"{images} augmented images a step"
-    else:
-        train = _features(backbone, data, "train", config, fabric)
-        number, rates = len(train.labels), config.learning_rates
-        sweep = sweep_linear(
-            *train[:2],
-            *val[:2],
-            learning_rates=rates,
-            epochs=config.epochs,
-            batch_size=config.sweep_batch_size,
-            seed=config.seed,
-            progress=fabric.is_global_zero,
-        )
-        features = min(config.sweep_batch_size, number)
-        manner = f"{features} features a step, best top-1 {sweep.best.top1:.2%}"
-    best, hits = sweep.best, {"top1": sweep.best.ranks < 1, "top5": sweep.best.ranks < 5}
-    several = len(sweep.results) > 1
-    for r in sweep.results if several else ():
-        hits |= {f"top1_rate{r.learning_rate:g}": r.ranks < 1, f"top5_rate{r.learning_rate:g}": r.ranks < 5}
-    figures = Figures(_scores(data, val, hits), "linear")
-    rows, table = list[tuple[str, ...]](), columns("learning rate", "effective", "top-1", "top-5")
-    for r in sweep.results:
-        ending = f"_rate{r.learning_rate:g}" if several else ""
-        tops = figures.cell(f"top1{ending}"), figures.cell(f"top5{ending}")
-        rows += [(f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *tops)]
-        table.add_row(*rows[-1])
-    heading = f"linear, {config.protocol}: {config.epochs} epochs, {manner}"
-    listed = ", ".join(f"{rate:g}" for rate in rates)
-    protocol = f"linear, {config.protocol}, {config.epochs} epochs of {number:,} images at {listed}"
-    metrics = figures.metrics() | {"linear/learning_rate": best.learning_rate}
-    of_best = [row for row, r in zip(rows, sweep.results, strict=True) if r is best]
-    return Measurement(heading, table, metrics, protocol, figures, of_best)
 
 
 def _robustness(
@@ -284,23 +206,11 @@ def _robustness(
 
 
 MEASURES: dict[str, Callable[..., Measurement]] = {
-    "knn": _knn,
-    "linear": _linear,
+    "knn": measure_knn,
+    "linear": measure_linear,
     "retrieve": retrieve,
     "robustness": _robustness,
 }
-
-
-def _features(
-    backbone: nn.Module, data: ImageData, split: str, config: Namespace, fabric: Fabric
-) -> Features:
-    loader, dtype = data.eval_dataloader(split), autocast_type(config.precision)
-    return extract_features(backbone, loader, fabric.device, autocast_dtype=dtype).to(fabric.device)
-
-
-def _scores(data: ImageData, of: Features, hits: Mapping[str, Tensor]) -> Scores:
-    """Return hits [N] by name as results of the validation images."""
-    return Scores(of.indices, names_of(data, "val", of.indices.tolist()), of.labels.cpu(), hits)
 
 
 def name_of(weights: str) -> str:

@@ -156,6 +156,8 @@ def _of_run(run: dict[str, Any], weights: Path) -> dict[str, dict[str, Any]]:
         "Data": {key: value for key, value in told.items() if value is not None},
         "Recipe": {key: value for key, value in recipe.items() if value not in (None, -1)},
         "Metrics (at the end of the run, and the best)": {
-            key: f"{value:.4g}" if isinstance(value, float) else value for key, value in metrics.items()
+            key: f"{value:.4g}" if isinstance(value, float) else value
+            for key, value in metrics.items()
+            if not isinstance(value, dict | list)
         },
     }

@@ -41,7 +41,7 @@ from locat_lightning.tasks.sharding import ShardedStrategy
 
 # Arguments of the trainer's methods that are not options.
 NO_OPTIONS = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
-NO_OPTIONS |= {"weights_only", "return_predictions"}
+NO_OPTIONS |= {"weights_only", "return_predictions", "verbose"}
 HELP_TO_OPTIONS = (
     "The options of model and data are those of their class: see locat fit --model.help Classification (or "
     "Dino, Segmentation) and locat fit --data.help ImageData (or MultiViewData, SegmentationData)."
@@ -258,10 +258,17 @@ class LocatCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit":
             return kwargs | {"ckpt_path": self._resume_from, "weights_only": True}
-        return kwargs | {"return_predictions": False} if subcommand == "predict" else kwargs
+        own = "return_predictions" if subcommand == "predict" else "verbose"  # RunRecord prints the results
+        return kwargs | {own: False}
 
 
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat fit …`, `validate`, `test` or `predict`."""
     LocatCLI(arguments)
+
+
+def validate(arguments: list[str]) -> Path | None:
+    """Run `locat validate …`, and return the directory of its run, in the first process."""
+    trainer = LocatCLI(arguments).trainer
+    return Path(trainer.default_root_dir) if trainer.is_global_zero else None

@@ -5,12 +5,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
+from torch import nn
 
 from locat.runs import write_json
 from locat_lightning.callbacks.record import versions
+from locat_lightning.data import ImageData
+from locat_lightning.evaluation.features import autocast_type, check_size
 from locat_lightning.evaluation.intervals import Figures
 from locat_lightning.evaluation.iou import IoU
 from locat_lightning.evaluation.per_image import TABLE, write_table
@@ -55,3 +59,22 @@ def report(measurement: Measurement, run: Path, *, alone: bool = True, **known: 
 def columns(*names: str) -> Table:
     """Return a table without rows, all columns aligned to the right."""
     return Table(*(Column(name, justify="right") for name in names))
+
+
+def protocol_of(*parts: str, precision: str | None) -> str:
+    """Return a protocol of these parts, and of half precision if that is what features are computed in."""
+    half = autocast_type(precision)
+    return ", ".join([*parts, *([f"in {half}".replace("torch.", "")] if half else [])])
+
+
+def shape_of(data: ImageData) -> str:
+    """Say which part of an image a model is shown, and at what size."""
+    how = data.preprocessing
+    side, share = how["img_size"], how["crop_pct"]
+    return f"{side} × {side} px, {how['interpolation']}, crop {share:g}"
+
+
+def check_images(backbone: nn.Module, data: ImageData, device: torch.device) -> None:
+    """Check that a backbone takes images of the data's size: `InputError` if not."""
+    advice = f"set --data.img_size, or --backbone_args.img_size {data.img_size}"
+    check_size(backbone, data.img_size, device, advice=advice)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -123,8 +124,11 @@ def parse(
     """Parse arguments, of which the first is a command if there is a `subparser`.
 
     An option that does not exist is answered with those that are similar; a mistake in one of the `recorded`
-    arguments, which nobody typed, says where it comes from.
+    arguments, which nobody typed, says where it comes from. Without a `subparser`, an option that takes a
+    list takes several words as well (`join_words`).
     """
+    if subparser is None:
+        arguments = join_words(parser, arguments)
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
@@ -138,6 +142,35 @@ def parse(
         if mistake is error:
             raise
         raise mistake from error
+
+
+def join_words(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """Write the words after an option that takes a list as one list: `--k 10 20` becomes `--k=[10, 20]`."""
+    # Private: there is no other list of the options' types.
+    types = {name: _alternatives(each) for each in parser._actions for name in each.option_strings}
+    joined, rest = list[str](), list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        lists = [each for each in types.get(option, ()) if get_origin(each) in (list, Sequence, tuple)]
+        words = [value] if equals else []
+        while lists and not equals and rest and not re.match(r"-(?![\d.])", rest[0]):
+            words.append(rest.pop(0))
+        if not lists or not words:
+            joined.append(option + equals + value)
+            continue
+        others = {get_origin(each) for each in types[option] if each is not type(None)} - {list, Sequence}
+        text = " ".join(words)
+        if not (text.lstrip().startswith("[") or (len(words) == 1 and (others or text == "null"))):
+            quote = str in get_args(lists[0])
+            text = f"[{', '.join(_as_text([word])[1:-1] if quote else word for word in words)}]"
+        joined.append(f"{option}={text}")
+    return joined
+
+
+def _alternatives(action: Any) -> tuple[Any, ...]:
+    """Return the types of which an option takes one."""
+    kind = getattr(action, "_typehint", None)
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _unknown_option(parser: ArgumentParser, arguments: list[str]) -> InputError | None:
@@ -174,7 +207,7 @@ def _known_options(parser: ArgumentParser, arguments: list[str]) -> tuple[set[st
 def _similar(option: str, known: set[str]) -> str:
     """Suggest options with the same last segment or the same meaning; without one, of a similar name."""
     last = option.rpartition(".")[2].lstrip("-")
-    names = sorted(name for name in known if not name.endswith((".help", ".class_path")))
+    names = sorted(name for name in known if not name.endswith((".help", ".class_path", "+")))
     same = [name for name in names if name == ALIASES.get(last)]
     same += [name for name in names if name.endswith((f".{last}", f"--{last}"))]
     return f"; did you mean {', '.join(same[:3])}?" if same else near(option, names)

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from torch import nn
 
 from locat_lightning.backbones.weights import contents_of
-from locat_lightning.commands.measurement import Measurement
+from locat_lightning.commands.measurement import Measurement, check_images, protocol_of, shape_of
 from locat_lightning.data import ImageData, SegmentationData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import autocast_type
@@ -60,10 +60,13 @@ def measure_robustness(
         results = ConditionAreas(counted.indices, names, data.class_names, areas)
     else:
         figure = "top1"
+        check_images(model, data, fabric.device)
+        protocol += f", {shape_of(data)}"
         ranked = rank_perturbed(model, data.eval_dataloader("val"), fabric.device, settings, **options)
         names, conditions = names_of(data, "val", ranked.indices.tolist()), [*ranked.ranks]
         hits = {condition.named(figure): ranks < 1 for condition, ranks in ranked.ranks.items()}
         results = Scores(ranked.indices, names, ranked.labels, hits)
+    protocol = protocol_of(protocol, precision=config.precision)
     figures = Figures(results, "robustness")
     heading = f"robustness: {len(results.indices):,} images, {protocol}"
     table = _table(conditions, settings.temperatures, figures, figure)

@@ -7,22 +7,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from lightning.fabric import Fabric
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import normalize, to_tensor
 
 from locat.runs import claim
 from locat_lightning import structure
-from locat_lightning.backbones.create import load_backbone
-from locat_lightning.backbones.weights import Role
 from locat_lightning.commands import checks, parsing, sources
-from locat_lightning.commands.defaults import of_evaluation
-from locat_lightning.commands.evaluate import name_of
+from locat_lightning.commands.defaults import images_for
+from locat_lightning.commands.evaluate import add_run_options, loaded, name_of
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.decoding import read_image, reason
@@ -38,7 +35,6 @@ from locat_lightning.inspection import (
     layers_with_kernels,
     shared_pca_colours,
 )
-from locat_lightning.records import check_like
 
 DESCRIPTION = (
     "Draw what a model makes of images: a PNG for each kind of picture, a row for each image, several models "
@@ -46,7 +42,6 @@ DESCRIPTION = (
 )
 Kind = Literal["kernels", "attention", "pca", "similarity", "clusters", "foreground", "matches"]
 BY_DEFAULT: list[Kind] = ["kernels", "attention", "pca"]
-SIZE = 224  # of the images, where the weights and the model do not say theirs
 MOST_PATCHES = 4096  # of an image: kernels and cuts are numbers for each pair of them
 MOST_PAIRS = 2**28  # of patches, in all images: 1 GiB for each block whose kernels are drawn
 MOST_IMAGES = 32
@@ -66,8 +61,9 @@ def main(arguments: list[str]) -> None:
     """Run `locat show …`."""
     # `--weights` takes several words, and would take the images that follow.
     words = [each for each in arguments[1:] if not each.startswith("-")]
-    files = [each for each in words if each.lower().endswith(IMG_EXTENSIONS)]
+    files = [each for each in words if each.lower().endswith(IMG_EXTENSIONS) or _images_in(each)]
     config = parsing.parse(_parser(), [*files, *(each for each in arguments[1:] if each not in files)])
+    config.images = [file for each in config.images for file in _images_in(each) or [each]]
     kinds = _kinds(config)
     checks.check_name(config.name)
     for weights in config.weights:
@@ -97,12 +93,12 @@ def main(arguments: list[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = parsing.command_parser("show", DESCRIPTION)
     add = parser.add_argument
-    add("images", nargs="*", help=f"files ending in {', '.join(IMG_EXTENSIONS)}")
+    add("images", nargs="*", help=f"files ending in {', '.join(IMG_EXTENSIONS)}, or folders of such files")
     help_ = "of one model or several: a checkpoint, a file, an exported folder, a timm name, 'random'"
-    add("--weights", type=str, nargs="+", required=True, help=help_)
+    add("--weights", type=list[str], required=True, help=help_)
     parsing.add_backbone_options(parser)
     help_ = f"what to draw; by default {', '.join(BY_DEFAULT)}, and similarity if there is a --patch"
-    add("--what", type=Kind, nargs="+", default=None, help=help_)
+    add("--what", type=list[Kind] | None, default=None, help=help_)
     add("--patch", type=str | None, default=None, help="x,y: a pixel of the first image, for similarity")
     help_ = "shorter side of the images in pixels, as models take them; by default each model's own"
     add("--img_size", type=PositiveInt | None, default=None, help=help_)
@@ -112,11 +108,16 @@ def _parser() -> ArgumentParser:
     add("--lines", type=PositiveInt, default=50, help="most matches that are drawn between two images")
     help_ = "cosine above which two patches are alike, for foreground"
     add("--threshold", type=ClosedUnitInterval, default=structure.THRESHOLD, help=help_)
-    add("--runs", type=str, default="runs", help="directory of all runs")
-    add("--name", type=str | None, default=None, help="name of the run; by default from the weights")
-    add("--accelerator", type=str, default="auto", help="as the trainer's")
-    add("--seed", type=NonNegativeInt, default=0, help="seed of random weights and of k-means")
+    add_run_options(parser, processes=False, precision=False)
     return parser
+
+
+def _images_in(folder: str) -> list[str]:
+    """Return the image files in a folder, by name; none of what is no folder."""
+    if not Path(folder).is_dir():
+        return []
+    names = sorted(each.name for each in Path(folder).iterdir() if not each.name.startswith("."))
+    return [str(Path(folder, name)) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
 
 
 def _kinds(config: Namespace) -> list[Kind]:
@@ -124,7 +125,8 @@ def _kinds(config: Namespace) -> list[Kind]:
     if not config.images:
         raise InputError(f"locat show needs images: files ending in {', '.join(IMG_EXTENSIONS)}")
     if len(config.images) > MOST_IMAGES:
-        raise InputError(f"locat show draws at most {MOST_IMAGES} images, not {len(config.images)}")
+        number = len(config.images)
+        raise InputError(f"locat show draws at most {MOST_IMAGES} images, not {number:,}: name some of them")
     kinds: list[Kind] = config.what or [*BY_DEFAULT, *(["similarity"] if config.patch else [])]
     if "similarity" in kinds and config.patch is None:
         raise InputError("--what similarity needs --patch x,y: a pixel of the first image")
@@ -136,6 +138,8 @@ def _kinds(config: Namespace) -> list[Kind]:
 def _read(file: str) -> Image.Image:
     try:
         return read_image(file)
+    except IsADirectoryError as error:
+        raise InputError(f"{file} is a folder without images in it: name image files") from error
     except Exception as error:  # decoders raise anything
         raise InputError(f"cannot read image {file}: {reason(error)}") from error
 
@@ -155,14 +159,11 @@ def _place(patch: str | None, image: Image.Image, file: str) -> tuple[float, flo
 
 
 def _show_to(weights: str, images: list[Image.Image], config: Namespace, device: torch.device) -> Model:
-    network: Role = "student" if config.student else "teacher"
-    model = sources.local_dir(weights), config.backbone, config.backbone_args
-    backbone = load_backbone(*model, network=network, any_size=True).to(device)
-    patches: Any = getattr(backbone, "patch_embed", None)
-    own = getattr(patches, "img_size", None) or (SIZE, SIZE)
-    known = _known_of(weights, size=min(own))
+    backbone = loaded(sources.local_dir(weights), config).to(device)
+    known = images_for(weights, backbone)
     size = config.img_size or known["img_size"]
-    fixed = own if getattr(patches, "strict_img_size", False) else None
+    patches: Any = getattr(backbone, "patch_embed", None)
+    fixed = patches.img_size if getattr(patches, "strict_img_size", False) else None
     side, _ = padded_size(backbone, (1, 1))
     sizes = [fixed or _whole_patches(image, size, side) for image in images]
     counts = [height * width // side**2 for height, width in sizes]
@@ -177,17 +178,6 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
     with frozen(backbone), torch.no_grad():
         maps = [patch_features(backbone, each)[0].cpu() for each in inputs]
     return Model(backbone, inputs, maps)
-
-
-def _known_of(weights: str, size: int) -> dict[str, Any]:
-    """Return mean, std and size of the images that weights are for; by default ImageNet's, and `size`."""
-    own = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD], "img_size": size}
-    recorded = of_evaluation("images", weights, {"--data.dataset"})  # whose images are not read
-    known = {key: recorded.get(f"data.{key}", value) for key, value in own.items()}
-    check_like(known, own, weights, "data")
-    if min(known["std"]) <= 0 or not known["img_size"]:
-        raise InputError(f"{weights}: data.std and data.img_size must be above 0")
-    return known
 
 
 def _whole_patches(image: Image.Image, size: int, side: int) -> tuple[int, int]:
@@ -244,7 +234,11 @@ def _columns(
     if kind == "clusters":
         clusters = structure.cluster_patches(model.maps, config.clusters, config.seed)
         return looks.clusters_of(shown, clusters, distinct_colours(config.clusters))
-    return looks.foreground_of(shown, [structure.cut_foreground(m, config.threshold) for m in model.maps])
+    cuts = [structure.cut_foreground(each, config.threshold) for each in model.maps]
+    for file, cut in zip(config.images, cuts, strict=True):
+        if not cut.mask.any():
+            print(f"foreground of {file}: no cut found; lower or raise --threshold ({config.threshold:g})")
+    return looks.foreground_of(shown, cuts)
 
 
 def _distinct(names: list[str]) -> list[str]:

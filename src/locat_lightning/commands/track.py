@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from locat.runs import claim
 from locat_lightning.commands import parsing
 from locat_lightning.commands.evaluate import ConfigOfImages, add_run_options, launched, prepared
-from locat_lightning.commands.measurement import Measurement, columns, report
+from locat_lightning.commands.measurement import Measurement, columns, protocol_of, report
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data.videos import VideoData, palette_of
 from locat_lightning.evaluation.dense import padded_size
@@ -31,6 +31,11 @@ DESCRIPTION = (
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
     """Run `locat track …`."""
+    track(arguments)
+
+
+def track(arguments: list[str]) -> Path | None:
+    """Run the command, and return the directory of its run, in the first process."""
     command, *arguments = arguments
     parser = _parser(command)
     config, directory, fabric = prepared(command, parser, arguments)
@@ -40,8 +45,9 @@ def main(arguments: list[str]) -> None:
     backbone = launched(config, fabric)
     run = Path(fabric.broadcast(str(claim(directory)) if fabric.is_global_zero else ""))
     measurement = _track(backbone, data, config, fabric, run / "masks")
-    if fabric.is_global_zero:
-        report(measurement, run, weights=config.weights, seed=config.seed)
+    if not fabric.is_global_zero:
+        return None
+    return report(measurement, run, weights=config.weights, seed=config.seed)
 
 
 def _parser(command: str) -> ArgumentParser:
@@ -86,10 +92,11 @@ def _track(
         write=write,
         autocast_dtype=autocast_type(config.precision),
     )
-    protocol = (
+    protocol = protocol_of(
         f"video object segmentation, videos of {data.year}, {data.resolution} resized to a short side of "
         f"{data.short_side}, first frame and {settings.previous} before, radius {settings.radius}, "
-        f"{settings.neighbours} neighbours at temperature {settings.temperature:g}"
+        f"{settings.neighbours} neighbours at temperature {settings.temperature:g}",
+        precision=config.precision,
     )
     table = columns("video", "objects", "J", "F", "J&F")
     if not found:

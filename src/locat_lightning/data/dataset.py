@@ -4,6 +4,8 @@ import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -96,3 +98,17 @@ class Images(Dataset):
     def transformed(self, image: Image.Image, label: Any) -> tuple[Any, Any]:
         """Transform an image, and its label if the transform changes that too."""
         return self.transform(image), label
+
+
+def digest_of_images(source: Source) -> str:
+    """Return a digest of the images' names, in their order, and of the size and time of their files."""
+    digest = sha256()
+    for index in range(len(source)):
+        path = source.path(index)
+        try:
+            file = Path(path).stat()
+            words = f"{path}\0{file.st_size}\0{file.st_mtime_ns}\0"
+        except OSError:  # no file, or it cannot be read
+            words = f"{path}\0"
+        digest.update(words.encode(errors="surrogateescape"))
+    return digest.hexdigest()

@@ -77,6 +77,12 @@ class LabelledData(ImageModule[Source | Stream]):
             )
         return known
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What decides `eval_transform`, as plain JSON."""
+        numbers = {key: list(value) for key, value in self.normalisation.items()}
+        return {"img_size": self.img_size, **self.resizing, **numbers}
+
     def prepare_data(self) -> None:
         if self.download and self.dataset not in ("folder", "digits"):
             for split in ("train", "val"):

@@ -4,7 +4,6 @@ Until `TO` is whole, `TO.part/` holds the rows computed so far (a header's room,
 memory), for each row its image's position and label, and a record of what is computed.
 """
 
-import csv
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
-from locat.runs import lock, replaced, unlock, write_json
+from locat.runs import lock, unlock, write_csv, write_json
 from locat_lightning.errors import InputError
 
 Dtype = Literal["float16", "float32"]
@@ -184,7 +183,7 @@ class FeatureFile:
             self._features.write(self._header())
             _flush(self._features)
             beside = self.file.with_suffix(".csv")
-            _write_csv(beside, table)
+            write_csv(beside, HEADER, table)
             (self.part / "features").replace(self.file)
             written = [self.file, beside]
         shutil.rmtree(self.part)
@@ -249,17 +248,6 @@ def check_target(file: Path, *, overwrite: bool) -> None:
             raise InputError(f"--to: {each} exists: give another name, or add --overwrite")
     if file.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise InputError("--to: parquet needs pyarrow: pip install 'locat-lightning[parquet]', or write .npy")
-
-
-def _write_csv(file: Path, table: Iterator[Row]) -> None:
-    """Write the table of all rows; paths are written in the bytes of the file system, all else in UTF-8."""
-    with (
-        replaced(file) as part,
-        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened,
-    ):
-        writer = csv.writer(opened)
-        writer.writerow(HEADER)
-        writer.writerows(table)
 
 
 def _utf8(path: str) -> str:

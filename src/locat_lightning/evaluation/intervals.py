@@ -1,5 +1,6 @@
 """Confidence intervals of a figure and of a difference of two: the bootstrap over images."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,6 +116,24 @@ def paired_differences(first: PerImage, second: PerImage, *, seed: int = 0) -> d
             better = reversed(more) if name in ERRORS else more
             found[name] = Paired(*values, values[0] - values[1], Interval(*ends), *better)
     return {name: found[name] for name in whole[0] if name in found}
+
+
+def mean_difference(
+    pairs: Sequence[tuple[PerImage, PerImage]], figure: str, *, seed: int = 0
+) -> Interval | None:
+    """Return the 95 % interval of the mean of first - second over pairs of results, all on the same images.
+
+    Each bootstrap sample (see `intervals`) has the same images of all results. The interval is for other
+    images, and says nothing of other runs. None if the figure is not a number in any sample.
+    """
+    results = [each for pair in pairs for each in pair]
+    statistics = [each.statistics() for each in results]
+    sums = resampled_sums(torch.cat(statistics, 1), seed=seed).split(
+        [each.shape[1] for each in statistics], 1
+    )
+    found = [each.figures(part, len(statistics[0]))[figure] for each, part in zip(results, sums, strict=True)]
+    ends = _percentiles((torch.stack(found[::2]) - torch.stack(found[1::2])).mean(0))
+    return Interval(*ends) if ends else None
 
 
 def resampled_sums(statistics: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:

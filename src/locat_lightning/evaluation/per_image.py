@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -12,13 +13,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from locat.runs import replaced
+from locat.runs import write_csv
 from locat_lightning.errors import InputError, in_a_line
 from locat_lightning.evaluation.iou import IoU, shares
 
 TABLE = "images.csv"  # in the directory of an evaluation
 OF_IMAGE = ("index", "path")  # the first columns of the table
 OF_CLASS = (*OF_IMAGE, "class", "right", "annotated", "predicted")  # all columns, where pixels are counted
+SEED = re.compile(r"_seed\d+")  # in the name of a condition's figure
 OF_CONDITION = (*OF_IMAGE, "condition", *OF_CLASS[2:])  # the same, under several conditions
 
 
@@ -122,6 +124,8 @@ class Areas:
 class ConditionAreas:
     """Areas of C classes in N images under several conditions; a figure is the mIoU under one of them.
 
+    Of conditions that differ in their seed alone (`miou_seed1`, …) the mean is a figure, too (`miou`).
+
     Args:
         indices: [N] int64, positions in the data set, ascending.
         names: of the images, as `names_of` gives them.
@@ -147,7 +151,8 @@ class ConditionAreas:
     def figures(self, sums: Tensor, images: int) -> dict[str, Tensor]:
         """Return mIoU [...] by name of sums [..., S]; NaN where no pixel is annotated."""
         found = shares(sums.unflatten(-1, (len(self.areas), 3, len(self.classes))))["miou"]
-        return dict(zip(self.areas, found.unbind(-1), strict=True))
+        of_each = dict(zip(self.areas, found.unbind(-1), strict=True))
+        return mean_over_seeds(of_each) | of_each
 
     def annotations(self) -> Iterator[object]:
         """Yield what is annotated of each image, under any condition: the pixels of each class."""
@@ -165,6 +170,22 @@ class ConditionAreas:
 
 
 PerImage = Scores | Areas | ConditionAreas
+
+
+def seeds_of(figures: Iterable[str]) -> dict[str, list[str]]:
+    """Return the figures that differ in their seed alone, by what is left of their names without it."""
+    found: dict[str, list[str]] = {}
+    for figure in figures:
+        if SEED.search(figure):
+            found.setdefault(SEED.sub("", figure), []).append(figure)
+    return found
+
+
+def mean_over_seeds(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean of figures [...] that differ in their seed alone, by `seeds_of`."""
+    return {
+        name: torch.stack([figures[each] for each in own]).mean(0) for name, own in seeds_of(figures).items()
+    }
 
 
 def names_of(data: Any, split: str, indices: Sequence[int]) -> list[str]:
@@ -189,14 +210,8 @@ def fingerprint(results: PerImage) -> str:
 
 
 def write_table(file: Path, results: PerImage) -> None:
-    """Write what was found of each image as CSV, in UTF-8; paths in the bytes of the file system."""
-    with (
-        replaced(file) as part,
-        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened,
-    ):
-        writer = csv.writer(opened)
-        writer.writerow(results.columns())
-        writer.writerows(results.rows())
+    """Write what was found of each image as CSV (`write_csv`)."""
+    write_csv(file, results.columns(), results.rows())
 
 
 def read_table(file: Path) -> PerImage:

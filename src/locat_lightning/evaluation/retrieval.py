@@ -136,7 +136,7 @@ def compare_retrievals(
     around this call is not touched.
 
     Returns:
-        The result of each variant; of one alone, with the areas of each image.
+        The result of each variant, with the areas of each image.
     """
     device = torch.device(device)
     options: dict[str, Any] = {"places": places, "autocast_dtype": autocast_dtype, "progress": progress}
@@ -170,14 +170,15 @@ def compare_retrievals(
         totals = torch.stack(sums).to(device)
         if distributed():
             dist.all_reduce(totals)
-        areas = None
-        if len(variants) == 1:
-            areas = image_areas({index: found for index, (found,) in counts.items()}, device)
         if not totals.any():
             raise InputError(
                 "no pixel of the validation images is annotated: check the masks, and which label is ignored"
             )
-        return [iou(total, areas) for total in totals]
+        areas = [
+            image_areas({index: of_image[row] for index, of_image in counts.items()}, device)
+            for row in range(len(variants))
+        ]
+        return [iou(*each) for each in zip(totals, areas, strict=True)]
 
 
 def build_memories(

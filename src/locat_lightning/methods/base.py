@@ -20,8 +20,9 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import check_size
 from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
-from locat_lightning.tasks.base import Task, announce_size
+from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.sharding import clip, norms
+from locat_lightning.tasks.sharpness import SharpnessAware
 
 
 class Output(NamedTuple):
@@ -54,7 +55,7 @@ class Group(NamedTuple):
     frozen_epochs: int = 0
 
 
-class Pretraining(Task):
+class Pretraining(SharpnessAware):
     """Train a timm model on views of images, without labels. A method says how: `build` and `compute_loss`.
 
     The backbone that callbacks and evaluation see is `backbone`.
@@ -72,7 +73,7 @@ class Pretraining(Task):
         weight_decay_end: weight decay at the end, along a cosine.
         betas: decay of AdamW's two averages.
         clip_grad: largest norm of a gradient (see `clipped_together`); null does not clip.
-        options: those of every task (`Task`).
+        options: `sam`, and those of every task (`SharpnessAware`, `Task`).
     """
 
     def __init__(
@@ -104,10 +105,6 @@ class Pretraining(Task):
     def compute_loss(self, batch: ViewBatch) -> Output:
         """Compute loss, scalars and features of a batch."""
         raise NotImplementedError
-
-    def trained(self) -> Iterable[nn.Parameter]:
-        """Return the parameters that the optimizer trains."""
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
         if not training:
@@ -189,7 +186,7 @@ class Pretraining(Task):
 
     def training_step(self, batch: ViewBatch, batch_idx: int) -> Tensor:
         """Return the method's loss, and log it with its scalars and how far features are spread."""
-        output = self.compute_loss(batch)
+        output, trained_with = self.sharpened(partial(self.compute_loss, batch))
         loss = output.loss.detach()
         spread = F.normalize(output.features.float(), dim=-1).std(0).mean()
         scalars = {"loss": loss, "feature_std": spread, **output.scalars}
@@ -198,7 +195,7 @@ class Pretraining(Task):
         means = dict(zip(tensors, torch.stack(self._accumulated).mean(0).unbind(), strict=True))
         for name, value in (scalars | means).items():
             self.log(f"train/{name}", value)
-        return output.loss
+        return trained_with
 
     def input_pictures(self, batch: ViewBatch, side: int) -> dict[str, Figure]:
         return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}

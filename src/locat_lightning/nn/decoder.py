@@ -30,16 +30,23 @@ class MlpDecoder(nn.Sequential):
 class LinearDecoder(nn.Sequential):
     """BatchNorm and a 1×1 convolution to the classes, whose weights begin as N(0, 0.01).
 
-    Maps patch features [B, D, H, W] to logits [B, classes, H, W].
+    Maps patch features [B, D, H, W] to logits [B, classes, H, W]. In training, `dropout` is the share of the
+    features that are 0 in a whole image: DINOv3 has 0.1, DINOv2 none.
 
-    Source: `BNHead` in `dinov2/eval/segmentation` of github.com/facebookresearch/dinov2.
+    Source: `BNHead` in `dinov2/eval/segmentation` of github.com/facebookresearch/dinov2; the linear head of
+    github.com/facebookresearch/dinov3.
     """
 
-    def __init__(self, features: int, classes: int) -> None:
+    def __init__(self, features: int, classes: int, dropout: float = 0.0) -> None:
         classifier = nn.Conv2d(features, classes, 1)
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
         super().__init__(nn.BatchNorm2d(features), classifier)
+        self.dropout = dropout
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = super().forward(F.dropout2d(features, self.dropout, self.training))
+        return logits
 
 
 def upsampled_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:

@@ -80,9 +80,12 @@ class GaussianAugmentation(nn.Module):
         head_dim: Width d of one head's query; the maps are shared by all heads of the layer.
         query_dependent: False: Wσ and Wα are 0, and a layer has one kernel for all queries.
         isotropic: One variance for both directions.
-        learned_alpha: False: α is 1.
+        learned_alpha: False: α is `initial_alpha`.
         rotated: A full covariance: the two directions are correlated by tanh(q · Wr + br). Such a kernel is
             not a product of two factors: it takes H · W exponentials a row, and memory for all of S.
+        initial_variance: exp(bσ) before the training: a variance of so many patches, and less where it is not
+            small against C.
+        initial_alpha: softplus(bα) before the training; None: bα is 0 (0.69), and 1 where α is not learned.
         gated: Multiply α by a learned gate that starts at 1e-6, so that a model to which GAug is added starts
             with the outputs that it had before.
     """
@@ -95,11 +98,16 @@ class GaussianAugmentation(nn.Module):
         isotropic: bool = False,
         learned_alpha: bool = True,
         rotated: bool = False,
+        initial_variance: float = 1.0,
+        initial_alpha: float | None = None,
         gated: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not (initial_variance > 0 and (initial_alpha is None or initial_alpha > 0)):
+            given = f"{initial_variance!r} and {initial_alpha!r}"
+            raise ValueError(f"initial_variance and initial_alpha must be greater than 0; got {given}")
         linear = partial(nn.Linear, head_dim, device=device, dtype=dtype)
         self.log_var = linear(1 if isotropic else 2)
         self.log_alpha = linear(1)
@@ -111,8 +119,12 @@ class GaussianAugmentation(nn.Module):
                 nn.init.trunc_normal_(each.weight, std=0.02)
             else:
                 _fix(each, "weight", 0.0)
+        nn.init.constant_(self.log_var.bias, math.log(initial_variance))
+        if initial_alpha is not None or not learned_alpha:
+            bias = math.log(math.expm1(1.0 if initial_alpha is None else initial_alpha))  # softplus inverted
+            nn.init.constant_(self.log_alpha.bias, bias)
         if not learned_alpha:
-            _fix(self.log_alpha, "bias", math.log(math.e - 1))  # of which softplus is 1
+            _fix(self.log_alpha, "bias", self.log_alpha.bias.item())
         start = torch.full((), 1e-6 / GATE_GAIN, device=device, dtype=dtype)
         self.gate = nn.Parameter(start) if gated else None
 

@@ -51,7 +51,7 @@ class PatchRefinement(AttentionPoolPrr):
     def forward(self, x: Tensor) -> Tensor:
         """Refine final-normed tokens [B, N, h·d] and pool them to [B, h·d]; without pooling [B, .., h·d]."""
         tokens = self.pre_norm(x.flatten(1, -2))
-        heads = tokens.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        heads = self.by_head(tokens)
         rows = F.scaled_dot_product_attention(heads[:, :, self.rows], heads, heads)
         refined: Tensor = rows.transpose(1, 2).flatten(2)
         if self.gate is not None:
@@ -61,3 +61,8 @@ class PatchRefinement(AttentionPoolPrr):
         if self.pool == "token":
             return refined.flatten(1)
         return refined.mean(1) if self.pool == "avg" else refined.view(x.shape)
+
+    def by_head(self, tokens: Tensor) -> Tensor:
+        """Return tokens [B, N, h·d] as [B, h, N, d], which are queries, keys and values."""
+        heads: Tensor = tokens.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return heads

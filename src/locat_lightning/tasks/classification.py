@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,13 +23,15 @@ from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.evaluation.per_image import Scores, names_of
 from locat_lightning.schedules import warmup_then_linear
-from locat_lightning.tasks.base import Task, announce_size
+from locat_lightning.tasks.base import announce_size
+from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.prediction_files import write_table
+from locat_lightning.tasks.sharpness import SharpnessAware
 
 DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, where class_names differ
 
 
-class Classification(Task):
+class Classification(SharpnessAware):
     """Train a timm model to name the class of an image.
 
     The defaults are the recipe of "Locality-Attending Vision Transformer" (ICLR 2026) for ImageNet-1K, which
@@ -51,16 +51,22 @@ class Classification(Task):
         warmup_lr: learning rate of the first step.
         min_lr: learning rate of the last step.
         label_smoothing: share of the target that is spread over all classes.
+        mixing: how images are mixed, and what their labels follow (see `Mixing`): `mixup` (and CutMix),
+            `transmix`, `maskmix`, `mixpro` or `patch_mixing`.
+        mixing_attention: the attention that labels of `transmix` and `mixpro` follow: `class`, that of [CLS]
+            in the last block, or `refined`, that of [CLS] in PRR, which the classifier reads.
+        mixing_prob: probability that a batch is mixed by patches with `maskmix`, `mixpro` or `patch_mixing`;
+            mixup and CutMix have the other batches.
         mixup: α of mixup's Beta distribution; 0 for none.
         cutmix: α of cutmix's Beta distribution; 0 for none.
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
         class_names: names of the classes, by label; null takes those of the data.
-        options: those of every task (`Task`).
+        options: `sam`, and those of every task (`SharpnessAware`, `Task`).
 
     Attributes:
         data_classes: classes of the data that the model was trained on, by label; [] if unknown.
-        results: what `validate` or `test` found of each image.
+        results: what the last evaluation found of each image.
     """
 
     results: Scores | None = None
@@ -80,6 +86,9 @@ class Classification(Task):
         warmup_lr: NonNegativeFloat = 1e-7,
         min_lr: NonNegativeFloat = 1e-7,
         label_smoothing: ClosedUnitInterval = 0.1,
+        mixing: Kind = "mixup",
+        mixing_attention: Literal["class", "refined"] = "class",
+        mixing_prob: ClosedUnitInterval = 0.5,
         mixup: NonNegativeFloat = 0.8,
         cutmix: NonNegativeFloat = 1.0,
         mixup_prob: ClosedUnitInterval = 1.0,
@@ -120,16 +129,7 @@ class Classification(Task):
             accuracy.clone(prefix=f"{split}/") for split in ("train", "val", "test")
         )
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.mixup: Mixup | None = None
-        if hp.mixup or hp.cutmix:
-            self.mixup = Mixup(
-                hp.mixup,
-                hp.cutmix,
-                prob=hp.mixup_prob,
-                switch_prob=hp.mixup_switch_prob,
-                label_smoothing=hp.label_smoothing,
-                num_classes=num_classes,
-            )
+        self.mixup = mixing_of(hp, self.backbone, num_classes)
 
     def _is_training(self) -> bool:
         return self._trainer is not None and self.trainer.training  # `trainer` is an error without one
@@ -175,19 +175,21 @@ class Classification(Task):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""
         images, labels = batch[:2]
-        if self.mixup is None or len(images) == 1:
-            logits = self(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing)
-        else:
-            even = len(images) - len(images) % 2  # mixup pairs the images of a batch
-            images, targets = self.mixup(images[:even], labels[:even])
-            logits = self(images)
-            loss = F.cross_entropy(logits, targets)
-            labels = targets.argmax(-1)
+        mixed = self.mixup(images, labels) if self.mixup is not None and len(images) > 1 else None
+        (loss, logits, labels), trained_with = self.sharpened(lambda: self._compare(images, labels, mixed))
         self.log("train/loss", loss)
         if self.is_logged():
             self.log_dict(self.train_accuracy(logits, labels))
-        return loss
+        return trained_with
+
+    def _compare(self, images: Tensor, labels: Tensor, mixed: Mixed | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, logits and labels of a batch, or of its mixtures."""
+        if self.mixup is None or mixed is None:
+            logits = self(images)
+            return F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing), logits, labels
+        logits = self(mixed.images)
+        targets = self.mixup.targets(mixed, logits)
+        return F.cross_entropy(logits, targets), logits, targets.argmax(-1)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         return self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
@@ -203,7 +205,7 @@ class Classification(Task):
         logits = self.watched(self(images))
         mean_loss.update(F.cross_entropy(logits.float(), labels, reduction="none"))
         accuracy.update(logits, labels)
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if not self.trainer.sanity_checking:
             indices = batch.indices if hasattr(batch, "indices") else torch.full_like(labels, -1)
             self._ranked.append((indices, labels, label_ranks(logits, labels)))
         self.log(f"{split}/loss", mean_loss, prog_bar=split == "val")
@@ -216,8 +218,8 @@ class Classification(Task):
         return shares.amax(-1) - shares.gather(-1, batch[1][:, None])[:, 0]
 
     def _conclude(self, split: str) -> None:
-        """Keep the hits of each image of all processes as `results`, unless in training."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        """Keep the hits of each image of all processes as `results`."""
+        if self.trainer.sanity_checking:
             return
         nothing = torch.empty(3, 0, dtype=torch.int64, device=self.device)
         columns = [torch.cat(column).cpu() for column in zip(nothing, *self._ranked, strict=True)]

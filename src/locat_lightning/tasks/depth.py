@@ -13,8 +13,6 @@ from jsonargparse.typing import (
     PositiveFloat,
     PositiveInt,
 )
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -168,8 +166,6 @@ class Depth(DenseTask):
         self.errors = errors = {name: each.mean().to(self.device) for name, each in scores.items()}
         for name, value in errors.items():
             self.log(f"{split}/{name}", value, prog_bar=name == "rmse", sync_dist=True)
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            rank_zero_info(f"{split}/rmse {float(errors['rmse']):.4f} m ({self.summary()})")
 
     def predict_step(self, batch: DepthBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B], and depths [B, H, W] in metres at the image's own size."""

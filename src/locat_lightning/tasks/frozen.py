@@ -1,12 +1,11 @@
 """Frozen networks that checkpoints leave out, with a note of where their weights are and a digest."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
+from locat_lightning.backbones.weights import digest_of
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
 
@@ -14,14 +13,10 @@ from locat_lightning.tasks.base import Task
 def reference_to(source: str, network: nn.Module) -> dict[str, str]:
     """Return what a checkpoint holds in place of a network: the source of its weights, and a digest.
 
-    The digest is SHA-256 over the names and values of all weights.
+    The digest is that of all weights (`digest_of`).
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     where = str(Path(source).absolute()) if Path(source).is_file() else source
-    return {"weights": where, "digest": digest.hexdigest()}
+    return {"weights": where, "digest": digest_of(network.state_dict())}
 
 
 def check_same(own: dict[str, str], recorded: dict[str, str], what: str, option: str) -> None:

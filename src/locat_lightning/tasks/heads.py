@@ -17,11 +17,13 @@ BEST = "best_head"  # a checkpoint's key of the number of a grid's best head
 
 
 def make_head(
-    head: Head, width: int, classes: int, *, hidden: int, layers: int, patch: int
+    head: Head, width: int, classes: int, *, hidden: int, layers: int, patch: int, dropout: float = 0.0
 ) -> MlpDecoder | LinearDecoder | PyramidDecoder:
     """Build a head for patch features [B, width, h, w] of `layers` blocks, `patch` pixels apart."""
     if head == "linear":
-        return LinearDecoder(width, classes)
+        return LinearDecoder(width, classes, dropout)
+    if dropout:
+        raise InputError(f"model.dropout ({dropout}) is an option of model.head linear, not of {head}")
     if head == "mlp":
         return MlpDecoder(width, classes, hidden)
     if layers not in (1, LEVELS):

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -99,8 +97,6 @@ class PixelClasses(DenseTask):
         for logger in self.trainer.loggers:
             logger.log_metrics(known, step=max(0, self.global_step - 1))
         self.results = Areas.of(iou, self.class_names, self.trainer.datamodule, split)  # type: ignore[attr-defined]
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            rank_zero_info(f"{split}/miou {float(iou.miou):.4f} ({self.summary()})")
 
     def predict_step(self, batch: MaskBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B], and classes [B, H, W] uint8 at the image's own size."""

@@ -1,5 +1,6 @@
 """Semantic segmentation by a head on the patch features of a backbone."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal, cast
@@ -23,7 +24,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import feature_width, padded_size, upsampled
 from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import upsampled_cross_entropy
-from locat_lightning.schedules import one_cycle
+from locat_lightning.schedules import one_cycle, warmup_then_cosine
 from locat_lightning.tasks.heads import BEST, NORMED, Head, HeadGrid, make_head
 from locat_lightning.tasks.pixel_classes import PixelClasses
 from locat_lightning.tasks.windows import over_scales, slide
@@ -47,10 +48,12 @@ class Segmentation(PixelClasses):
             is made from the backbone's one scale.
         layers: how many of the last blocks the head reads, or which, by index from 0.
         hidden_dim: width of the hidden layer of `mlp`, of the levels of `pyramid`.
+        dropout: probability that a feature of an image is 0 for `linear`, in training; DINOv3's is 0.1.
         lr: peak learning rate.
         lrs: peak learning rates, to train a head with each on the same batches instead, on a frozen backbone;
             `val/miou` is that of the best one, and checkpoints are evaluated by it.
         warmup: share of the steps in which the learning rate rises.
+        decay: how it falls then: `linear`, or like half a `cosine`.
         protocol: how an image is evaluated: `whole` takes all of it at once, `slide` takes windows and
             averages their logits where they overlap.
         window: height and width of a sliding window, in pixels.
@@ -75,9 +78,11 @@ class Segmentation(PixelClasses):
         head: Head = "mlp",
         layers: PositiveInt | list[NonNegativeInt] = 1,
         hidden_dim: PositiveInt = 512,
+        dropout: ClosedUnitInterval = 0.0,
         lr: NonNegativeFloat = 1e-3,
         lrs: list[NonNegativeFloat] | None = None,
         warmup: ClosedUnitInterval = 0.25,
+        decay: Literal["linear", "cosine"] = "linear",
         protocol: Literal["whole", "slide"] = "whole",
         window: PositiveInt = 512,
         stride: PositiveInt = 341,
@@ -125,7 +130,8 @@ class Segmentation(PixelClasses):
         hp, backbone, trainer = self.hp, cast(Any, self.backbone), self.trainer
         width, patch = feature_width(backbone, hp.layers), backbone.feature_info[-1]["reduction"]
         layers = hp.layers if isinstance(hp.layers, int) else len(hp.layers)
-        head = make_head(hp.head, width, classes, hidden=hp.hidden_dim, layers=layers, patch=patch)
+        sizes = {"hidden": hp.hidden_dim, "layers": layers, "patch": patch}
+        head = make_head(hp.head, width, classes, dropout=hp.dropout, **sizes)
         self.load_decoder(head, state)
         if trainer.training and hp.head == "pyramid" and self.of_data("batch_size") == 1:
             raise InputError("model.head pyramid needs batches of several images: set data.batch_size to 2")
@@ -170,7 +176,11 @@ class Segmentation(PixelClasses):
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW over the heads, and a trained backbone with a learning rate for each layer."""
         hp = self.hp
-        self._learning_rate = partial(one_cycle, steps=self.optimizer_steps(), up=hp.warmup)
+        steps = self.optimizer_steps()
+        self._learning_rate: Callable[..., float] = partial(one_cycle, steps=steps, up=hp.warmup)
+        if hp.decay == "cosine":
+            warmup = round(hp.warmup * steps)
+            self._learning_rate = partial(warmup_then_cosine, steps=steps, warmup=warmup, end=0.0)
         if isinstance(self.decoder, HeadGrid):
             self.peak_lr = max(hp.lrs)
             rank_zero_info(f"learning rates {', '.join(f'{rate:g}' for rate in hp.lrs)}, a head for each")

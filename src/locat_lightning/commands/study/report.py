@@ -1,22 +1,28 @@
 """The report of a study: a page of tables, words and pictures of the results so far."""
 
 import json
-from collections.abc import Mapping, Sequence
-from math import inf, sqrt
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
 
 from jinja2 import Template
-from scipy.stats import t as student
 
 from locat.runs import write_json
+from locat_lightning.commands.study.differences import (
+    Difference,
+    Place,
+    course,
+    difference_between,
+    in_words,
+)
 from locat_lightning.commands.study.pictures import draw
 from locat_lightning.commands.study.plan import Study
-from locat_lightning.commands.study.steps import Results, by_seed
+from locat_lightning.commands.study.steps import IMAGES, Results, by_seed
 
 NOTHING = "–"  # noqa: RUF001 - an empty cell
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
+# The last two need checkpoints, and stay as they are where there are none any more.
+PICTURES = ("quality", "curves", "kernels", "features", "predictions")
 COST = {  # title, scale and format of each number
     "parameters": ("parameters", 1, "{:,.0f}"),
     "multiply_adds": ("multiply-adds", 1e-6, "{:,.1f} M"),
@@ -32,16 +38,14 @@ def write_report(
     page: Path, study: Study, results: Results, directory: Path, folders: Mapping[str, str], command: str
 ) -> None:
     """Write a Markdown page with the results of `read_results`, its pictures and a `.json` beside it."""
-    write_json(page.with_suffix(".json"), {"command": command, "results": results})
-    figures = draw(study, results, directory, folders)
-    for name, figure in figures.items():
-        figure.savefig(page.with_name(f"{page.stem}_{name}.png"))
+    kept = [{key: value for key, value in each.items() if key != IMAGES} for each in results]
+    write_json(page.with_suffix(".json"), {"command": command, "results": kept})
     measured = {
         measure.title: name
         for name, measure in study.measures.items()
         if any(by_seed(arm, name, results) for arm in study.arms)
     }
-    quality, differences, verdicts = [], [], {}
+    quality, differences, verdicts, courses = [], [], {}, {}
     for arm in study.arms:
         values = [[*by_seed(arm, name, results).values()] for name in measured.values()]
         quality.append([arm, sum(result["arm"] == arm for result in results), *map(_spread, values)])
@@ -50,6 +54,15 @@ def write_report(
         if arm != baseline and any(found.values()):
             differences.append([f"{arm} − {baseline}", *map(_interval, found.values())])
             verdicts[arm] = in_words(found)
+            courses[arm] = {title: course(study, arm, name, results) for title, name in measured.items()}
+    over_images = [
+        [f"{arm} − {study.baseline_of(arm)}", *(_over_images(places) for places in of_arm.values())]
+        for arm, of_arm in courses.items()
+    ]
+    pictures = draw(study, results, courses, directory, folders)
+    for name, figure in pictures.items():
+        figure.savefig(_file(page, name))
+    figures = [name for name in PICTURES if name in pictures or _file(page, name).is_file()]
     finished = [(result["arm"], result["seed"]) for result in results]
     template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
     text = template.render(
@@ -65,52 +78,14 @@ def write_report(
         measured=list(measured),
         quality=quality,
         differences=differences,
+        over_images=over_images if any(set(row[1:]) - {NOTHING} for row in over_images) else [],
+        by_epoch=_by_epoch(study, measured, results),
         verdicts=verdicts,
         costs=_costs(study, results),
         figures=figures,
         baselines=dict.fromkeys(map(study.baseline_of, study.arms)),
     )
     page.write_text(text.rstrip() + "\n", encoding="utf-8")
-
-
-class Difference(NamedTuple):
-    """A mean of paired differences and its 95 % interval, which has no ends for a single pair."""
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
-
-
-def paired_difference(differences: Sequence[float]) -> Difference:
-    """Return the mean of paired differences with Student's 95 % interval, mean ± t · s / √n."""
-    n, middle = len(differences), mean(differences)
-    half = float(student.ppf(0.975, n - 1)) * stdev(differences) / sqrt(n) if n > 1 else inf
-    return Difference(middle, middle - half, middle + half, n)
-
-
-def difference_between(baseline: str, arm: str, measure: str, results: Results) -> Difference | None:
-    """Return the mean difference of a measure between runs of the same seed; None without a pair."""
-    before, after = (by_seed(name, measure, results) for name in (baseline, arm))
-    differences = [after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())]
-    return paired_difference(differences) if differences else None
-
-
-def in_words(differences: Mapping[str, Difference | None]) -> str:
-    """Say by title of the measure where an arm is better, where worse, and where no difference is shown."""
-    titles: dict[str, list[str]] = {}
-    for title, difference in differences.items():
-        if difference is not None:
-            titles.setdefault(_verdict(difference), []).append(title)
-    return "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in sorted(titles.items()))
-
-
-def _verdict(difference: Difference) -> str:
-    if difference.pairs == 1:
-        return "no interval with one seed"
-    if difference.low > 0:
-        return "better"
-    return "worse" if difference.high < 0 else "no difference shown (the interval includes 0)"
 
 
 def _option(name: str, value: object) -> str:
@@ -129,6 +104,33 @@ def _interval(difference: Difference | None) -> str:
         return NOTHING
     average, low, high = (f"{100 * value:+.2f}" for value in difference[:3])
     return average if difference.pairs == 1 else f"{average} [{low}, {high}]"
+
+
+def _over_images(places: list[Place]) -> str:
+    """Return the last difference of a course with its interval over images."""
+    if not places or places[-1].over_images is None:
+        return NOTHING
+    difference, interval = places[-1].difference, places[-1].over_images
+    return _interval(Difference(difference.mean, *interval, difference.pairs + 1))
+
+
+def _by_epoch(study: Study, measured: Mapping[str, str], results: Results) -> list[list[str]]:
+    """Return the head and the rows of the table of what was measured along the training, or []."""
+    curved = {
+        title: sorted({epoch for result in results for epoch in result["curves"].get(name, ())})
+        for title, name in measured.items()
+    }
+    epochs = sorted({epoch for of in curved.values() if len(of) > 1 for epoch in of})
+    rows = [["", "arm", *map(str, epochs)]]
+    for title, name in measured.items():
+        for arm in study.arms if len(curved[title]) > 1 else ():
+            cells = [_spread([*by_seed(arm, name, results, epoch).values()]) for epoch in epochs]
+            rows.append([title, arm, *cells])
+    return rows if epochs else []
+
+
+def _file(page: Path, picture: str) -> Path:
+    return page.with_name(f"{page.stem}_{picture}.png")
 
 
 def _costs(study: Study, results: Results) -> tuple[list[str], list[list[str]]]:

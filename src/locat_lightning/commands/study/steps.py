@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from math import sqrt
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -21,86 +21,153 @@ import yaml
 from locat.runs import write_json
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.callbacks.record import versions
-from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Step, Study
+from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Measure, Step, Study, epoch_of
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import activation_bytes, count_parameters, multiply_adds
+from locat_lightning.evaluation.packed import packed
+from locat_lightning.evaluation.per_image import TABLE, read_table
 
 Results = Sequence[Mapping[str, Any]]  # of some arms and seeds, as `read_results` returns them
 
+LEARNING = ("train/loss", "train/top1", "val/")  # what is kept of a training by epoch
+IMAGES = "images"  # in a result, by measure and epoch what was found of each image
 MISTAKE = 2  # exit code of a command that refuses its options
 
 
-def run_step(step: Step, directory: Path, folders: Mapping[str, str]) -> bool:
+def run_step(step: Step, directory: Path, folders: Mapping[str, str], record: Path) -> bool:
     """Run a step unless it is finished, resuming it where possible; return whether it had to run.
 
-    Its record, `NAME.json`, is in the directory of the runs of its arm and seed.
+    Args:
+        step: what to run.
+        directory: of the runs of its arm and seed.
+        folders: by name, for the placeholders in the options.
+        record: JSON with the steps of the arm and seed that are finished, to which this one is added.
     """
-    file, log, run = directory / f"{step.name}.json", directory / f"{step.name}.log", directory / step.run
+    log, run, known = directory / f"{step.name}.log", directory / step.run, finished_steps(record)
     command = shlex.join(step.arguments({name: Path(folder).name for name, folder in folders.items()}))
-    if file.is_file():
-        if (before := json.loads(file.read_text())["command"]) != command:
-            raise InputError(f"{file} is the result of other options ({before}): use another --to")
+    if step.name in known:
+        if (before := known[step.name]["command"]) != command:
+            raise InputError(f"{record} has the result of other options ({before}): use another --to")
         return False
     directory.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     arguments = [*step.arguments(folders), f"--runs={directory}", f"--name={step.name}"]
-    weights = [f"--weights={checkpoint_of(directory, step.weights)}"] if step.weights else []
+    weights = [f"--weights={checkpoint_of(directory, step.weights, step.epoch)}"] if step.weights else []
     with output_to(log):
         if not (step.command == "fit" and _resumed(arguments, run, log)):
             shutil.rmtree(run.parent, ignore_errors=True)
             _run([*arguments, *weights], log)
-        record = {
+        metrics, found = _metrics(run), run / TABLE
+        names = {each.rpartition("/")[2] for each in step.figures}
+        known[step.name] = {
             "command": command,
-            "metrics": _metrics(run),
+            "metrics": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
+            "measured": metrics.get("measured") or metrics.get("protocol"),
             "seconds": time.monotonic() - begun,
             "machine": _machine(),
             "versions": versions(),
             "cost": _cost(directory) if step.name == TRAIN else {},
+            "curves": _curves(run) if step.name == TRAIN else {},
+            "images": packed(read_table(found), names) if names and found.is_file() else None,
         }
-    write_json(file, record)
+    write_json(record, known)
     gc.collect()  # ends the workers of the data loaders
     return True
 
 
-def read_results(study: Study, directory: Path) -> list[dict[str, Any]]:
-    """Read the results of the arms and seeds in a study's directory whose steps are all finished."""
+def finished_steps(record: Path) -> dict[str, dict[str, Any]]:
+    """Return what is recorded of the finished steps of an arm and a seed, by name."""
+    return dict(json.loads(record.read_text())) if record.is_file() else {}
+
+
+def forget_what_is_lost(steps: Sequence[Step], directory: Path, record: Path) -> None:
+    """Remove steps from a record that a missing step needs, but whose checkpoint is gone, and what follows.
+
+    So what is measured of an arm and a seed is of one training.
+    """
+    known = finished_steps(record)
+    lost = {
+        step.weights
+        for step in steps
+        if step.name not in known
+        and step.weights in known
+        and not checkpoint_of(directory, step.weights, step.epoch).is_file()
+    }
+    for step in steps:  # in order: what a step takes comes before it
+        if step.weights in lost:
+            lost.add(step.name)
+    if lost & known.keys():
+        write_json(record, {name: each for name, each in known.items() if name not in lost})
+
+
+def record_of(records: Path, arm: str, seed: int) -> Path:
+    """Return the file with what is finished of an arm and a seed."""
+    return records / arm / f"seed_{seed}.json"
+
+
+def read_results(study: Study, records: Path) -> list[dict[str, Any]]:
+    """Read the results of the arms and seeds in a study's records whose steps are all finished."""
     results = []
     for arm, seed in study.runs():
-        steps = study.steps(arm, seed)
-        files = {step.name: directory / arm / f"seed_{seed}" / f"{step.name}.json" for step in steps}
-        if not all(file.is_file() for file in files.values()):
+        steps, known = study.steps(arm, seed), finished_steps(record_of(records, arm, seed))
+        if not all(step.name in known for step in steps):
             continue
-        records = {name: json.loads(file.read_text()) for name, file in files.items()}
-        metrics = {name: record["metrics"] for name, record in records.items()}
-        said = {name: each.get("measured") or each.get("protocol") for name, each in metrics.items()}
+        last = int(known[TRAIN]["metrics"].get("epochs", 0))
+        found = {name: _found(each, last, study.epochs, known) for name, each in study.measures.items()}
+        said = {step.name: known[step.name]["measured"] for step in steps}
         result = {
             "arm": arm,
             "seed": seed,
             "recipe": study.arms[arm].recipe,
-            "measures": {
-                k: metrics.get(each.step, {}).get(each.metric) for k, each in study.measures.items()
+            "measures": {name: each.get(last, (None, None))[0] for name, each in found.items()},
+            "curves": {
+                name: {epoch: value for epoch, (value, _) in each.items()} for name, each in found.items()
             },
-            "seconds": {name: record["seconds"] for name, record in records.items()},
+            IMAGES: {
+                name: {epoch: images for epoch, (_, images) in each.items() if images}
+                for name, each in found.items()
+            },
+            "seconds": {step.name: known[step.name]["seconds"] for step in steps},
             "commands": {step.name: step.typed() for step in steps},
             "measured": {name: words for name, words in said.items() if words},
-            "machine": records[TRAIN]["machine"],
-            "versions": records[TRAIN]["versions"],
+            "machine": known[TRAIN]["machine"],
+            "versions": known[TRAIN]["versions"],
         }
-        results.append(result | records[TRAIN]["cost"])
+        results.append(result | known[TRAIN]["cost"])
     return results
 
 
-def by_seed(arm: str, measure: str, results: Results) -> dict[int, float]:
-    """Return what was measured of an arm, by seed."""
-    own = {result["seed"]: result["measures"].get(measure) for result in results if result["arm"] == arm}
+def _found(
+    measure: Measure, last: int, epochs: Sequence[int], known: Mapping[str, Mapping[str, Any]]
+) -> dict[int, tuple[float, dict[str, Any] | None]]:
+    """Return what was measured by epoch, and of each image (see `packed`); after the last epoch last."""
+    names = {epoch: epoch_of(measure.step, epoch) for epoch in epochs} | {last: measure.step}
+    steps = {epoch: known[name] for epoch, name in names.items() if name in known}
+    return {
+        epoch: (step["metrics"][measure.metric], step["images"])
+        for epoch, step in steps.items()
+        if measure.metric in step["metrics"]
+    }
+
+
+def by_seed(arm: str, measure: str, results: Results, epoch: int | None = None) -> dict[int, float]:
+    """Return what was measured of an arm, by seed; after an epoch, or else after the last one."""
+    own = {
+        result["seed"]: result["measures"].get(measure)
+        if epoch is None
+        else result["curves"].get(measure, {}).get(epoch)
+        for result in results
+        if result["arm"] == arm
+    }
     return {seed: value for seed, value in own.items() if value is not None}
 
 
-def checkpoint_of(directory: Path, step: str) -> Path:
-    """Return the last checkpoint of a step that trains."""
-    return directory / step / "version_0" / "checkpoints" / "last.ckpt"
+def checkpoint_of(directory: Path, step: str, epoch: int = 0) -> Path:
+    """Return the checkpoint of a step that trains: the last, or the one that was kept after an epoch."""
+    name = f"epoch_{epoch}.ckpt" if epoch else "last.ckpt"
+    return directory / step / "version_0" / "checkpoints" / name
 
 
 @contextmanager
@@ -136,6 +203,16 @@ def _metrics(run: Path) -> dict[str, Any]:
     logged = {name: float(value) for row in _rows(run) for name, value in row.items() if value}
     file = run / "metrics.json"
     return logged | (json.loads(file.read_text()) if file.is_file() else {})
+
+
+def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return how a training went: by name, epochs counted from 1 with the mean of what was logged in each."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for row in _rows(run):
+        for name, value in row.items():
+            if value and row.get("epoch") and name.startswith(LEARNING):
+                curves.setdefault(name, {}).setdefault(int(row["epoch"]) + 1, []).append(float(value))
+    return {name: [(epoch, mean(each)) for epoch, each in of.items()] for name, of in curves.items()}
 
 
 def _cost(directory: Path) -> dict[str, Any]:
