@@ -34,7 +34,7 @@ from locat_lightning.errors import InputError
 class ShardedStrategy(DDPStrategy):
     """Lightning's DDPStrategy with a model that is sharded instead of copied (see the module).
 
-    The optimizer steps on the parts. A checkpoint has a file for each process, see `backbones.shards`.
+    The optimizer steps on the parts. A checkpoint has a file for each process, see `backbones.parts`.
 
     Args:
         options: those of `DDPStrategy` that are not of DDP itself: `timeout`, `process_group_backend`.
