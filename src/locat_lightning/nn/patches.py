@@ -61,6 +61,7 @@ class PatchGrid:
         `tokens` are those that go on to the layers; a subset is under way until their gradient is known.
         """
         patches = kept.shape[-1]
+        kept = kept % math.prod(self._latest)  # of several channels, the place is the same in each
         self._by_patches[patches] = self._latest
         self._replace(patches)
         self._kept[patches] = kept
@@ -107,10 +108,16 @@ class PatchGrid:
 
 
 def note_grid(patch_embed: Any, inputs: tuple[Tensor, ...], patches: Any) -> None:
-    """Record the grid of `patches` [B, H, W, D] or [B, H·W, D]: a forward hook of the patch embedding."""
+    """Record the grid of `patches` [B, H, W, D] or [B, H·W, D]: a forward hook of the patch embedding.
+
+    Of patches of each channel [B, C, H, W, D], every channel's token is at its place in the same grid.
+    """
     if not isinstance(patches, torch.fx.Proxy):  # a traced graph keeps the grid of `built_for`
-        rows, columns = patches.shape[1:3] if patches.ndim == 4 else patch_embed.grid_size
+        rows, columns = patch_embed.grid_size if patches.ndim == 3 else patches.shape[-3:-1]
         patch_embed.patch_grid.note(rows, columns)
+        if patches.ndim == 5:
+            places = torch.arange(rows * columns, device=patches.device)
+            patch_embed.patch_grid.note_kept(places.repeat(patches.shape[1]))
 
 
 @register_notrace_module
