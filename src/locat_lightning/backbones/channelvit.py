@@ -1,8 +1,8 @@
 """ChannelViT: a Vision Transformer whose tokens are the patches of each channel, for any subset of channels.
 
 Source: "Channel Vision Transformers: An Image Is Worth 1 x 16 x 16 Words" (Bao, Sivanandan and Karaletsos,
-ICLR 2024): one patch embedding of a single channel shared by all, a learned embedding of each channel, position
-embeddings shared over channels, and hierarchical channel sampling.
+ICLR 2024): one patch embedding of a single channel shared by all, a learned embedding of each channel,
+position embeddings shared over channels, and hierarchical channel sampling.
 """
 
 from functools import partial
@@ -137,4 +137,5 @@ class ChannelViT(VisionTransformer):
 
 def _mean_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """Turn tokens [B, m · H · W, D] into the mean map [B, D, H, W]."""
-    return tokens.unflatten(1, (-1, *size)).mean(1).permute(0, 3, 1, 2).contiguous()
+    mean: Tensor = tokens.unflatten(1, (-1, *size)).mean(1)
+    return mean.permute(0, 3, 1, 2).contiguous()

@@ -111,7 +111,7 @@ def write_statistics(file: Path, found: Moments, images: int) -> None:
 
 
 def read_statistics(file: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel from what `locat stats` wrote, or an `InputError`."""
+    """Return mean and standard deviation of each channel from a file that `locat stats` wrote."""
     try:
         record = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
         mean, std = (tuple(float(value) for value in record[name]) for name in ("mean", "std"))
