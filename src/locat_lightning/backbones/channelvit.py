@@ -59,7 +59,7 @@ class ChannelPatchEmbed(PatchEmbed):
             kept = sample_channels(len(taken))
             taken = taken[kept]
             x = x[:, kept.to(x.device, non_blocking=True)]
-        patches: Tensor = super().forward(x.flatten(0, 1).unsqueeze(1)).unflatten(0, (len(x), -1))
+        patches: Tensor = super().forward(x.flatten(0, 1).unsqueeze(1)).unflatten(0, (-1, len(taken)))
         channel = self.channel_embed[taken.to(x.device, non_blocking=True)]
         return patches + channel[:, None, None]
 
@@ -96,7 +96,7 @@ class ChannelViT(VisionTransformer):
         """Add positions to patches [B, m, H, W, D], and put [CLS] and registers before them."""
         grid = x.shape[2:4]
         prefix = [
-            each.expand(len(x), -1, -1) for each in (self.cls_token, self.reg_token) if each is not None
+            each.expand(x.shape[0], -1, -1) for each in (self.cls_token, self.reg_token) if each is not None
         ]
         tokens = x.flatten(2, 3)
         if self.pos_embed is None:

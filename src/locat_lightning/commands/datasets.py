@@ -1,4 +1,4 @@
-"""`--datasets`, `--subsets`: one command measures on several data sets or subsets of channels, in one table."""
+"""`--datasets`, `--subsets`: one command measures on several data sets, or subsets of channels: one table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -13,24 +13,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.nn import functional as F
 from torchvision.transforms.functional import normalize, to_tensor
 
 from locat.runs import claim
 from locat_lightning import structure
+from locat_lightning.backbones.channels import take_channels
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import of_evaluation
 from locat_lightning.commands.evaluate import name_of
 from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.data.bands import READERS, BandReader, Bands
+from locat_lightning.data.base import chosen_channels
 from locat_lightning.data.class_lists import distinct_colours
-from locat_lightning.data.decoding import read_image, reason
+from locat_lightning.data.decoding import RGB, Reader, reason
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.figures import looks
-from locat_lightning.figures.grid import Column
+from locat_lightning.figures.grid import Column, rgb
 from locat_lightning.figures.validation import drawn_blocks
 from locat_lightning.inspection import (
     cls_attention,
@@ -50,6 +53,7 @@ SIZE = 224  # of the images, where the weights and the model do not say theirs
 MOST_PATCHES = 4096  # of an image: kernels and cuts are numbers for each pair of them
 MOST_PAIRS = 2**28  # of patches, in all images: 1 GiB for each block whose kernels are drawn
 MOST_IMAGES = 32
+ENDINGS = tuple(dict.fromkeys((*RGB.endings, *READERS)))
 
 
 @dataclass
@@ -66,7 +70,7 @@ def main(arguments: list[str]) -> None:
     """Run `locat show …`."""
     # `--weights` takes several words, and would take the images that follow.
     words = [each for each in arguments[1:] if not each.startswith("-")]
-    files = [each for each in words if each.lower().endswith(IMG_EXTENSIONS)]
+    files = [each for each in words if each.lower().endswith(ENDINGS)]
     config = parsing.parse(_parser(), [*files, *(each for each in arguments[1:] if each not in files)])
     kinds = _kinds(config)
     checks.check_name(config.name)
@@ -75,7 +79,8 @@ def main(arguments: list[str]) -> None:
     names = _distinct([name_of(sources.local_dir(each)) for each in config.weights])
     directory = Path(config.runs) / (config.name or f"{'_'.join(names)[: checks.LONGEST - 5]}_show")
     checks.check_writable("--runs", directory)
-    images = [_read(file) for file in config.images]
+    reader = _reader(config)
+    images = [_read(file, reader) for file in config.images]
     place = _place(config.patch, images[0], config.images[0])
     fabric = Fabric(accelerator=config.accelerator, devices=1)
     fabric.seed_everything(config.seed, verbose=False)
@@ -83,7 +88,7 @@ def main(arguments: list[str]) -> None:
         name: _show_to(weights, images, config, fabric.device)
         for name, weights in zip(names, config.weights, strict=True)
     }
-    shown = [_thumbnail(image, config.tile) for image in images]
+    shown = [_thumbnail(image, config.tile) for image in _pictures(images, config.show_channels)]
     run = None
     for kind in kinds:
         if (figure := _draw(kind, models, shown, config, place)) is None:
@@ -97,7 +102,7 @@ def main(arguments: list[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = parsing.command_parser("show", DESCRIPTION)
     add = parser.add_argument
-    add("images", nargs="*", help=f"files ending in {', '.join(IMG_EXTENSIONS)}")
+    add("images", nargs="*", help=f"files ending in {', '.join(ENDINGS)}")
     help_ = "of one model or several: a checkpoint, a file, an exported folder, a timm name, 'random'"
     add("--weights", type=str, nargs="+", required=True, help=help_)
     parsing.add_backbone_options(parser)
@@ -106,6 +111,8 @@ def _parser() -> ArgumentParser:
     add("--patch", type=str | None, default=None, help="x,y: a pixel of the first image, for similarity")
     help_ = "shorter side of the images in pixels, as models take them; by default each model's own"
     add("--img_size", type=PositiveInt | None, default=None, help=help_)
+    help_ = "three channels to show as red, green and blue, of images that are no RGB; by default a PCA"
+    add("--show_channels", type=NonNegativeInt, nargs=3, default=None, help=help_)
     add("--tile", type=PositiveInt, default=224, help="shorter side of an image in the picture, in pixels")
     add("--pca_foreground", action="store_true", help="leave out of the PCA what its first component divides")
     add("--clusters", type=PositiveInt, default=6, help="number of clusters of patches")
@@ -122,7 +129,7 @@ def _parser() -> ArgumentParser:
 def _kinds(config: Namespace) -> list[Kind]:
     """Return what to draw; check that the images and options for it are there."""
     if not config.images:
-        raise InputError(f"locat show needs images: files ending in {', '.join(IMG_EXTENSIONS)}")
+        raise InputError(f"locat show needs images: files ending in {', '.join(ENDINGS)}")
     if len(config.images) > MOST_IMAGES:
         raise InputError(f"locat show draws at most {MOST_IMAGES} images, not {len(config.images)}")
     kinds: list[Kind] = config.what or [*BY_DEFAULT, *(["similarity"] if config.patch else [])]
@@ -133,14 +140,33 @@ def _kinds(config: Namespace) -> list[Kind]:
     return kinds
 
 
-def _read(file: str) -> Image.Image:
+def _reader(config: Namespace) -> Reader:
+    """Return how images are read: as the data were that all weights are of."""
+    readers = []
+    for weights in config.weights:
+        known = _known_of(weights, SIZE)
+        reader: Reader = RGB
+        if (channels := known["channels"]) is not None:
+            taken = chosen_channels(channels, len(known["mean"])).taken
+            reader = BandReader(tuple(known["mean"]), tuple(known["std"]), taken)
+        readers.append(reader)
+    if any(each != readers[0] for each in readers):
+        raise InputError("--weights: these are for images of different channels: draw them one by one")
+    return readers[0]
+
+
+def _read(file: str, reader: Reader) -> Image.Image | Bands:
     try:
-        return read_image(file)
+        with reader(file) as image:
+            image.load()
+            return image  # type: ignore[no-any-return]
+    except InputError:
+        raise
     except Exception as error:  # decoders raise anything
         raise InputError(f"cannot read image {file}: {reason(error)}") from error
 
 
-def _place(patch: str | None, image: Image.Image, file: str) -> tuple[float, float]:
+def _place(patch: str | None, image: Image.Image | Bands, file: str) -> tuple[float, float]:
     """Return a pixel `x,y` of an image as shares of its width and height."""
     if patch is None:
         return 0.0, 0.0
@@ -154,13 +180,17 @@ def _place(patch: str | None, image: Image.Image, file: str) -> tuple[float, flo
     return (int(x) + 0.5) / image.width, (int(y) + 0.5) / image.height
 
 
-def _show_to(weights: str, images: list[Image.Image], config: Namespace, device: torch.device) -> Model:
+def _show_to(
+    weights: str, images: list[Image.Image | Bands], config: Namespace, device: torch.device
+) -> Model:
     network: Role = "student" if config.student else "teacher"
     model = sources.local_dir(weights), config.backbone, config.backbone_args
     backbone = load_backbone(*model, network=network, any_size=True).to(device)
     patches: Any = getattr(backbone, "patch_embed", None)
     own = getattr(patches, "img_size", None) or (SIZE, SIZE)
     known = _known_of(weights, size=min(own))
+    if known["channels"] is not None:
+        take_channels(backbone, chosen_channels(known["channels"], len(known["mean"])))
     size = config.img_size or known["img_size"]
     fixed = own if getattr(patches, "strict_img_size", False) else None
     side, _ = padded_size(backbone, (1, 1))
@@ -172,6 +202,10 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
         )
     inputs = []
     for image, (height, width) in zip(images, sizes, strict=True):
+        if isinstance(image, Bands):
+            pixels = F.interpolate(image.pixels[None], (height, width), mode="bicubic", antialias=True)
+            inputs.append(pixels.to(device))
+            continue
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         inputs.append(normalize(to_tensor(resized), known["mean"], known["std"])[None].to(device))
     with frozen(backbone), torch.no_grad():
@@ -180,9 +214,14 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
 
 
 def _known_of(weights: str, size: int) -> dict[str, Any]:
-    """Return mean, std and size of the images that weights are for; by default ImageNet's, and `size`."""
-    own = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD], "img_size": size}
+    """Return mean, std, channels and size of the images of weights; by default ImageNet's, and `size`."""
+    own: dict[str, Any] = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD], "img_size": size}
+    own |= {"channels": None}
     recorded = of_evaluation("images", weights, {"--data.dataset"})  # whose images are not read
+    if isinstance(channels := recorded.get("data.channels"), int | list):
+        number = len(recorded["data.mean"]) if isinstance(recorded.get("data.mean"), list) else 0
+        own |= {"mean": [0.0] * number, "std": [1.0] * number}
+        own |= {"channels": [0] * len(channels) if isinstance(channels, list) else 0}
     known = {key: recorded.get(f"data.{key}", value) for key, value in own.items()}
     check_like(known, own, weights, "data")
     if min(known["std"]) <= 0 or not known["img_size"]:
@@ -190,10 +229,22 @@ def _known_of(weights: str, size: int) -> dict[str, Any]:
     return known
 
 
-def _whole_patches(image: Image.Image, size: int, side: int) -> tuple[int, int]:
+def _whole_patches(image: Image.Image | Bands, size: int, side: int) -> tuple[int, int]:
     """Return height and width, in whole patches of `side` pixels, for a shorter side of about `size`."""
     scale = size / min(image.size) / side
     return max(1, round(image.height * scale)) * side, max(1, round(image.width * scale)) * side
+
+
+def _pictures(images: list[Image.Image | Bands], show: list[int] | None) -> list[Image.Image]:
+    """Return images as a viewer shows them: of other channels than RGB, three or principal components."""
+    pictures = []
+    for image in images:
+        if isinstance(image, Bands):
+            pixels = rgb(image.pixels[None], {"show": show})[0]
+            pictures.append(Image.fromarray((pixels * 255).round().astype(np.uint8)))
+        else:
+            pictures.append(image)
+    return pictures
 
 
 def _thumbnail(image: Image.Image, side: int) -> np.ndarray:
