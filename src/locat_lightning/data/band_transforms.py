@@ -32,10 +32,12 @@ class BandEvaluation:
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
 
-    def __call__(self, image: Bands) -> Tensor:
+    def __post_init__(self) -> None:
         if self.interpolation not in ON_TENSORS:
             known = ", ".join(ON_TENSORS)
             raise InputError(f"data.eval_interpolation {self.interpolation!r}: of channels, one of {known}")
+
+    def __call__(self, image: Bands) -> Tensor:
         how = InterpolationMode(self.interpolation)
         resized = resize(image.pixels, [floor(self.img_size / self.crop_pct)], how, antialias=True)
         pixels: Tensor = center_crop(resized, [self.img_size, self.img_size])
