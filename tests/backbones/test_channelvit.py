@@ -38,16 +38,14 @@ def images(channels=C, height=24, width=24):
 
 def embedded(model, x, channels):
     """The tokens of images by loops over channels and places, for the grid that the model was built for."""
-    prefix = model.num_prefix_tokens
+    prefix, embed = model.num_prefix_tokens, model.patch_embed
     tokens = [(model.cls_token[0, 0] + model.pos_embed[0, 0]).expand(len(x), -1)]
     for own, channel in enumerate(channels):
         for row, column in product(range(3), repeat=2):
             patch = x[:, own, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-            token = (
-                patch.flatten(1) @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
-            )
+            token = patch.flatten(1) @ embed.proj.weight.flatten(1).T + embed.proj.bias
             place = model.pos_embed[0, prefix + 3 * row + column]
-            tokens.append(token + model.patch_embed.channel_embed[channel] + place)
+            tokens.append(token + embed.channel_embed[channel] + place)
     return torch.stack(tokens, 1)
 
 
@@ -163,6 +161,16 @@ def test_another_number_of_channels_is_said_in_a_line(tmp_path):
         load_backbone(str(tmp_path / "a.pth"), None, own, channels=Channels(4, (0, 1)))
     with pytest.raises(InputError, match="takes 5 channels, but the images have 4"):
         take_channels(build(), Channels(4, (0,)))
+
+
+@torch.no_grad()
+def test_an_exported_program_takes_any_batch():
+    model = build("locatchannelvit_tiny")
+    model.blocks = model.blocks[:1]
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},)).module()
+    more = images().repeat(3, 1, 1, 1)
+    assert_close(program(more), model(more))
 
 
 def test_tokens_that_are_left_out_keep_their_places():

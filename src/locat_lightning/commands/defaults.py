@@ -115,6 +115,8 @@ def of_images(config: dict[str, Any]) -> dict[str, Any]:
     """Return what an exported model says of its images, by the names of data's options."""
     known = config.get("pretrained_cfg", {})
     found = {option: known[name] for option, name in IMAGES.items() if known.get(name) is not None}
+    if isinstance(mean := found.get("mean"), list) and len(mean) != 3:
+        found["channels"] = len(mean)
     size = config.get("model_args", {}).get("img_size") or known.get("input_size")
     return found | ({"img_size": size[-1] if isinstance(size, list | tuple) else size} if size else {})
 
