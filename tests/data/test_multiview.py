@@ -250,7 +250,7 @@ def test_mistakes_are_named(tmp_path, labelled):
         with pytest.raises(InputError, match=message):
             data(**options).setup("fit")
     with pytest.raises(InputError, match="views of RGB images have ImageNet's"):
-        data(mean=(0.0, 0.0, 0.0))
+        data(tmp_path, mean=(0.0, 0.0, 0.0))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images beneath"):
         data(tmp_path / "empty").setup("fit")
