@@ -20,6 +20,7 @@ DROP_PATH = {
     "classify_tiny": 0.1,
     "classify_small": 0.2,
     "classify_base": 0.4,
+    "channel_small": 0.1,
     "dino_tiny": 0.1,
     "dino_small": 0.1,
     "dino_digits": 0.0,

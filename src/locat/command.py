@@ -28,6 +28,10 @@ COMMANDS = {
         "write the features of a folder of images: locat embed --weights W --to features.npy",
     ),
     "show": (".show", "draw what a model makes of images: locat show --weights W IMAGE"),
+    "stats": (
+        ".stats",
+        "mean and deviation of each channel of a folder: locat stats --data.root DIR",
+    ),
     "study": (".study.command", "train models alike and compare them: locat study --config study_cifar.yaml"),
     "export": (
         ".export",

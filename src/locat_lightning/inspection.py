@@ -70,7 +70,10 @@ def gaussian_kernels(
     for (_, grid, _), output in calls:
         with torch.no_grad():
             s = output if isinstance(output, Tensor) else gaussian_kernel(output)
-        kernels.append(s.expand(len(images), -1, -1, -1).mean(1).unflatten(-1, grid))
+        s, places = s.expand(len(images), -1, -1, -1).mean(1), math.prod(grid)
+        # Of a grid for each channel: to any channel's patches, from the mean of the channels' queries.
+        s = s.unflatten(1, (-1, places)).mean(1)[..., :places]
+        kernels.append(s.unflatten(-1, grid))
     return kernels
 
 
@@ -84,8 +87,9 @@ def kernel_widths(backbone: nn.Module, images: Tensor) -> list[tuple[float, floa
     calls = observe(backbone, padded(backbone, images), gaugs) if gaugs else []
     widths = []
     with torch.no_grad():
-        for gaug, ((q, grid, built_for), _) in zip(gaugs, calls, strict=True):
-            variance, alpha = gaug.variance_and_alpha(q[..., -math.prod(grid) :, :], grid, built_for)
+        for gaug, ((q, grid, built_for), found) in zip(gaugs, calls, strict=True):
+            patches = math.prod(grid) if found.kept is None else found.kept.shape[-1]
+            variance, alpha = gaug.variance_and_alpha(q[..., -patches:, :], grid, built_for)
             widths.append((variance.mean().item(), alpha.mean().item()))
     return widths
 
@@ -106,7 +110,8 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     with torch.no_grad():
         row = class_attention(of_q.output[:, :, :1], of_k.output)
     grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    patches: Tensor = row[..., model.num_prefix_tokens :].unflatten(-1, grid)
+    # Of a grid for each channel, the sum over channels.
+    patches: Tensor = row[..., model.num_prefix_tokens :].unflatten(-1, (-1, *grid)).sum(-3)
     return patches
 
 

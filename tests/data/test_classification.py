@@ -457,7 +457,7 @@ def test_all_arguments_are_options_and_kept(parsed):
     made = parsed(ImageData, *[f"--data.{name}={value}" for name, value in options.items()])
     assert options.items() <= made.hparams.items()
     assert made.hparams.keys() == ImageData(**options).hparams.keys()
-    assert len(made.hparams) == 20
+    assert len(made.hparams) == 24
 
 
 @pytest.mark.parametrize(

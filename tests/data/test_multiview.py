@@ -237,7 +237,7 @@ def test_a_checkpoint_keeps_the_views_as_plain_values():
     [
         *("views.global_size=0", "views.local_size=0", "views.local_views=-1", "views.hflip=3"),
         *("views.colour_on=gpu", "views.local_view=2", "batch_size=0", "seed=-1"),
-        *("img_size=32", "hflip=0.5", "auto_augment=null", "mean=[0,0,0]"),  # of images, not of views
+        *("img_size=32", "hflip=0.5", "auto_augment=null"),  # of images, not of views
     ],
 )
 def test_the_parser_checks_the_options(option, parsed):
@@ -249,6 +249,8 @@ def test_mistakes_are_named(tmp_path, labelled):
     for options, message in (({"root": tmp_path / "none"}, "no such folder"),):
         with pytest.raises(InputError, match=message):
             data(**options).setup("fit")
+    with pytest.raises(InputError, match="views of RGB images have ImageNet's"):
+        data(tmp_path, mean=(0.0, 0.0, 0.0))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images beneath"):
         data(tmp_path / "empty").setup("fit")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from locat_lightning.backbones.channels import with_channels
 from locat_lightning.backbones.locate import LOCATED, add_locat
 from locat_lightning.backbones.weights import (
     DECODER_OF,
@@ -22,6 +23,7 @@ from locat_lightning.backbones.weights import (
     pretrained,
     state_for,
 )
+from locat_lightning.data.bands import Channels
 from locat_lightning.errors import InputError, near
 from locat_lightning.records import plain
 
@@ -177,6 +179,7 @@ def load_backbone(
     any_size: bool = False,
     classifier: bool = False,
     contents: dict[str, Any] | None = None,
+    channels: Channels | None = None,
 ) -> nn.Module:
     """Build a timm model from any source of weights, and report what matched.
 
@@ -188,6 +191,8 @@ def load_backbone(
         any_size: take images of other sizes than the model was built for, where timm can.
         classifier: keep the classifier that the weights have, if they have one.
         contents: of the weights' file, if `read_checkpoint` has read it already.
+        channels: of the images, to which the patch embedding of RGB weights is adapted; None takes the model
+            as it is.
 
     Raises:
         InputError: the model is not recorded in the weights, timm does not know it or it does not take the
@@ -195,6 +200,7 @@ def load_backbone(
     """
     given = weights
     weights, name, arguments, contents = find_backbone(weights, name, arguments, contents=contents)
+    arguments = with_channels(name, arguments, channels)
     classifier = classifier and weights == given  # the backbone of a decoder has none
     known_to_timm = contents is None and weights != RANDOM  # or to a model hub
     if known_to_timm and (name is None or (classifier and name == weights)):

@@ -18,6 +18,7 @@ from timm.models import swin_transformer as swin
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
+from locat_lightning.backbones.channelvit import ChannelViT
 from locat_lightning.backbones.jumbo import Jumbo
 from locat_lightning.backbones.locate import LOCATED, add_locat, kernel_widening
 
@@ -47,7 +48,7 @@ _ROPE_MIXED: dict[str, Any] = {
 
 
 def _with_locat(model: type[nn.Module], *, gaug: Gaug, prr: bool, **kwargs: Any) -> nn.Module:
-    if prr and model is vit.VisionTransformer:
+    if prr and issubclass(model, vit.VisionTransformer):
         if (pooling := kwargs.get("global_pool", "token")) not in ("token", "prr", ""):
             raise ValueError(
                 f"global_pool='{pooling}' would replace PRR's pooling: pass prr=False with it, "
@@ -60,6 +61,7 @@ def _with_locat(model: type[nn.Module], *, gaug: Gaug, prr: bool, **kwargs: Any)
 _located_vit = partial(_with_locat, vit.VisionTransformer)
 _located_rope = partial(_with_locat, eva.Eva)
 _located_swin = partial(_with_locat, swin.SwinTransformer)
+_located_channels = partial(_with_locat, ChannelViT)
 # Name, model, sizes, further arguments, and whether LocAt is in it by default.
 _FAMILIES: list[tuple[str, Callable[..., nn.Module], dict[str, dict[str, Any]], dict[str, Any], bool]] = [
     ("locatvit_{}", _located_vit, _VIT, {}, True),
@@ -69,12 +71,16 @@ _FAMILIES: list[tuple[str, Callable[..., nn.Module], dict[str, dict[str, Any]], 
     ("locatswin_{}", _located_swin, _SWIN, {}, True),
     ("jumbo_{}", Jumbo, _VIT, {}, False),
     ("locatjumbo_{}", Jumbo, _VIT, {"norm_patches": True}, True),
+    ("channelvit_{}", _located_channels, _VIT, {}, False),
+    ("locatchannelvit_{}", _located_channels, _VIT, {}, True),
 ]
 MODELS = {
     name.format(size): (model, sizes | arguments, locat)
     for name, model, by_size, arguments, locat in _FAMILIES
     for size, sizes in by_size.items()
 }
+
+SUBSETS = {name for name, (model, *_) in MODELS.items() if model is _located_channels}  # of channels
 
 # Images of 224 pixels, ImageNet's mean and deviation and 1,000 classes are what timm takes by default.
 default_cfgs = generate_default_cfgs(

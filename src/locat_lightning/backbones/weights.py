@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from locat_lightning.backbones.channelvit import ChannelViT
 from locat_lightning.backbones.parts import assemble
 from locat_lightning.backbones.registry import checkpoint_filter_fn
 from locat_lightning.errors import InputError, in_a_line, near
@@ -35,6 +36,8 @@ CONTAINERS = (
 CHUNK = re.compile(r"(?<=blocks\.)\d+\.(?=\d+\.)")  # DINOv2's: blocks.0.7 is block 7
 
 HUBS = ("hf-hub:", "hf_hub:")
+
+CHANNELS = "patch_embed.channel_embed"  # which weights of other models lack
 
 LOCAT = (GaussianAugmentation, GaussianMixture, PatchRefinement)
 
@@ -92,6 +95,8 @@ def load_weights(
         new = _names_in(model, classifier.modules() if isinstance(classifier, nn.Module) else ())
         of_locat = _names_in(model, (each for each in model.modules() if isinstance(each, LOCAT)))
         new |= of_locat if state.keys().isdisjoint(of_locat) else set()
+        if isinstance(model, ChannelViT) and CHANNELS not in state:
+            new.add(CHANNELS)
     if 2 * len(matched) < len(own):
         raise InputError(f"less than half of the model matched: {summary}; is it of another model?")
     if wrong := [k for k in (*missing, *other_shape) if k not in new]:

@@ -22,6 +22,7 @@ from locat_lightning.evaluation.features import Features, extract_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear
 from locat_lightning.evaluation.projector import Projector
+from locat_lightning.figures.grid import rgb
 
 __all__ = ["KnnProbe", "LinearProbe"]
 
@@ -171,8 +172,9 @@ class KnnProbe(_FeatureProbe):
             source, names, last = data.source("val"), data.class_names, len(found.indices) - 1
             assert not isinstance(source, Stream)
             describe = partial(_row, source.path, names)
+            draw = partial(rgb, normalisation=data.normalisation)
             rows = torch.linspace(0, last, min(self.points, last + 1), dtype=torch.float64).round().long()
-            projector = Projector(THUMBNAIL, len(rows), data.normalisation, describe)
+            projector = Projector(THUMBNAIL, len(rows), draw, describe)
             with giving_up(self, "points of the projector"), isolate_rng():
                 for batch in data.loader_of("val", found.indices[rows].tolist()):
                     own = torch.searchsorted(found.indices, batch.indices)

@@ -52,6 +52,8 @@ def add_linear_options(parser: ArgumentParser) -> None:
 def _add_options(parser: ArgumentParser) -> None:
     help_ = "measure on each of these instead: folders, digits, or timm's names; one table, a run each"
     parser.add_argument("--datasets", type=list[str] | None, default=None, help=help_)
+    help_ = "measure with these channels each, as 0,1,4: one table, a run each"
+    parser.add_argument("--subsets", type=list[str] | None, default=None, help=help_)
     help_ = "folder in which features are kept: the next command with this model and images reads them there"
     parser.add_argument("--features", type=str | None, default=None, help=help_)
 

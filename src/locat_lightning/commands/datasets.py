@@ -1,7 +1,8 @@
-"""`--datasets`: one command measures on several data sets, one after another, and shows them in one table."""
+"""`--datasets`, `--subsets`: one command measures on several data sets, or subsets of channels: one table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -12,11 +13,22 @@ from locat_lightning.data.timm_sources import KINDS
 from locat_lightning.errors import InputError
 
 
-def options_of(datasets: Sequence[str]) -> dict[str, dict[str, str]]:
+def options_of(datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the options of the data that each of `--datasets` stands for: a folder, or a name of timm's."""
     if again := [each for each in datasets if datasets.count(each) > 1]:
         raise InputError(f"--datasets: {again[0]} is named twice")
     return {each: _options_of(each) for each in datasets}
+
+
+def subsets_of(subsets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the options of the data that each of `--subsets`, the indices of some channels, stands for."""
+    found = {}
+    for each in subsets:
+        parts = each.split(",")
+        if not all(part.isdecimal() for part in parts):
+            raise InputError(f"--subsets: {each!r} is not the indices of channels, such as 0,1,4")
+        found["channels_" + "_".join(parts)] = {"channels": [int(part) for part in parts]}
+    return found
 
 
 def _options_of(dataset: str) -> dict[str, str]:

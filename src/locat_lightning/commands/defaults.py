@@ -24,7 +24,7 @@ IMAGES = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "eval_interpolat
 SOURCES = {"teacher", "backbone_weights"}  # options of models that say where weights are
 # What an evaluation takes over from the data of a run of the same kind: which images, their size and their
 # normalisation, but not how strongly they were augmented.
-OF_ANY_KIND = ("mean", "std")
+OF_ANY_KIND = ("channels", "mean", "std")
 OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
 OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
 OF_FOLDER = ("images", "masks", "splits", "image_suffix", "mask_suffix", "ignore_index", "reduce_zero_label")
@@ -118,6 +118,8 @@ def of_images(config: dict[str, Any]) -> dict[str, Any]:
     """Return what an exported model says of its images, by the names of data's options."""
     known = config.get("pretrained_cfg", {})
     found = {option: known[name] for option, name in IMAGES.items() if known.get(name) is not None}
+    if isinstance(mean := found.get("mean"), list) and len(mean) != 3:
+        found["channels"] = len(mean)
     size = config.get("model_args", {}).get("img_size") or known.get("input_size")
     return found | ({"img_size": size[-1] if isinstance(size, list | tuple) else size} if size else {})
 
@@ -135,14 +137,19 @@ def of_evaluation(kind: Kind, weights: str, typed: set[str]) -> dict[str, Any]:
     return {f"data.{key}": images[key] for key in keys if key in images}
 
 
-def images_for(weights: str, backbone: nn.Module) -> dict[str, Any]:
-    """Return mean, std and `img_size` of the images that a model is for.
+def images_for(weights: str, backbone: nn.Module | None = None) -> dict[str, Any]:
+    """Return mean, std, channels and `img_size` of the images that a model is for.
 
     Where its weights do not say them they are ImageNet's, and the size that the model was built for.
     """
     built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or (SIZE, SIZE)
-    own = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD], "img_size": min(built_for)}
+    own: dict[str, Any] = {"mean": [*IMAGENET_DEFAULT_MEAN], "std": [*IMAGENET_DEFAULT_STD]}
+    own |= {"channels": None, "img_size": min(built_for)}
     recorded = of_evaluation("images", weights, {"--data.dataset"})  # whose images are not read
+    if isinstance(channels := recorded.get("data.channels"), int | list):
+        number = len(recorded["data.mean"]) if isinstance(recorded.get("data.mean"), list) else 0
+        own |= {"mean": [0.0] * number, "std": [1.0] * number}
+        own |= {"channels": [0] * len(channels) if isinstance(channels, list) else 0}
     known = {key: recorded.get(f"data.{key}", value) for key, value in own.items()}
     check_like(known, own, weights, "data")
     if min(known["std"]) <= 0 or not known["img_size"]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from locat.runs import claim
+from locat_lightning.backbones.channels import channels_of, take_channels
+from locat_lightning.backbones.create import load_backbone
 from locat_lightning.commands import checks, parsing
 from locat_lightning.commands.evaluate import (
     ConfigOfImages,
@@ -33,6 +36,7 @@ from locat_lightning.evaluation.embedding import Waiting, What, embed, embed_ima
 from locat_lightning.evaluation.feature_files import Dtype, FeatureFile, Row, check_target
 from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.evaluation.projector import Projector
+from locat_lightning.figures.grid import rgb
 from locat_lightning.tasks.frozen import reference_to
 
 DESCRIPTION = (
@@ -54,7 +58,8 @@ def main(arguments: list[str]) -> None:
     if isinstance(source, Stream):
         raise InputError(f"data set {config.data.dataset!r} is a stream without paths, which embed needs")
     fabric = Fabric(accelerator=config.accelerator, devices=1)
-    backbone = launched(config, fabric)
+    backbone = launched(config, fabric, partial(load_backbone, channels=data.model_channels))
+    take_channels(backbone, data.model_channels)
     if config.what == "cls":
         check_images(backbone, data, fabric.device)
     if file is None:
@@ -106,7 +111,8 @@ def _write(backbone: nn.Module, data: ImageData, config: Namespace, device: torc
     weights = reference_to(config.weights, backbone)
     side, images = data.img_size, len(source)
     with frozen(backbone), torch.no_grad():
-        shape = tuple(embed(backbone, torch.zeros(1, 3, side, side, device=device), config.what).shape[1:])
+        blank = torch.zeros(1, channels_of(backbone), side, side, device=device)
+        shape = tuple(embed(backbone, blank, config.what).shape[1:])
     record = {
         "weights": weights["digest"],
         "what": config.what,
@@ -147,7 +153,9 @@ def _project(
     source: Any = data.source(config.split)
     count = min(config.points, len(source))
     places = torch.linspace(0, len(source) - 1, count, dtype=torch.float64).round().long().tolist()
-    projector = Projector(config.thumbnail, count, data.normalisation, _describe(data, source))
+    projector = Projector(
+        config.thumbnail, count, partial(rgb, normalisation=data.normalisation), _describe(data, source)
+    )
     clock = _embed(backbone, data, config, device, places, projector.add)
     run = claim(directory)
     with SummaryWriter(str(run)) as writer:

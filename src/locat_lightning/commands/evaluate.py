@@ -13,11 +13,12 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from locat.runs import claim
+from locat_lightning.backbones.channels import take_channels
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import Role, contents_of
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.accuracy import add_knn_options, add_linear_options, measure_knn, measure_linear
-from locat_lightning.commands.datasets import ending_of, options_of, show_together
+from locat_lightning.commands.datasets import ending_of, options_of, show_together, subsets_of
 from locat_lightning.commands.defaults import Kind, of_data, of_evaluation
 from locat_lightning.commands.measurement import Measurement, report
 from locat_lightning.commands.messages import errors_in_a_line
@@ -66,13 +67,15 @@ def evaluate(arguments: list[str]) -> Path | None:
     parser = _parser(command, masks=masks)
     config, directory, fabric = prepared(command, parser, arguments)
     images = _data(parser, config)
-    load: Callable[..., nn.Module] = load_backbone
+    channels = next(iter(images.values())).model_channels
+    load: Callable[..., nn.Module] = partial(load_backbone, channels=channels)
     if command == "robustness":
         segmenter = partial(load_segmenter, moved=config.backbone_weights) if masks else None
         load = segmenter or partial(load_backbone, classifier=True)
     model = launched(config, fabric, load)
     measured, run = dict[str, Measurement](), None
     for dataset, data in images.items():
+        take_channels(model, data.model_channels)
         measured[dataset] = measurement = MEASURES[command](model, data, config, fabric)
         if fabric.is_global_zero:
             place = directory.with_name(directory.name + ending_of(dataset)) if dataset else directory
@@ -109,9 +112,12 @@ def loaded(weights: str, config: Namespace, load: Callable[..., nn.Module] = loa
 
 
 def _data(parser: ArgumentParser, config: Namespace) -> dict[str, ImageData | SegmentationData]:
-    """Return the images by what `--datasets` names, "" for those of the other options; all are found now."""
+    """Return the images by what `--datasets` or `--subsets` names, "" without these; all are found now."""
     found: dict[str, ImageData | SegmentationData] = {}
-    for dataset, options in options_of(config.get("datasets") or []).items() or [("", {})]:
+    sets, subsets = config.get("datasets") or [], config.get("subsets") or []
+    if sets and subsets:
+        raise InputError("--datasets and --subsets: give one of them")
+    for dataset, options in (options_of(sets) | subsets_of(subsets)).items() or [("", {})]:
         own = config.clone()
         for key, value in options.items():
             own.data[key] = value

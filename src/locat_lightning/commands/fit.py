@@ -35,6 +35,7 @@ from locat_lightning.commands.loggers import OptionParser, make_loggers
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.rendezvous import meet_anew
 from locat_lightning.commands.sources import local_dir, record_of_run
+from locat_lightning.data.statistics import read_statistics
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
 from locat_lightning.tasks.sharding import ShardedStrategy
@@ -131,6 +132,10 @@ class LocatCLI(LightningCLI):
                 f"locat {self.subcommand} needs --weights: a checkpoint of a run, a file or a timm name "
                 f"('{RANDOM}' for an untrained model)"
             )
+        if "data" in config and (stats := config.get("data.init_args.stats")) is not None:
+            data = config.data.init_args  # a run's record needs no other file
+            data.mean, data.std, data.stats = *read_statistics(stats), None
+            data.channels = len(data.mean) if data.channels is None else data.channels
         if self.subcommand == "predict":
             config.trainer.logger = False  # predictions are files, not curves
         checks.check_name(config.name)

@@ -71,7 +71,8 @@ def shape_of(data: ImageData) -> str:
     """Say which part of an image a model is shown, and at what size."""
     how = data.preprocessing
     side, share = how["img_size"], how["crop_pct"]
-    return f"{side} × {side} px, {how['interpolation']}, crop {share:g}"
+    channels = f", channels {', '.join(map(str, how['channels']))}" if "channels" in how else ""
+    return f"{side} × {side} px, {how['interpolation']}, crop {share:g}{channels}"
 
 
 def check_images(backbone: nn.Module, data: ImageData, device: torch.device) -> None:

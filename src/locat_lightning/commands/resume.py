@@ -35,9 +35,10 @@ TRAINER = (
     *("gradient_clip_val", "gradient_clip_algorithm"),
 )
 # Where the images are and how they are read: the same images make the same batches.
-IGNORED = {"data.root", "data.download", "data.num_workers", "data.max_unreadable"}
+IGNORED = {"data.root", "data.download", "data.num_workers", "data.max_unreadable", "data.show"}
 # The data or the weights decide these where no option does; arguments of a backbone go with its name.
 FILLED_IN = {"model.num_classes", "model.class_names", "model.backbone"}
+FILLED_IN |= {"model.backbone_args", "model.backbone_args.in_chans"}
 NOT_SET = "not set"
 
 

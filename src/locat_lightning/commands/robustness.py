@@ -36,6 +36,8 @@ def measure_robustness(
     fabric: Fabric,
 ) -> Measurement:
     """Measure on the validation images under each condition: top-1, or mIoU where the images have masks."""
+    if data.channels is not None:
+        raise InputError("locat robustness corrupts RGB images alone: leave data.channels out")
     classes = getattr(model, "num_classes", 0)
     if classes != data.num_classes:
         has = f"a classifier of {classes} classes" if classes else "no classifier"

@@ -8,26 +8,30 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import NonNegativeInt as Channel
 from lightning.fabric import Fabric
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.nn import functional as F
 from torchvision.transforms.functional import normalize, to_tensor
 
 from locat.runs import claim
 from locat_lightning import structure
+from locat_lightning.backbones.channels import take_channels
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import images_for
 from locat_lightning.commands.evaluate import add_run_options, loaded, name_of
 from locat_lightning.commands.messages import errors_in_a_line
+from locat_lightning.data.bands import READERS, BandReader, Bands
+from locat_lightning.data.base import chosen_channels
 from locat_lightning.data.class_lists import distinct_colours
-from locat_lightning.data.decoding import read_image, reason
+from locat_lightning.data.decoding import RGB, Reader, reason
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.dense import padded_size, patch_features
 from locat_lightning.figures import looks
-from locat_lightning.figures.grid import Column
+from locat_lightning.figures.grid import Column, rgb
 from locat_lightning.figures.validation import drawn_blocks
 from locat_lightning.inspection import (
     cls_attention,
@@ -45,6 +49,7 @@ BY_DEFAULT: list[Kind] = ["kernels", "attention", "pca"]
 MOST_PATCHES = 4096  # of an image: kernels and cuts are numbers for each pair of them
 MOST_PAIRS = 2**28  # of patches, in all images: 1 GiB for each block whose kernels are drawn
 MOST_IMAGES = 32
+ENDINGS = tuple(dict.fromkeys((*RGB.endings, *READERS)))
 
 
 @dataclass
@@ -61,7 +66,7 @@ def main(arguments: list[str]) -> None:
     """Run `locat show …`."""
     # `--weights` takes several words, and would take the images that follow.
     words = [each for each in arguments[1:] if not each.startswith("-")]
-    files = [each for each in words if each.lower().endswith(IMG_EXTENSIONS) or _images_in(each)]
+    files = [each for each in words if each.lower().endswith(ENDINGS) or _images_in(each)]
     config = parsing.parse(_parser(), [*files, *(each for each in arguments[1:] if each not in files)])
     config.images = [file for each in config.images for file in _images_in(each) or [each]]
     kinds = _kinds(config)
@@ -71,7 +76,8 @@ def main(arguments: list[str]) -> None:
     names = _distinct([name_of(sources.local_dir(each)) for each in config.weights])
     directory = Path(config.runs) / (config.name or f"{'_'.join(names)[: checks.LONGEST - 5]}_show")
     checks.check_writable("--runs", directory)
-    images = [_read(file) for file in config.images]
+    reader = _reader(config)
+    images = [_read(file, reader) for file in config.images]
     place = _place(config.patch, images[0], config.images[0])
     fabric = Fabric(accelerator=config.accelerator, devices=1)
     fabric.seed_everything(config.seed, verbose=False)
@@ -79,7 +85,7 @@ def main(arguments: list[str]) -> None:
         name: _show_to(weights, images, config, fabric.device)
         for name, weights in zip(names, config.weights, strict=True)
     }
-    shown = [_thumbnail(image, config.tile) for image in images]
+    shown = [_thumbnail(image, config.tile) for image in _pictures(images, config.show_channels)]
     run = None
     for kind in kinds:
         if (figure := _draw(kind, models, shown, config, place)) is None:
@@ -93,7 +99,7 @@ def main(arguments: list[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = parsing.command_parser("show", DESCRIPTION)
     add = parser.add_argument
-    add("images", nargs="*", help=f"files ending in {', '.join(IMG_EXTENSIONS)}, or folders of such files")
+    add("images", nargs="*", help=f"files ending in {', '.join(ENDINGS)}, or folders of such files")
     help_ = "of one model or several: a checkpoint, a file, an exported folder, a timm name, 'random'"
     add("--weights", type=list[str], required=True, help=help_)
     parsing.add_backbone_options(parser)
@@ -102,6 +108,8 @@ def _parser() -> ArgumentParser:
     add("--patch", type=str | None, default=None, help="x,y: a pixel of the first image, for similarity")
     help_ = "shorter side of the images in pixels, as models take them; by default each model's own"
     add("--img_size", type=PositiveInt | None, default=None, help=help_)
+    help_ = "three channels to show as red, green and blue, of images that are no RGB; by default a PCA"
+    add("--show_channels", type=tuple[Channel, Channel, Channel] | None, default=None, help=help_)
     add("--tile", type=PositiveInt, default=224, help="shorter side of an image in the picture, in pixels")
     add("--pca_foreground", action="store_true", help="leave out of the PCA what its first component divides")
     add("--clusters", type=PositiveInt, default=6, help="number of clusters of patches")
@@ -117,13 +125,13 @@ def _images_in(folder: str) -> list[str]:
     if not Path(folder).is_dir():
         return []
     names = sorted(each.name for each in Path(folder).iterdir() if not each.name.startswith("."))
-    return [str(Path(folder, name)) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return [str(Path(folder, name)) for name in names if name.lower().endswith(ENDINGS)]
 
 
 def _kinds(config: Namespace) -> list[Kind]:
     """Return what to draw; check that the images and options for it are there."""
     if not config.images:
-        raise InputError(f"locat show needs images: files ending in {', '.join(IMG_EXTENSIONS)}")
+        raise InputError(f"locat show needs images: files ending in {', '.join(ENDINGS)}")
     if len(config.images) > MOST_IMAGES:
         number = len(config.images)
         raise InputError(f"locat show draws at most {MOST_IMAGES} images, not {number:,}: name some of them")
@@ -135,16 +143,35 @@ def _kinds(config: Namespace) -> list[Kind]:
     return kinds
 
 
-def _read(file: str) -> Image.Image:
+def _reader(config: Namespace) -> Reader:
+    """Return how images are read: as the data were that all weights are of."""
+    readers = []
+    for weights in config.weights:
+        known = images_for(weights)
+        reader: Reader = RGB
+        if (channels := known["channels"]) is not None:
+            taken = chosen_channels(channels, len(known["mean"])).taken
+            reader = BandReader(tuple(known["mean"]), tuple(known["std"]), taken)
+        readers.append(reader)
+    if any(each != readers[0] for each in readers):
+        raise InputError("--weights: these are for images of different channels: draw them one by one")
+    return readers[0]
+
+
+def _read(file: str, reader: Reader) -> Image.Image | Bands:
     try:
-        return read_image(file)
+        with reader(file) as image:
+            image.load()
+            return image  # type: ignore[no-any-return]
     except IsADirectoryError as error:
         raise InputError(f"{file} is a folder without images in it: name image files") from error
+    except InputError:
+        raise
     except Exception as error:  # decoders raise anything
         raise InputError(f"cannot read image {file}: {reason(error)}") from error
 
 
-def _place(patch: str | None, image: Image.Image, file: str) -> tuple[float, float]:
+def _place(patch: str | None, image: Image.Image | Bands, file: str) -> tuple[float, float]:
     """Return a pixel `x,y` of an image as shares of its width and height."""
     if patch is None:
         return 0.0, 0.0
@@ -158,9 +185,13 @@ def _place(patch: str | None, image: Image.Image, file: str) -> tuple[float, flo
     return (int(x) + 0.5) / image.width, (int(y) + 0.5) / image.height
 
 
-def _show_to(weights: str, images: list[Image.Image], config: Namespace, device: torch.device) -> Model:
+def _show_to(
+    weights: str, images: list[Image.Image | Bands], config: Namespace, device: torch.device
+) -> Model:
     backbone = loaded(sources.local_dir(weights), config).to(device)
     known = images_for(weights, backbone)
+    if known["channels"] is not None:
+        take_channels(backbone, chosen_channels(known["channels"], len(known["mean"])))
     size = config.img_size or known["img_size"]
     patches: Any = getattr(backbone, "patch_embed", None)
     fixed = patches.img_size if getattr(patches, "strict_img_size", False) else None
@@ -173,6 +204,10 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
         )
     inputs = []
     for image, (height, width) in zip(images, sizes, strict=True):
+        if isinstance(image, Bands):
+            pixels = F.interpolate(image.pixels[None], (height, width), mode="bicubic", antialias=True)
+            inputs.append(pixels.to(device))
+            continue
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         inputs.append(normalize(to_tensor(resized), known["mean"], known["std"])[None].to(device))
     with frozen(backbone), torch.no_grad():
@@ -180,10 +215,22 @@ def _show_to(weights: str, images: list[Image.Image], config: Namespace, device:
     return Model(backbone, inputs, maps)
 
 
-def _whole_patches(image: Image.Image, size: int, side: int) -> tuple[int, int]:
+def _whole_patches(image: Image.Image | Bands, size: int, side: int) -> tuple[int, int]:
     """Return height and width, in whole patches of `side` pixels, for a shorter side of about `size`."""
     scale = size / min(image.size) / side
     return max(1, round(image.height * scale)) * side, max(1, round(image.width * scale)) * side
+
+
+def _pictures(images: list[Image.Image | Bands], show: list[int] | None) -> list[Image.Image]:
+    """Return images as a viewer shows them: of other channels than RGB, three or principal components."""
+    pictures = []
+    for image in images:
+        if isinstance(image, Bands):
+            pixels = rgb(image.pixels[None], {"show": show})[0]
+            pictures.append(Image.fromarray((pixels * 255).round().astype(np.uint8)))
+        else:
+            pictures.append(image)
+    return pictures
 
 
 def _thumbnail(image: Image.Image, side: int) -> np.ndarray:

@@ -3,26 +3,26 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import inf
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.accelerators import CUDAAccelerator
-from PIL.Image import MAX_IMAGE_PIXELS
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from locat_lightning.data.bands import BandReader, Channels
 from locat_lightning.data.dataset import Images
+from locat_lightning.data.decoding import MOST_PIXELS, RGB, Reader
 from locat_lightning.data.loading import ImageLoader, ResumableLoader, UnreadableImages
 from locat_lightning.data.sampling import EvaluationOrder, TrainOrder
+from locat_lightning.data.statistics import read_statistics
 from locat_lightning.errors import InputError, check_finite
 
 # The names under which each split is looked for, in this order.
 SPLITS = {"train": ("train",), "val": ("val", "validation", "test"), "test": ("test", "val", "validation")}
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-
-MOST_PIXELS = MAX_IMAGE_PIXELS or inf  # Pillow's limit
 
 Found = TypeVar("Found")
 
@@ -34,36 +34,73 @@ class ImageModule(LightningDataModule, Generic[Found]):
         batch_size: images per training batch in each process.
         num_workers: processes that read images, for each training process; 0 reads in the training process,
             null uses all available processors but one (at most 16).
-        mean: channel means (RGB, 0 to 1), subtracted from the pixels.
-        std: channel standard deviations (RGB, 0 to 1), by which the pixels are divided.
+        channels: indices of the channels to take from files of any number of channels (multi-band TIFF,
+            `.npy`, DICOM, PNG), or their number to take all; null for RGB, unless `stats` is given.
+        fill_channels: whether a model gets all channels of the files, those that are not taken being 0.
+        stats: file of `locat stats`, in place of mean and std.
+        show: indices of three channels that pictures show as red, green and blue, among those taken; null
+            shows principal components.
+        mean: channel means, subtracted from the pixels: of RGB, from 0 to 1; else of all channels of a file.
+        std: channel standard deviations of the same, by which the pixels are divided.
         seed: seed for shuffling and augmentation.
         max_unreadable: unreadable images to tolerate, in each process, before the run stops. They are skipped
             and listed at the end of the epoch.
     """
+
+    refuses_channels: ClassVar[bool] = False  # whether a subclass takes RGB images alone
+    channels: Channels | None
+    reader: Reader
 
     def __init__(
         self,
         *,
         batch_size: PositiveInt = 128,
         num_workers: NonNegativeInt | None = None,
-        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        channels: PositiveInt | list[NonNegativeInt] | None = None,
+        fill_channels: bool = False,
+        stats: str | None = None,
+        show: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt] | None = None,
+        mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
         seed: NonNegativeInt = 0,
         max_unreadable: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # of the subclass as well
-        if not all(0 < deviation < inf for deviation in std):
-            raise InputError(f"data.std {tuple(std)} must be three numbers above 0")
-        check_finite("data", {"mean": mean})
+        if stats is not None:  # checkpoints hold the numbers, and need no file
+            mean, std = read_statistics(stats)
+            channels = len(mean) if channels is None else channels
+            self.save_hyperparameters({"channels": channels, "stats": None, "mean": mean, "std": std})
+        if channels is not None and self.refuses_channels:
+            raise InputError(f"data.channels: {type(self).__name__} reads RGB images alone: leave it out")
+        self.channels, self.reader = None, RGB
+        if channels is not None:
+            self.channels = chosen_channels(channels, len(mean))
+            self.reader = BandReader(tuple(mean), tuple(std), self.channels.taken, fill_channels)
+        self.fills = fill_channels
+        check_statistics(self.channels, mean, std)
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.normalisation = {"mean": tuple(mean), "std": tuple(std)}
+        self.normalisation: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)}
+        if self.model_channels is not None:
+            number = len(self.model_channels.taken)
+            if max(show or (0,)) >= number:
+                raise InputError(
+                    f"data.show {tuple(show or ())}: indices of {number} channels end before that"
+                )
+            self.normalisation |= {"show": show}
         self.seed = seed
         self.unreadable = UnreadableImages(max_unreadable)
         # Evaluation shares the images out without padding, so that a rank may have none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._sources: dict[str, Found] = {}
+
+    @property
+    def model_channels(self) -> Channels | None:
+        """The channels of the images that a model gets; None for RGB."""
+        if self.channels is None or not self.fills:
+            return self.channels
+        return Channels(self.channels.of_files, tuple(range(self.channels.of_files)))
 
     @property
     @abstractmethod
@@ -152,6 +189,34 @@ class ImageModule(LightningDataModule, Generic[Found]):
             "training": training,
             "unreadable": self.unreadable,
         }
+
+
+def chosen_channels(channels: int | Sequence[int], of_files: int) -> Channels:
+    """Return what `data.channels` chooses of the channels that the statistics are of."""
+    taken = tuple(range(channels)) if isinstance(channels, int) else tuple(map(int, channels))
+    if isinstance(channels, int) and channels != of_files:
+        raise InputError(
+            f"data.channels ({channels}): data.mean and data.std are of {of_files}: measure them with locat "
+            "stats, and give them by --data.stats"
+        )
+    if not taken or max(taken) >= of_files or len(set(taken)) < len(taken):
+        raise InputError(f"data.channels {list(taken)}: give indices from 0 to {of_files - 1}, each once")
+    return Channels(of_files, taken)
+
+
+def check_statistics(channels: Channels | None, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Check mean and standard deviation of all channels of the files, or of RGB."""
+    number = 3 if channels is None else channels.of_files
+    if not len(mean) == len(std) == number:
+        remedy = " (data.channels says how many channels the files have)" if channels is None else ""
+        raise InputError(
+            f"data.mean and data.std are {len(mean)} and {len(std)} numbers, not {number}{remedy}"
+        )
+    if constant := [i for i in (channels.taken if channels else ()) if not 0 < std[i] < inf]:
+        raise InputError(f"channel {constant[0]} has one value everywhere: leave it out of data.channels")
+    if channels is None and not all(0 < deviation < inf for deviation in std):
+        raise InputError(f"data.std {tuple(std)} must be three numbers above 0")
+    check_finite("data", {"mean": mean})
 
 
 def check_span(name: str, span: Sequence[float], most: float = inf) -> None:

@@ -9,6 +9,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose
 
+from locat_lightning.data.band_transforms import BandAugmentation
 from locat_lightning.data.base import check_span
 from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
@@ -23,8 +24,10 @@ class ImageData(LabelledData):
         ratio: smallest and largest width-to-height ratio of a random crop.
         hflip: probability of a horizontal flip.
         color_jitter: strength of the jitter of brightness, contrast and saturation; timm leaves it out where
-            auto_augment does the same, that is, for every policy but `3a`.
-        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `3a`, `augmix-…`); null for none.
+            auto_augment does the same, that is, for every policy but `3a`. With `channels`, strength of the
+            gain and offset of each channel; 0 for none.
+        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `3a`, `augmix-…`); null for none. Of
+            RGB images alone: with `channels` there is none.
         random_erasing: probability of replacing a rectangle by noise.
         interpolation: how the random crop is resized: `random` (bilinear or bicubic), `bilinear`, `bicubic`.
         kwargs: those of `LabelledData` and `ImageModule`.
@@ -59,7 +62,11 @@ class ImageData(LabelledData):
         self.train_transform()  # finds a mistake in it before any image is looked for
 
     def train_transform(self) -> Callable[[Image.Image], Any]:
-        """Make the augmentation: RGB image to tensor [3, img_size, img_size]."""
+        """Make the augmentation: image to tensor [C, img_size, img_size]."""
+        if self.channels is not None:
+            own = {name: self.augmentation[name] for name in ("scale", "ratio", "hflip", "interpolation")}
+            jitter, erasing = self.augmentation["color_jitter"], self.augmentation["re_prob"]
+            return BandAugmentation(self.img_size, jitter=jitter, erasing=erasing, **own)  # type: ignore[return-value]
         try:
             return timm_augmentation(self.img_size, **self.normalisation, **self.augmentation)  # type: ignore[no-any-return]
         except (AssertionError, KeyError, ValueError) as error:

@@ -205,10 +205,16 @@ def _grayscale(x: Tensor, _: Tensor) -> None:
 
 def _blur(x: Tensor, band: Tensor) -> None:
     """Blur the lines of both axes by a matrix of `_blur_bands`, [N, 1, S, S]."""
-    planes, bands = x.view(-1, *x.shape[2:]), band.expand(-1, 3, -1, -1).flatten(0, 1)
+    planes, bands = x.view(-1, *x.shape[2:]), band.expand(-1, x.shape[1], -1, -1).flatten(0, 1)
     lines = torch.empty_like(planes)
     _banded_product(bands, planes.mT, lines.mT)
     _banded_product(bands, lines, planes)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur crops [N, C, S, S] in place, each by its own sigma [N] in pixels, and return them."""
+    _blur(x, _blur_bands(x.shape[-1], sigma[:, None, None, None]))
+    return x
 
 
 def _banded_product(band: Tensor, x: Tensor, out: Tensor) -> None:

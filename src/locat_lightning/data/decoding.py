@@ -4,13 +4,16 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from os import PathLike
-from typing import IO
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.errors import in_a_line
 
@@ -23,6 +26,7 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 WHITE = dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), (4095, 65535)) | {"F": (1,)}
 OUTLIERS = 0.1  # per cent of the pixels of these modes that may be brighter than white
 NO_DATA = 1e37  # values from here on stand for no data, as the largest of float32 does
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or inf  # Pillow's limit
 
 # A small file may stand for gigabytes of pixels: what Pillow only warns of is refused.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -41,6 +45,32 @@ def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
     with Image.open(file, formats=FORMATS) as image:
         plain = image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1
         yield image if plain and to_srgb(image) is None else to_rgb(image)
+
+
+class Reader(Protocol):
+    """How the images of a data set are opened."""
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Endings of the files that count, in lower case."""
+
+    def __call__(self, file: str | PathLike[str] | IO[bytes], name: str = "") -> AbstractContextManager[Any]:
+        """Open an image, perhaps without decoding it; an opened file comes with its `name`."""
+
+
+@dataclass(frozen=True)
+class RgbReader:
+    """Opens images as `open_image` does, whatever their name says."""
+
+    endings: tuple[str, ...] = IMG_EXTENSIONS
+
+    def __call__(
+        self, file: str | PathLike[str] | IO[bytes], name: str = ""
+    ) -> AbstractContextManager[Image.Image]:
+        return open_image(file)
+
+
+RGB = RgbReader()
 
 
 def orientation(image: Image.Image) -> int:

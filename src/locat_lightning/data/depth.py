@@ -17,8 +17,8 @@ from torchvision.transforms.v2.functional import adjust_gamma, normalize
 from locat.runs import replaced
 from locat_lightning.data.base import SPLITS, ImageModule, check_side
 from locat_lightning.data.dataset import Source
-from locat_lightning.data.decoding import FORMATS, read_image, reason
-from locat_lightning.data.files import EXTENSIONS, files_beneath, listed, unlabelled_files
+from locat_lightning.data.decoding import FORMATS, RGB, read_image, reason
+from locat_lightning.data.files import counted, files_beneath, listed, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.data.mask_transforms import to_float
 from locat_lightning.data.segmentation import MaskedImages, collate_masks
@@ -117,6 +117,8 @@ class DepthData(ImageModule[DepthPairs]):
         eval_batch_size: images per evaluation batch in each process; more than 1 needs images of one size.
         kwargs: those of `ImageModule`.
     """
+
+    refuses_channels = True
 
     def __init__(
         self,
@@ -218,7 +220,7 @@ class DepthData(ImageModule[DepthPairs]):
             images.append(path)
             depths.append(own)
         if not images:
-            raise InputError(f"no images {IMAGE}… beneath {folder}: {EXTENSIONS}")
+            raise InputError(f"no images {IMAGE}… beneath {folder}: {counted(RGB)}")
         return images, depths
 
 

@@ -10,15 +10,13 @@ from unicodedata import normalize
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data.dataset import Source
-from locat_lightning.data.decoding import open_image
+from locat_lightning.data.decoding import RGB, Reader
 from locat_lightning.errors import InputError
 
 # Folders that file systems and archives of other machines leave in a folder.
 LITTER = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-EXTENSIONS = f"files ending in {', '.join(IMG_EXTENSIONS)} count"
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Files(Source[int]):
 
     paths: list[str]
     labels: list[int]
+    reader: Reader = RGB
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -36,11 +35,13 @@ class Files(Source[int]):
 
     @contextmanager
     def open(self, index: int) -> Iterator[tuple[Image.Image, int]]:
-        with open_image(self.paths[index]) as image:
+        with self.reader(self.paths[index]) as image:
             yield image, self.labels[index]
 
 
-def labelled_files(folder: Path, class_names: list[str], named_by: str, complete: bool) -> Files:
+def labelled_files(
+    folder: Path, class_names: list[str], named_by: str, complete: bool, reader: Reader = RGB
+) -> Files:
     """Find the images of a split in its folders of classes; if `complete`, every class must have one.
 
     The class names are in the order of their labels, and come from the folder `named_by`.
@@ -52,24 +53,31 @@ def labelled_files(folder: Path, class_names: list[str], named_by: str, complete
         )
     read = {os.path.realpath(each) for own in folders.values() for each in own}  # no class reads another's
     files = [
-        [path for each in folders.get(name, []) for path in files_beneath(each, read=read)]
+        [path for each in folders.get(name, []) for path in files_beneath(each, reader.endings, read)]
         for name in class_names
     ]
     if not any(files):
-        raise InputError(f"no images in the class folders of {folder}: {EXTENSIONS}")
+        raise InputError(f"no images in the class folders of {folder}: {counted(reader)}")
     if empty := [name for name, paths in zip(class_names, files, strict=True) if not paths]:
         if complete:
-            raise InputError(f"class folders without an image in {folder}: {listed(empty)}; {EXTENSIONS}")
+            raise InputError(
+                f"class folders without an image in {folder}: {listed(empty)}; {counted(reader)}"
+            )
         rank_zero_info(f"{folder} has no image of {len(empty)} of {len(files)} classes: {listed(empty)}")
     labels = [label for label, paths in enumerate(files) for _ in paths]
-    return Files([path for paths in files for path in paths], labels)
+    return Files([path for paths in files for path in paths], labels, reader)
 
 
-def unlabelled_files(folder: Path) -> Files:
+def unlabelled_files(folder: Path, reader: Reader = RGB) -> Files:
     """Find every image beneath a folder."""
-    if not (paths := files_beneath(folder)):
-        raise InputError(f"no images beneath {folder}: {EXTENSIONS}")
-    return Files(paths, [-1] * len(paths))
+    if not (paths := files_beneath(folder, reader.endings)):
+        raise InputError(f"no images beneath {folder}: {counted(reader)}")
+    return Files(paths, [-1] * len(paths), reader)
+
+
+def counted(reader: Reader) -> str:
+    """Say which files are images, for an error."""
+    return f"files ending in {', '.join(reader.endings)} count"
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
@@ -99,7 +107,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def files_beneath(
-    folder: Path, endings: tuple[str, ...] = IMG_EXTENSIONS, read: set[str] | None = None
+    folder: Path, endings: tuple[str, ...] = RGB.endings, read: set[str] | None = None
 ) -> list[str]:
     """Return the images beneath a folder, or files of other endings (in lower case), if they are `is_data`.
 

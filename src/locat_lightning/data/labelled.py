@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from locat_lightning.data import digits
+from locat_lightning.data.band_transforms import BandEvaluation
 from locat_lightning.data.base import SPLITS, ImageModule, check_side
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import class_folders, labelled_files, subfolders, unlabelled_files
@@ -55,6 +56,8 @@ class LabelledData(ImageModule[Source | Stream]):
         if not 0 < crop_pct <= 1:
             raise InputError(f"data.crop_pct ({crop_pct}) must be above 0 and at most 1")
         check_side("img_size and crop_pct", img_size / crop_pct)
+        if self.channels is not None and dataset != "folder":
+            raise InputError(f"data.channels: {dataset} has RGB images, only a folder others: leave it out")
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
         self.download = download
@@ -81,7 +84,8 @@ class LabelledData(ImageModule[Source | Stream]):
     def preprocessing(self) -> dict[str, Any]:
         """What decides `eval_transform`, as plain JSON."""
         numbers = {key: list(value) for key, value in self.normalisation.items()}
-        return {"img_size": self.img_size, **self.resizing, **numbers}
+        taken = {} if self.channels is None else {"channels": list(self.channels.taken)}
+        return {"img_size": self.img_size, **self.resizing, **numbers, **taken}
 
     def prepare_data(self) -> None:
         if self.download and self.dataset not in ("folder", "digits"):
@@ -90,6 +94,8 @@ class LabelledData(ImageModule[Source | Stream]):
 
     def eval_transform(self) -> Callable[[Image.Image], Any]:
         """Make the transform of evaluation: resize, central crop, normalise."""
+        if self.channels is not None:
+            return BandEvaluation(self.img_size, **self.resizing)  # type: ignore[arg-type,return-value]
         return create_transform(self.img_size, **self.normalisation, **self.resizing)  # type: ignore[no-any-return]
 
     def eval_dataloader(self, split: str) -> ImageLoader:
@@ -120,7 +126,7 @@ class LabelledData(ImageModule[Source | Stream]):
             if self.dataset == "folder":
                 self._check_root("a folder of images")
                 if self._is_unlabelled():
-                    return unlabelled_files(self.root)
+                    return unlabelled_files(self.root, self.reader)
             if isinstance(source := self.source("test"), Stream):
                 raise InputError(f"data set {self.dataset!r} is a stream without paths, which predict needs")
             return source
@@ -129,7 +135,8 @@ class LabelledData(ImageModule[Source | Stream]):
             if split == "test" != folder.name:
                 rank_zero_info(f"no test/ in {self.root}: using {folder.name}/")
             names = self.class_names or list(class_folders(folder))
-            return labelled_files(folder, names, self._class_folder().name, complete=split == "train")
+            by, complete = self._class_folder().name, split == "train"
+            return labelled_files(folder, names, by, complete, self.reader)
         if self.dataset == "digits":
             return digits.Digits(train=split == "train")
         return self._timm_source(split, download=False)

@@ -12,8 +12,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Source
-from locat_lightning.data.decoding import FORMATS, orientation, reason, to_rgb
-from locat_lightning.data.files import EXTENSIONS, files_beneath, listed
+from locat_lightning.data.decoding import FORMATS, RGB, Reader, orientation, reason, to_rgb
+from locat_lightning.data.files import counted, files_beneath, listed
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -28,6 +28,7 @@ class Layout:
         home: path of the data set's folder, as far as root may be above it.
         labels: values of the classes in the masks, where they are not 0, 1, …; any other means no class.
         otherwise: layout of a folder in which no mask of a split has this suffix.
+        reader: of the images.
     """
 
     images: str = "images/{split}"
@@ -40,6 +41,7 @@ class Layout:
     home: str = ""
     labels: tuple[int, ...] = ()
     otherwise: "Layout | None" = None
+    reader: Reader = RGB
 
     def of(self, root: Path, split: str) -> "Layout":
         """Return this layout; or `otherwise`, if no mask of a split has this suffix."""
@@ -75,7 +77,7 @@ class Layout:
         folder = self._existing(root, self.images, name)
         images: dict[str, str] = {}
         suffix = self.image_suffix.lower()
-        for path in files_beneath(folder, (suffix,)) if suffix else files_beneath(folder):
+        for path in files_beneath(folder, (suffix,) if suffix else self.reader.endings):
             if self.images == self.masks and path.lower().endswith(self.mask_suffix.lower()):
                 continue
             stem = _stem(path, folder, len(suffix) or len(path) - path.rindex("."))
@@ -95,8 +97,8 @@ class Layout:
                 )
             images = {stem: images[stem] for stem in stems}
         if not images:
-            counted = f"files ending in {self.image_suffix} count" if suffix else EXTENSIONS
-            raise InputError(f"no images of {name} in {folder}: {counted}")
+            wanted = f"files ending in {self.image_suffix} count" if suffix else counted(self.reader)
+            raise InputError(f"no images of {name} in {folder}: {wanted}")
         return images
 
     def pairs(self, root: Path, split: str) -> tuple[list[str], list[str]]:
@@ -232,6 +234,7 @@ class Pairs(Source[np.ndarray]):
     images: list[str]
     masks: list[str]
     values: MaskValues
+    reader: Reader = RGB
 
     def __len__(self) -> int:
         return len(self.images)
@@ -240,11 +243,15 @@ class Pairs(Source[np.ndarray]):
         return self.images[index]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        with Image.open(self.images[index], formats=FORMATS) as stored:
-            size, turned = stored.size, orientation(stored)
-            image = to_rgb(stored)
-            image.load()
-        mask = self.mask(index, size, turned)
+        if self.reader != RGB:  # as it is stored, like its mask
+            with self.reader(self.images[index]) as image:
+                mask = self.mask(index)
+        else:
+            with Image.open(self.images[index], formats=FORMATS) as stored:
+                size, turned = stored.size, orientation(stored)
+                image = to_rgb(stored)
+                image.load()
+            mask = self.mask(index, size, turned)
         if image.size != mask.shape[::-1]:
             raise InputError(
                 f"mask {self.masks[index]} has {mask.shape[1]} x {mask.shape[0]} pixels, but its image"

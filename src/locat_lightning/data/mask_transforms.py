@@ -1,7 +1,9 @@
 """Transforms of an image together with its mask: torchvision's, and ours where mmsegmentation's differ.
 
 They take an image, uint8 [3, H, W], and its mask, uint8 [H, W], and draw from torch's global random numbers,
-like torchvision's. An image is resized fastest if a pixel's channels lie together, as in `pil_to_tensor`.
+like torchvision's. An image of other channels is float32 [C, H, W], normalised already: `normalisation` is
+then None, and a jitter of each channel stands for all changes of the colours. An image is resized fastest if
+a pixel's channels lie together, as in `pil_to_tensor`.
 
 Source: `RandomResize`, `RandomCrop`, `RandomFlip`, `PhotoMetricDistortion` and `Pad` in
 `mmseg/datasets/transforms` of github.com/open-mmlab/mmsegmentation, with the settings of its
@@ -16,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter, RandomApply, RandomPhotometricDistort, RandomResizedCrop
 from torchvision.transforms.v2.functional import normalize, resize
 
+from locat_lightning.data.band_transforms import jittered
 from locat_lightning.data.colour import turn_hue
 from locat_lightning.labels import IGNORE
 
@@ -25,6 +28,8 @@ ATTEMPTS = 10  # at a crop that shows more than one class
 DISTORTION = RandomPhotometricDistort(
     brightness=(-32 / 255, 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.1, 0.1)
 )
+
+BAND_JITTER = 0.3  # of gain and offset of each channel, where there are others than RGB
 
 # Of Hummingbird's memory, as open-hummingbird-eval has it: each with probability 1/2, in this order.
 JITTER = [
@@ -43,7 +48,7 @@ def joint_augmentation(
     cat_max_ratio: float,
     hflip: float,
     distortion: bool,
-    normalisation: Mapping[str, Sequence[float]],
+    normalisation: Mapping[str, Sequence[float]] | None,
 ) -> tuple[Tensor, Tensor]:
     """Resize, crop, flip, distort the colours, normalise and pad, at random: see `SegmentationData`.
 
@@ -57,10 +62,13 @@ def joint_augmentation(
     image, mask = image[:, *crop], mask[crop]
     if torch.rand(1) < hflip:
         image, mask = image.flip(-1), mask.flip(-1)
-    image = to_float(image)
-    if distortion:
-        distort_colours(image)
-    image = normalize(image, **normalisation, inplace=True)
+    if normalisation is None:
+        image = jittered(image, BAND_JITTER) if distortion else image
+    else:
+        image = to_float(image)
+        if distortion:
+            distort_colours(image)
+        image = normalize(image, **normalisation, inplace=True)
     below, right = (crop_size - side for side in mask.shape)
     return F.pad(image, (0, right, 0, below)), F.pad(mask, (0, right, 0, below), value=IGNORE)
 
@@ -70,7 +78,7 @@ def joint_evaluation(
     mask: Tensor,
     *,
     scale: Sequence[int],
-    normalisation: Mapping[str, Sequence[float]],
+    normalisation: Mapping[str, Sequence[float]] | None,
     keep_ratio: bool = True,
     with_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -79,12 +87,11 @@ def joint_evaluation(
     The image keeps its shape and fits within the scale; or else its height and width are the scale.
     """
     size = fitted_size(mask.shape, scale) if keep_ratio else list(scale)
-    pixels = normalize(to_float(resize(image, size)), **normalisation, inplace=True)
-    return pixels, resize_mask(mask, size) if with_mask else mask
+    return normalised(resize(image, size), normalisation), resize_mask(mask, size) if with_mask else mask
 
 
 def square_augmentation(
-    image: Tensor, mask: Tensor, *, side: int, normalisation: Mapping[str, Sequence[float]]
+    image: Tensor, mask: Tensor, *, side: int, normalisation: Mapping[str, Sequence[float]] | None
 ) -> tuple[Tensor, Tensor]:
     """Crop at random, resize to a square, change the colours at random and normalise: see `JITTER`.
 
@@ -97,9 +104,12 @@ def square_augmentation(
     crop = RandomResizedCrop(side, scale=(0.5, 2.0)).make_params([image])
     area = slice(crop["top"], crop["top"] + crop["height"]), slice(crop["left"], crop["left"] + crop["width"])
     image = resize(image[:, *area], [side, side])
-    for jitter in JITTER:
-        image = jitter(image)
-    return normalize(to_float(image), **normalisation, inplace=True), resize_mask(mask[area], [side, side])
+    if normalisation is None:
+        image = jittered(image, 0.1)
+    else:
+        for jitter in JITTER:
+            image = jitter(image)
+    return normalised(image, normalisation), resize_mask(mask[area], [side, side])
 
 
 def fitted_size(size: Sequence[int], scale: Sequence[int]) -> list[int]:
@@ -129,6 +139,14 @@ def is_varied(mask: Tensor, cat_max_ratio: float) -> bool:
     """Return whether a mask shows more than one class, each on less than a share of its annotated pixels."""
     counts = mask.flatten().bincount(minlength=256)[:IGNORE]
     return bool(counts.count_nonzero() > 1 and counts.max() < cat_max_ratio * counts.sum())
+
+
+def normalised(pixels: Tensor, normalisation: Mapping[str, Sequence[float]] | None) -> Tensor:
+    """Convert pixels to what a model takes; None if they are that already."""
+    if normalisation is None:
+        return pixels
+    found: Tensor = normalize(to_float(pixels), **normalisation, inplace=True)
+    return found
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor
 
+from locat_lightning.data.band_transforms import no_jitter
 from locat_lightning.data.base import check_side, check_span
 from locat_lightning.data.colour import NEUTRAL
 from locat_lightning.data.views import Drawn, MultiCrop, ViewBatch, Views
@@ -71,16 +72,17 @@ class MaskedMultiCrop(MultiCrop):
         patches = self.undistorted_size * drawn.global_size / self.global_size / self.patch_size
         return replace(drawn, undistorted_size=round(patches) * self.patch_size)
 
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Drawn:
-        drawn = super().draw(size, rng)
+    def draw(self, size: tuple[int, int], rng: np.random.Generator, channels: int | None = None) -> Drawn:
+        drawn = super().draw(size, rng, channels)
         drawn = drawn._replace(seed=int(rng.integers(2**62)))
         if self.undistorted_size is None:
             return drawn
         _, boxes, flipped, colour, sizes, _ = drawn
+        neutral = torch.tensor([NEUTRAL] * 2) if channels is None else no_jitter(2, channels)
         return drawn._replace(
             boxes=np.concatenate([boxes, boxes[:2]]),
             flipped=np.concatenate([flipped, flipped[:2]]),
-            colour=torch.cat([colour, torch.tensor([NEUTRAL] * 2)]),
+            colour=torch.cat([colour, neutral]),
             sizes=sizes + [self.undistorted_size] * 2,
         )
 

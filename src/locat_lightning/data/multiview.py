@@ -9,7 +9,6 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Failure, Images, Source
@@ -45,6 +44,8 @@ class ViewImages(Images):
         try:
             with self.source.open(index) as (image, label):
                 decoded = transform.decode(image, np.random.default_rng([self.seed, epoch, index]))
+        except InputError as error:
+            return Failure(self.source.path(index), str(error), mistake=True)
         except Exception as error:  # decoders raise anything; raised on, it would not name the image
             return Failure(self.source.path(index), reason(error))
         return transform.cut(decoded), label, index
@@ -66,8 +67,10 @@ class MultiViewData(LabelledData):
     def __init__(
         self, *, views: ViewTransform = MULTI_CROP, batch_size: PositiveInt = 64, **kwargs: Any
     ) -> None:
-        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-        super().__init__(batch_size=batch_size, img_size=views.size, mean=mean, std=std, **kwargs)
+        super().__init__(batch_size=batch_size, img_size=views.size, **kwargs)
+        imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+        if self.channels is None and self.normalisation != imagenet:
+            raise InputError("data.mean, data.std: views of RGB images have ImageNet's: leave both out")
         self.views = views
         if self.hparams["views"] is views:  # not given by a config: checkpoints hold plain values alone
             path = f"{type(views).__module__}.{type(views).__qualname__}"
@@ -97,7 +100,7 @@ class MultiViewData(LabelledData):
                 return self._labelled[split]
             if split == "train":
                 folder = self.root / "train"
-                return unlabelled_files(folder if folder.is_dir() else self.root)
+                return unlabelled_files(folder if folder.is_dir() else self.root, self.reader)
             if split == "val":
                 return self.source("train")
         source = super()._find(split)
@@ -113,13 +116,15 @@ class MultiViewData(LabelledData):
         """The images of `train`, and of `val` if it exists, if they have labels; else {}."""
         folder = self.root / "train"
         names = [each.name for each in folder.iterdir() if is_data(each.name)] if folder.is_dir() else []
-        if not names or any(name.lower().endswith(IMG_EXTENSIONS) for name in names):
+        if not names or any(name.lower().endswith(self.reader.endings) for name in names):
             return {}
         try:
             names = list(class_folders(folder))
-            found = {"train": labelled_files(folder, names, "train", complete=True)}
+            own = names, "train"
+            found = {"train": labelled_files(folder, *own, complete=True, reader=self.reader)}
             if any((self.root / name).is_dir() for name in SPLITS["val"]):
-                found["val"] = labelled_files(self._split_folder("val"), names, "train", complete=False)
+                held_out = self._split_folder("val")
+                found["val"] = labelled_files(held_out, *own, complete=False, reader=self.reader)
         except InputError as error:
             rank_zero_info(f"training without labels: {error}")
             return {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from locat_lightning.data import scenes
+from locat_lightning.data.bands import Bands
 from locat_lightning.data.base import SPLITS, ImageModule, check_side, check_span
 from locat_lightning.data.class_lists import KNOWN, Classes, named_classes, read_classes
 from locat_lightning.data.dataset import Images, Source
@@ -48,8 +49,9 @@ class MaskBatch(NamedTuple):
 class MaskedImages(Images):
     """The images of a source and their masks, transformed together."""
 
-    def transformed(self, image: Image.Image, label: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self.transform(pil_to_tensor(image), torch.from_numpy(label))  # type: ignore[no-any-return]
+    def transformed(self, image: Image.Image | Bands, label: np.ndarray) -> tuple[Tensor, Tensor]:
+        pixels = image.pixels if isinstance(image, Bands) else pil_to_tensor(image)
+        return self.transform(pixels, torch.from_numpy(label))  # type: ignore[no-any-return]
 
 
 def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
@@ -94,7 +96,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         ratio: smallest and largest random factor of scale in training.
         cat_max_ratio: share of a crop's annotated pixels that no class should reach; 1 takes any crop.
         hflip: probability of a horizontal flip.
-        distortion: whether brightness, contrast, saturation and hue are changed at random.
+        distortion: whether brightness, contrast, saturation and hue are changed at random; with `channels`,
+            gain and offset of each channel.
         batch_size: images per training batch in each process.
         eval_batch_size: images per evaluation batch in each process; more than 1 needs images of one size.
         kwargs: those of `ImageModule`.
@@ -136,15 +139,20 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
                 f"data.images ({images!r}) or data.splits ({splits!r}) must contain {{split}}, or train and "
                 "val are equal"
             )
+        if self.channels is not None and dataset != "folder":
+            raise InputError(f"data.channels: {dataset} has RGB images, only a folder others: leave it out")
         self.root = Path(root).expanduser().absolute()
         self.dataset = dataset
-        self.layout = LAYOUTS.get(dataset) or Layout(images, masks, mask_suffix, splits, image_suffix)
+        own = Layout(images, masks, mask_suffix, splits, image_suffix, reader=self.reader)
+        self.layout = LAYOUTS.get(dataset) or own
         self.given_classes = classes
         known = dataset != "folder"
         self.ignore_index = IGNORE if known else ignore_index
         self.reduce_zero_label = dataset in ("ade20k", "pascal_context") if known else reduce_zero_label
         self.crop_size, self.scale = crop_size, scale
         self.eval_batch_size = eval_batch_size
+        # Other channels than RGB have been normalised where they were read.
+        normalisation = self.normalisation if self.channels is None else None
         self.augmentation = partial(
             joint_augmentation,
             crop_size=crop_size,
@@ -153,9 +161,9 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             cat_max_ratio=cat_max_ratio,
             hflip=hflip,
             distortion=distortion,
-            normalisation=self.normalisation,
+            normalisation=normalisation,
         )
-        self.evaluation = partial(joint_evaluation, scale=scale, normalisation=self.normalisation)
+        self.evaluation = partial(joint_evaluation, scale=scale, normalisation=normalisation)
 
     @cached_property
     def classes(self) -> Classes:
@@ -206,7 +214,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         training = split == "train"
         square = partial(self.evaluation, scale=(side, side), keep_ratio=False, with_mask=training)
         if augmented:
-            square = partial(square_augmentation, side=side, normalisation=self.normalisation)
+            normalisation = self.normalisation if self.channels is None else None
+            square = partial(square_augmentation, side=side, normalisation=normalisation)
         images = MaskedImages(self.source(split), square, self.seed)
         items = [
             augmented * len(images) + place for place in (range(len(images)) if places is None else places)
@@ -217,17 +226,17 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
     def _find(self, split: str) -> Source[np.ndarray]:
         if split == "predict":
             if self._is_unlabelled():
-                return Unannotated(unlabelled_files(self.root))
+                return Unannotated(unlabelled_files(self.root, self.reader))
             if self.dataset == "digits":
                 return Unannotated(self.source("val"))
             images = list(self.layout.images_of(self.root, "val").values())
-            return Unannotated(Files(images, [-1] * len(images)))
+            return Unannotated(Files(images, [-1] * len(images), self.reader))
         if self.dataset == "digits":
             training = split == "train"
             return scenes.Scenes(training, 1000 if training else 200)
         layout = self.layout.of(self.root, split)
         values = MaskValues(self.num_classes, self.ignore_index, self.reduce_zero_label, layout.labels)
-        pairs = Pairs(*layout.pairs(self.root, split), values)
+        pairs = Pairs(*layout.pairs(self.root, split), values, self.reader)
         most = LOOKED_AT if self.dataset == "folder" else 1
         unseen = [self.class_names[label] for label in pairs.check_annotated(most)]
         if unseen and split == "train" and self.dataset == "folder":

@@ -10,6 +10,8 @@ from torch import Tensor, tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
+from locat_lightning.data.band_transforms import no_jitter
+from locat_lightning.data.bands import Bands
 from locat_lightning.data.base import check_span
 from locat_lightning.data.colour import NEUTRAL
 from locat_lightning.data.views import Views, ViewTransform, draw_boxes
@@ -36,10 +38,13 @@ class SingleCrop(ViewTransform):
     def sizes(self) -> list[int]:
         return [self.global_size]
 
-    def decode(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+    def decode(self, image: Image.Image | Bands, rng: np.random.Generator) -> Tensor:
         [(left, top, width, height)] = draw_boxes(rng, image.size, np.array([self.global_scale])).tolist()
         flipped = rng.random() < self.hflip
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
+        if isinstance(image, Bands):
+            pixels = image.pixels
+        else:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
         size = [self.global_size] * 2
         crop: Tensor = resized_crop(
             pixels, top, left, height, width, size, InterpolationMode.BICUBIC, antialias=True
@@ -47,4 +52,5 @@ class SingleCrop(ViewTransform):
         return crop.flip(-1) if flipped else crop
 
     def cut(self, decoded: Tensor) -> list[Views]:
-        return [Views(decoded[None], tensor([NEUTRAL]))]
+        neutral = tensor([NEUTRAL]) if decoded.dtype == torch.uint8 else no_jitter(1, len(decoded))
+        return [Views(decoded[None], neutral)]

@@ -93,6 +93,8 @@ class VideoData(ImageModule[Frames]):
         kwargs: those of `ImageModule`.
     """
 
+    refuses_channels = True
+
     def __init__(
         self,
         *,

@@ -15,11 +15,13 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from PIL import Image
 from torch import Tensor, tensor
 from torch.utils.data import default_collate
 
+from locat_lightning.data.band_transforms import apply_jitter, draw_jitter
+from locat_lightning.data.bands import Bands
 from locat_lightning.data.base import check_side, check_span
 from locat_lightning.data.colour import apply_colour, draw_colour
 from locat_lightning.errors import InputError
@@ -35,8 +37,10 @@ class Views:
     parameters stay on the CPU, where they are read without a wait, and in float32.
 
     Args:
-        crops: uint8 [V, 3, H, W] or [V, B, 3, H, W]; once coloured, normalised float32.
-        colour: float32 [V, 8] or [V, B, 8] from `draw_colour`; None once the crops are coloured.
+        crops: uint8 [V, 3, H, W] or [V, B, 3, H, W]; once coloured, normalised float32. Images of other
+            channels are float32 [V, C, H, W] or [V, B, C, H, W], normalised already.
+        colour: float32 [V, 8] or [V, B, 8] from `draw_colour`, of other channels from `draw_jitter`; None
+            once the crops are coloured.
         seed: of what `ViewTransform.collate` may draw for this image.
     """
 
@@ -59,7 +63,8 @@ class Views:
         """Augment the colours and normalise, on the device of the crops."""
         if self.colour is None:
             return self
-        crops = apply_colour(self.crops.flatten(0, -4), self.colour.flatten(0, -2))
+        apply = apply_colour if self.crops.dtype == torch.uint8 else apply_jitter
+        crops = apply(self.crops.flatten(0, -4), self.colour.flatten(0, -2))
         return Views(crops.view(self.crops.shape), None, self.seed)
 
 
@@ -67,7 +72,7 @@ class ViewBatch(NamedTuple):
     """The views of B images.
 
     Attributes:
-        views: of each size, [V, B, 3, H, W]; the global ones come first.
+        views: of each size, [V, B, C, H, W]; the global ones come first.
         labels: int64 [B]; -1 where unknown.
         indices: int64 [B], the images' positions in the data set.
         masks: of the method's patches, if its views come with any: for `MaskedMultiCrop` bool [V, B, H, W],
@@ -102,11 +107,12 @@ class ViewTransform(ABC):
         return self.sizes[0]
 
     @abstractmethod
-    def decode(self, image: Image.Image, rng: np.random.Generator) -> Any:
+    def decode(self, image: Image.Image | Bands, rng: np.random.Generator) -> Any:
         """Draw what the views show and decode the image; any exception counts it as unreadable.
 
         Args:
-            image: RGB; a JPEG is opened but not loaded, so that it can be decoded at a lower resolution.
+            image: RGB; a JPEG is opened but not loaded, so that it can be decoded at a lower resolution. Or
+                an image of other channels.
             rng: the image's own generator. Take all random numbers from it.
         """
 
@@ -118,7 +124,7 @@ class ViewTransform(ABC):
         """Return the transform of a batch: itself, unless something is drawn for all images of the batch."""
         return self
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> list[Views]:
+    def __call__(self, image: Image.Image | Bands, rng: np.random.Generator) -> list[Views]:
         """Make the views of an image."""
         return self.cut(self.decode(image, rng))
 
@@ -140,10 +146,10 @@ class ViewTransform(ABC):
 class Drawn(NamedTuple):
     """A decoded image, and what its V views show of it."""
 
-    pixels: np.ndarray  # uint8 [H, W, 3]
+    pixels: np.ndarray  # uint8 [H, W, 3], or float32 [H, W, C]
     boxes: np.ndarray  # int [V, 4]: left, top, width, height
     flipped: np.ndarray  # bool [V]
-    colour: Tensor  # float32 [V, 8], see `draw_colour`
+    colour: Tensor  # float32 [V, 8], see `draw_colour`; or [V, 2 C + 1], see `draw_jitter`
     sizes: list[int]  # [V], pixels
     seed: int = 0
 
@@ -166,6 +172,8 @@ class MultiCrop(ViewTransform):
         hflip: probability of a horizontal flip of each view.
         mixed_sizes: [global size, local size, share]: each batch of a process draws its sizes from these, and
             `global_size` is then that of evaluation alone; null for none.
+        jitter: of images of other channels than RGB: strength of the gain and offset of each channel in a
+            view, which take the place of DINO's colours; 0 leaves only the blur.
     """
 
     global_size: PositiveInt = 224
@@ -176,6 +184,7 @@ class MultiCrop(ViewTransform):
     colour_on: Literal["device", "worker"] = "device"
     hflip: ClosedUnitInterval = 0.5
     mixed_sizes: list[tuple[int, int, float]] | None = None
+    jitter: NonNegativeFloat = 0.4
 
     def __post_init__(self) -> None:
         check_span("views.global_scale", self.global_scale, most=1)
@@ -200,7 +209,10 @@ class MultiCrop(ViewTransform):
         global_size, local_size = (each[chosen] for each in sizes)
         return replace(self, global_size=global_size, local_size=local_size, mixed_sizes=None)
 
-    def decode(self, image: Image.Image, rng: np.random.Generator) -> Drawn:
+    def decode(self, image: Image.Image | Bands, rng: np.random.Generator) -> Drawn:
+        if isinstance(image, Bands):
+            drawn = self.draw(image.size, rng, channels=len(image.pixels))
+            return drawn._replace(pixels=image.pixels.movedim(0, -1).numpy())
         drawn = self.draw(image.size, rng)
         width, height = image.size
         # A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 of its resolution where every box then
@@ -211,14 +223,17 @@ class MultiCrop(ViewTransform):
         reduction = width / pixels.shape[1]
         return drawn._replace(pixels=pixels, boxes=np.rint(drawn.boxes / reduction).astype(int))
 
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Drawn:
-        """Draw what the views of an image of (width, height) show, without its pixels."""
+    def draw(self, size: tuple[int, int], rng: np.random.Generator, channels: int | None = None) -> Drawn:
+        """Draw what the views of an image of (width, height) show, without its pixels; None is RGB."""
         scales = [self.global_scale] * 2 + [self.local_scale] * self.local_views
         boxes = draw_boxes(rng, size, np.array(scales))
         flipped = rng.random(len(boxes)) < self.hflip
         blur = [1.0, 0.1] + [0.5] * self.local_views  # probabilities
         solarize = [0.0, 0.2] + [0.0] * self.local_views
-        colour = draw_colour(rng, blur, solarize)
+        if channels is None:
+            colour = draw_colour(rng, blur, solarize)
+        else:
+            colour = draw_jitter(rng, blur, channels, self.jitter)
         return Drawn(np.empty(0), boxes, flipped, colour, self.sizes)
 
     def cut(self, decoded: Drawn) -> list[Views]:
@@ -254,8 +269,9 @@ def draw_boxes(rng: np.random.Generator, size: tuple[int, int], scales: np.ndarr
 
 
 def _cut(pixels: np.ndarray, boxes: np.ndarray, flipped: np.ndarray, size: int) -> Tensor:
-    """Resize V boxes of uint8 [H, W, 3] to [V, 3, size, size], as PIL's bicubic to within one level."""
-    crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
+    """Resize V boxes of [H, W, C] to [V, C, size, size]; uint8 as PIL's bicubic to within one level."""
+    dtype = torch.uint8 if pixels.dtype == np.uint8 else torch.float32
+    crops = torch.empty(len(boxes), pixels.shape[-1], size, size, dtype=dtype)
     for crop, (left, top, width, height), flip in zip(crops, boxes.tolist(), flipped.tolist(), strict=True):
         box = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)
         resized = F.interpolate(box[None], (size, size), mode="bicubic", antialias=True)

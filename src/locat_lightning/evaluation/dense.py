@@ -29,7 +29,7 @@ def patch_features(
 
     Args:
         backbone: any timm model with `forward_intermediates`.
-        images: [B, 3, height, width], normalised.
+        images: [B, C, height, width], normalised.
         layers: how many of the last blocks, or which blocks, by index from 0; see `feature_width`.
         norm: whether the model's final norm is applied, to the tokens of each block.
         with_cls: whether the [CLS] token of each block follows its features of every patch, D twice as large.

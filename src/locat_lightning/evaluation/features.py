@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from locat_lightning.backbones.channels import channels_of
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen, measuring
 from locat_lightning.evaluation.gather import gather_rows
@@ -60,7 +61,7 @@ def image_features(
 
     Args:
         backbone: a timm model (its classifier is left out), or any module that maps images to vectors.
-        images: [B, 3, H, W].
+        images: [B, C, H, W].
         autocast_dtype: mixed precision in this type; None computes in the type of the weights.
 
     Returns:
@@ -91,7 +92,7 @@ def check_size(
     """
     try:
         with frozen(backbone), torch.no_grad():
-            image_features(backbone, torch.zeros(1, 3, size, size, device=device))
+            image_features(backbone, torch.zeros(1, channels_of(backbone), size, size, device=device))
     except (AssertionError, RuntimeError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name} does not take images of {size} pixels ({why}): {advice}") from error

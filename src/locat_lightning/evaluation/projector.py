@@ -1,11 +1,12 @@
 """Features as TensorBoard's embedding projector reads them, each with a picture and what is known of it."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from google.protobuf import text_format
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
@@ -28,7 +29,7 @@ class Projector:
     Args:
         side: of the thumbnails, in pixels.
         most: number of images.
-        normalisation: `mean` and `std` of the images.
+        to_rgb: turns normalised images [B, C, H, W] into B images [H, W, 3] from 0 to 1.
         row_of: describes an image by its position and label.
 
     Raises:
@@ -39,7 +40,7 @@ class Projector:
         self,
         side: int,
         most: int,
-        normalisation: Mapping[str, Sequence[float]],
+        to_rgb: Callable[[Tensor], Sequence[np.ndarray]],
         row_of: Callable[[int, int], Row],
     ) -> None:
         if ceil(sqrt(most)) * side > LARGEST:
@@ -47,15 +48,14 @@ class Projector:
                 f"--thumbnail: {most:,} pictures of {side} pixels are more than the projector takes, "
                 f"{LARGEST} x {LARGEST} pixels for all of them: lower --thumbnail or --points"
             )
-        self.side, self.row_of = side, row_of
-        self.mean, self.std = (torch.tensor(normalisation[key]).view(3, 1, 1) for key in ("mean", "std"))
+        self.side, self.row_of, self.to_rgb = side, row_of, to_rgb
         self.features: list[Tensor] = []
         self.thumbnails: list[Tensor] = []
         self.rows: list[Row] = []
 
     def add(self, batch: ImageBatch, features: Tensor) -> None:
         """Add a batch of images and their features [B, D]."""
-        images = batch.images * self.std + self.mean
+        images = torch.from_numpy(np.stack(self.to_rgb(batch.images))).movedim(-1, 1)
         small = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True).clamp(0, 1)
         self.features.append(features.float())
         self.thumbnails.append(small)

@@ -32,11 +32,19 @@ class Column(NamedTuple):
     note: str = ""
 
 
-def rgb(images: Tensor, normalisation: Mapping[str, Sequence[float]] | None = None) -> list[np.ndarray]:
-    """Turn normalised images [B, 3, H, W] into B images [H, W, 3], float32 from 0 to 1.
+def rgb(images: Tensor, normalisation: Mapping[str, Any] | None = None) -> list[np.ndarray]:
+    """Turn normalised images [B, C, H, W] into B images [H, W, 3], float32 from 0 to 1.
 
-    Their `mean` and `std` by channel are ImageNet's by default.
+    Their `mean` and `std` by channel are ImageNet's by default. A normalisation with `show` is that of other
+    channels than RGB: the three that it names, black and white at two standard deviations, or for None the
+    first three principal components of the pixels of all images together (one channel is grey).
     """
+    if normalisation is not None and "show" in normalisation:
+        chosen = normalisation["show"] or ((0, 0, 0) if images.shape[1] == 1 else None)
+        standard = images.detach().float().cpu()
+        if chosen is None:
+            return list(pca_colours(standard).movedim(1, -1).numpy())
+        return list((0.5 + standard[:, list(chosen)].movedim(1, -1) / 4).clamp(0, 1).numpy())
     mean, std = (torch.tensor((normalisation or IMAGENET)[name]).view(3, 1, 1) for name in ("mean", "std"))
     shown = (images.detach().float().cpu() * std + mean).clamp(0, 1).movedim(-3, -1)
     return list(shown.numpy())

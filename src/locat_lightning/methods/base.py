@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
+from locat_lightning.backbones.channelvit import ChannelViT
 from locat_lightning.backbones.create import create_for_any_size, noted_arguments
 from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import RANDOM, load_weights
@@ -21,6 +22,7 @@ from locat_lightning.evaluation.features import check_size
 from locat_lightning.figures.views import views_figure
 from locat_lightning.schedules import cosine, warmup_then_cosine
 from locat_lightning.tasks.base import announce_size
+from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.sharding import clip, norms
 from locat_lightning.tasks.sharpness import SharpnessAware
 
@@ -95,6 +97,8 @@ class Pretraining(SharpnessAware):
         super().__init__(**options)
         self._accumulated: list[Tensor] = []  # scalars of the batches of this step so far
 
+    by_channel: ClassVar[bool] = False  # whether its backbone may have tokens of each channel
+
     def build(self, make_backbone: Callable[[], Any]) -> None:
         """Build the networks as attributes, so that `backbone` is one of them.
 
@@ -118,7 +122,14 @@ class Pretraining(SharpnessAware):
 
     def configure_model(self) -> None:
         if not hasattr(self, "backbone"):
+            agree_on_channels(self)
             self.build(partial(create_for_any_size, self.hp.backbone, noted_arguments(self.hp)))
+            tell_channels(self, *self.networks().values())
+            if not self.by_channel and isinstance(self.backbone, ChannelViT):
+                raise InputError(
+                    f"{type(self).__name__} needs a token for each place, and {self.hp.backbone} has one for "
+                    "each channel: use Dino or Distillation, or another backbone (with data.channels)"
+                )
 
     def start(self, backbone: nn.Module) -> None:
         """Give a new backbone the weights of the options, if there are any."""
@@ -198,7 +209,8 @@ class Pretraining(SharpnessAware):
         return trained_with
 
     def input_pictures(self, batch: ViewBatch, side: int) -> dict[str, Figure]:
-        return {"crops": views_figure([each.crops[:, :4] for each in batch.views], side=side)}
+        views = [each.crops[:, :4] for each in batch.views]
+        return {"crops": views_figure(views, self.of_data("normalisation"), side=side)}
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip gradients by the norms of `clipped_together`; `train/grad_norm` is the norm of all before."""

@@ -23,6 +23,8 @@ class Dino(SelfDistillation):
         options: those of every self-distillation (`SelfDistillation`).
     """
 
+    by_channel = True
+
     def __init__(self, backbone: str = "locatvit_small", **options: Any) -> None:
         super().__init__(backbone, **options)
         hp = self.hp

@@ -36,6 +36,7 @@ class Distillation(Pretraining, FrozenNetwork):
     """
 
     frozen, recorded_as, read_from = "teacher", "distilled_from", "model.teacher"
+    by_channel = True
 
     def __init__(
         self,
@@ -63,7 +64,8 @@ class Distillation(Pretraining, FrozenNetwork):
         hp = self.hp
         self.backbone = make_backbone()
         self.start(self.backbone)
-        self.teacher = load_backbone(hp.teacher, hp.teacher_backbone, hp.teacher_args, any_size=True)
+        own = {"any_size": True, "channels": self.of_data("model_channels")}
+        self.teacher = load_backbone(hp.teacher, hp.teacher_backbone, hp.teacher_args, **own)
         self.teacher.requires_grad_(False).eval()
         self._reference = reference_to(hp.teacher, self.teacher)
         pairs = zip(widths(self.backbone), widths(self.teacher), strict=True)

@@ -13,6 +13,7 @@ from lightly.models.utils import (
 )
 from torch import Tensor, nn
 
+from locat_lightning.backbones.channels import channels_of
 from locat_lightning.backbones.weights import read_state
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
@@ -76,7 +77,7 @@ class Mae(PixelPrediction):
         initialise(backbone)
         self.start(backbone)
         freeze_pooling(self.backbone)
-        self.places = height * width
+        self.places, self.channels = height * width, channels_of(backbone)
         self.side = backbone.patch_embed.patch_size[0]
         self.decoder_embed = nn.Linear(backbone.embed_dim, hp.decoder_dim)
         self.decoder = MaskedVisionTransformerDecoderTIMM(
@@ -86,7 +87,7 @@ class Mae(PixelPrediction):
             hp.decoder_heads,
             num_prefix_tokens=backbone.num_prefix_tokens,
         )
-        self.decoder_pred = nn.Linear(hp.decoder_dim, 3 * self.side**2)
+        self.decoder_pred = nn.Linear(hp.decoder_dim, self.channels * self.side**2)
         for layer in (self.decoder_embed, self.decoder_pred):
             _xavier(layer)
         if hp.heads and self.weights is not None:
@@ -105,10 +106,10 @@ class Mae(PixelPrediction):
         return Output(loss, {"hidden_share": hidden.float().mean()}, features)
 
     def predict(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict images [N, 3, H, W] from the patches with the least noise, noise being [N, patches].
+        """Predict images [N, C, H, W] from the patches with the least noise, noise being [N, patches].
 
         Returns:
-            The patches [N, patches, 3 · side²], which of them were hidden [N, patches], and the backbone's
+            The patches [N, patches, C · side²], which of them were hidden [N, patches], and the backbone's
             tokens [N, prefix + visible, D].
         """
         order = noise.argsort(1)
@@ -123,7 +124,7 @@ class Mae(PixelPrediction):
         return self.decoder_pred(x[:, prefix:]), place >= visible, tokens
 
     def target(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the patches to predict [N, patches, 3 · side²], and their mean and deviation before that."""
+        """Return the patches to predict [N, patches, C · side²], and their mean and deviation before that."""
         patches = patchify(images.float(), self.side)
         if not self.hp.normalise_pixels:
             return patches, patches.new_zeros(()), patches.new_ones(())
@@ -135,7 +136,8 @@ class Mae(PixelPrediction):
         predicted, hidden, _ = self.predict(images, noise)
         _, mean, deviation = self.target(images)
         hidden = hidden.unsqueeze(-1).expand(-1, -1, self.side**2)
-        return unpatchify(predicted.float() * deviation + mean, self.side), unpatchify(hidden, self.side, 1)
+        whole = unpatchify(predicted.float() * deviation + mean, self.side, self.channels)
+        return whole, unpatchify(hidden, self.side, 1)
 
 
 def encode(backbone: Any, images: Tensor, visible: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from locat_lightning.backbones.channelvit import ChannelPatchEmbed
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.precision import float32_products
 from locat_lightning.methods.base import Pretraining
@@ -58,8 +59,10 @@ class Network(nn.Module):
 
 
 def without_drop_path(network: nn.Module) -> nn.Module:
-    """Return a network with its drop path switched off, in training too."""
+    """Return a network with its drop path and its sampling of channels switched off, in training too."""
     for module in network.modules():
+        if isinstance(module, ChannelPatchEmbed):
+            module.sampling = False
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
     return network

@@ -44,6 +44,8 @@ class SelfPatch(Dino):
     student: "SelfPatchNetwork"
     teacher: "SelfPatchNetwork"
 
+    by_channel = False
+
     def __init__(
         self,
         backbone: str = "locatvit_small",

@@ -9,6 +9,7 @@ from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from locat_lightning.backbones.channels import channels_of
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output, freeze_pooling
@@ -61,7 +62,8 @@ class SimMim(PixelPrediction):
         nn.init.trunc_normal_(self.mask_token.token, std=0.02)
         backbone.patch_embed.register_forward_hook(self.mask_token)
         self.decoder = nn.Sequential(
-            nn.Conv2d(last["num_chs"], 3 * last["reduction"] ** 2, 1), nn.PixelShuffle(last["reduction"])
+            nn.Conv2d(last["num_chs"], channels_of(backbone) * last["reduction"] ** 2, 1),
+            nn.PixelShuffle(last["reduction"]),
         )
         self._features = torch.compile(features, **self.compiler_options()) if hp.compile else features
 
@@ -76,10 +78,10 @@ class SimMim(PixelPrediction):
         return Output(loss, {"hidden_share": hidden.float().mean()}, pooled)
 
     def predict(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict images [N, 3, H, W] without the squares with the least noise, noise being [N, squares].
+        """Predict images [N, C, H, W] without the squares with the least noise, noise being [N, squares].
 
         Returns:
-            The images [N, 3, H, W], which pixels were hidden [N, 1, H, W], and what the backbone pools.
+            The images [N, C, H, W], which pixels were hidden [N, 1, H, W], and what the backbone pools.
         """
         count = ceil(self.places * self.hp.mask_ratio)
         hidden = (noise.argsort(1).argsort(1) < count).unflatten(1, self.squares)
@@ -108,6 +110,6 @@ def enlarge(grid: Tensor, times: int) -> Tensor:
 
 
 def pixel_loss(predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
-    """Return the mean absolute error [] of images [N, 3, H, W], over pixels that are hidden [N, 1, H, W]."""
+    """Return the mean absolute error [] of images [N, C, H, W], over pixels that are hidden [N, 1, H, W]."""
     error = F.l1_loss(predicted, images, reduction="none")
-    return (error * hidden).sum() / (3 * hidden.sum())
+    return (error * hidden).sum() / (images.shape[1] * hidden.sum())

@@ -29,6 +29,7 @@ class PatchGrid:
         self.built_for = built_for
         self._by_patches = {math.prod(built_for): built_for}
         self._latest = built_for
+        self._by_channel = False  # whether the images under way have a grid for each channel
         self._kept: dict[int, Tensor] = {}  # subsets by their number of patches
         self._next: Tensor | None = None  # of the images to come
         self._under_way: set[int] = set()  # numbers of patches of subsets that await a backward pass,
@@ -39,7 +40,7 @@ class PatchGrid:
         patches = rows * columns
         if self._by_patches.get(patches) != (rows, columns):  # `torch.compile` guards what is written
             self._by_patches[patches] = (rows, columns)
-        self._latest = (rows, columns)
+        self._latest, self._by_channel = (rows, columns), False
         if patches in self._kept:
             self._replace(patches)
             del self._kept[patches]
@@ -55,12 +56,20 @@ class PatchGrid:
         """
         self._next = kept
 
+    def note_channels(self, channels: int, device: torch.device) -> None:
+        """Record that the images under way have a token at each place of their grid for each channel."""
+        places = math.prod(self._latest)
+        self.note_kept(torch.arange(places, device=device).repeat(channels))
+        self._by_channel = True
+
     def note_kept(self, kept: Tensor, tokens: Tensor | None = None) -> None:
         """Record which patches of the images under way are kept: [n] or [B, n] (see `keep`).
 
         `tokens` are those that go on to the layers; a subset is under way until their gradient is known.
         """
         patches = kept.shape[-1]
+        if self._by_channel:
+            kept = kept % math.prod(self._latest)  # the places are the same in each channel
         self._by_patches[patches] = self._latest
         self._replace(patches)
         self._kept[patches] = kept
@@ -107,10 +116,15 @@ class PatchGrid:
 
 
 def note_grid(patch_embed: Any, inputs: tuple[Tensor, ...], patches: Any) -> None:
-    """Record the grid of `patches` [B, H, W, D] or [B, H·W, D]: a forward hook of the patch embedding."""
+    """Record the grid of `patches` [B, H, W, D] or [B, H·W, D]: a forward hook of the patch embedding.
+
+    Of patches of each channel [B, C, H, W, D], every channel's token is at its place in the same grid.
+    """
     if not isinstance(patches, torch.fx.Proxy):  # a traced graph keeps the grid of `built_for`
-        rows, columns = patches.shape[1:3] if patches.ndim == 4 else patch_embed.grid_size
+        rows, columns = patch_embed.grid_size if patches.ndim == 3 else patches.shape[-3:-1]
         patch_embed.patch_grid.note(rows, columns)
+        if patches.ndim == 5:
+            patch_embed.patch_grid.note_channels(patches.shape[1], patches.device)
 
 
 @register_notrace_module

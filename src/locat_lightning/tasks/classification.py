@@ -24,6 +24,7 @@ from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.evaluation.per_image import Scores, names_of
 from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
+from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.prediction_files import write_table
 from locat_lightning.tasks.sharpness import SharpnessAware
@@ -113,8 +114,10 @@ class Classification(SharpnessAware):
         num_classes = self._agree_on_classes(contents or {})
         if not new:
             return
+        agree_on_channels(self)
         self.backbone = create_backbone(hp.backbone, noted_arguments(hp), num_classes)
         self._agree_on_size()
+        tell_channels(self, self.backbone)
         announce_size(hp.backbone, self.backbone)
         if self.weights is not None:
             load_weights(self.backbone, self.weights, warm_start=self._is_training(), contents=contents)

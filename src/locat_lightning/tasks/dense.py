@@ -12,6 +12,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from locat_lightning.backbones.channels import channels_of
 from locat_lightning.backbones.create import (
     backbone_of_decoder,
     create_for_any_size,
@@ -23,6 +24,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen as in_evaluation
 from locat_lightning.evaluation.dense import patch_features
 from locat_lightning.evaluation.features import surrounding_autocast
+from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.frozen import FrozenNetwork, check_same, reference_to
 from locat_lightning.tasks.heads import head_in, load_head
 
@@ -98,6 +100,7 @@ class DenseTask(FrozenNetwork):
     def read_weights(self, make_decoder: Callable[[dict[str, Tensor]], nn.Module]) -> None:
         """Build the backbone with its weights, and the head of a checkpoint's, which may have none."""
         self.backbone, state = self._read_backbone()
+        tell_channels(self, self.backbone)
         self.decoder = make_decoder(state)
         self._compiled_features = torch.compile(patch_features, **self.compiler_options())
         if self.hp.train_backbone:
@@ -122,7 +125,9 @@ class DenseTask(FrozenNetwork):
         size = (side, side) if isinstance(side, int) else side
         weight = next(self.backbone.parameters())
         with in_evaluation(self.backbone), torch.enable_grad():
-            images = torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype)
+            images = torch.zeros(
+                1, channels_of(self.backbone), *size, device=weight.device, dtype=weight.dtype
+            )
             patch_features(self.backbone, images, **self.read).sum().backward()
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(parameter.grad is not None)
@@ -132,11 +137,13 @@ class DenseTask(FrozenNetwork):
         """Return the backbone with its weights, and the decoder's weights if there are any."""
         hp = self.hp
         if self.weights is None:
+            agree_on_channels(self)
             return create_for_any_size(hp.backbone, hp.backbone_args), {}
         given = contents_of(self.weights)
         weights, hp.backbone, hp.backbone_args, contents = find_backbone(
             self.weights, hp.backbone, hp.backbone_args, moved=self.backbone_weights, contents=given
         )
+        agree_on_channels(self)
         network: Role = "student" if hp.student else "teacher"
         backbone = load_backbone(
             weights, hp.backbone, hp.backbone_args, network=network, any_size=True, contents=contents

@@ -5,10 +5,13 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
+from locat_lightning.data.bands import Bands
 from locat_lightning.data.class_lists import distinct_colours
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.evaluation.iou import IoU, MeanIoU, shares
@@ -111,6 +114,9 @@ class PixelClasses(DenseTask):
         indices, maps = prediction
         for index, classes in zip(indices.tolist(), maps.cpu().numpy(), strict=True):
             image, _ = data.source("predict").read(index)
+            if isinstance(image, Bands):
+                shown = rgb(image.pixels[None], data.normalisation)[0]
+                image = Image.fromarray((shown * 255).round().astype(np.uint8))
             write_classes(directory, self._file_names[index], image, classes, colours)
 
     def finish_predictions(self, data: Any, directory: Path) -> str:

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from locat.runs import write_json
+from locat_lightning.backbones.channels import channels_of
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.callbacks.record import versions
 from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Measure, Step, Study, epoch_of
@@ -227,7 +228,7 @@ def _cost(directory: Path) -> dict[str, Any]:
     )
     variances = {name: value for name, value in _metrics(run).items() if name.startswith("gaug_variance/")}
     backbone: Any = load_backbone(str(checkpoint))
-    image = torch.zeros(1, 3, *backbone.patch_embed.img_size)
+    image = torch.zeros(1, channels_of(backbone), *backbone.patch_embed.img_size)
     return {
         "seconds_per_step": batch / max(speeds) if speeds else None,
         "data_wait": median(waits) if waits else None,
