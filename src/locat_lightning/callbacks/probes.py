@@ -11,7 +11,6 @@ from torch import nn
 
 from locat_lightning.callbacks.probe import Probe
 from locat_lightning.data.labelled import LabelledData
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.evaluation.features import Features, extract_features
 from locat_lightning.evaluation.knn import knn_classify
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, sweep_linear
@@ -35,8 +34,6 @@ class _FeatureProbe(Probe[LabelledData]):
         if len(data.class_names) < 2:
             return "the images have no labels" if not data.class_names else "the images are of one class"
         train, val = data.source("train"), data.source("val")
-        if isinstance(train, Stream) or isinstance(val, Stream):
-            return f"data set {data.dataset!r} is a stream, whose images have no positions"
         if train is val:
             return "there is no val/ beside the images of training"
         self.choose(len(train))

@@ -27,7 +27,7 @@ class ImageData(LabelledData):
         auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `3a`, `augmix-…`); null for none.
         random_erasing: probability of replacing a rectangle by noise.
         interpolation: how the random crop is resized: `random` (bilinear or bicubic), `bilinear`, `bicubic`.
-        kwargs: those of `LabelledData` and `ImageModule`.
+        kwargs: those of `LabelledData`, `StreamableModule` and `ImageModule`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The images of a source as a data set: read, transformed, each with random numbers of its own."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -23,7 +23,7 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: [B, 3, H, W], float32, normalised.
         labels: [B], int64; -1 where unknown.
-        indices: [B], int64, the images' positions in the data set; -1 in a stream.
+        indices: [B], int64, the images' positions in the data set.
     """
 
     images: Tensor
@@ -62,6 +62,19 @@ class Source(Protocol[Label]):
     def open(self, index: int) -> AbstractContextManager[tuple[Image.Image, Label]]:
         """Open image `index` in RGB, perhaps without decoding it (see `open_image`), and read its label."""
         return nullcontext(self.read(index))
+
+    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the positions of all images in the random order of an epoch, int64 [N]."""
+        generator = torch.Generator().manual_seed(seed + epoch)
+        return torch.randperm(len(self), generator=generator).numpy()
+
+    def following(self, items: Iterable[int]) -> AbstractContextManager[Callable[[int], None]]:
+        """Fetch what is not on this machine ahead of its use, while items of `Images` are read in this order.
+
+        Yields:
+            A function that takes how many of them have been read.
+        """
+        return nullcontext(lambda read: None)
 
 
 @dataclass(eq=False)
