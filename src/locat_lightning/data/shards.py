@@ -200,6 +200,8 @@ class Index:
                 raise ValueError("an image lies outside of its shard")
         if (np.diff(self.names.ends, prepend=0) < 0).any() or self.names.ends[-1] != len(self.names.text):
             raise ValueError("its names do not fit together")
+        if b".." in self.names.text.tobytes() and any(".." in name.split("/") for name in self.names):
+            raise ValueError("a name leads out of its folder")  # predictions are written by it
         if self.labels.min() < -1 or (meaning.classes and self.labels.max() >= len(meaning.classes)):
             raise ValueError(f"a label is not one of its {len(meaning.classes)} classes")
         if not all(isinstance(name, str) for name in meaning.classes):
@@ -241,7 +243,9 @@ def samples_of(file: Path) -> Iterator[Sample]:
                 elif kind in parts:
                     raise ValueError(f"{member.name} is a second {kind} of {key}")
                 elif kind:
-                    parts |= {kind: span} | ({"name": member.name} if kind == "image" else {})
+                    parts |= {kind: span} | (
+                        {"name": member.name.removeprefix("./")} if kind == "image" else {}
+                    )
             yield from _sample(parts)
     except (tarfile.TarError, ValueError, OSError) as error:
         raise InputError(f"{file} is not a shard of WebDataset's: {in_a_line(error)}") from error
