@@ -16,7 +16,7 @@ from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData
 from locat_lightning.data.packing import index_tars, pack
 from locat_lightning.data.shards import Index, Meaning
-from locat_lightning.data.stores import in_bytes
+from locat_lightning.data.stores import in_bytes, readable
 from locat_lightning.data.streams import StreamableModule
 from locat_lightning.errors import InputError
 
@@ -104,6 +104,6 @@ class _Progress:
         """Print what is in shards now."""
         seconds, size = perf_counter() - self._began, sum(shard.size for shard in found.shards)
         print(
-            f"{where}: {len(found):,} images in {len(found.shards):,} shards, {size / 1e6:,.0f} MB, "
+            f"{where}: {len(found):,} images in {len(found.shards):,} shards, {readable(size)}, "
             f"{seconds:,.1f} s"
         )
