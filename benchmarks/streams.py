@@ -21,10 +21,10 @@ from views import jpegs
 from locat_lightning.data import ImageData
 from locat_lightning.data.packing import pack
 
-IMAGES, ROUNDS, WORKERS, BATCH = 6000, 5, 1, 64
+IMAGES, ROUNDS, WORKERS, BATCH = 3000, 3, 1, 64
 DELAY = 0.02  # seconds
 STEP = 1.25  # seconds that a step computes for each second that reading its batch takes
-SHARD = 1_000_000  # bytes; one lane after the other, of 16
+SHARD = 250_000  # bytes, far fewer than the default: there are thirty shards, of which 16 are read at once
 
 
 class Slow(SimpleHTTPRequestHandler):

@@ -183,8 +183,8 @@ class Web(ThreadingHTTPServer):
 
     Attributes:
         delay: seconds before an answer.
-        faults: what happens at the next requests of a path, one after the other: `500`, `cut` (half of the
-            file, then the connection ends) or `flipped` (a byte is another).
+        faults: what happens at the next requests of a path, one after the other: `500` or another status,
+            `cut` (half of the file, then the connection ends) or `flipped` (a byte is another).
         requests: the paths that were asked for.
     """
 
@@ -205,8 +205,8 @@ class WebHandler(SimpleHTTPRequestHandler):
         if fault is None or fault == []:
             super().do_GET()
             return
-        if fault == "500":
-            self.send_error(500)
+        if fault.isdigit():
+            self.send_error(int(fault))
             return
         content = bytearray((Path(self.directory) / path).read_bytes())
         self.send_response(200)

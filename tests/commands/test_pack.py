@@ -172,9 +172,8 @@ def test_probes_and_features_of_shards_are_those_of_their_folder(packed, net, we
     assert [row["path"].removeprefix(str(folder)) for row in rows[0]] == [
         row["path"].removeprefix(f"{web.url}/shards") for row in rows[1]
     ]
-    assert refused("knn", *net, *STREAM, *url, "--data.root", folder, capsys=capsys).startswith(
-        f"locat: error: data.root: {folder} would not be read, because data.stream is {web.url}/shards"
-    )
+    said = refused("knn", *net, *STREAM, *url, "--data.root", folder, capsys=capsys)
+    assert f"data.root: {folder} would not be read, because data.stream is {web.url}/shards" in said
     capsys.readouterr()
     main(["knn", *net, *STREAM, "--datasets", str(folder), str(packed), f"{web.url}/shards", *url[:2]])
     assert [line for line in capsys.readouterr().out.splitlines() if "shards" in line]

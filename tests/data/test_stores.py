@@ -115,6 +115,16 @@ def test_a_missing_shard_is_named_at_once(store, listed, shards, web):
         local.read_part(listed[4], 0, 1)
 
 
+def test_what_may_not_be_read_is_told_at_once(store, listed, web):
+    web.faults = {"shards/train/000004.tar": ["403", "401"], f"shards/train/{INDEX}": ["403"]}
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"shard http\S+/000004\.tar cannot be read \(access denied\)"):
+            store.fetched(listed[4])
+    with pytest.raises(PermissionError):
+        store.read(INDEX)
+    assert web.faults == {"shards/train/000004.tar": [], f"shards/train/{INDEX}": []}
+
+
 def test_a_local_folder_is_read_in_place(shards, listed, store):
     local = Store(str(shards / "train"), store.cache / "own", 1)
     assert local.read_part(listed[0], 512, 30) == original(shards, listed[0])[512:542]

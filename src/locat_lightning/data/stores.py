@@ -101,9 +101,7 @@ class Store:
                     content = opened.read(size)
             except FileNotFoundError as error:
                 if self.is_local:
-                    raise InputError(
-                        f"shard {file} is missing: restore it, or pack the images again"
-                    ) from error
+                    raise InputError(f"shard {file} is missing: {REMEDY}") from error
                 continue  # another process made room
             if len(content) < size:
                 raise InputError(f"shard {file} is cut off: {REMEDY}")
