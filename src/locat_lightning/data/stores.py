@@ -6,7 +6,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
 from random import SystemRandom
@@ -71,8 +72,9 @@ class Store:
     url: str
     cache: Path
     bound: int
+    _kept: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def is_local(self) -> bool:
         """Whether the shards are read in place."""
         return not is_remote(self.url)
@@ -91,18 +93,21 @@ class Store:
 
     def read_part(self, shard: Shard, start: int, size: int) -> bytes:
         """Read bytes of a shard: `InputError` if it is missing, corrupt, or cannot be fetched."""
+        # Text, not a Path, for each of a million images.
+        file = f"{self.url}/{shard.name}" if self.is_local else f"{self.cache}/{shard.sha256}.tar"
         while True:
-            file = self.fetched(shard)
             try:
-                if not self.is_local:
-                    os.utime(file)  # it is in use
-                with file.open("rb") as opened:
+                with open(file, "rb", buffering=0) as opened:  # noqa: PTH123
                     opened.seek(start)
                     content = opened.read(size)
             except FileNotFoundError as error:
                 if self.is_local:
                     raise InputError(f"shard {file} is missing: {REMEDY}") from error
-                continue  # another process made room
+                self.fetched(shard)  # again if another process made room meanwhile
+                continue
+            if not self.is_local and time.monotonic() > self._kept.get(shard.name, 0):
+                self.keep([shard])
+                self._kept[shard.name] = time.monotonic() + 1  # of a second, not of every image
             if len(content) < size:
                 raise InputError(f"shard {file} is cut off: {REMEDY}")
             return content
@@ -129,7 +134,7 @@ class Store:
         """Have these shards deleted last, as far as they are there."""
         for shard in shards:
             with suppress(FileNotFoundError):
-                os.utime(self.cache / f"{shard.sha256}.tar")
+                os.utime(f"{self.cache}/{shard.sha256}.tar")
 
     def _fetch(self, shard: Shard, file: Path) -> None:
         for left in self.cache.glob(f"{shard.sha256}.*.part"):  # by a process that was killed

@@ -2,6 +2,7 @@
 
 import io
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Shards(Source[int]):
     def __len__(self) -> int:
         return len(self.index)
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts: list[int] = self.index.starts.tolist()
+        return starts
+
     @property
     def labels(self) -> Sequence[int]:
         """The label of each image."""
@@ -64,7 +70,7 @@ class Shards(Source[int]):
     def file(self, index: int, *, mask: bool = False) -> IO[bytes]:
         """Read the file of image `index`, or of its mask, as it was before it was packed."""
         start, size = (self.index.masks if mask else self.index.images)[index].tolist()
-        shard = self.index.shards[int(self.index.shard_of(index))]
+        shard = self.index.shards[bisect_right(self._starts, index) - 1]
         file = io.BytesIO(self.store.read_part(shard, start, size))
         file.name = self.path(index)
         return file
