@@ -123,7 +123,7 @@ def test_one_data_set_is_compared(workplace, capsys):
     assert "compare takes one data set: give --data.root in place of --datasets" in capsys.readouterr().err
 
 
-def test_what_is_no_evaluation_is_refused_in_a_line(capsys):
+def test_what_is_no_evaluation_is_refused_in_a_line(workplace, capsys):
     evaluated("a/version_0", [1, 0])
     assert f"in {Path('a').absolute()}: did you mean a/version_0?" in refused("a", "a/version_0", capsys)
     assert "give a run of locat knn or the like" in refused("a/version_0", "nowhere", capsys)
