@@ -7,9 +7,12 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -174,6 +177,61 @@ def start_locat(fork_server, tmp_path):
     for process in started:
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
+
+
+class Web(ThreadingHTTPServer):
+    """A web server of a folder, which answers after a delay, and fails as it is told.
+
+    Attributes:
+        delay: seconds before an answer.
+        faults: what happens at the next requests of a path, one after the other: `500` or another status,
+            `cut` (half of the file, then the connection ends) or `flipped` (a byte is another).
+        requests: the paths that were asked for.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), partial(WebHandler, directory=str(folder)))
+        self.delay, self.faults, self.requests = 0, {}, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class WebHandler(SimpleHTTPRequestHandler):
+    def do_GET(self):
+        path = self.path.lstrip("/")
+        self.server.requests.append(path)
+        time.sleep(self.server.delay)
+        fault = self.server.faults.get(path) and self.server.faults[path].pop(0)
+        if fault is None or fault == []:
+            super().do_GET()
+            return
+        if fault.isdigit():
+            self.send_error(int(fault))
+            return
+        content = bytearray((Path(self.directory) / path).read_bytes())
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if fault == "flipped":
+            content[700] ^= 1
+        self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server of the test's folder, see `Web`."""
+    server = Web(tmp_path)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 # Where each data set of segmentation has its images and masks, for training and for validation; how the names

@@ -175,7 +175,7 @@ def test_every_option_exists(page):
     lines = "\n".join(blocks(TEXTS[page], "bash")).replace("\\\n", " ")
     for command, rest in re.findall(r"\blocat (\w+) (.*)", lines):
         known = options_of(command)
-        if command in ("fit", "validate", "test", "predict"):
+        if command in ("fit", "validate", "test", "predict", "pack"):
             shipped = [path for path in SHIPPED if f"--config {path.stem}" in rest]
             config = yaml.safe_load(shipped[0].read_text()) if len(shipped) == 1 else {}
             for group in ("model", "data"):

@@ -33,6 +33,10 @@ COMMANDS = {
         "mean and deviation of each channel of a folder: locat stats --data.root DIR",
     ),
     "study": (".study.command", "train models alike and compare them: locat study --config study_cifar.yaml"),
+    "pack": (
+        ".pack",
+        "write a folder of images to shards that --data.stream reads: locat pack --data.root DIR --to SHARDS",
+    ),
     "export": (
         ".export",
         "write a model in timm's hub layout, as ONNX, …: locat export --weights W --to DIR",

@@ -172,14 +172,14 @@ def test_one_data_set_is_compared(workplace, capsys):
     assert "compare takes one data set: give --data.root in place of --datasets" in capsys.readouterr().err
 
 
-def test_what_is_no_evaluation_is_refused_in_a_line(capsys):
+def test_what_is_no_evaluation_is_refused_in_a_line(workplace, capsys):
     evaluated("a/version_0", [1, 0])
     assert f"in {Path('a').absolute()}: did you mean a/version_0?" in refused("a", "a/version_0", capsys)
     assert "give a run of locat knn or the like" in refused("a/version_0", "nowhere", capsys)
     assert "--k is an option of --protocol" in refused("a/version_0", "a/version_0", "--k", "3", capsys)
     assert "the following arguments are required: B" in refused("a", capsys)
-    evaluated("stream", [1, 0], names=["", ""])
-    assert "images of a stream have no names" in refused("stream", "stream", capsys)
+    evaluated("nameless", [1, 0], names=["", ""])
+    assert "its images have no names" in refused("nameless", "nameless", capsys)
     evaluated("damaged", [1, 0])
     table = Path("damaged/images.csv")
     table.write_text(table.read_text().replace("1.png", "7.png"))

@@ -12,11 +12,9 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from timm.data.auto_augment import RandAugment
-from timm.data.readers.reader_wds import ReaderWds, SplitInfo
 
 from locat_lightning.data.classification import ImageData, timm_augmentation
 from locat_lightning.data.dataset import ImageBatch
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
 
 
@@ -211,21 +209,6 @@ def test_predict_reads_the_validation_images_of_a_root_with_splits(root):
     images.setup("predict")
     assert images.predict_paths[0] == str(root / "val" / "ant" / "0.jpg")
     assert len(images.predict_paths) == 5
-
-
-@pytest.mark.parametrize(("shards", "workers"), [(1, None), (3, 1), (100, 2)])
-def test_every_worker_of_two_processes_reads_a_shard_of_a_stream(root, shards, workers):
-    """One without a shard would look for images in an empty list for ever."""
-    reader = object.__new__(ReaderWds)  # without the package that reads it
-    reader.split_info = SplitInfo(num_samples=4 * shards, filenames=tuple(map(str, range(shards))))
-    images = data(root, dataset="wds/x", num_workers=2)
-    images._sources["train"] = Stream(SimpleNamespace(reader=reader))
-    images.trainer = SimpleNamespace(world_size=2, global_rank=0, num_devices=2, accelerator=None)
-    if workers is None:
-        with pytest.raises(InputError, match=r"1 shards for 2 processes: use --trainer\.devices 1"):
-            images.train_dataloader()
-    else:
-        assert images.train_dataloader().num_workers == workers
 
 
 def test_setup_reads_the_folders_once(root):
@@ -463,14 +446,21 @@ def test_all_arguments_are_options_and_kept(parsed):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cifar10", "unknown data set 'cifar10': use folder, digits, or a name of timm's (torch/…, hfds/…,"),
+        ("cifar10", "unknown data set 'cifar10': use folder, digits, or a name of timm's (torch/…, hfds/…)"),
         ("torch/cifar11", "data set 'torch/cifar11', train, in {root}: Unknown torchvision dataset cifar11"),
         ("torch/cifar10", "data set 'torch/cifar10', train, in {root}: Dataset not found or corrupted."),
         (
             "hfds/nobody/nothing",
             "data set 'hfds/nobody/nothing' needs a package that is missing: pip install datasets",
         ),
-        ("wds/nothing", "data set 'wds/nothing', train, in {root}: Please install webdataset"),
+        (
+            "wds/nothing",
+            "data set 'wds/nothing' is read front to back: pass the folder or URL of its",
+        ),
+        (
+            "tfds/nothing",
+            "data set 'tfds/nothing' is read front to back: write its images to a folder,",
+        ),
     ],
 )
 def test_a_data_set_that_timm_cannot_make(root, name, message):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageCms, UnidentifiedImageError
 
-from locat_lightning.data.dataset import Failure, Images
+from locat_lightning.data.dataset import Failure, Images, Source
 from locat_lightning.data.decoding import read_image, to_rgb
 from locat_lightning.data.loading import ImageLoader, UnreadableImages
 from locat_lightning.data.sampling import EvaluationOrder, TrainOrder
@@ -187,7 +187,7 @@ def test_other_formats_are_not_opened_whatever_the_file_is_called(suffix, tmp_pa
         read_image(file)
 
 
-class Numbers:
+class Numbers(Source):
     """Image i has the value i everywhere; those in `broken` cannot be read."""
 
     def __init__(self, size, broken=()):

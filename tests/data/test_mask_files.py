@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from locat_lightning.data.decoding import read_image
-from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
+from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs
+from locat_lightning.data.segmentation import Unannotated
 from locat_lightning.errors import InputError
 
 VALUES = MaskValues(3)

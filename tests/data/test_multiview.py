@@ -11,8 +11,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from locat_lightning.data import MultiViewData
 from locat_lightning.data.dataset import ImageBatch
-from locat_lightning.data.labelled import LabelledData
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
 
@@ -254,9 +252,3 @@ def test_mistakes_are_named(tmp_path, labelled):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images beneath"):
         data(tmp_path / "empty").setup("fit")
-
-
-def test_a_stream_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(LabelledData, "_find", lambda self, split: object.__new__(Stream))
-    with pytest.raises(InputError, match="stream"):
-        data(tmp_path, dataset="wds/x").setup("fit")

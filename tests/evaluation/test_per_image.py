@@ -80,7 +80,7 @@ def test_a_fingerprint_is_of_names_and_annotations_alone():
     own = scores()
     other = Scores(own.indices, own.names, own.labels, {"top1": torch.zeros(3)})
     assert fingerprint(other) == fingerprint(own)
-    assert fingerprint(scores(names=["", "", ""])) == ""  # of a stream
+    assert fingerprint(scores(names=["", "", ""])) == ""
 
 
 def source(*paths):

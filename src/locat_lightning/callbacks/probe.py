@@ -160,11 +160,11 @@ class Probe(Callback, ABC, Generic[Data]):
 
     def share(self, data: Data, whole: ImageLoader, *, training: bool) -> ImageLoader:
         """Return a loader of this process's share of the images, of those chosen if `training`."""
-        places: Sequence[int] = self._bank if training else range(len(whole.dataset))  # type: ignore[arg-type]
+        places: Sequence[int] = self._bank if training else range(len(whole.dataset))
         trainer = data.trainer
         assert trainer is not None  # of the run
         return ImageLoader(
-            whole.dataset,  # type: ignore[arg-type]
+            whole.dataset,
             sampler=places[trainer.global_rank :: trainer.world_size],
             batch_size=whole.batch_size,
             num_workers=whole.num_workers,

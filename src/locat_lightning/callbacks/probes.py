@@ -15,7 +15,6 @@ from torch import nn
 from locat_lightning.callbacks.pictures import giving_up
 from locat_lightning.callbacks.probe import Probe
 from locat_lightning.data.labelled import LabelledData
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.feature_files import Row
 from locat_lightning.evaluation.features import Features, extract_features
@@ -55,8 +54,6 @@ class _FeatureProbe(Probe[LabelledData]):
         if len(data.class_names) < 2:
             return "the images have no labels" if not data.class_names else "the images are of one class"
         train, val = data.source("train"), data.source("val")
-        if isinstance(train, Stream) or isinstance(val, Stream):
-            return f"data set {data.dataset!r} is a stream, whose images have no positions"
         if train is val:
             return "there is no val/ beside the images of training"
         self.choose(len(train))
@@ -170,7 +167,6 @@ class KnnProbe(_FeatureProbe):
             return
         for data, _, _, found in (each for each in self._kept if each[1] == "val"):
             source, names, last = data.source("val"), data.class_names, len(found.indices) - 1
-            assert not isinstance(source, Stream)
             describe = partial(_row, source.path, names)
             draw = partial(rgb, normalisation=data.normalisation)
             rows = torch.linspace(0, last, min(self.points, last + 1), dtype=torch.float64).round().long()

@@ -19,7 +19,6 @@ from locat_lightning.commands.measurement import (
 )
 from locat_lightning.data import ImageData
 from locat_lightning.data.dataset import digest_of_images
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.evaluation.features import Features, autocast_type, extract_features
 from locat_lightning.evaluation.intervals import Figures
 from locat_lightning.evaluation.kept_features import digest_of_model, kept_features
@@ -150,7 +149,7 @@ def _features(
         check_images(backbone, data, fabric.device)
         return extract_features(backbone, data.eval_dataloader(split), fabric.device, autocast_dtype=dtype)
 
-    if config.features is None or isinstance(source, Stream):
+    if config.features is None:
         return extract().to(fabric.device)
     decisive = {
         "features": "cls",

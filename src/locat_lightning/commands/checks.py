@@ -48,9 +48,14 @@ def check_name(name: str | None) -> None:
         )
 
 
-def check_root(options: argparse.Namespace, dataset: str | None) -> None:
-    """Check that `data.root` of the decisive options is read by the chosen data set: the digits have none."""
+def check_root(options: argparse.Namespace, dataset: str | None, stream: str | None) -> None:
+    """Check that `data.root` of the decisive options is read, as it is not with a stream or the digits."""
     root, named = getattr(options, "data.root"), getattr(options, "data.dataset")
+    if stream is not None and root is not None:
+        raise InputError(
+            f"data.root: {root} would not be read, because data.stream is {stream}: give only one of them "
+            "(--data.stream null)"
+        )
     if dataset == "digits" and root is not None and named is None:
         raise InputError(
             f"data.root: {root} would not be read, because data.dataset is digits: for the images there add "

@@ -84,9 +84,7 @@ def _compare(a: Evaluation, b: Evaluation, directory: Path, *, unlike: bool) -> 
         )
     prints = [fingerprint(each.results) for each in (a, b)]
     if not prints[0]:
-        raise InputError(
-            f"{a.run}: the images of a stream have no names, by which two results could be paired"
-        )
+        raise InputError(f"{a.run}: its images have no names, by which two results could be paired")
     if prints[0] != prints[1]:
         numbers = [len(each.results.indices) for each in (a, b)]
         raise InputError(

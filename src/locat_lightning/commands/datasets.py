@@ -9,12 +9,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from locat_lightning.commands.measurement import Measurement
+from locat_lightning.data.shards import INDEX
+from locat_lightning.data.stores import is_remote
 from locat_lightning.data.timm_sources import KINDS
 from locat_lightning.errors import InputError
 
 
 def options_of(datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the options of the data that each of `--datasets` stands for: a folder, or a name of timm's."""
+    """Return the options of the data of `--datasets`: folders, URLs of shards, names of timm's."""
     if again := [each for each in datasets if datasets.count(each) > 1]:
         raise InputError(f"--datasets: {again[0]} is named twice")
     return {each: _options_of(each) for each in datasets}
@@ -31,18 +33,24 @@ def subsets_of(subsets: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _options_of(dataset: str) -> dict[str, str]:
+def _options_of(dataset: str) -> dict[str, str | None]:
+    if is_remote(dataset) or any(Path(dataset).glob(f"*/{INDEX}")):
+        return {"stream": dataset}
     if Path(dataset).is_dir():
-        return {"root": dataset, "dataset": "folder"}
+        return {"root": dataset, "dataset": "folder", "stream": None}
     if dataset == "digits" or dataset.partition("/")[0].lower() in KINDS:
-        return {"dataset": dataset}
+        return {"dataset": dataset, "stream": None}
     known = ", ".join(f"{kind}/…" for kind in KINDS)
-    raise InputError(f"--datasets: {dataset} is not a folder, 'digits' or a data set of timm's ({known})")
+    raise InputError(
+        f"--datasets: {dataset} is not a folder, a URL of shards, 'digits' or a data set of timm's ({known})"
+    )
 
 
 def ending_of(dataset: str) -> str:
     """Return what is added to the name of a run on one of `--datasets`."""
-    return f"_{Path(dataset).resolve().name if Path(dataset).is_dir() else dataset.replace('/', '_')}"
+    if Path(dataset).is_dir():
+        return f"_{Path(dataset).resolve().name}"
+    return f"_{dataset.rstrip('/').partition('://')[2] or dataset}".replace("/", "_").replace(":", "_")
 
 
 def show_together(measured: Mapping[str, Measurement]) -> None:

@@ -25,7 +25,7 @@ SOURCES = {"teacher", "backbone_weights"}  # options of models that say where we
 # What an evaluation takes over from the data of a run of the same kind: which images, their size and their
 # normalisation, but not how strongly they were augmented.
 OF_ANY_KIND = ("channels", "mean", "std")
-OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "classes", "num_workers")
+OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "stream", "shards_at_once", "classes", "num_workers")
 OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
 OF_FOLDER = ("images", "masks", "splits", "image_suffix", "mask_suffix", "ignore_index", "reduce_zero_label")
 OF_MASKS = (*OF_BOTH, *OF_FOLDER, "crop_size", "eval_batch_size")

@@ -28,8 +28,6 @@ from locat_lightning.commands.measurement import check_images
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData
 from locat_lightning.data.dataset import ImageBatch, digest_of_images
-from locat_lightning.data.files import Files
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.batches import frozen
 from locat_lightning.evaluation.embedding import Waiting, What, embed, embed_images
@@ -54,9 +52,7 @@ def main(arguments: list[str]) -> None:
     file, directory = _target(config)
     autocast_type(config.precision)  # a mistake shows before anything is read
     data: ImageData = parser.instantiate_classes(config).data
-    source = data.source(config.split)
-    if isinstance(source, Stream):
-        raise InputError(f"data set {config.data.dataset!r} is a stream without paths, which embed needs")
+    data.source(config.split)  # a mistake in it shows before the model is made
     fabric = Fabric(accelerator=config.accelerator, devices=1)
     backbone = launched(config, fabric, partial(load_backbone, channels=data.model_channels))
     take_channels(backbone, data.model_channels)
@@ -180,20 +176,20 @@ def _embed(
 def _describe(data: ImageData, source: Any) -> Callable[[int, int], Row]:
     """Return what tells path, label and class of an image from its position and label.
 
-    In a folder without splits, the class of an image is the folder in it that holds the image.
+    Without splits, the class of an image is the folder, in that of the data set, that holds the image.
     """
     if names := data.class_names:
         return lambda position, label: Row(source.path(position), label, names[label] if label >= 0 else "")
-    assert isinstance(source, Files)
+    root, paths = data.stream or str(data.root), map(source.path, range(len(source)))
 
     def folder(path: str) -> str:
-        within = Path(path).relative_to(data.root).parts
+        within = Path(path.removeprefix(root).lstrip("/")).parts
         return within[0] if len(within) > 1 else ""
 
-    classes = {name: label for label, name in enumerate(sorted({*map(folder, source.paths)} - {""}))}
+    classes = {name: label for label, name in enumerate(sorted({*map(folder, paths)} - {""}))}
 
     def describe(position: int, label: int) -> Row:
-        path = source.paths[position]
+        path = source.path(position)
         return Row(path, classes.get(folder(path), -1), folder(path))
 
     return describe

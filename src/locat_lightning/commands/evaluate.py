@@ -25,7 +25,6 @@ from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.retrieval import add_retrieval_options, retrieve
 from locat_lightning.commands.robustness import measure_robustness
 from locat_lightning.data import ImageData, SegmentationData
-from locat_lightning.data.timm_sources import Stream
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import autocast_type
 from locat_lightning.evaluation.robustness import Robustness
@@ -124,10 +123,6 @@ def _data(parser: ArgumentParser, config: Namespace) -> dict[str, ImageData | Se
         found[dataset] = data = parser.instantiate_classes(own).data
         data.prepare_data()
         data.setup("fit")
-        if isinstance(data.source("val"), Stream):
-            raise InputError(
-                f"data set {data.dataset!r} is a stream, whose images have no places: use another"
-            )
     return found
 
 
@@ -146,7 +141,7 @@ def parse_with_weights(parser: ArgumentParser, arguments: list[str]) -> Namespac
     config = parsing.parse(parser, arguments, recorded=recorded)
     config.weights = sources.local_dir(config.weights)
     checks.check_name(config.name)
-    checks.check_root(given, config.data.get("dataset"))
+    checks.check_root(given, config.data.get("dataset"), config.data.get("stream"))
     return config
 
 

@@ -139,7 +139,8 @@ class LocatCLI(LightningCLI):
         if self.subcommand == "predict":
             config.trainer.logger = False  # predictions are files, not curves
         checks.check_name(config.name)
-        checks.check_root(self._given, config.get("data.init_args.dataset") if "data" in config else None)
+        data = config.get("data.init_args", {}) if "data" in config else {}
+        checks.check_root(self._given, data.get("dataset"), data.get("stream"))
         checks.check_start(config)
         config.name = config.name or (Path(str(config.config[-1])).stem if config.config else "run")
         self._resumed: dict[str, Any] = {}  # contents of the checkpoint that a run resumes from

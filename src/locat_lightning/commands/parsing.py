@@ -21,7 +21,7 @@ from locat_lightning.errors import InputError, in_a_line, near
 # Options that decide the defaults of others, so that they are read before a parser has all its defaults.
 DECISIVE = (
     *("--weights", "--ckpt_path", "--name", "--runs", "--model", "--model.class_path"),
-    *("--data.root", "--data.dataset"),
+    *("--data.root", "--data.dataset", "--data.stream"),
 )
 # What options are called elsewhere.
 ALIASES = {

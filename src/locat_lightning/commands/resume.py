@@ -24,6 +24,7 @@ from locat_lightning.records import check_like
 
 OPTION = "allow_changes"
 IMAGES = "the number of training images"
+SHARDS = "the digest of the training shards"
 LISTED = 3  # differences in a message
 AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}  # states of an optimizer in its parameter's shape
 OF_THE_MACHINE = {"fused", "foreach", "capturable"}  # options of an optimizer that change with the device
@@ -36,6 +37,7 @@ TRAINER = (
 )
 # Where the images are and how they are read: the same images make the same batches.
 IGNORED = {"data.root", "data.download", "data.num_workers", "data.max_unreadable", "data.show"}
+IGNORED |= {"data.stream", "data.cache", "data.cache_size"}
 # The data or the weights decide these where no option does; arguments of a backbone go with its name.
 FILLED_IN = {"model.num_classes", "model.class_names", "model.backbone"}
 FILLED_IN |= {"model.backbone_args", "model.backbone_args.in_chans"}
@@ -93,9 +95,12 @@ def of_trainer(trainer: Trainer, seed: Any) -> dict[str, Any]:
 
 
 def of_data(trainer: Trainer) -> dict[str, Any]:
-    """Return what of the images shapes a training, once the data are set up: how many there are."""
+    """Return what of the images shapes a training, once the data are set up: their number, their shards."""
     data = trainer.datamodule  # type: ignore[attr-defined]
-    return {IMAGES: len(data.source("train"))} if isinstance(data, ImageModule) else {}
+    if not isinstance(data, ImageModule):
+        return {}
+    source = data.source("train")
+    return {IMAGES: len(source), SHARDS: getattr(source, "digest", "none")}
 
 
 def check_states(checkpoint: Mapping[str, Any], trainer: Trainer, file: Path) -> None:
@@ -199,7 +204,7 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], *, allowed: bool, c
         if len(found) > LISTED:
             differing += f"; and {len(found) - LISTED} more"
         remedy = f"leave the options out (locat fit --ckpt_path {checkpoint} takes those of the run)"
-        if IMAGES in (change.option for change in found):
+        if {IMAGES, SHARDS} & {change.option for change in found}:
             remedy = "restore the images"
         raise InputError(
             f"resuming from {checkpoint}, {differing}: {remedy}, or allow the change with --{OPTION} true"

@@ -14,9 +14,10 @@ from locat.runs import is_record
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.callbacks.record import flat_options
 from locat_lightning.data.base import ImageModule
+from locat_lightning.data.stores import is_remote
 from locat_lightning.data.views import ViewTransform
 from locat_lightning.errors import InputError, in_a_line
-from locat_lightning.records import check_like, plain
+from locat_lightning.records import check_like, plain, refused
 from locat_lightning.tasks.base import Task
 
 # Options whose value is a class, and the base of those that a record may choose.
@@ -24,7 +25,7 @@ CLASSES: dict[str, type] = {"model": Task, "data": ImageModule, "views": ViewTra
 # Options of the trainer and of the checkpoints that are code, or say where files are written.
 NOT_DATA = {"callbacks", "logger", "plugins", "profiler", "default_root_dir", "model_registry"}
 NOT_DATA |= {"dirpath"}
-FETCHED = ("hfds/", "hfids/", "tfds/")  # data sets of packages that fetch them, and some run what they fetch
+FETCHED = "hfds/"  # data sets of a package that fetches them, and runs what some of them hold
 UNUSED = (None, True, False)  # their values if they are not used
 
 
@@ -106,13 +107,23 @@ def read_record(file: Path, groups: Iterable[str], typed: Container[str]) -> dic
         chosen[group] = {k: v for k, v in own.items() if k not in NOT_DATA and _is_data(k, v)}
         left_out += [f"{group}.{k}" for k in own.keys() - chosen[group].keys() if own[k] not in UNUSED]
     known: dict[str, Any] = plain(chosen, file, classes=CLASSES)
+    data = known["data"]["init_args"]
+    for option in (
+        "download",
+        "cache",
+    ):  # done already, or to be done, in a place that the record would choose
+        data.pop(option, None)
+    if "--data.stream" not in typed and ("--data.root" in typed or "--data.dataset" in typed):
+        data.pop("stream", None)  # other images are read
     for place, value in flat_options(known):
         is_fetched = place.endswith(".dataset") and str(value).lower().startswith(FETCHED)
+        is_fetched |= place.endswith(".stream") and value is not None and is_remote(str(value))
         if is_fetched and f"--{place}" not in typed:
             raise InputError(
                 f"{file} names a data set that is fetched: if you want it, add --{place} {value}"
             )
-    known["data"]["init_args"].pop("download", None)  # done already, to a place that the record would choose
+        if place.endswith(".cache") and value is not None:
+            raise refused(file, f"{place} is {value}")
     return known | {"name": file.parent.parent.name, "runs": str(file.parents[2]), "left_out": left_out}
 
 

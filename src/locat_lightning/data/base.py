@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from math import inf
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -112,7 +113,7 @@ class ImageModule(LightningDataModule, Generic[Found]):
         """The number of classes; 0 if the images have none."""
         return len(self.class_names)
 
-    @property
+    @cached_property
     def predict_paths(self) -> list[str]:
         """The path of each image to predict, which the indices of a batch count."""
         source: Any = self.source("predict")

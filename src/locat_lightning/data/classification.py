@@ -30,7 +30,7 @@ class ImageData(LabelledData):
             RGB images alone: with `channels` there is none.
         random_erasing: probability of replacing a rectangle by noise.
         interpolation: how the random crop is resized: `random` (bilinear or bicubic), `bilinear`, `bicubic`.
-        kwargs: those of `LabelledData` and `ImageModule`.
+        kwargs: those of `LabelledData`, `StreamableModule` and `ImageModule`.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """The images of a source as a data set: read, transformed, each with random numbers of its own."""
 
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,7 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: [B, 3, H, W], float32, normalised.
         labels: [B], int64; -1 where unknown.
-        indices: [B], int64, the images' positions in the data set; -1 in a stream.
+        indices: [B], int64, the images' positions in the data set.
     """
 
     images: Tensor
@@ -65,6 +65,19 @@ class Source(Protocol[Label]):
         """Open image `index` in RGB, perhaps without decoding it (see `open_image`), and read its label."""
         return nullcontext(self.read(index))
 
+    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the positions of all images in the random order of an epoch, int64 [N]."""
+        generator = torch.Generator().manual_seed(seed + epoch)
+        return torch.randperm(len(self), generator=generator).numpy()
+
+    def following(self, items: Iterable[int]) -> AbstractContextManager[Callable[[int], None]]:
+        """Fetch what is not on this machine ahead of its use, while items of `Images` are read in this order.
+
+        Yields:
+            A function that takes how many of them have been read.
+        """
+        return nullcontext(lambda read: None)
+
 
 @dataclass(eq=False)
 class Images(Dataset):
@@ -101,14 +114,14 @@ class Images(Dataset):
 
 
 def digest_of_images(source: Source) -> str:
-    """Return a digest of the images' names, in their order, and of the size and time of their files."""
-    digest = sha256()
+    """Return a digest of the images: their names in order, and the size and time of files, or the shards'."""
+    shards = getattr(source, "digest", None)
+    digest = sha256(f"{shards}\0".encode() if shards else b"")
     for index in range(len(source)):
-        path = source.path(index)
-        try:
-            file = Path(path).stat()
-            words = f"{path}\0{file.st_size}\0{file.st_mtime_ns}\0"
-        except OSError:  # no file, or it cannot be read
-            words = f"{path}\0"
-        digest.update(words.encode(errors="surrogateescape"))
+        words = path = source.path(index)
+        if shards is None:
+            with suppress(OSError):  # no file, or it cannot be read
+                file = Path(path).stat()
+                words = f"{path}\0{file.st_size}\0{file.st_mtime_ns}"
+        digest.update(f"{words}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()

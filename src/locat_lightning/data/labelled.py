@@ -1,7 +1,6 @@
-"""Images with a label each: found in a folder, among timm's data sets, or scikit-learn's digits."""
+"""Images with a label each: of a folder, of shards, of timm's data sets, or scikit-learn's digits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,31 +12,34 @@ from timm.data import create_transform
 
 from locat_lightning.data import digits
 from locat_lightning.data.band_transforms import BandEvaluation
-from locat_lightning.data.base import SPLITS, ImageModule, check_side
+from locat_lightning.data.base import SPLITS, check_side
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import class_folders, labelled_files, subfolders, unlabelled_files
 from locat_lightning.data.loading import ImageLoader, UnreadableImages
-from locat_lightning.data.timm_sources import Stream, TimmSource, known_class_names, timm_source
+from locat_lightning.data.packing import SplitFiles
+from locat_lightning.data.shards import Meaning
+from locat_lightning.data.streams import FOLDERS, OF_CLASSES, StreamableModule
+from locat_lightning.data.timm_sources import TimmSource, known_class_names, timm_source
 from locat_lightning.errors import InputError
 
 ROOT = "data"  # where none is given
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
-class LabelledData(ImageModule[Source | Stream]):
+class LabelledData(StreamableModule[Source]):
     """Images with a label each, in batches for evaluation and prediction; subclasses add the training.
 
     Args:
         root: folder of the images: `train/` and one of `val/`, `validation/`, `test/`, each with a folder per
             class; without training, no `train/`. For `predict`, also any folder of images without these.
         dataset: `folder`; `digits` (scikit-learn's handwritten digits, which need no root); or a data set by
-            timm's name: `torch/cifar10`, `hfds/timm/mini-imagenet`, `wds/…`.
+            timm's name: `torch/cifar10`, `hfds/timm/mini-imagenet`.
         download: whether a timm data set may be downloaded to root.
-        classes: number of classes, for a timm data set that does not know it.
+        classes: number of classes, for a timm data set or shards of others that do not know it.
         img_size: height and width of the images in pixels, after the transforms.
         eval_interpolation: how images are resized in evaluation.
         crop_pct: share of the resized image's shorter side that the central crop in evaluation keeps.
-        kwargs: those of `ImageModule`.
+        kwargs: those of `StreamableModule` and `ImageModule`.
     """
 
     def __init__(
@@ -67,12 +69,18 @@ class LabelledData(ImageModule[Source | Stream]):
 
     @cached_property
     def class_names(self) -> list[str]:
+        if self.stream is not None:
+            index = self.shards(OF_CLASSES).index
+            most = int(index.labels.max()) + 1
+            if self.classes is not None and self.classes < most:
+                raise InputError(f"data.classes ({self.classes}): a label in {self.stream} is {most - 1}")
+            return index.meaning.classes or [str(label) for label in range(most and (self.classes or most))]
         if self.dataset == "folder":
             return [] if self._is_unlabelled() else list(class_folders(self._class_folder()))
         if self.dataset == "digits":
             return digits.CLASS_NAMES
         source = self.source("train")
-        assert isinstance(source, TimmSource | Stream)
+        assert isinstance(source, TimmSource)
         known = known_class_names(source) or [str(label) for label in range(self.classes or 0)]
         if not known:
             raise InputError(
@@ -88,7 +96,7 @@ class LabelledData(ImageModule[Source | Stream]):
         return {"img_size": self.img_size, **self.resizing, **numbers, **taken}
 
     def prepare_data(self) -> None:
-        if self.download and self.dataset not in ("folder", "digits"):
+        if self.download and self.stream is None and self.dataset not in ("folder", "digits"):
             for split in ("train", "val"):
                 self._timm_source(split, download=True)
 
@@ -106,30 +114,23 @@ class LabelledData(ImageModule[Source | Stream]):
 
         Images that cannot be read are skipped and listed, however many.
         """
-        source = self.source(split)
-        assert not isinstance(source, Stream)  # which has no positions
-        images = Images(source, self.eval_transform(), self.seed)
+        images = Images(self.source(split), self.eval_transform(), self.seed)
         options = self._loader_options(training=False) | {"unreadable": UnreadableImages(limit=None)}
         return ImageLoader(images, sampler=places, **(options | {"pin_memory": pin_memory}))
 
     def _loader(self, split: str, transform: Callable[[Image.Image], Any], *, training: bool) -> ImageLoader:
-        source = self.source(split)
-        if isinstance(source, Stream):
-            options = self._loader_options(training)
-            options["num_workers"] = source.most_workers(self._processes()[0], options["num_workers"])
-            return ImageLoader(replace(source, transform=transform), **options)
-        images = Images(source, transform, self.seed)
+        images = Images(self.source(split), transform, self.seed)
         return self._shuffled(images) if training else self._in_order(images)
 
-    def _find(self, split: str) -> Source | Stream:
+    def _find(self, split: str) -> Source:
+        if self.stream is not None:
+            return self.shards(FOLDERS[split])
         if split == "predict":
             if self.dataset == "folder":
                 self._check_root("a folder of images")
                 if self._is_unlabelled():
                     return unlabelled_files(self.root, self.reader)
-            if isinstance(source := self.source("test"), Stream):
-                raise InputError(f"data set {self.dataset!r} is a stream without paths, which predict needs")
-            return source
+            return self.source("test")
         if self.dataset == "folder":
             folder = self._split_folder(split)
             if split == "test" != folder.name:
@@ -140,6 +141,26 @@ class LabelledData(ImageModule[Source | Stream]):
         if self.dataset == "digits":
             return digits.Digits(train=split == "train")
         return self._timm_source(split, download=False)
+
+    def files(self) -> dict[str, SplitFiles]:
+        """Find the image files of each split in root by the name of its folder, "" if there are no splits."""
+        if self.dataset != "folder":
+            raise InputError(f"data.dataset is {self.dataset}: only folders of image files can be packed")
+        self._check_root("the folder of the images")
+        folders = {
+            name: self.root / name for name in ("train", *SPLITS["val"]) if (self.root / name).is_dir()
+        }
+        classified = [name for name, folder in folders.items() if subfolders(folder)]
+        names = list(class_folders(folders[classified[0]])) if classified else []
+        found = dict[str, SplitFiles]()
+        for split, folder in (folders or {"": self.root}).items():
+            if split in classified:
+                files = labelled_files(folder, names, classified[0], split == "train", self.reader)
+            else:
+                files = unlabelled_files(folder, self.reader)
+            meaning = Meaning(names if split in classified else [])
+            found[split] = SplitFiles(folder, files.paths, files.labels, [], meaning)
+        return found
 
     def _is_unlabelled(self) -> bool:
         """Return whether the root is a folder that holds no splits, that is, none with folders of classes."""
@@ -168,6 +189,5 @@ class LabelledData(ImageModule[Source | Stream]):
             wrong = f"{'not a folder' if self.root.exists() else 'no such folder'}: {self.root};"
         raise InputError(f"{wrong} set --data.root to {wanted}")
 
-    def _timm_source(self, split: str, *, download: bool) -> TimmSource | Stream:
-        order = {"batch_size": self.batch_size, "seed": self.seed}  # of a stream
-        return timm_source(self.dataset, self.root, split, download=download, **order)
+    def _timm_source(self, split: str, *, download: bool) -> TimmSource:
+        return timm_source(self.dataset, self.root, split, download=download)

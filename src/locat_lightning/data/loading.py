@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from locat_lightning.data.dataset import Failure, ImageBatch, Images
@@ -61,16 +61,18 @@ def collate_images(items: Sequence[tuple[Tensor, int, int]]) -> ImageBatch:
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that skips the images that cannot be read.
+    """A DataLoader that skips the images that cannot be read, and has those of streams fetched ahead.
 
     In training a batch keeps its size by repeating its readable images; in evaluation it shrinks. The
     unreadable ones are listed with the last batch, or when the iteration ends early. The iteration raises an
     `InputError` if too many images or all of a training batch cannot be read, or the user made a mistake.
     """
 
+    dataset: Images
+
     def __init__(
         self,
-        dataset: Images | IterableDataset,
+        dataset: Images,
         *,
         training: bool,
         unreadable: UnreadableImages,
@@ -84,6 +86,7 @@ class ImageLoader(DataLoader):
         self.training = training
         self.unreadable = unreadable
         self.collate = collate
+        self._size: int = options["batch_size"]
 
     def begin(self) -> int:
         """Prepare an epoch, and return how many of its batches are left out, as a run has seen them."""
@@ -95,17 +98,19 @@ class ImageLoader(DataLoader):
         last, begun = len(self), self.begin()
         try:
             batches = super().__iter__()
-            for number, (batch, failures) in enumerate(batches, begun + 1):
-                self.unreadable.add(failures)
-                if number == last:  # Lightning does not ask for one more
-                    self.unreadable.report()
-                if batch is not None:
-                    yield batch
-                elif self.training:
-                    raise InputError(
-                        f"no image of a training batch of {len(failures)} can be read, the first being"
-                        f" {failures[0].path} ({failures[0].reason}): repair or remove them"
-                    )
+            with self.dataset.source.following(self.sampler) as reached:  # its thread starts after workers
+                for number, (batch, failures) in enumerate(batches, 1):
+                    reached(number * self._size)
+                    self.unreadable.add(failures)
+                    if number + begun == last:  # Lightning does not ask for one more
+                        self.unreadable.report()
+                    if batch is not None:
+                        yield batch
+                    elif self.training:
+                        raise InputError(
+                            f"no image of a training batch of {len(failures)} can be read, the first being"
+                            f" {failures[0].path} ({failures[0].reason}): repair or remove them"
+                        )
         except InputError:
             # The error's traceback keeps the iterator alive: its workers would delay the end of the process
             # by seconds. Torch has no public way to end them.
@@ -125,7 +130,6 @@ class ResumableLoader(ImageLoader):
     def __init__(self, dataset: Images, *, trainer: Trainer | None, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.trainer = trainer
-        self._size: int = options["batch_size"]
         self._seen: dict[int, int] = {}  # images of the epoch in which a run resumed, before that
 
     def seen(self, batches: int) -> int:

@@ -1,10 +1,11 @@
 """Images with a mask each: their layout in folders, the values of the masks, and mistakes in both."""
 
 import os
+from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO
 from unicodedata import normalize
 
 import numpy as np
@@ -74,7 +75,7 @@ class Layout:
             raise InputError(
                 f"no {wanted} in {self.folder(root)}: set --data.root to the folder that holds it"
             )
-        folder = self._existing(root, self.images, name)
+        folder = self.image_folder(root, split)
         images: dict[str, str] = {}
         suffix = self.image_suffix.lower()
         for path in files_beneath(folder, (suffix,) if suffix else self.reader.endings):
@@ -100,6 +101,10 @@ class Layout:
             wanted = f"files ending in {self.image_suffix} count" if suffix else counted(self.reader)
             raise InputError(f"no images of {name} in {folder}: {wanted}")
         return images
+
+    def image_folder(self, root: Path, split: str) -> Path:
+        """Return the folder that holds the images of a split, which exists."""
+        return self._existing(root, self.images, self.name(root, split))
 
     def pairs(self, root: Path, split: str) -> tuple[list[str], list[str]]:
         """Return the paths of the images of a split, and those of their masks."""
@@ -223,39 +228,41 @@ class MaskValues:
         return classes
 
 
-@dataclass(frozen=True)
-class Pairs(Source[np.ndarray]):
-    """Image files and their mask files.
+class MaskedFiles(Source[np.ndarray]):
+    """Images and masks that are files each.
 
     Each is turned upright as its own EXIF tag says. A mask without one that is as large as its image before
     that is turned was drawn on it, and is turned along.
     """
 
-    images: list[str]
-    masks: list[str]
     values: MaskValues
-    reader: Reader = RGB
+    reader: Reader
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @abstractmethod
+    def image_file(self, index: int) -> str | IO[bytes]:
+        """Return the file of image `index`, or its path."""
 
-    def path(self, index: int) -> str:
-        return self.images[index]
+    @abstractmethod
+    def mask_file(self, index: int) -> str | IO[bytes]:
+        """Return the file of mask `index`, or its path."""
+
+    @abstractmethod
+    def mask_path(self, index: int) -> str:
+        """Return the name by which a person finds mask `index`."""
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         if self.reader != RGB:  # as it is stored, like its mask
-            with self.reader(self.images[index]) as image:
+            with self.reader(self.image_file(index), self.path(index)) as image:
                 mask = self.mask(index)
         else:
-            with Image.open(self.images[index], formats=FORMATS) as stored:
+            with Image.open(self.image_file(index), formats=FORMATS) as stored:
                 size, turned = stored.size, orientation(stored)
-                image = to_rgb(stored)
-                image.load()
+                (image := to_rgb(stored)).load()
             mask = self.mask(index, size, turned)
         if image.size != mask.shape[::-1]:
             raise InputError(
-                f"mask {self.masks[index]} has {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
-                f" {self.images[index]} {image.width} x {image.height}: make them one size"
+                f"mask {self.mask_path(index)} has {mask.shape[1]} x {mask.shape[0]} pixels, but its image"
+                f" {self.path(index)} {image.width} x {image.height}: make them one size"
             )
         return image, mask
 
@@ -266,18 +273,20 @@ class Pairs(Source[np.ndarray]):
             OSError: the file cannot be read.
             InputError: it holds no classes.
         """
-        return self.values.classes(self._values(index, size, turned), self.masks[index])
+        return self.values.classes(self._values(index, size, turned), self.mask_path(index))
 
     def _values(self, index: int, size: tuple[int, int] | None = None, turned: int = 1) -> np.ndarray:
-        file = self.masks[index]
+        file = self.mask_path(index)
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(self.mask_file(index), formats=FORMATS) as image:
                 image.load()
                 if orientation(image) == 1 and image.size == size:
                     image.getexif()[ExifTags.Base.Orientation] = turned
                 if orientation(image) != 1:
                     ImageOps.exif_transpose(image, in_place=True)
                 values = np.asarray(image)
+        except InputError:  # of a shard
+            raise
         except Exception as error:  # decoders raise anything
             raise OSError(f"its mask {file}: {reason(error)}") from error
         if values.ndim != 2 or values.dtype.kind == "f":
@@ -303,33 +312,39 @@ class Pairs(Source[np.ndarray]):
                 break
             with suppress(OSError):  # counted as unreadable when its turn comes
                 values = self._values(index)
-                seen[np.unique(self.values.classes(values, self.masks[index]))] = True
+                seen[np.unique(self.values.classes(values, self.mask_path(index)))] = True
                 found |= set(np.unique(values).tolist())
         if not seen[:IGNORE].any():
             raise InputError(
-                f"no pixel has a class in {self.masks[0]} and the other masks of its split ({len(self)} in"
-                " all): correct the masks or ignore_index, reduce_zero_label"
+                f"no pixel has a class in {self.mask_path(0)} and the other masks of its split ({len(self)} in "
+                "all): correct the masks or ignore_index, reduce_zero_label"
             )
         if most > 1 and found == {0, IGNORE} and self.values.num_classes > 1:
             raise InputError(
-                f"the values in {self.masks[0]} and the other masks of its split are 0 and {IGNORE}, but"
+                f"the values in {self.mask_path(0)} and the other masks of its split are 0 and {IGNORE}, but"
                 f" {IGNORE} means no class: write 1 for class 1"
             )
         return np.flatnonzero(~seen[: self.values.num_classes]).tolist()
 
 
 @dataclass(frozen=True)
-class Unannotated(Source[np.ndarray]):
-    """The images of another source; their masks have no class anywhere."""
+class Pairs(MaskedFiles):
+    """Image files in folders, and their mask files."""
 
-    source: Source[Any]
+    images: list[str]
+    masks: list[str]
+    values: MaskValues
+    reader: Reader = RGB
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.images)
 
     def path(self, index: int) -> str:
-        return self.source.path(index)
+        return self.images[index]
 
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        image, _ = self.source.read(index)
-        return image, np.full((image.height, image.width), IGNORE, np.uint8)
+    image_file = path
+
+    def mask_path(self, index: int) -> str:
+        return self.masks[index]
+
+    mask_file = mask_path

@@ -16,7 +16,7 @@ from locat_lightning.data.decoding import reason
 from locat_lightning.data.files import Files, class_folders, is_data, labelled_files, unlabelled_files
 from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
-from locat_lightning.data.timm_sources import Stream
+from locat_lightning.data.streams import NoShardsError
 from locat_lightning.data.views import MultiCrop, ViewBatch, Views, ViewTransform
 from locat_lightning.errors import InputError
 
@@ -61,7 +61,7 @@ class MultiViewData(LabelledData):
     Args:
         views: makes the views of an image; the images in evaluation have the size of its first view.
         batch_size: images per training batch in each process.
-        kwargs: those of `LabelledData` and `ImageModule`.
+        kwargs: those of `LabelledData`, `StreamableModule` and `ImageModule`.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class MultiViewData(LabelledData):
 
     @cached_property
     def class_names(self) -> list[str]:
-        return [] if self.dataset == "folder" and not self._labelled else super().class_names
+        without = self.stream is None and self.dataset == "folder" and not self._labelled
+        return [] if without else super().class_names
 
     def train_dataloader(self) -> ImageLoader:
-        source = self.source("train")
-        assert not isinstance(source, Stream)
-        return self._shuffled(ViewImages(source, self.views, self.seed), collate=self.views.collate)
+        images = ViewImages(self.source("train"), self.views, self.seed)
+        return self._shuffled(images, collate=self.views.collate)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, ViewBatch):
@@ -93,7 +93,14 @@ class MultiViewData(LabelledData):
             return batch._replace(views=[views.coloured() for views in batch.views], undistorted=extra)
         return batch
 
-    def _find(self, split: str) -> Source | Stream:
+    def _find(self, split: str) -> Source:
+        if self.stream is not None:
+            try:
+                return super()._find(split)
+            except NoShardsError:
+                if split == "val":
+                    return self.source("train")
+                raise
         if self.dataset == "folder":
             self._check_root("the folder of the images")
             if split in self._labelled:
@@ -103,13 +110,7 @@ class MultiViewData(LabelledData):
                 return unlabelled_files(folder if folder.is_dir() else self.root, self.reader)
             if split == "val":
                 return self.source("train")
-        source = super()._find(split)
-        if isinstance(source, Stream):
-            raise InputError(
-                f"data set {self.dataset!r} is a stream, whose images have no positions to fix their views: "
-                "use a folder, torch/… or hfds/…"
-            )
-        return source
+        return super()._find(split)
 
     @cached_property
     def _labelled(self) -> dict[str, Files]:

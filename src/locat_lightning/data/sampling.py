@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from math import ceil
 
-import torch
+import numpy as np
 from torch.utils.data.distributed import DistributedSampler
 
 from locat_lightning.data.dataset import Images
@@ -22,6 +22,7 @@ class TrainOrder(DistributedSampler):
     ) -> None:
         super().__init__(images, processes, rank, seed=seed)
         self.images = len(images)
+        self.source = images.source
         if self.num_samples > batch_size:
             self.num_samples -= self.num_samples % batch_size
 
@@ -33,8 +34,8 @@ class TrainOrder(DistributedSampler):
         return max(0, ceil((end - self.seen) / self.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        mine = torch.arange(self.rest) * self.num_replicas + self.rank + self.seen
+        order = self.source.shuffled(self.seed, self.epoch)
+        mine = np.arange(self.rest) * self.num_replicas + self.rank + self.seen
         return iter((self.epoch * self.images + order[mine % self.images]).tolist())
 
 
@@ -54,3 +55,28 @@ class EvaluationOrder(DistributedSampler):
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+def laned_order(starts: np.ndarray, lanes: int, seed: int, epoch: int) -> np.ndarray:
+    """Shuffle images that lie in shards so that few shards are read at once: int64 [N], each position once.
+
+    The shards, in random order, are dealt to so many lanes. A lane reads one shard after the other, the
+    images of each in random order, and the lanes take turns: image p of the order comes from lane p mod
+    lanes until the first lane has ended. The order follows from (seed, epoch) alone. Where the number of
+    processes divides that of the lanes, each process so reads the shards of its own lanes.
+
+    Args:
+        starts: position of each shard's first image, and after the last N, ascending.
+        lanes: shards that are read at once.
+        seed: of all orders.
+        epoch: whose order it is.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    shards = rng.permutation(len(starts) - 1)
+    lanes = min(lanes, len(shards))
+    within = [starts[shard] + rng.permutation(starts[shard + 1] - starts[shard]) for shard in shards]
+    columns = [np.concatenate(within[lane::lanes]) for lane in range(lanes)]
+    turns = np.full((max(map(len, columns)), lanes), -1)
+    for lane, column in enumerate(columns):
+        turns[: len(column), lane] = column
+    return turns[turns >= 0]

@@ -1,6 +1,8 @@
 """Images with a class for every pixel: a folder of masks, a known data set, or scenes of digits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,13 +17,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from locat_lightning.data import scenes
 from locat_lightning.data.bands import Bands
-from locat_lightning.data.base import SPLITS, ImageModule, check_side, check_span
+from locat_lightning.data.base import SPLITS, check_side, check_span
 from locat_lightning.data.class_lists import KNOWN, Classes, named_classes, read_classes
 from locat_lightning.data.dataset import Images, Source
 from locat_lightning.data.files import Files, listed, unlabelled_files
 from locat_lightning.data.loading import ImageLoader
-from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs, Unannotated
+from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs
 from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation, square_augmentation
+from locat_lightning.data.packing import SplitFiles
+from locat_lightning.data.shards import Meaning
+from locat_lightning.data.streams import FOLDERS, OF_CLASSES, MaskedShards, StreamableModule
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -65,7 +70,27 @@ def collate_masks(items: Sequence[tuple[Tensor, Tensor, int]]) -> MaskBatch:
     return MaskBatch(torch.stack(images), torch.stack(masks), torch.tensor(indices))
 
 
-class SegmentationData(ImageModule[Source[np.ndarray]]):
+@dataclass(frozen=True)
+class Unannotated(Source[np.ndarray]):
+    """The images of another source; their masks have no class anywhere."""
+
+    source: Source[Any]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def path(self, index: int) -> str:
+        return self.source.path(index)
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        image, _ = self.source.read(index)
+        return image, np.full((image.height, image.width), IGNORE, np.uint8)
+
+    def following(self, items: Iterable[int]) -> AbstractContextManager[Callable[[int], None]]:
+        return self.source.following(items)
+
+
+class SegmentationData(StreamableModule[Source[np.ndarray]]):
     """Images with a class for every pixel, in batches for training, evaluation and prediction.
 
     Training crops them at random. Evaluation takes whole images, and masks of the annotation's own size. The
@@ -100,7 +125,7 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
             gain and offset of each channel.
         batch_size: images per training batch in each process.
         eval_batch_size: images per evaluation batch in each process; more than 1 needs images of one size.
-        kwargs: those of `ImageModule`.
+        kwargs: those of `StreamableModule` and `ImageModule`.
     """
 
     def __init__(
@@ -169,6 +194,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
     def classes(self) -> Classes:
         """Names and colours of the classes in the order of their labels; none if root has images alone."""
         given = self.given_classes
+        if self.stream is not None and (meaning := self.shards(OF_CLASSES).index.meaning).classes:
+            return named_classes(meaning.classes, np.array(meaning.colours) if meaning.colours else None)
         if self.dataset == "digits":
             return named_classes(scenes.CLASS_NAMES, scenes.COLOURS)
         if self.dataset in LAYOUTS:
@@ -224,6 +251,8 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         return self._in_order(images, items, collate=collate_masks, batch_size=size)
 
     def _find(self, split: str) -> Source[np.ndarray]:
+        if self.stream is not None:
+            return self._find_shards(split)
         if split == "predict":
             if self._is_unlabelled():
                 return Unannotated(unlabelled_files(self.root, self.reader))
@@ -234,15 +263,48 @@ class SegmentationData(ImageModule[Source[np.ndarray]]):
         if self.dataset == "digits":
             training = split == "train"
             return scenes.Scenes(training, 1000 if training else 200)
-        layout = self.layout.of(self.root, split)
-        values = MaskValues(self.num_classes, self.ignore_index, self.reduce_zero_label, layout.labels)
-        pairs = Pairs(*layout.pairs(self.root, split), values, self.reader)
+        pairs = self.pairs(split)
         most = LOOKED_AT if self.dataset == "folder" else 1
         unseen = [self.class_names[label] for label in pairs.check_annotated(most)]
         if unseen and split == "train" and self.dataset == "folder":
             looked_at = "" if len(pairs) <= most else f" of {most} that were looked at"
             rank_zero_info(f"no training mask{looked_at} has any of the classes {listed(unseen)}")
         return pairs
+
+    def files(self) -> dict[str, SplitFiles]:
+        """Find the image and mask files of each split in root."""
+        if self.dataset == "digits":
+            raise InputError("data.dataset is digits: only folders of image files can be packed")
+        found, seen = dict[str, SplitFiles](), set[str | None]()
+        for split in SPLITS:
+            if (name := self.layout.name(self.root, split)) in seen or (name is None and found):
+                continue
+            seen.add(name)
+            pairs, folder = self.pairs(split), self.layout.image_folder(self.root, split)
+            values = {
+                key: getattr(pairs.values, key) for key in ("ignore_index", "reduce_zero_label", "labels")
+            }
+            meaning = Meaning(self.class_names, self.colours.tolist(), values)
+            found[split] = SplitFiles(folder, pairs.images, [-1] * len(pairs), pairs.masks, meaning)
+        return found
+
+    def pairs(self, split: str) -> Pairs:
+        """Find the image and mask files of a split in root."""
+        layout = self.layout.of(self.root, split)
+        values = MaskValues(self.num_classes, self.ignore_index, self.reduce_zero_label, layout.labels)
+        return Pairs(*layout.pairs(self.root, split), values, self.reader)
+
+    def _find_shards(self, split: str) -> Source[np.ndarray]:
+        shards = self.shards(FOLDERS[split])
+        if split == "predict":
+            return Unannotated(shards)
+        if not len(shards.index.masks):
+            raise InputError(f"the images in {shards.store.url} have no masks: pack them with their masks")
+        own = {"ignore_index": self.ignore_index, "reduce_zero_label": self.reduce_zero_label}
+        said = self.shards(OF_CLASSES).index.meaning.masks
+        masked = MaskedShards(shards, MaskValues(self.num_classes, **(said or own)), self.reader)
+        masked.check_annotated(1)
+        return masked
 
     def _is_unlabelled(self) -> bool:
         """Return whether the root is a folder that holds no splits."""

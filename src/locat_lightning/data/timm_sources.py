@@ -1,6 +1,6 @@
-"""Data sets that timm makes: torchvision's, those of its own readers, and streams."""
+"""Data sets that timm makes: torchvision's, and those of the Hugging Face hub."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +8,19 @@ from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
-from timm.data.readers.reader_wds import ReaderWds
-from torch.utils.data import IterableDataset
 
 from locat_lightning.data.base import SPLITS
 from locat_lightning.data.dataset import Source
 from locat_lightning.data.decoding import open_image, to_rgb
 from locat_lightning.errors import InputError, in_a_line
 
-KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
+KINDS = ("torch", "hfds")
+# Of timm's, too, but read front to back: without positions there is no exact resume.
+WITHOUT_POSITIONS = {
+    "wds": "pass the folder or URL of its shards as --data.stream, after locat pack --tars has indexed them",
+    "hfids": "take hfds/…, the same data set with positions",
+    "tfds": "write its images to a folder, or take hfds/…",
+}
 
 
 @dataclass(frozen=True)
@@ -46,31 +50,7 @@ class TimmSource(Source[int]):
             yield to_rgb(image), -1 if label is None else int(label)
 
 
-@dataclass(eq=False)
-class Stream(IterableDataset):
-    """A data set that timm reads front to back, shuffles and shares out among processes, transformed."""
-
-    dataset: Any  # timm's IterableImageDataset
-    transform: Callable[[Image.Image], Any] = to_rgb
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def most_workers(self, processes: int, workers: int) -> int:
-        """Return how many of so many workers have a shard in each process: one without waits for ever."""
-        if not isinstance(self.dataset.reader, ReaderWds):
-            return workers
-        shards = len(self.dataset.reader.split_info.filenames)
-        if shards < processes:
-            raise InputError(f"{shards} shards for {processes} processes: use --trainer.devices {shards}")
-        return min(workers, shards // processes)
-
-    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
-        for image, label in self.dataset:
-            yield self.transform(to_rgb(image)), -1 if label is None else int(label), -1
-
-
-def known_class_names(source: TimmSource | Stream) -> list[str]:
+def known_class_names(source: TimmSource) -> list[str]:
     """Return the class names that a data set knows, in the order of their labels; [] if none."""
     if hasattr(source.dataset, "reader"):
         labels = getattr(source.dataset.reader, "class_to_idx", None) or {}
@@ -78,15 +58,15 @@ def known_class_names(source: TimmSource | Stream) -> list[str]:
     return [str(name) for name in getattr(source.dataset, "classes", [])]
 
 
-def timm_source(
-    dataset: str, root: Path, split: str, *, download: bool, **options: Any
-) -> TimmSource | Stream:
+def timm_source(dataset: str, root: Path, split: str, *, download: bool) -> TimmSource:
     """Have timm's `create_dataset` make a split, by the first of its names that timm knows."""
     kind = dataset.partition("/")[0].lower()
+    if kind in WITHOUT_POSITIONS:
+        raise InputError(f"data set {dataset!r} is read front to back: {WITHOUT_POSITIONS[kind]}")
     if kind not in KINDS:
         known = ", ".join(f"{kind}/…" for kind in KINDS)
         raise InputError(f"unknown data set {dataset!r}: use folder, digits, or a name of timm's ({known})")
-    options |= {"root": str(root), "is_training": split == "train", "download": download}
+    options = {"root": str(root), "is_training": split == "train", "download": download}
     failed: Exception | None = None
     for name in SPLITS[split]:
         try:
@@ -98,8 +78,6 @@ def timm_source(
         except Exception as error:  # each kind of data set has errors of its own
             failed = failed or error
         else:
-            if isinstance(made, IterableDataset):
-                return Stream(made)
             return TimmSource(made, f"{dataset}/{name}")
     assert failed is not None
     hint = " (--data.download true downloads it)" if kind == "torch" and not download else ""

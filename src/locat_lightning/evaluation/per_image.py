@@ -30,7 +30,7 @@ class Scores:
 
     Args:
         indices: [N] int64, positions in the data set, ascending.
-        names: of the images, as `names_of` gives them; "" where the images of a stream have none.
+        names: of the images, as `names_of` gives them; "" where they have none.
         labels: [N] int64.
         scores: [N] by figure, of any type.
     """
@@ -191,7 +191,7 @@ def mean_over_seeds(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def names_of(data: Any, split: str, indices: Sequence[int]) -> list[str]:
     """Return names of images that are the same wherever the data set is: paths from its folder's parent on.
 
-    Without paths it is the position, and "" in a stream, whose images have none.
+    Of data without sources it is the position, and "" of sources without paths.
     """
     source: Any = data.source(split) if hasattr(data, "source") else None
     if not indices or not hasattr(source, "path"):

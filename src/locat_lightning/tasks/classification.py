@@ -228,7 +228,7 @@ class Classification(SharpnessAware):
         columns = [torch.cat(column).cpu() for column in zip(nothing, *self._ranked, strict=True)]
         self._ranked.clear()
         indices = columns[0]
-        if (indices < 0).any():  # of a stream, or of data of the user's own
+        if (indices < 0).any():  # of data of the user's own
             indices = torch.arange(len(indices)) * self.trainer.world_size + self.global_rank
         indices, labels, ranks = gather_rows(indices, indices, *columns[1:], device=self.device)
         tops = {f"top{k}": ranks < k for k in (1, 5) if k < self.hp.num_classes}
