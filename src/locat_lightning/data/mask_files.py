@@ -316,8 +316,8 @@ class MaskedFiles(Source[np.ndarray]):
                 found |= set(np.unique(values).tolist())
         if not seen[:IGNORE].any():
             raise InputError(
-                f"no pixel has a class in {self.mask_path(0)} and the other masks of its split ({len(self)} in "
-                "all): correct the masks or ignore_index, reduce_zero_label"
+                f"no pixel has a class in {self.mask_path(0)} and the other masks of its split ({len(self)} "
+                "in all): correct the masks or ignore_index, reduce_zero_label"
             )
         if most > 1 and found == {0, IGNORE} and self.values.num_classes > 1:
             raise InputError(
