@@ -22,8 +22,8 @@ class FeatureSigns(Callback):
     """Log `signs/NAME` of a pre-training's `backbone` with every step that is logged.
 
     They are of the same images throughout: samples of `val`, or else of `train`. The names are
-    `effective_rank`, `outlying_share`, and those of `patch_signs`. It warns once if the features of the images, or the patches
-    of each image, have become the same.
+    `effective_rank`, `outlying_share`, and those of `patch_signs`. It warns once if the features of the
+    images, or the patches of each image, have become the same.
 
     Args:
         images: how many, at most.

@@ -139,11 +139,17 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
         weights, arguments = str(self.weights), noted_arguments(self.hp)
         arguments.pop("locat", None)
         contents = contents_of(weights)
-        names = () if contents is None else read_state(weights, contents=contents)
-        if not any(name.endswith("reg_token") for name in names):
+        state = {} if contents is None else read_state(weights, contents=contents)
+        registers = next((value for name, value in state.items() if name.endswith("reg_token")), None)
+        if registers is None:
             arguments.pop("reg_tokens", None)
+        elif arguments.get("reg_tokens", number := registers.shape[1]) != number:
+            raise InputError(
+                f"model.backbone_args.reg_tokens ({arguments['reg_tokens']}): {weights} has {number} "
+                "registers, to which none can be added"
+            )
         original = load_backbone(weights, self.hp.backbone, arguments, any_size=True, contents=contents)
-        kernels = [any(".gaug." in name for name in some) for some in (names, original.state_dict())]
+        kernels = [any(".gaug." in name for name in some) for some in (state, original.state_dict())]
         if kernels == [True, False]:
             raise InputError(
                 f"{weights} has LocAt already, and {self.hp.backbone} has not: give the weights that it was "
@@ -159,46 +165,43 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
 
     def parameter_groups(self) -> list[Group]:
         """Return groups of what is new, then those of the original's layers, the last one first."""
-        if self.hp.trained == "new":
-            return super().parameter_groups()
-        trained = [p for p in self.trained() if p.requires_grad]
-        of_layers = param_groups_layer_decay(self.backbone, 1.0, layer_decay=self.hp.layer_decay)
-        old = {id(p): p for group in of_layers for p in group["params"] if id(p) not in self._new}
-        new = [p for p in trained if id(p) not in old]
+        layers = []
+        if self.hp.trained == "all":
+            layers = param_groups_layer_decay(self.backbone, 1.0, layer_decay=self.hp.layer_decay)
+        old = {id(p) for layer in layers for p in layer["params"]} - self._new
+        new = [p for p in self.trained() if p.requires_grad and id(p) not in old]
         groups = [
             Group([p for p in new if p.ndim > 1], decays=True),
             Group([p for p in new if p.ndim <= 1], decays=False),
         ]
-        for group in sorted(of_layers, key=lambda group: -group["lr_scale"]):
-            of_original = [p for p in group["params"] if id(p) in old]
-            groups.append(Group(of_original, bool(group["weight_decay"]), group["lr_scale"]))
+        for layer in sorted(layers, key=lambda layer: -layer["lr_scale"]):
+            of_original = [p for p in layer["params"] if id(p) in old]
+            groups.append(Group(of_original, bool(layer["weight_decay"]), layer["lr_scale"]))
         return [group for group in groups if group.parameters]
 
     def compute_loss(self, batch: ViewBatch) -> Output:
         """Compare the first size of views with what the original makes of them."""
         hp, images = self.hp, batch.views[0].crops.flatten(0, 1)
         own_cls, own_patches = self._features(self.backbone, images)
-        pairs = {}  # what is learnt and what is taught, [.., D], by what it is
+        learnt, taught = {"cls": own_cls, "views": own_patches.movedim(1, -1)}, {}
         with torch.no_grad():
             if hp.cls_weight or hp.views_weight:
-                cls, patches = self._features(self.original, images)
-            if hp.cls_weight:
-                pairs["cls"] = own_cls, cls
+                taught["cls"], patches = self._features(self.original, images)
             if hp.views_weight:
                 shifts = self.shifts(self.step)
-                taught = averaged_features(self._patches_of_original, images, patches, shifts)
-                pairs["views"] = own_patches.movedim(1, -1), taught.movedim(1, -1)
+                averaged = averaged_features(self._patches_of_original, images, patches, shifts)
+                taught["views"] = averaged.movedim(1, -1)
             if hp.masked_weight:
                 hidden = self.hidden(batch, own_patches.shape[-2:])
-                taught = self._patches_of_original(without_patches(images, hidden))
+                masked = self._patches_of_original(without_patches(images, hidden))
+                taught["masked"] = masked.movedim(1, -1)
         if self.decoder is not None:
-            pairs["masked"] = self.decoder(own_patches, hidden), taught.movedim(1, -1)
+            learnt["masked"] = self.decoder(own_patches, hidden)
+        weights = {name: hp[f"{name}_weight"] for name in taught if hp[f"{name}_weight"]}
         with torch.autocast(images.device.type, enabled=False):
             distance = DISTANCES[hp.criterion]
-            losses = {
-                name: distance(learnt.float(), taught.float()) for name, (learnt, taught) in pairs.items()
-            }
-            loss = torch.stack([hp[f"{name}_weight"] * each for name, each in losses.items()]).sum()
+            losses = {name: distance(learnt[name].float(), taught[name].float()) for name in weights}
+            loss = torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
         return Output(
             loss, {f"{name}_loss": each.detach() for name, each in losses.items()}, own_cls.detach()
         )
