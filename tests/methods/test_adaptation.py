@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
+NO_CLS = {"no_embed_class": True}
 
 
 def adaptation(**options):
@@ -181,7 +182,7 @@ def test_versions_differ_by_step_and_stay_near():
     assert shifts == task.shifts(0) != task.shifts(1)
 
 
-@pytest.mark.parametrize("positions", [{}, {"no_embed_class": True}, {"pos_embed": "none"}])
+@pytest.mark.parametrize("positions", [{}, NO_CLS, {"pos_embed": "none"}])
 def test_registers_are_added(tmp_path, positions):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **(BACKBONE | positions))
     torch.save(model.state_dict(), tmp_path / "vit.pt")
@@ -270,7 +271,11 @@ def test_what_cannot_be_adapted_is_an_error(options, message):
             {"of": {"reg_tokens": 2}, "backbone_args": {"reg_tokens": 4}},
             "has 2 registers, to which none can be added",
         ),
-        ({"of": {"name": "locatvit_tiny"}}, "has LocAt already, and vit_tiny_patch16_224 has not"),
+        (
+            {"of": {"reg_tokens": 2} | NO_CLS, "backbone_args": NO_CLS},
+            "has registers already, which vit_tiny_patch16_224 has not",
+        ),
+        ({"of": {"name": "locatvit_tiny"}}, "has LocAt already, which vit_tiny_patch16_224 has not"),
         ({"backbone": "locatvit_tiny"}, "has it already: pass gaug=False"),
     ],
 )

@@ -166,10 +166,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
         "forward": f"{speed} (batches of {found['batch_size']}, {found['device']}, {found['precision']})",
     }
     if found["outlying_share"] is not None:
-        norms = (
-            f"{found['outlying_share']:.2%} of the patches of two photographs are above 3 times the median"
-        )
-        rows["outlying norms"] = norms
+        rows["outlying norms"] = f"{found['outlying_share']:.2%} of the patches of two photographs"
     architecture = found["architecture"]
     print(architecture if name == architecture else f"{architecture}: {name}")
     table = Table(show_header=False)

@@ -81,4 +81,5 @@ def outlying_share(tokens: Tensor) -> Tensor:
         A float32 scalar.
     """
     norms = tokens.detach().float().norm(dim=-1)
-    return (norms > OUTLYING * norms.median()).float().mean()
+    share: Tensor = (norms > OUTLYING * norms.median()).float().mean()
+    return share

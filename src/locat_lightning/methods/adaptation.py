@@ -149,12 +149,15 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
                 "registers, to which none can be added"
             )
         original = load_backbone(weights, self.hp.backbone, arguments, any_size=True, contents=contents)
-        kernels = [any(".gaug." in name for name in some) for some in (state, original.state_dict())]
-        if kernels == [True, False]:
-            raise InputError(
-                f"{weights} has LocAt already, and {self.hp.backbone} has not: give the weights that it was "
-                "made from, or for a LocAtViT its name as model.backbone, and model.locat null"
+        for part, key in {"LocAt": ".gaug.", "registers": "reg_token"}.items():
+            of_weights, of_model = (
+                any(key in name for name in each) for each in (state, original.state_dict())
             )
+            if of_weights and not of_model:
+                raise InputError(
+                    f"{weights} has {part} already, which {self.hp.backbone} has not: set model.backbone and "
+                    "model.backbone_args to what the weights are of"
+                )
         return original.requires_grad_(False).eval()
 
     def networks(self) -> dict[str, nn.Module]:
@@ -192,7 +195,7 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
                 averaged = averaged_features(self._patches_of_original, images, patches, shifts)
                 taught["views"] = averaged.movedim(1, -1)
             if hp.masked_weight:
-                hidden = self.hidden(batch, own_patches.shape[-2:])
+                hidden = self.hidden(batch, (own_patches.shape[-2], own_patches.shape[-1]))
                 masked = self._patches_of_original(without_patches(images, hidden))
                 taught["masked"] = masked.movedim(1, -1)
         if self.decoder is not None:
@@ -209,7 +212,8 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
     def shifts(self, step: int) -> list[Shift]:
         """Draw the shifted versions of an optimizer step, the same in every process."""
         rng = np.random.default_rng([self.of_data("seed") or 0, step])
-        most = round(self.hp.shift * self.backbone.feature_info[-1]["reduction"])
+        backbone: Any = self.backbone
+        most = round(self.hp.shift * backbone.feature_info[-1]["reduction"])
         moved = rng.integers(-most, most + 1, (self.hp.versions, 2)).tolist()
         flipped = rng.random(self.hp.versions) < self.hp.hflip
         return [Shift(down, right, flip) for (down, right), flip in zip(moved, flipped.tolist(), strict=True)]
@@ -223,10 +227,12 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
         views = range(len(batch.views[0].crops))
         noise = torch.cat([image_noise(batch.indices, places + 1, *key, view) for view in views])
         number = 1 + noise[:, -1:] % max(1, places - 1)
-        return (noise[:, :-1].argsort(1).argsort(1) < number).unflatten(1, grid)
+        hidden: Tensor = (noise[:, :-1].argsort(1).argsort(1) < number).unflatten(1, grid)
+        return hidden
 
     def _patches_of_original(self, images: Tensor) -> Tensor:
-        return self._features(self.original, images)[1]
+        patches: Tensor = self._features(self.original, images)[1]
+        return patches
 
 
 class MaskedDecoder(nn.Module):
