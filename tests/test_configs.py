@@ -38,6 +38,8 @@ DROP_PATH = {
     "selfpatch_digits": None,
     "quickstart": 0.05,
     "adapt_pretrained": 0.1,
+    "adapt_locality": None,
+    "adapt_locality_digits": None,
 }
 SEGMENTS = {"ade20k": 150, "coco_stuff": 171, "digits": 11, "folder": 3, "pascal_context": 59}
 SEGMENTS |= {"pascal_voc": 21, "cityscapes": 19}
@@ -71,6 +73,11 @@ SMALL = {
         "model": {"mask_size": 16},
         "knn": {"every_n_epochs": 1},
     },
+    "adapt_locality": {
+        "data": {"views.global_size": 32},
+        "knn": {"every_n_epochs": 1},
+        "retrieval": {"every_n_epochs": 0},
+    },
     "distill": {
         "data": VIEWS,
         "model": {"teacher": "vit.pth", "teacher_backbone": TEACHER, "teacher_args": BACKBONE},
@@ -94,7 +101,8 @@ def one_step(config, folder):
             "max_epochs": 1,
         },
     }
-    more = SMALL.get(config.partition("_")[0], {"data": {"img_size": 32}})
+    kind = "adapt_locality" if config.startswith("adapt_locality") else config.partition("_")[0]
+    more = SMALL.get(kind, {"data": {"img_size": 32}})
     for group, keys in more.items():
         options[group] = options.get(group, {}) | keys
     given = (f"--{group}.{key}={value}" for group, keys in options.items() for key, value in keys.items())
@@ -195,8 +203,9 @@ def test_depth_runs_a_step_and_is_measured_and_predicted(nyu, tmp_path, monkeypa
 @pytest.mark.parametrize("config", [config for config in CONFIGS if Path(config).stem in DROP_PATH])
 def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(timm.create_model(TEACHER, **BACKBONE).state_dict(), "vit.pth")
-    weights = ["--weights", "vit.pth"] if config == "adapt_pretrained.yaml" else []
+    trained = "vit_base_patch14_dinov2" if config.startswith("adapt_locality") else TEACHER
+    torch.save(timm.create_model(trained, init_values=1.0, **BACKBONE).state_dict(), "vit.pth")
+    weights = ["--weights", "vit.pth"] if config.startswith("adapt_") else []
     first = next(each for each in CONFIGS if each.partition("_")[0] == config.partition("_")[0])
     # Pictures are of a kind of task and views: its first config draws them.
     pictures = [] if config == first else ["--pictures.every_n_epochs=0"]
@@ -219,6 +228,8 @@ def test_it_runs_a_step(config, folder, tmp_path, monkeypatch):
         assert {"train/loss", "train/hidden_share", "signs/patch_cosine", "knn/top1"} <= logged
     elif config.startswith(("ibot_", "dinov2_")):
         assert {"train/cls_loss", "train/patch_loss", "signs/patch_cosine", "knn/top1"} <= logged
+    elif config.startswith("adapt_locality"):
+        assert {"train/views_loss", "train/cls_loss", "signs/outlying_share", "knn/top1"} <= logged
     elif config.startswith(("distill_", "selfpatch_")):
         assert {"train/loss", "train/cls_loss", "train/patch_loss", "knn/top1"} <= logged
     else:

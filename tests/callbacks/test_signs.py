@@ -8,7 +8,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from locat_lightning.callbacks.signs import FeatureSigns
-from locat_lightning.evaluation.rank import effective_rank, patch_signs
+from locat_lightning.evaluation.dense import patch_features
+from locat_lightning.evaluation.rank import effective_rank, outlying_share, patch_signs
 from locat_lightning.methods.base import features
 from tests.methods.runs import METHODS, copied, images, of_folder, same, small, trainer
 
@@ -38,9 +39,12 @@ def test_they_are_of_the_validation_images(tmp_path):
     dataset = data.eval_dataloader("val").dataset
     task.backbone.eval()
     with torch.no_grad():
-        found, maps = features(task.backbone, torch.stack([dataset[index][0] for index in range(6)]))
+        images = torch.stack([dataset[index][0] for index in range(6)])
+        found, maps = features(task.backbone, images)
+        tokens = patch_features(task.backbone, images).flatten(2).mT
     signs = patch_signs(found, maps.flatten(2).mT) | {"effective_rank": effective_rank(found)}
-    assert len(signs) == 4
+    signs["outlying_share"] = outlying_share(tokens)
+    assert len(signs) == 5
     for name, value in signs.items():
         assert float(row[f"signs/{name}"]) == pytest.approx(value.item(), rel=1e-4)
 

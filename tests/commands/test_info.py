@@ -31,6 +31,7 @@ def test_a_name(capsys):
     assert found["image_size"] == [3, 32, 32]
     assert found["grid"] == [4, 4]
     assert found["images_per_second"] == 12.25
+    assert found["outlying_share"] is None
     assert found["kernels"] == []  # of a model without weights
     assert found["attention"] == "PyTorch, in chunks (not Triton: it needs an NVIDIA GPU)"
 
@@ -61,6 +62,7 @@ def test_weights_of_a_run_have_kernels(capsys, tmp_path):
 
     found = numbers(capsys, str(tmp_path / "best.ckpt"))
     assert [kernel["width"] for kernel in found["kernels"]] == pytest.approx([1.5, 2.0], abs=1e-3)
+    assert found["outlying_share"] == 0
     assert found["parameters"] == sum(p.numel() for p in model.parameters())  # with its classifier
 
     main(["info", str(tmp_path / "best.ckpt")])
@@ -69,6 +71,7 @@ def test_weights_of_a_run_have_kernels(capsys, tmp_path):
     assert "4 × 4" in out
     assert "12.2 images/s" in out
     assert "2.00" in out
+    assert "0.00% of the patches of two photographs" in out
 
 
 @pytest.mark.parametrize(

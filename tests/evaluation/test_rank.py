@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from locat_lightning.evaluation.rank import effective_rank, patch_signs
+from locat_lightning.evaluation.rank import effective_rank, outlying_share, patch_signs
 
 
 def normal(*size, seed=0):
@@ -103,3 +103,10 @@ def test_many_patches_are_thinned_out_and_other_widths_have_no_cosine_with_the_i
     signs = patch_signs(torch.randn(30, 8), patches)
     assert "patch_cls_cosine" not in signs
     assert signs["patch_rank"].item() == pytest.approx(4, abs=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_outlying_patches_are_those_of_more_than_three_times_the_median_norm(scale):
+    norms = torch.tensor([[1.0, 1.1, 0.9, 2.9], [1.0, 3.2, 1.0, 40.0]]) * scale  # their median is 1
+    directions = F.normalize(torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert outlying_share(norms.unsqueeze(-1) * directions).item() == 2 / 8

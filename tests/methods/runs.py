@@ -46,17 +46,20 @@ TINY = {
     | {"warmup_teacher_temp_epochs": 0, "sample_drop": 0.0, "koleo_weight": 0.0}
     | {"freeze_last_layer_epochs": 0},
     "Distillation": {"teacher_backbone": "vit_tiny_patch16_224", "teacher_args": TEACHER},
+    # Everything that it can train; in a ViT that has neither GAug nor PRR.
+    "LocalityAdaptation": {"backbone": "vit_tiny_patch16_224", "locat": {"start": "identity"}}
+    | {"trained": "all", "masked_weight": 1.0, "decoder_depth": 1, "versions": 2},
     "Mae": {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2},
     "SimMim": {"mask_size": 8},
 }
 
 
 @cache
-def teacher():
-    """Write the weights of a teacher of other width and patches than the student."""
+def teacher(arguments=None):
+    """Write the weights of a ViT: by default a teacher of other width and patches than the student."""
     file = Path(mkdtemp()) / "teacher.pt"
     seed_everything(1, verbose=False)
-    torch.save(create_for_any_size("vit_tiny_patch16_224", TEACHER).state_dict(), file)
+    torch.save(create_for_any_size("vit_tiny_patch16_224", dict(arguments or TEACHER)).state_dict(), file)
     return str(file)
 
 
@@ -64,9 +67,11 @@ def small(name="Dino", seed=0, backbone_args=None, **options):
     plain = {"warmup_epochs": 0, "lr": 1e-3} | TINY.get(name, {})
     if name == "Distillation":
         plain["teacher"] = teacher()
+    if name == "LocalityAdaptation":
+        plain["weights"] = teacher(tuple(BACKBONE.items()))
     seed_everything(seed, verbose=False)
     arguments = BACKBONE | (backbone_args or {})
-    task = METHODS[name]("locatvit_tiny", backbone_args=arguments, **(plain | options))
+    task = METHODS[name](**({"backbone": "locatvit_tiny", "backbone_args": arguments} | plain | options))
     task.configure_model()
     return task
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from locat_lightning.callbacks.pictures import giving_up, watched_images
 from locat_lightning.evaluation.batches import frozen
-from locat_lightning.evaluation.rank import effective_rank, patch_signs
-from locat_lightning.methods.base import Pretraining, features
+from locat_lightning.evaluation.rank import effective_rank, outlying_share, patch_signs
+from locat_lightning.methods.base import Pretraining
 from locat_lightning.tasks.sharding import whole
 
 ALIKE = 0.99  # mean cosine of the patches of an image
@@ -23,8 +23,8 @@ class FeatureSigns(Callback):
     """Log `signs/NAME` of a pre-training's `backbone` with every step that is logged.
 
     They are of the same images throughout: samples of `val`, or else of `train`. The names are
-    `effective_rank`, and those of `patch_signs`. It warns once if the features of the images, or the patches
-    of each image, have become the same.
+    `effective_rank`, `outlying_share`, and those of `patch_signs`. It warns once if the features of the
+    images, or the patches of each image, have become the same.
 
     Args:
         images: how many, at most.
@@ -54,9 +54,11 @@ class FeatureSigns(Callback):
     def _measure(self, module: LightningModule, images: Tensor) -> None:
         backbone: Any = module.backbone
         with isolate_rng(), frozen(backbone), torch.no_grad():
-            of_images, maps = features(backbone, images)
-            signs = patch_signs(of_images, maps.flatten(2).mT)
-            signs["effective_rank"] = effective_rank(of_images)
+            final, [maps] = backbone.forward_intermediates(images, indices=1, output_fmt="NCHW")
+            of_images, tokens = backbone.forward_head(final, pre_logits=True), maps.flatten(2).mT
+            norm = getattr(backbone, "norm", None)
+            signs = patch_signs(of_images, tokens if norm is None else norm(tokens))
+            signs |= {"effective_rank": effective_rank(of_images), "outlying_share": outlying_share(tokens)}
         # No other process takes part, and Lightning does not warn that none does.
         options: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "rank_zero_only": True}
         for name, value in signs.items():

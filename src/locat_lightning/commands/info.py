@@ -24,7 +24,10 @@ from locat_lightning.commands.parsing import add_backbone_options, command_parse
 from locat_lightning.commands.sources import check_weights, local_dir
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation import cost
+from locat_lightning.evaluation.batches import frozen
+from locat_lightning.evaluation.dense import patch_features
 from locat_lightning.evaluation.features import autocast_type
+from locat_lightning.evaluation.rank import outlying_share
 from locat_lightning.inspection import kernel_widths
 from locat_lightning.nn.attention import implementation
 from locat_lightning.nn.layers import GaussianSelfAttention, GaussianWindowAttention
@@ -73,7 +76,8 @@ def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained
 
     Returns:
         `multiply_adds` and `activation_bytes` of an image; `images_per_second`; `attention`, how it is
-        computed; `grid`, rows and columns of patches; `kernels`, mean `width` (standard deviation in patches)
+        computed; `grid`, rows and columns of patches; `outlying_share`, of the patches of two photographs
+        (see `evaluation.rank`); `kernels`, mean `width` (standard deviation in patches)
         and `alpha` of each block; and more.
     """
     size = tuple(get_model_input_config(model)["input_size"])
@@ -83,7 +87,8 @@ def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained
     parameters, of_gaug = cost.count_parameters(model)
     threads = torch.get_num_threads()
     of_cpu = f"{device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
-    widths = kernel_widths(model, _photographs(model, size).to(device)) if trained else []
+    photographs = _photographs(model, size).to(device)
+    widths = kernel_widths(model, photographs) if trained else []
     return {
         "architecture": architecture_of(model),
         "parameters": parameters,
@@ -97,6 +102,7 @@ def _measure(model: nn.Module, device: torch.device, batch_size: int, *, trained
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else of_cpu,
         "precision": precision or "32-true",
         "attention": _attention(model, device, autocast_type(precision) or torch.float32),
+        "outlying_share": _outlying_share(model, photographs) if trained else None,
         "kernels": [{"width": math.sqrt(variance), "alpha": alpha} for variance, alpha in widths],
     }
 
@@ -111,6 +117,14 @@ def _attention(model: nn.Module, device: torch.device, dtype: torch.dtype) -> st
             way, why = implementation(v, this.gaug(v, (1, 1), (1, 1)), bias=bias)
             return f"{ATTENTIONS[way]} (not Triton: {why})" if why else ATTENTIONS[way]
     return None
+
+
+def _outlying_share(model: nn.Module, images: Tensor) -> float | None:
+    """Return the share of patches with outlying norms; None for a model without patch features."""
+    if not hasattr(model, "forward_intermediates"):
+        return None
+    with frozen(model), torch.no_grad():
+        return outlying_share(patch_features(model, images).flatten(2).mT).item()
 
 
 def _device(name: str | None) -> torch.device:
@@ -151,6 +165,8 @@ def _show(name: str, found: dict[str, Any]) -> None:
         "attention": found["attention"] or "without Gaussian kernels",
         "forward": f"{speed} (batches of {found['batch_size']}, {found['device']}, {found['precision']})",
     }
+    if found["outlying_share"] is not None:
+        rows["outlying norms"] = f"{found['outlying_share']:.2%} of the patches of two photographs"
     architecture = found["architecture"]
     print(architecture if name == architecture else f"{architecture}: {name}")
     table = Table(show_header=False)

@@ -1,9 +1,10 @@
-"""Signs of collapse that need no labels: how many dimensions features use, how much patches are alike."""
+"""Signs of quality that need no labels: dimensions that features use, patches that are alike or artefacts."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+OUTLYING = 3.0  # norm of an artefact, as a multiple of the median
 PATCHES = 2048  # whose effective rank is measured, at most
 ROUNDING = 1e-5  # of a feature of length 1, in float32, with room to spare
 
@@ -63,3 +64,22 @@ def patch_signs(features: Tensor, patches: Tensor) -> dict[str, Tensor]:
         of_images = F.normalize(features.detach().float(), dim=-1).unsqueeze(1)
         signs["patch_cls_cosine"] = (directions * of_images).sum(-1).mean()
     return signs
+
+
+def outlying_share(tokens: Tensor) -> Tensor:
+    """Compute the share of patches whose norm is more than three times the median of all patches.
+
+    In large models, such patches have given up their own content to hold that of the image.
+
+    Source: "Vision Transformers Need Registers" (Darcet et al., ICLR 2024). Its cut-off is a norm of 150 for
+    one model, whose other patches are below 100; relative to the median it holds for any.
+
+    Args:
+        tokens: [N, n, D], patches of the last block before the final norm.
+
+    Returns:
+        A float32 scalar.
+    """
+    norms = tokens.detach().float().norm(dim=-1)
+    share: Tensor = (norms > OUTLYING * norms.median()).float().mean()
+    return share

@@ -6,6 +6,7 @@ Every file here is imported, so that a config finds a new method by the name of 
 from importlib import import_module
 from pkgutil import iter_modules
 
+from locat_lightning.methods.adaptation import LocalityAdaptation
 from locat_lightning.methods.dino import Dino
 from locat_lightning.methods.dinov2 import Dinov2
 from locat_lightning.methods.distillation import Distillation
@@ -14,7 +15,7 @@ from locat_lightning.methods.mae import Mae
 from locat_lightning.methods.selfpatch import SelfPatch
 from locat_lightning.methods.simmim import SimMim
 
-__all__ = ["Dino", "Dinov2", "Distillation", "Ibot", "Mae", "SelfPatch", "SimMim"]
+__all__ = ["Dino", "Dinov2", "Distillation", "Ibot", "LocalityAdaptation", "Mae", "SelfPatch", "SimMim"]
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
