@@ -371,7 +371,7 @@ def test_commands_repeat_themselves(named):
         ),
         (
             ["--weights", "net.pth", "NAMED", "--datasets", "nowhere"],
-            "--datasets: nowhere is not a folder, 'digits'",
+            "--datasets: nowhere is not a folder, a URL of shards, 'digits'",
         ),
         (["--weights", "net.pth", "NAMED", "--datasets", "digits", "digits"], "digits is named twice"),
         (["--weights", "net.pth", "NAMED", "--datasets", "digits", "."], "no train/"),

@@ -440,7 +440,7 @@ def test_all_arguments_are_options_and_kept(parsed):
     made = parsed(ImageData, *[f"--data.{name}={value}" for name, value in options.items()])
     assert options.items() <= made.hparams.items()
     assert made.hparams.keys() == ImageData(**options).hparams.keys()
-    assert len(made.hparams) == 24
+    assert len(made.hparams) == 28
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import PatchEmbed, register_notrace_module, resample_abs_pos_embed, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ def sample_channels(channels: int) -> Tensor:
     return torch.randperm(channels)[:number].sort().values
 
 
+@register_notrace_module  # `torch.fx` does not look inside: which channels an image has changes
 class ChannelPatchEmbed(PatchEmbed):
     """timm's patch embedding of one channel, applied to each, with the embedding of the channel added.
 
@@ -103,7 +104,7 @@ class ChannelViT(VisionTransformer):
             return torch.cat([*prefix, tokens.flatten(1, 2)], dim=1)
         first = 0 if self.no_embed_class else self.num_prefix_tokens
         positions: Tensor = self.pos_embed
-        if grid != tuple(self.patch_embed.grid_size):
+        if self.dynamic_img_size and grid != tuple(self.patch_embed.grid_size):
             positions = resample_abs_pos_embed(
                 positions, new_size=list(grid), old_size=self.patch_embed.grid_size, num_prefix_tokens=first
             )

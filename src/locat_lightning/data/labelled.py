@@ -91,7 +91,7 @@ class LabelledData(StreamableModule[Source]):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What decides `eval_transform`, as plain JSON."""
-        numbers = {key: list(value) for key, value in self.normalisation.items()}
+        numbers = {key: list(self.normalisation[key]) for key in ("mean", "std")}
         taken = {} if self.channels is None else {"channels": list(self.channels.taken)}
         return {"img_size": self.img_size, **self.resizing, **numbers, **taken}
 
