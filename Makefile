@@ -13,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,channels,onnx,parquet,retrieval]'
 	@touch $@
 
-.PHONY: help install quickstart segment study test test-fast test-faults coverage check format bench kernels gpu scale \
+.PHONY: help install quickstart segment study test test-fast test-compilers test-faults coverage check format bench kernels gpu scale \
 	figures docs
 
 help: ## list the targets
@@ -21,18 +21,21 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv with the pinned versions of constraints.txt
 
-test: $(INSTALLED) ## run the tests
+test: $(INSTALLED) ## run the tests but for those of compilers and of faults
 	$(PYTEST)
 
 test-fast: $(INSTALLED) ## run the tests but for those of whole runs
-	$(PYTEST) -m "not slow and not faults"
+	$(PYTEST) -m "not slow and not compilers and not faults"
+
+test-compilers: $(INSTALLED) ## run the tests of what torch.compile, ONNX and Triton make of the models
+	$(PYTEST) -m compilers
 
 test-faults: $(INSTALLED) ## kill, interrupt, damage and starve runs, and count what comes of it: all, or FILES="tests/faults/…"
 	$(PYTEST) -m faults $(or $(FILES),tests/faults tests/commands/test_fit_processes.py \
 		tests/commands/test_killed.py tests/commands/test_restarts.py)
 
 coverage: $(INSTALLED) ## run the tests and print the line coverage of src/
-	$(PYTEST) --cov=src --cov-report=term-missing:skip-covered
+	$(PYTEST) -m 'not faults' --cov=src --cov-report=term-missing:skip-covered
 
 check: $(INSTALLED) ## format, lint and strict types, without changing a file
 	$(BIN)/ruff format --check .

@@ -56,6 +56,7 @@ def exported_once(monkeypatch):
     monkeypatch.setattr(formats, "_program", program_of)
 
 
+@pytest.mark.compilers
 @pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 @pytest.mark.parametrize(("name", "forms"), CASES)
 def test_the_outputs_are_the_same_for_any_batch(tmp_path, exported_once, name, forms):

@@ -390,6 +390,7 @@ def test_reset_classifier():
     assert_close(model(images()), tokens)
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_equals_eager(dynamic):
     """Without a graph break; another size is another graph."""

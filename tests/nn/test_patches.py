@@ -282,7 +282,7 @@ def test_windows_cannot_leave_patches_out():
         patch_selection(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=12))
 
 
-@pytest.mark.slow
+@pytest.mark.compilers
 def test_subsets_compile():
     model, images = build("vit", depth=1)
     selection = patch_selection(model)

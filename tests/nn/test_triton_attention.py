@@ -27,7 +27,7 @@ from locat_lightning.nn.gaussian import gaussian_kernel
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.compilers
 def test_the_kernels_in_an_interpreter():
     """In a process of its own, where Triton is told before its first import that it interprets."""
     pytest.importorskip("triton")
@@ -42,7 +42,7 @@ def test_the_kernels_in_an_interpreter():
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-@pytest.mark.slow
+@pytest.mark.compilers
 @pytest.mark.parametrize("card", [90, 100])
 @pytest.mark.parametrize(("name", "most"), [("forward", 18), ("d_queries", 23), ("d_keys_values", 20)])
 def test_a_kernel_fits_into_the_registers_of_a_hopper_or_blackwell_gpu(

@@ -93,6 +93,7 @@ class Graphs(Callback):
         self.of_batch.append(0)
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize(
     ("name", "graphs"),
     [
