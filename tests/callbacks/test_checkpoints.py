@@ -295,6 +295,17 @@ def test_a_run_with_other_batches_goes_on_with_the_images_it_has_not_seen(
     assert trainer.global_step == len(begun.rates) + len(rest.rates)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_a_run_with_other_batches_twice_repeats_no_image(images, tmp_path):
+    """Of 18 images; batches of 4, 3 and 2, the first two cut off in the second epoch."""
+    seen, resumed = [], {}
+    for size, cut in ((4, 1), (3, 2), (2, None)):
+        steps_of(images, tmp_path, size, 1, steps := Steps(1, cut), **resumed)
+        seen += steps.images[1]
+        resumed = {"ckpt_path": str(tmp_path / "last.ckpt"), "weights_only": True}
+    assert sorted(seen) == list(range(18))
+
+
 class Rows(CSVLogger):
     """Keeps what is logged, by step and names."""
 

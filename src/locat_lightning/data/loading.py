@@ -130,19 +130,21 @@ class ResumableLoader(ImageLoader):
     def __init__(self, dataset: Images, *, trainer: Trainer | None, **options: Any) -> None:
         super().__init__(dataset, **options)
         self.trainer = trainer
-        self._seen: dict[int, int] = {}  # images of the epoch in which a run resumed, before that
+        # Of the epoch in which a run resumed: the images seen before, and as how many batches they count.
+        self._before: dict[int, tuple[int, int]] = {}
 
     def seen(self, batches: int) -> int:
         """Return how many images all processes have seen when so many batches of the epoch have ended."""
         assert self.trainer is not None  # whose run it is
-        before = self._seen.get(self.trainer.current_epoch, 0)
-        return max(before, batches * self._size * self.sampler.num_replicas)
+        images, before = self._before.get(self.trainer.current_epoch, (0, 0))
+        return images + max(0, batches - before) * self._size * self.sampler.num_replicas
 
     def resume(self, epoch: int, images: int) -> int:
         """Have an epoch begin after so many images; return how many batches that makes."""
-        self._seen = {epoch: images}
         self.sampler.seen = images
-        return len(self) - ceil(self.sampler.rest / self._size)
+        before = len(self) - ceil(self.sampler.rest / self._size)
+        self._before = {epoch: (images, before)}
+        return before
 
     def begin(self) -> int:
         if self.trainer is None or self.trainer.train_dataloader is not self:
