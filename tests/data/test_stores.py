@@ -63,7 +63,7 @@ def test_the_cache_stays_within_its_bound_and_keeps_what_was_read_last(store, li
 
 def test_shards_that_are_being_fetched_count(store, listed):
     store.fetched(listed[0])
-    part = store.cache / f"another.{store.bound - listed[1].size}.1.1.part"
+    part = store.cache / f"{'a' * 64}.{store.bound - listed[1].size}.1.1.part"
     part.touch()
     store.fetched(listed[1])
     assert kept(store) == {listed[1].sha256}
@@ -72,6 +72,17 @@ def test_shards_that_are_being_fetched_count(store, listed):
     store.fetched(listed[2])
     assert kept(store) == {listed[1].sha256, listed[2].sha256}
     assert not part.exists()  # its process was killed
+
+
+def test_files_of_the_user_in_the_folder_of_the_cache_are_left_alone(store, listed):
+    store.cache.mkdir()
+    own = [store.cache / name for name in ("movie.part", "backup.tar", f"{'a' * 64}.tar.part")]
+    for path in own:
+        path.write_bytes(bytes(store.bound))
+        os.utime(path, (0, 0))
+    store.fetched(listed[0])
+    assert kept(store) == {listed[0].sha256, "backup"}
+    assert all(path.exists() for path in own)
 
 
 def test_a_part_that_a_killed_process_left_is_replaced(store, listed, shards):

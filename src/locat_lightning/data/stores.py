@@ -27,6 +27,8 @@ REMEDY = "restore it, or pack the images again"
 SILENCE = 60  # seconds that a web server may be silent
 UNITS = {"": 1} | {f"{unit}B": 1000**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
+# Files of the cache: a shard, or a part of one and the size that it will have. The user's own are left alone.
+CACHED = re.compile(r"[0-9a-f]{64}\.(?:tar|(?P<size>\d+)\.\d+\.\d+\.part)")
 
 
 def is_remote(url: str) -> bool:
@@ -166,16 +168,17 @@ class Store:
         with FileLock(self.cache / "room.lock"):
             files, total = list[tuple[float, int, Path]](), size
             for entry in os.scandir(self.cache):
+                if (own := CACHED.fullmatch(entry.name)) is None:
+                    continue
                 with suppress(FileNotFoundError):
                     found, path = entry.stat(), Path(entry.path)
-                    if path.suffix == ".tar":
+                    if own["size"] is None:
                         files.append((found.st_mtime, found.st_size, path))
                         total += found.st_size
-                    elif path.suffix == ".part":
-                        if found.st_mtime < time.time() - ABANDONED:
-                            path.unlink()
-                        else:
-                            total += int(path.name.split(".")[1])
+                    elif found.st_mtime < time.time() - ABANDONED:
+                        path.unlink()
+                    else:
+                        total += int(own["size"])
             for _, freed, path in sorted(files):
                 if total <= self.bound:
                     break
