@@ -281,9 +281,8 @@ class SegmentationData(StreamableModule[Source[np.ndarray]]):
                 continue
             seen.add(name)
             pairs, folder = self.pairs(split), self.layout.image_folder(self.root, split)
-            values = {
-                key: getattr(pairs.values, key) for key in ("ignore_index", "reduce_zero_label", "labels")
-            }
+            values = {key: getattr(pairs.values, key) for key in ("ignore_index", "reduce_zero_label")}
+            values["labels"] = [*pairs.values.labels]
             meaning = Meaning(self.class_names, self.colours.tolist(), values)
             found[split] = SplitFiles(folder, pairs.images, [-1] * len(pairs), pairs.masks, meaning)
         return found

@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
@@ -116,6 +116,13 @@ class Index:
     def shard_of(self, places: Any) -> Any:
         """Return the numbers of the shards that hold the images at these positions."""
         return np.searchsorted(self.starts, places, side="right") - 1
+
+    def of(self, number: int) -> Self:
+        """Return the index of one of the shards alone."""
+        own = slice(*self.starts[number : number + 2].tolist())
+        arrays = {kind: getattr(self, kind)[own] for kind in ("images", "labels", "masks")}
+        names = Names.of([self.names[place] for place in range(own.start, own.stop)])
+        return replace(self, shards=[self.shards[number]], names=names, **arrays)
 
     @classmethod
     def of_shard(cls, file: Path, samples: Sequence[Sample], meaning: Meaning) -> Self:
