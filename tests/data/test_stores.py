@@ -188,7 +188,17 @@ def test_a_thread_that_fetches_leaves_errors_to_those_who_read(store, listed, we
     web.faults["shards/train/000000.tar"] = ["500"] * 3
     Ahead(store, listed, ends=range(10, 80, 10), most=2)
     until(lambda: web.requests.count("shards/train/000000.tar") == 3)
+    until(lambda: listed[1].sha256 in kept(store))  # and goes on
     assert store.read_part(listed[0], 0, 1)
+
+
+def test_a_copy_that_is_cut_off_is_fetched_again(store, listed, shards, web):
+    copy = store.fetched(listed[0])
+    copy.write_bytes(copy.read_bytes()[:1000])
+    assert store.read_part(listed[0], 900, 200) == original(shards, listed[0])[900:1100]
+    with pytest.raises(InputError, match="is cut off"):
+        store.read_part(listed[0], listed[0].size, 1)
+    assert web.requests.count("shards/train/000000.tar") == 3
 
 
 @pytest.mark.parametrize(

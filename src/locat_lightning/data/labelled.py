@@ -18,7 +18,7 @@ from locat_lightning.data.files import class_folders, labelled_files, subfolders
 from locat_lightning.data.loading import ImageLoader, UnreadableImages
 from locat_lightning.data.packing import SplitFiles
 from locat_lightning.data.shards import Meaning
-from locat_lightning.data.streams import FOLDERS, OF_CLASSES, StreamableModule
+from locat_lightning.data.streams import OF_CLASSES, StreamableModule
 from locat_lightning.data.timm_sources import TimmSource, known_class_names, timm_source
 from locat_lightning.errors import InputError
 
@@ -124,7 +124,13 @@ class LabelledData(StreamableModule[Source]):
 
     def _find(self, split: str) -> Source:
         if self.stream is not None:
-            return self.shards(FOLDERS[split])
+            shards, classes = self.shards_of(split), len(self.class_names)
+            if split != "predict" and classes and (most := int(shards.index.labels.max())) >= classes:
+                raise InputError(
+                    f"a label in {shards.store.url} is {most}, but there are {classes} classes: pack train and "
+                    "val from one folder, or set data.classes"
+                )
+            return shards
         if split == "predict":
             if self.dataset == "folder":
                 self._check_root("a folder of images")

@@ -26,7 +26,7 @@ from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs
 from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation, square_augmentation
 from locat_lightning.data.packing import SplitFiles
 from locat_lightning.data.shards import Meaning
-from locat_lightning.data.streams import FOLDERS, OF_CLASSES, MaskedShards, StreamableModule
+from locat_lightning.data.streams import OF_CLASSES, MaskedShards, StreamableModule
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -294,7 +294,7 @@ class SegmentationData(StreamableModule[Source[np.ndarray]]):
         return Pairs(*layout.pairs(self.root, split), values, self.reader)
 
     def _find_shards(self, split: str) -> Source[np.ndarray]:
-        shards = self.shards(FOLDERS[split])
+        shards = self.shards_of(split)
         if split == "predict":
             return Unannotated(shards)
         if not len(shards.index.masks):

@@ -97,6 +97,7 @@ class Store:
         """Read bytes of a shard: `InputError` if it is missing, corrupt, or cannot be fetched."""
         # Text, not a Path, for each of a million images.
         file = f"{self.url}/{shard.name}" if self.is_local else f"{self.cache}/{shard.sha256}.tar"
+        again = self.is_local
         while True:
             try:
                 with open(file, "rb", buffering=0) as opened:  # noqa: PTH123
@@ -110,9 +111,12 @@ class Store:
             if not self.is_local and time.monotonic() > self._kept.get(shard.name, 0):
                 self.keep([shard])
                 self._kept[shard.name] = time.monotonic() + 1  # of a second, not of every image
-            if len(content) < size:
+            if len(content) == size:
+                return content
+            if again:
                 raise InputError(f"shard {file} is cut off: {REMEDY}")
-            return content
+            Path(file).unlink(missing_ok=True)  # a damaged copy
+            again = True
 
     def fetched(self, shard: Shard) -> Path:
         """Return the file of a shard on this machine; fetch it if it is not there yet."""
@@ -133,7 +137,7 @@ class Store:
         return file
 
     def keep(self, shards: Sequence[Shard]) -> None:
-        """Have these shards deleted last, as far as they are there."""
+        """Mark these shards as used now, so that they are evicted last."""
         for shard in shards:
             with suppress(FileNotFoundError):
                 os.utime(f"{self.cache}/{shard.sha256}.tar")
@@ -182,8 +186,7 @@ class Store:
             for _, freed, path in sorted(files):
                 if total <= self.bound:
                     break
-                path.unlink(missing_ok=True)
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # not its lock, which may be held
                 total -= freed
             part.touch()
 
@@ -268,7 +271,5 @@ class Ahead:
                     return
                 first = self._done
             self._store.keep(self._shards[first:number])
-            try:
+            with suppress(Exception):  # the process that reads the shard finds the same, and says so
                 self._store.fetched(shard)
-            except Exception:  # the process that reads the shard finds the same, and says so
-                return
