@@ -48,6 +48,18 @@ def test_an_index_is_read_as_it_was_written(shards):
         (lambda about, arrays: arrays["ends"].__setitem__(2, 10**6), "its names do not fit"),
         (lambda about, arrays: arrays["names"].__setitem__(slice(6), list(b"../../")), "out of its folder"),
         (lambda about, arrays: arrays.update(labels=arrays["labels"][:5]), "its arrays are of 5 images"),
+        (lambda about, arrays: arrays.update(labels=arrays["labels"][:, None]), "its arrays are of 84 images"),
+        (lambda about, arrays: arrays.update(images=arrays["images"] * 1.0), "of the types int32, float64"),
+        (lambda about, arrays: arrays["images"].__setitem__((3, slice(2)), 2**62), "outside of its shard"),
+        (lambda about, arrays: about["shards"][0].__setitem__(1, 2**70), "it has a shard"),
+        (lambda about, arrays: about["shards"][0].__setitem__(3, 2**70), "it has a shard"),
+        (lambda about, arrays: about.update(classes="abc"), "a class has no name"),
+        (lambda about, arrays: about.update(classes=["a", "", "c"]), "a class has no name"),
+        (lambda about, arrays: arrays["ends"].__setitem__(0, 0), "its names do not fit"),
+        (
+            lambda about, arrays: (about.update(classes=[]), arrays["labels"].__setitem__(0, 2**30)),
+            "not one of its 1000000 classes",
+        ),
     ],
 )
 def test_an_index_that_no_shards_can_have_is_refused(change, said, shards):

@@ -28,6 +28,7 @@ from locat_lightning.records import plain
 INDEX = "index.safetensors"
 VERSION = 1  # of the index
 KEY = "locat_shards"  # of the index's own entry in the header of the file
+LABELS = 1_000_000  # that shards may have whose classes have no names
 MASKS = (".mask", ".seg")  # what the end of a mask's key may be, before the ending of the file
 
 
@@ -186,33 +187,40 @@ class Index:
             raise InputError(f"{file} is not an index of shards: {in_a_line(error)}") from error
         return found
 
-    def _check(self, version: int) -> None:
+    def _check(self, version: int = VERSION) -> None:
         """Raise a `ValueError` if the index cannot be one of shards: it may come from anybody."""
         if version != VERSION:
             raise ValueError(f"its version is {version}, not {VERSION}")
         number, meaning = len(self.labels), self.meaning
-        shapes = self.images.shape, self.names.ends.shape, self.masks.shape
-        if shapes not in (((number, 2), (number,), (masks, 2)) for masks in (0, number)) or not number:
+        arrays = self.labels, self.images, self.names.ends, self.masks, self.names.text
+        shapes = tuple(each.shape for each in arrays[:-1])
+        if shapes not in (((number,), (number, 2), (number,), (rows, 2)) for rows in (0, number)) or not number:
             raise ValueError(f"its arrays are of {number} images and of shapes {shapes}")
+        types = [str(each.dtype) for each in arrays]
+        if types != ["int32", "int64", "int64", "int64", "uint8"]:
+            raise ValueError(f"its arrays are of the types {', '.join(types)}")
         for shard in self.shards:
             # The names are of files: one on the disk, and one in the cache.
             sound = re.fullmatch(r"[^/\\]+\.tar", shard.name) and re.fullmatch("[0-9a-f]{64}", shard.sha256)
-            if not sound or type(shard.size) is not int or type(shard.images) is not int or shard.images < 1:
+            counts = type(shard.size) is type(shard.images) is int
+            if not sound or not counts or not 0 < shard.size < 2**62 or not 0 < shard.images <= number:
                 raise ValueError(f"it has a shard {[*shard]}")
         if self.starts[-1] != number:
             raise ValueError(f"its shards hold {self.starts[-1]} images, but it has {number}")
         sizes = np.repeat([shard.size for shard in self.shards], np.diff(self.starts))
         for spans in (self.images, self.masks):
-            if len(spans) and ((spans < 0).any() or (spans.sum(1) > sizes).any()):
+            if len(spans) and ((spans < 0).any() or (spans[:, 0] > sizes - spans[:, 1]).any()):
                 raise ValueError("an image lies outside of its shard")
-        if (np.diff(self.names.ends, prepend=0) < 0).any() or self.names.ends[-1] != len(self.names.text):
+        if (np.diff(self.names.ends, prepend=0) < 1).any() or self.names.ends[-1] != len(self.names.text):
             raise ValueError("its names do not fit together")
         if b".." in self.names.text.tobytes() and any(".." in name.split("/") for name in self.names):
             raise ValueError("a name leads out of its folder")  # predictions are written by it
-        if self.labels.min() < -1 or (meaning.classes and self.labels.max() >= len(meaning.classes)):
-            raise ValueError(f"a label is not one of its {len(meaning.classes)} classes")
-        if not all(isinstance(name, str) for name in meaning.classes):
+        if type(meaning.classes) is not list or not all(
+            isinstance(name, str) and name for name in meaning.classes
+        ):
             raise ValueError("a class has no name")
+        if self.labels.min() < -1 or self.labels.max() >= (len(meaning.classes) or LABELS):
+            raise ValueError(f"a label is not one of its {len(meaning.classes) or LABELS} classes")
         colours, masks = np.array(meaning.colours), meaning.masks
         if len(colours) and (colours.shape != (len(meaning.classes), 3) or not _is_byte(colours)):
             raise ValueError("its colours are not those of its classes")
@@ -246,7 +254,9 @@ def samples_of(file: Path) -> Iterator[Sample]:
                 kind = _kind(f".{ending.lower()}", parts)
                 if kind == "label":
                     opened = tar.extractfile(member)
-                    parts[kind] = int(opened.read()) if opened else -1
+                    parts[kind] = int(opened.read(20)) if opened else -1
+                    if not -1 <= parts[kind] < LABELS:
+                        raise ValueError(f"the label in {member.name} is {parts[kind]}")
                 elif kind in parts:
                     raise ValueError(f"{member.name} is a second {kind} of {key}")
                 elif kind:
