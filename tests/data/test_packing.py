@@ -163,6 +163,13 @@ def test_folders_without_labels_are_packed(images, tmp_path):
     assert np.unique(data.source("train").labels).tolist() == [-1]
 
 
+def test_an_image_beside_the_folders_of_classes_is_named(images, tmp_path):
+    Image.new("L", (4, 4)).save(images / "train" / "loose.PNG")
+    with pytest.raises(InputError, match=r"train/loose\.PNG is beside folders of classes, in none: move it"):
+        ImageData(root=str(images)).files()
+    assert len(ImageData(root=str(images / "train")).files()[""]) == 85
+
+
 @pytest.mark.parametrize("options", [{"dataset": "digits"}, {"dataset": "torch/cifar10"}])
 def test_only_files_can_be_packed(options):
     with pytest.raises(InputError, match="only folders of image files can be packed"):

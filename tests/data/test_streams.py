@@ -92,7 +92,9 @@ def test_classes_of_validation_are_those_of_training(images, shards, tmp_path):
     other = pack_all(ImageData(root=str(images)), tmp_path / "renamed")
     shutil.rmtree(shards / "val")
     shutil.copytree(other / "val", shards / "val")
-    with pytest.raises(InputError, match=r"the classes in \S+/val are not those in \S+/train: bug; pack both"):
+    with pytest.raises(
+        InputError, match=r"the classes in \S+/val are not those in \S+/train: bug; pack both"
+    ):
         ImageData(stream=str(shards)).setup("fit")
     index = Index.load((shards / "val" / INDEX).read_bytes(), INDEX)
     replace(index, meaning=Meaning(), labels=index.labels + 2).save(shards / "val" / INDEX)
@@ -104,7 +106,7 @@ def test_classes_of_masks_of_validation_are_those_of_training(scenes, tmp_path):
     to = pack_all(SegmentationData(root=str(scenes("folder")), classes=["a", "b", "c"]), tmp_path / "shards")
     index = Index.load((to / "val" / INDEX).read_bytes(), INDEX)
     replace(index, meaning=replace(index.meaning, classes=["a", "c", "b"])).save(to / "val" / INDEX)
-    with pytest.raises(InputError, match="val are not those in .*/train: their number or order differs"):
+    with pytest.raises(InputError, match=r"val are not those in .*/train: their number or order differs"):
         SegmentationData(stream=str(to)).setup("fit")
 
 
@@ -223,6 +225,16 @@ def test_a_shard_that_is_missing_stops_the_run_whatever_may_be_unreadable(kind, 
     data = kind(**stream | options | {"num_workers": workers}, max_unreadable=1000)
     with pytest.raises(InputError, match=r"^shard http\S+/train/000003\.tar is missing: restore it"):
         list(data.train_dataloader())
+
+
+def test_a_shard_of_a_folder_that_has_changed_is_named_at_the_start(shards):
+    file = shards / "train" / "000001.tar"
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"^shard \S+/000001\.tar has \d+ bytes, not \d+ as in index"):
+        ImageData(stream=str(shards)).setup("fit")
+    file.unlink()
+    with pytest.raises(InputError, match=r"^shard \S+/000001\.tar is missing"):
+        ImageData(stream=str(shards)).setup("fit")
 
 
 def test_a_mask_in_a_missing_shard_is_told_as_the_shard(scenes, tmp_path, monkeypatch):

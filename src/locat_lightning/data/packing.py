@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from locat.runs import replaced
-from locat_lightning.data.shards import INDEX, Index, Meaning, Sample, samples_of
-from locat_lightning.errors import InputError
+from locat_lightning.data.shards import INDEX, Index, Meaning, Names, Sample, samples_of
+from locat_lightning.errors import InputError, in_a_line
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -159,6 +160,22 @@ def index_tars(folder: Path, meaning: Meaning, workers: int, said: Callable[[int
     index = Index.joined(parts)
     if len(index.masks) not in (0, len(index)):
         raise InputError(f"{folder}: {len(index) - len(index.masks)} of {len(index)} images have no mask")
+    if (unknown := int((index.labels < 0).sum())) not in (0, len(index)):
+        raise InputError(f"{folder}: {unknown} of {len(index)} images have no label")
+    names = list(index.names)
+    times = Counter(names)
+    if len(times) < len(names):  # some tools count anew in each shard
+        shards = [
+            index.shards[number].name.removesuffix(".tar") for number in index.shard_of(range(len(names)))
+        ]
+        names = [
+            f"{shard}/{name}" if times[name] > 1 else name for shard, name in zip(shards, names, strict=True)
+        ]
+        index = replace(index, names=Names.of(names))
+    try:
+        index.check()
+    except ValueError as error:
+        raise InputError(f"{folder}: {in_a_line(error)}") from error
     index.save(folder / INDEX)
     return index
 

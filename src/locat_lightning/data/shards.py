@@ -29,6 +29,7 @@ INDEX = "index.safetensors"
 VERSION = 1  # of the index
 KEY = "locat_shards"  # of the index's own entry in the header of the file
 LABELS = 1_000_000  # that shards may have whose classes have no names
+BANDS = (".npy", ".dcm")  # images of channels, in a sample without another image
 MASKS = (".mask", ".seg")  # what the end of a mask's key may be, before the ending of the file
 
 
@@ -182,19 +183,20 @@ class Index:
             shards = [Shard(*each) for each in about["shards"]]
             names = Names(arrays["names"], arrays["ends"])
             found = cls(shards, names, arrays["images"], arrays["labels"], arrays["masks"], meaning)
-            found._check(about["version"])
+            found.check(about["version"])
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"{file} is not an index of shards: {in_a_line(error)}") from error
         return found
 
-    def _check(self, version: int = VERSION) -> None:
+    def check(self, version: int = VERSION) -> None:
         """Raise a `ValueError` if the index cannot be one of shards: it may come from anybody."""
         if version != VERSION:
             raise ValueError(f"its version is {version}, not {VERSION}")
         number, meaning = len(self.labels), self.meaning
         arrays = self.labels, self.images, self.names.ends, self.masks, self.names.text
-        shapes = tuple(each.shape for each in arrays[:-1])
-        if shapes not in (((number,), (number, 2), (number,), (rows, 2)) for rows in (0, number)) or not number:
+        shapes = [each.shape for each in arrays[:-1]]
+        fitting = [[(number,), (number, 2), (number,), (rows, 2)] for rows in (0, number)]
+        if shapes not in fitting or not number:
             raise ValueError(f"its arrays are of {number} images and of shapes {shapes}")
         types = [str(each.dtype) for each in arrays]
         if types != ["int32", "int64", "int64", "int64", "uint8"]:
@@ -252,7 +254,9 @@ def samples_of(file: Path) -> Iterator[Sample]:
                     key, parts = found, {}
                 span = member.offset_data, member.size
                 kind = _kind(f".{ending.lower()}", parts)
-                if kind == "label":
+                if kind == "bands":
+                    parts.setdefault(kind, {"name": member.name.removeprefix("./"), "image": span})
+                elif kind == "label":
                     opened = tar.extractfile(member)
                     parts[kind] = int(opened.read(20)) if opened else -1
                     if not -1 <= parts[kind] < LABELS:
@@ -269,9 +273,9 @@ def samples_of(file: Path) -> Iterator[Sample]:
 
 
 def _kind(ending: str, parts: dict[str, Any]) -> str:
-    """Return what a member of a sample is by its ending: `image`, `mask`, `label`, or nothing of ours."""
-    if ending == ".cls":
-        return "label"
+    """Return what a member of a sample is by its ending: `image`, `bands`, `mask`, `label`, or nothing."""
+    if ending in (".cls", *BANDS):
+        return "label" if ending == ".cls" else "bands"
     if not ending.endswith(IMG_EXTENSIONS):
         return ""
     beside = "image" in parts and ending == ".png"  # the mask of a JPEG
@@ -279,5 +283,5 @@ def _kind(ending: str, parts: dict[str, Any]) -> str:
 
 
 def _sample(parts: dict[str, Any]) -> Iterator[Sample]:
-    if "image" in parts:
+    if "image" in (parts := parts.get("bands", {}) | parts):
         yield Sample(parts["name"], parts["image"], parts.get("label", -1), parts.get("mask"))

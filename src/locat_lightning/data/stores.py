@@ -136,6 +136,15 @@ class Store:
                 ) from error
         return file
 
+    def check_files(self, shards: Sequence[Shard]) -> None:
+        """Check that the shards of a folder are there, of the size that they had: `InputError` if not."""
+        for shard in shards if self.is_local else ():
+            file = Path(self.url) / shard.name
+            if not file.is_file():
+                raise InputError(f"shard {file} is missing: {REMEDY}")
+            if (size := file.stat().st_size) != shard.size:
+                raise InputError(f"shard {file} has {size} bytes, not {shard.size} as in {INDEX}: {REMEDY}")
+
     def keep(self, shards: Sequence[Shard]) -> None:
         """Mark these shards as used now, so that they are evicted last."""
         for shard in shards:

@@ -113,7 +113,8 @@ class Shards(Source[int]):
             lower = ", or lower data.shards_at_once" if at_once > 1 else ""
             raise InputError(
                 f"data.cache_size ({readable(self.store.bound)}) is too small for the shards of "
-                f"{self.store.url} that are needed at the same time: set it to at least {readable(least)}{lower}"
+                f"{self.store.url} that are needed at the same time: set it to at least "
+                f"{readable(least)}{lower}"
             )
 
 
@@ -207,6 +208,7 @@ class StreamableModule(ImageModule[Found]):
                 denied = " (access denied)"
                 continue
             found = self._shards[name] = Shards(index, store, self.shards_at_once, self.reader)
+            store.check_files(index.shards)
             found.check_cache(1)
             return found
         wanted = " or ".join(f"{name}/{INDEX}".lstrip("/") for name in names)
