@@ -105,6 +105,10 @@ def test_classes_of_validation_are_those_of_training(images, shards, tmp_path):
 def test_classes_of_masks_of_validation_are_those_of_training(scenes, tmp_path):
     to = pack_all(SegmentationData(root=str(scenes("folder")), classes=["a", "b", "c"]), tmp_path / "shards")
     index = Index.load((to / "val" / INDEX).read_bytes(), INDEX)
+    masks = index.meaning.masks | {"ignore_index": 1}  # masks of Cityscapes may differ from split to split
+    replace(index, meaning=replace(index.meaning, masks=masks)).save(to / "val" / INDEX)
+    data = SegmentationData(stream=str(to))
+    assert [data.source(split).values.ignore_index for split in ("train", "val")] == [255, 1]
     replace(index, meaning=replace(index.meaning, classes=["a", "c", "b"])).save(to / "val" / INDEX)
     with pytest.raises(InputError, match=r"val are not those in .*/train: their number or order differs"):
         SegmentationData(stream=str(to)).setup("fit")

@@ -300,7 +300,7 @@ class SegmentationData(StreamableModule[Source[np.ndarray]]):
         if not len(shards.index.masks):
             raise InputError(f"the images in {shards.store.url} have no masks: pack them with their masks")
         own = {"ignore_index": self.ignore_index, "reduce_zero_label": self.reduce_zero_label}
-        said = self.shards(OF_CLASSES).index.meaning.masks
+        said = shards.index.meaning.masks or self.shards(OF_CLASSES).index.meaning.masks
         masked = MaskedShards(shards, MaskValues(self.num_classes, **(said or own)), self.reader)
         masked.check_annotated(1)
         return masked
