@@ -74,7 +74,29 @@ def test_mistakes_are_told_in_a_line(folder, capsys):
     assert "no such folder" in refused("pack", "--data.root", "nowhere", "--to", "y", capsys=capsys)
     Path("empty.yaml").write_text("model: {class_path: Dino}\n")
     assert "has no data" in refused("pack", "--config", "empty.yaml", "--to", "y", capsys=capsys)
+    for content in ("- a\n", "data: [a]\n"):
+        Path("empty.yaml").write_text(content)
+        assert "empty.yaml" in refused("pack", "--config", "empty.yaml", "--to", "y", capsys=capsys)
+    said = refused("pack", *root, "--to", "y", "--data.shards_at_once", "2", capsys=capsys)
+    assert "shards_at_once" in said
     assert "quickstart.yaml" not in refused("pack", "--config", "quickstart", "--to", "y", capsys=capsys)
+
+
+def test_the_record_of_a_run_is_a_config_of_the_data(folder):
+    reading = {"stream": None, "cache": None, "cache_size": "50GB", "shards_at_once": 16}
+    data = {"class_path": "locat_lightning.data.ImageData", "init_args": {"root": str(folder), **reading}}
+    Path("record.yaml").write_text(yaml.safe_dump({"data": data}))
+    main(["pack", "--config", "record.yaml", "--to", "shards"])
+    assert len(Index.load((Path("shards") / "val" / INDEX).read_bytes(), INDEX)) == 8
+
+
+def test_a_folder_in_a_record_is_not_fetched():
+    data = {"class_path": "locat_lightning.data.ImageData", "init_args": {"stream": "file:///shards"}}
+    model = {"class_path": "locat_lightning.tasks.Classification"}
+    record = Path("runs/a/version_0/config.yaml").absolute()
+    record.parent.mkdir(parents=True)
+    record.write_text(yaml.safe_dump({"model": model, "data": data}))
+    assert read_record(record, ["data"], set())["data"]["init_args"] == {"stream": "file:///shards"}
 
 
 def test_an_interrupt_says_how_to_go_on(folder, capsys, monkeypatch):

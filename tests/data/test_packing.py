@@ -1,4 +1,5 @@
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from locat_lightning.data import ImageData, MultiViewData, SegmentationData, packing
-from locat_lightning.data.shards import INDEX, Index
+from locat_lightning.data.shards import INDEX, Index, Meaning
 from locat_lightning.errors import InputError
 from tests.data.conftest import pack_all
 
@@ -106,8 +107,37 @@ def test_what_is_packed_is_not_packed_again(images, shards, monkeypatch):
     monkeypatch.setattr(packing, "_write_sample", lambda *_: pytest.fail("packed again"))
     pack_all(ImageData(root=str(images)), shards)
     (images / "train" / "ant" / "0.jpg").unlink()
-    with pytest.raises(InputError, match=r"shards/train holds shards of other images, or of another size"):
+    with pytest.raises(InputError, match=r"shards/train holds shards of other images: pack to another"):
         pack_all(ImageData(root=str(images)), shards)
+
+
+def test_a_pack_repairs_shards_that_are_damaged_or_missing(images, shards):
+    whole, tars = contents(shards / "train"), sorted((shards / "train").glob("*.tar"))
+    tars[1].write_bytes(tars[1].read_bytes()[:-1] + b"x")
+    tars[3].unlink()
+    kept = tars[0].stat().st_mtime_ns
+    pack_all(ImageData(root=str(images)), shards)
+    assert contents(shards / "train") == whole
+    assert tars[0].stat().st_mtime_ns == kept
+
+
+def test_shards_that_differ_say_in_what(images, tmp_path):
+    files, to = ImageData(root=str(images)).files()["val"], tmp_path / "to"
+
+    def again(**changed):
+        size = changed.pop("shard_size", 28_000)
+        options = {"shard_size": size, "seed": changed.pop("seed", None), "workers": 1}
+        packing.pack(replace(files, **changed), to, said=lambda done, of: None, **options)
+
+    again()
+    for change, said in (
+        ({"seed": 1}, "in another order"),
+        ({"shard_size": 2000}, "of another --shard_size"),
+        ({"labels": [0] * len(files)}, "with other labels"),
+        ({"meaning": Meaning(["x", "y", "z"])}, "with other classes"),
+    ):
+        with pytest.raises(InputError, match=f"to holds shards {said}"):
+            again(**change)
 
 
 def test_a_shard_of_other_images_is_not_taken(images, tmp_path):
@@ -131,6 +161,13 @@ def test_folders_without_labels_are_packed(images, tmp_path):
     data = MultiViewData(stream=str(pack_all(ImageData(root=str(mixed)), tmp_path / "to")))
     assert (data.class_names, len(data.source("train")), len(data.source("val"))) == ([], 28, 10)
     assert np.unique(data.source("train").labels).tolist() == [-1]
+
+
+def test_an_image_beside_the_folders_of_classes_is_named(images, tmp_path):
+    Image.new("L", (4, 4)).save(images / "train" / "loose.PNG")
+    with pytest.raises(InputError, match=r"train/loose\.PNG is beside folders of classes, in none: move it"):
+        ImageData(root=str(images)).files()
+    assert len(ImageData(root=str(images / "train")).files()[""]) == 85
 
 
 @pytest.mark.parametrize("options", [{"dataset": "digits"}, {"dataset": "torch/cifar10"}])

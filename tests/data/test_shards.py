@@ -48,6 +48,21 @@ def test_an_index_is_read_as_it_was_written(shards):
         (lambda about, arrays: arrays["ends"].__setitem__(2, 10**6), "its names do not fit"),
         (lambda about, arrays: arrays["names"].__setitem__(slice(6), list(b"../../")), "out of its folder"),
         (lambda about, arrays: arrays.update(labels=arrays["labels"][:5]), "its arrays are of 5 images"),
+        (
+            lambda about, arrays: arrays.update(labels=arrays["labels"][:, None]),
+            "its arrays are of 84 images",
+        ),
+        (lambda about, arrays: arrays.update(images=arrays["images"] * 1.0), "of the types int32, float64"),
+        (lambda about, arrays: arrays["images"].__setitem__((3, slice(2)), 2**62), "outside of its shard"),
+        (lambda about, arrays: about["shards"][0].__setitem__(1, 2**70), "it has a shard"),
+        (lambda about, arrays: about["shards"][0].__setitem__(3, 2**70), "it has a shard"),
+        (lambda about, arrays: about.update(classes="abc"), "a class has no name"),
+        (lambda about, arrays: about.update(classes=["a", "", "c"]), "a class has no name"),
+        (lambda about, arrays: arrays["ends"].__setitem__(0, 0), "its names do not fit"),
+        (
+            lambda about, arrays: (about.update(classes=[]), arrays["labels"].__setitem__(0, 2**30)),
+            "not one of its 1000000 classes",
+        ),
     ],
 )
 def test_an_index_that_no_shards_can_have_is_refused(change, said, shards):
@@ -101,20 +116,49 @@ def test_shards_that_others_have_written_get_an_index(tmp_path):
             f"{long}/2.png": png(grey[1]),
         },
     )
-    write_tar(
-        tmp_path / "train" / "a.tar", {"x/9.png": png(grey[2]), "y/9.png": png(grey[3]), "y/9.txt": b"?"}
-    )
+    nines = {"x/9.png": png(grey[2]), "x/9.cls": b"3", "y/9.png": png(grey[3]), "y/9.cls": b"1"}
+    write_tar(tmp_path / "train" / "a.tar", nines | {"y/9.txt": b"?"})
     of_tars(tmp_path / "train")
     data = ImageData(stream=str(tmp_path), classes=4)
     source = data.source("train")
     assert [source.path(i)[len(str(tmp_path)) + 1 :] for i in range(4)] == [
         *("train/x/9.png", "train/y/9.png", "train/1.png", f"train/{long}/2.png")
     ]
-    assert [source.read(i)[1] for i in range(4)] == [-1, -1, 2, 0]
+    assert [source.read(i)[1] for i in range(4)] == [3, 1, 2, 0]
     assert [np.asarray(source.read(i)[0])[0, 0, 0] for i in range(4)] == [40, 60, 0, 20]
     assert data.class_names == ["0", "1", "2", "3"]
-    with pytest.raises(InputError, match=r"data\.classes \(2\): a label in .* is 2"):
+    with pytest.raises(InputError, match=r"data\.classes \(2\): a label in .* is 3"):
         _ = ImageData(stream=str(tmp_path), classes=2).class_names
+
+
+def test_images_of_one_name_in_several_shards_are_told_apart(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", {"1.jpg": b"a", f"own{number}.jpg": b"b"})
+    assert list(of_tars(tmp_path).names) == ["0/1.jpg", "own0.jpg", "1/1.jpg", "own1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("tars", "said"),
+    [
+        ([{"1.jpg": b"a", "1.cls": b"0"}, {"2.jpg": b"b"}], "1 of 2 images have no label"),
+        ([{"1.jpg": b"a", "1.cls": b"7"}], "a label is not one of its 2 classes"),
+        ([{"x/../../1.jpg": b"a", "x/../../1.cls": b"0"}], "a name leads out of its folder"),
+    ],
+)
+def test_shards_of_others_whose_index_could_not_be_read_get_none(tars, said, tmp_path):
+    for number, members in enumerate(tars):
+        write_tar(tmp_path / f"{number}.tar", members)
+    with pytest.raises(InputError, match=f"{tmp_path}: {said}"):
+        index_tars(tmp_path, Meaning(["a", "b"]), 1, lambda done, of: None)
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_files_of_channels_are_images_of_samples_that_have_no_other(tmp_path):
+    members = ["1.npy", "1.cls", "1.mask.png", "2.npy", "2.jpg", "2.cls", "2.mask.png"]
+    write_tar(tmp_path / "0.tar", dict.fromkeys(members, b"0"))
+    found = of_tars(tmp_path)
+    assert list(found.names) == ["1.npy", "2.jpg"]
+    assert len(found.masks) == 2
 
 
 @pytest.mark.parametrize("ending", ["png", "mask.png", "seg.png"])
@@ -134,6 +178,7 @@ def test_the_masks_of_others_are_found(ending, tmp_path):
     ("members", "said"),
     [
         ({"1.cls": b"two", "1.png": b""}, "invalid literal"),
+        ({"1.png": b"", "1.cls": b"9" * 5000}, "the label in 1.cls is 9999"),
         ({"1.png": b"a", "1.jpg": b"b"}, "1.jpg is a second image of 1"),
         ({"1.txt": b"a"}, "holds no image"),
         ({"1.jpg": b"a", "1.png": b"b", "2.jpg": b"c"}, "1 of 2 images have no mask"),

@@ -63,7 +63,7 @@ def test_the_cache_stays_within_its_bound_and_keeps_what_was_read_last(store, li
 
 def test_shards_that_are_being_fetched_count(store, listed):
     store.fetched(listed[0])
-    part = store.cache / f"another.{store.bound - listed[1].size}.1.1.part"
+    part = store.cache / f"{'a' * 64}.{store.bound - listed[1].size}.1.1.part"
     part.touch()
     store.fetched(listed[1])
     assert kept(store) == {listed[1].sha256}
@@ -72,6 +72,17 @@ def test_shards_that_are_being_fetched_count(store, listed):
     store.fetched(listed[2])
     assert kept(store) == {listed[1].sha256, listed[2].sha256}
     assert not part.exists()  # its process was killed
+
+
+def test_files_of_the_user_in_the_folder_of_the_cache_are_left_alone(store, listed):
+    store.cache.mkdir()
+    own = [store.cache / name for name in ("movie.part", "backup.tar", f"{'a' * 64}.tar.part")]
+    for path in own:
+        path.write_bytes(bytes(store.bound))
+        os.utime(path, (0, 0))
+    store.fetched(listed[0])
+    assert kept(store) == {listed[0].sha256, "backup"}
+    assert all(path.exists() for path in own)
 
 
 def test_a_part_that_a_killed_process_left_is_replaced(store, listed, shards):
@@ -177,7 +188,17 @@ def test_a_thread_that_fetches_leaves_errors_to_those_who_read(store, listed, we
     web.faults["shards/train/000000.tar"] = ["500"] * 3
     Ahead(store, listed, ends=range(10, 80, 10), most=2)
     until(lambda: web.requests.count("shards/train/000000.tar") == 3)
+    until(lambda: listed[1].sha256 in kept(store))  # and goes on
     assert store.read_part(listed[0], 0, 1)
+
+
+def test_a_copy_that_is_cut_off_is_fetched_again(store, listed, shards, web):
+    copy = store.fetched(listed[0])
+    copy.write_bytes(copy.read_bytes()[:1000])
+    assert store.read_part(listed[0], 900, 200) == original(shards, listed[0])[900:1100]
+    with pytest.raises(InputError, match="is cut off"):
+        store.read_part(listed[0], listed[0].size, 1)
+    assert web.requests.count("shards/train/000000.tar") == 3
 
 
 @pytest.mark.parametrize(

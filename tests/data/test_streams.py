@@ -1,4 +1,6 @@
+import shutil
 import time
+from dataclasses import replace
 from itertools import count
 from threading import current_thread, main_thread
 from types import SimpleNamespace
@@ -7,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from locat_lightning.data import ImageData, MultiViewData, SegmentationData, stores
+from locat_lightning.data import ImageData, MultiViewData, SegmentationData, stores, streams
 from locat_lightning.data.dataset import Images
 from locat_lightning.data.sampling import TrainOrder
-from locat_lightning.data.shards import INDEX
+from locat_lightning.data.shards import INDEX, Index, Meaning
 from locat_lightning.data.views import MultiCrop
 from locat_lightning.errors import InputError
 from tests.data.conftest import pack_all
@@ -82,6 +84,34 @@ def test_shards_know_what_the_values_of_their_masks_mean(dataset, scenes, tmp_pa
     assert shards.class_names == folder.class_names
     for index in range(3):
         assert np.array_equal(shards.source("val").read(index)[1], folder.source("val").read(index)[1])
+
+
+def test_classes_of_validation_are_those_of_training(images, shards, tmp_path):
+    for split in ("train", "val"):
+        (images / split / "bee").rename(images / split / "bug")
+    other = pack_all(ImageData(root=str(images)), tmp_path / "renamed")
+    shutil.rmtree(shards / "val")
+    shutil.copytree(other / "val", shards / "val")
+    with pytest.raises(
+        InputError, match=r"the classes in \S+/val are not those in \S+/train: bug; pack both"
+    ):
+        ImageData(stream=str(shards)).setup("fit")
+    index = Index.load((shards / "val" / INDEX).read_bytes(), INDEX)
+    replace(index, meaning=Meaning(), labels=index.labels + 2).save(shards / "val" / INDEX)
+    with pytest.raises(InputError, match=r"a label in \S+/val is 3, but there are 3 classes: pack train and"):
+        ImageData(stream=str(shards)).setup("fit")
+
+
+def test_classes_of_masks_of_validation_are_those_of_training(scenes, tmp_path):
+    to = pack_all(SegmentationData(root=str(scenes("folder")), classes=["a", "b", "c"]), tmp_path / "shards")
+    index = Index.load((to / "val" / INDEX).read_bytes(), INDEX)
+    masks = index.meaning.masks | {"ignore_index": 1}  # masks of Cityscapes may differ from split to split
+    replace(index, meaning=replace(index.meaning, masks=masks)).save(to / "val" / INDEX)
+    data = SegmentationData(stream=str(to))
+    assert [data.source(split).values.ignore_index for split in ("train", "val")] == [255, 1]
+    replace(index, meaning=replace(index.meaning, classes=["a", "c", "b"])).save(to / "val" / INDEX)
+    with pytest.raises(InputError, match=r"val are not those in .*/train: their number or order differs"):
+        SegmentationData(stream=str(to)).setup("fit")
 
 
 def test_shards_without_masks_cannot_be_segmented(shards):
@@ -178,8 +208,17 @@ def test_an_epoch_fits_into_the_least_cache_that_is_accepted(stream, web, tmp_pa
         assert sum(sizes) <= stores.in_bytes("", least)
     assert sorted(seen) == list(range(84))
     assert len(web.requests) == len(set(web.requests)) + 1  # the index twice, no shard
-    with pytest.raises(InputError, match=r"cache_size \(50KB\) is too small"):
+    with pytest.raises(InputError, match=r"cache_size \(50KB\) is too small .* at least \S+$"):
         ImageData(**stream, cache_size="50KB").setup("fit")
+
+
+def test_no_more_is_fetched_ahead_than_the_cache_holds(stream, monkeypatch):
+    asked = []
+    monkeypatch.setattr(streams.Ahead, "__init__", lambda self, *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(streams.Ahead, "close", lambda self: None)
+    source = ImageData(**stream, cache_size=3 * 40_960).source("train")
+    with source.following(source.shuffled(0, 0)):  # seven shards at once
+        assert asked == [3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -190,6 +229,16 @@ def test_a_shard_that_is_missing_stops_the_run_whatever_may_be_unreadable(kind, 
     data = kind(**stream | options | {"num_workers": workers}, max_unreadable=1000)
     with pytest.raises(InputError, match=r"^shard http\S+/train/000003\.tar is missing: restore it"):
         list(data.train_dataloader())
+
+
+def test_a_shard_of_a_folder_that_has_changed_is_named_at_the_start(shards):
+    file = shards / "train" / "000001.tar"
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"^shard \S+/000001\.tar has \d+ bytes, not \d+ as in index"):
+        ImageData(stream=str(shards)).setup("fit")
+    file.unlink()
+    with pytest.raises(InputError, match=r"^shard \S+/000001\.tar is missing"):
+        ImageData(stream=str(shards)).setup("fit")
 
 
 def test_a_mask_in_a_missing_shard_is_told_as_the_shard(scenes, tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def validation_loader(trainer: Trainer) -> Any:
 
 
 def hardest_items(loader: Any, found: Sequence[tuple[Tensor, Tensor]], count: int) -> list[Any]:
-    """Read the items of a loader's data set that were hardest, hardest first; of a stream none.
+    """Read the items of a loader's data set that were hardest, hardest first; none if it is iterable.
 
     `found` are the hardness and the indices of each batch; items of hardness 0 are left out.
     """
@@ -191,7 +191,7 @@ def watched_images(trainer: Trainer, count: int) -> Tensor:
 
 
 def spaced_items(loader: Any, count: int) -> list[Any]:
-    """Read items of a loader's data set, evenly spaced (of a stream the first); leave unreadable ones out."""
+    """Read items of a loader's data set, evenly spaced (the first if it is iterable), that can be read."""
     dataset = loader.dataset
     with isolate_rng():
         if isinstance(dataset, IterableDataset):

@@ -103,7 +103,7 @@ class RunRecord(SaveConfigCallback):
             record["protocol"] = protocol
             line += f"   ({protocol})"
         record["versions"] = versions()
-        # Of a stream or of data of the user's own there may be no results of single images.
+        # Of data of the user's own there may be no results of single images.
         if isinstance(results := getattr(pl_module, "results", None), PerImage):
             record |= Figures(results, "val").record() | {"protocol": _protocol(pl_module)}
         write_json(Path(trainer.default_root_dir) / "metrics.json", record)

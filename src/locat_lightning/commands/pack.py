@@ -1,4 +1,4 @@
-"""`locat pack`: the images of a folder as shards, for `--data.stream`; or an index of shards of others."""
+"""`locat pack`: the images of a folder as shards, for `--data.stream`; or an index of other tools' shards."""
 
 import os
 from pathlib import Path
@@ -26,14 +26,20 @@ DESCRIPTION = (
     "it is given again"
 )
 
+OF_READING = {"stream", "cache", "cache_size", "shards_at_once"}  # options of data that is packed already
+
 
 class ConfigOfData(parsing.ConfigByName):
     """`--config` takes a config of `locat fit`, of which the data count."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         data = yaml.safe_load(Path(parsing.find_config(str(values))).read_text(encoding="utf-8")).get("data")
-        if data is None:
+        if not isinstance(data, dict | str):
             raise InputError(f"--config: {values} has no data")
+        for options in (data, data.get("init_args")) if isinstance(data, dict) else ():
+            if isinstance(options, dict):
+                for option in OF_READING & options.keys():
+                    del options[option]
         ActionConfigFile.__call__(self, parser, cfg, yaml.safe_dump({"data": data}), option_string)
 
 
@@ -69,13 +75,13 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     help_ = "a config of locat fit, whose data say how the folder is laid out"
     add("-c", "--config", action=ConfigOfData, help=help_)
-    parser.add_subclass_arguments(StreamableModule, "data", skip={"stream", "cache", "cache_size"})
+    parser.add_subclass_arguments(StreamableModule, "data", skip=OF_READING)
     parser.set_defaults({"data": {"class_path": f"{ImageData.__module__}.{ImageData.__name__}"}})
     add("--to", type=str | None, default=None, help="folder of the shards")
     add("--shard_size", type=int | str, default="64MB", help="bytes of a shard, as a number or as text")
     add("--seed", type=NonNegativeInt, default=0, help="of the order of the training images")
     add("--workers", type=PositiveInt | None, default=None, help="threads; null takes one for each processor")
-    add("--tars", type=str | None, default=None, help="folder of shards of others, to write only their index")
+    add("--tars", type=str | None, default=None, help="folder of shards, to write only their index")
     add("--class_names", type=list[str], default=[], help="of --tars, in the order of the labels")
     return parser
 

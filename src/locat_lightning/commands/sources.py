@@ -117,7 +117,7 @@ def read_record(file: Path, groups: Iterable[str], typed: Container[str]) -> dic
         data.pop("stream", None)  # other images are read
     for place, value in flat_options(known):
         is_fetched = place.endswith(".dataset") and str(value).lower().startswith(FETCHED)
-        is_fetched |= place.endswith(".stream") and value is not None and is_remote(str(value))
+        is_fetched |= place.endswith(".stream") and is_remote(str(value).removeprefix("file://"))
         if is_fetched and f"--{place}" not in typed:
             raise InputError(
                 f"{file} names a data set that is fetched: if you want it, add --{place} {value}"

@@ -1,5 +1,6 @@
 """Images with a label each: of a folder, of shards, of timm's data sets, or scikit-learn's digits."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,11 @@ from locat_lightning.data import digits
 from locat_lightning.data.band_transforms import BandEvaluation
 from locat_lightning.data.base import SPLITS, check_side
 from locat_lightning.data.dataset import Images, Source
-from locat_lightning.data.files import class_folders, labelled_files, subfolders, unlabelled_files
+from locat_lightning.data.files import class_folders, is_data, labelled_files, subfolders, unlabelled_files
 from locat_lightning.data.loading import ImageLoader, UnreadableImages
 from locat_lightning.data.packing import SplitFiles
 from locat_lightning.data.shards import Meaning
-from locat_lightning.data.streams import FOLDERS, OF_CLASSES, StreamableModule
+from locat_lightning.data.streams import OF_CLASSES, StreamableModule
 from locat_lightning.data.timm_sources import TimmSource, known_class_names, timm_source
 from locat_lightning.errors import InputError
 
@@ -35,7 +36,7 @@ class LabelledData(StreamableModule[Source]):
         dataset: `folder`; `digits` (scikit-learn's handwritten digits, which need no root); or a data set by
             timm's name: `torch/cifar10`, `hfds/timm/mini-imagenet`.
         download: whether a timm data set may be downloaded to root.
-        classes: number of classes, for a timm data set or shards of others that do not know it.
+        classes: number of classes, for a timm data set or shards of other tools that do not know it.
         img_size: height and width of the images in pixels, after the transforms.
         eval_interpolation: how images are resized in evaluation.
         crop_pct: share of the resized image's shorter side that the central crop in evaluation keeps.
@@ -124,7 +125,13 @@ class LabelledData(StreamableModule[Source]):
 
     def _find(self, split: str) -> Source:
         if self.stream is not None:
-            return self.shards(FOLDERS[split])
+            shards, classes = self.shards_of(split), len(self.class_names)
+            if split != "predict" and classes and (most := int(shards.index.labels.max())) >= classes:
+                raise InputError(
+                    f"a label in {shards.store.url} is {most}, but there are {classes} classes: pack train "
+                    "and val from one folder, or set data.classes"
+                )
+            return shards
         if split == "predict":
             if self.dataset == "folder":
                 self._check_root("a folder of images")
@@ -156,6 +163,12 @@ class LabelledData(StreamableModule[Source]):
         for split, folder in (folders or {"": self.root}).items():
             if split in classified:
                 files = labelled_files(folder, names, classified[0], split == "train", self.reader)
+                for name in sorted(each.name for each in os.scandir(folder) if is_data(each.name)):
+                    if name.lower().endswith(self.reader.endings):
+                        raise InputError(
+                            f"{folder / name} is beside folders of classes, in none: move it into one, or "
+                            f"pack {folder} as images without labels: --data.root {folder}"
+                        )
             else:
                 files = unlabelled_files(folder, self.reader)
             meaning = Meaning(names if split in classified else [])

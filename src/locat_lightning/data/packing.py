@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from locat.runs import replaced
-from locat_lightning.data.shards import INDEX, Index, Meaning, Sample, samples_of
-from locat_lightning.errors import InputError
+from locat_lightning.data.shards import INDEX, Index, Meaning, Names, Sample, samples_of
+from locat_lightning.errors import InputError, in_a_line
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -71,6 +72,24 @@ class Plan:
         """Return the names that images have in the index."""
         return [self.files.name(index) for index in positions]
 
+    def labels(self, positions: Sequence[int]) -> list[int]:
+        """Return the labels of images."""
+        return [self.files.labels[index] for index in positions]
+
+    def differs(self, index: Index) -> str:
+        """Say how the shards of an index differ from these, "" if they do not."""
+        names, own = list(index.names), self.names(self.order)
+        if sorted(names) != sorted(own):
+            return "of other images"
+        if names != own:
+            return "in another order (--seed)"
+        if index.starts[:-1].tolist() != self.starts:
+            return "of another --shard_size, or of images that have changed"
+        masked = len(index.masks) > 0
+        if index.labels.tolist() != self.labels(self.order) or masked != (len(self.files.masks) > 0):
+            return "with other labels or masks"
+        return "" if index.meaning == self.files.meaning else "with other classes"
+
 
 def pack(
     files: SplitFiles,
@@ -84,7 +103,7 @@ def pack(
     """Write the files of a split as shards into a folder; go on where this was interrupted before.
 
     A shard that is there already is taken if it holds these images and its SHA-256 is the one that was noted
-    when it was written.
+    when it was written; one that is missing or damaged is written again.
 
     Args:
         files: of the split.
@@ -98,28 +117,28 @@ def pack(
         The index, which is in the folder, too.
 
     Raises:
-        InputError: other images have been packed into the folder.
+        InputError: the folder holds shards of other images, labels or classes, or of another size.
     """
     order = np.arange(len(files)) if seed is None else np.random.default_rng(seed).permutation(len(files))
     plan = Plan(files, shard_size, order.tolist())
     to.mkdir(parents=True, exist_ok=True)
+    packed = None
     if (to / INDEX).exists():
-        found = Index.load((to / INDEX).read_bytes(), to / INDEX)
-        if list(found.names) != plan.names(plan.order) or len(found.shards) != len(plan):
-            raise InputError(f"{to} holds shards of other images, or of another size: pack to another folder")
-        said(len(files), len(files))
-        return found
+        packed = Index.load((to / INDEX).read_bytes(), to / INDEX)
+        if wrong := plan.differs(packed):
+            raise InputError(f"{to} holds shards {wrong}: pack to another folder")
     parts, done = list[Index](), 0
     with ThreadPoolExecutor(workers) as threads:
         try:
-            for part in threads.map(lambda number: _pack_shard(plan, number, to), range(len(plan))):
+            for part in threads.map(lambda number: _pack_shard(plan, number, to, packed), range(len(plan))):
                 parts.append(part)
                 said(done := done + len(part), len(files))
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
     index = Index.joined(parts)
-    index.save(to / INDEX)
+    if packed is None or index.shards != packed.shards:
+        index.save(to / INDEX)
     for number in range(len(plan)):
         _note(to, number).unlink(missing_ok=True)
     return index
@@ -141,16 +160,32 @@ def index_tars(folder: Path, meaning: Meaning, workers: int, said: Callable[[int
     index = Index.joined(parts)
     if len(index.masks) not in (0, len(index)):
         raise InputError(f"{folder}: {len(index) - len(index.masks)} of {len(index)} images have no mask")
+    if (unknown := int((index.labels < 0).sum())) not in (0, len(index)):
+        raise InputError(f"{folder}: {unknown} of {len(index)} images have no label")
+    names = list(index.names)
+    times = Counter(names)
+    if len(times) < len(names):  # some tools count anew in each shard
+        shards = [
+            index.shards[number].name.removesuffix(".tar") for number in index.shard_of(range(len(names)))
+        ]
+        names = [
+            f"{shard}/{name}" if times[name] > 1 else name for shard, name in zip(shards, names, strict=True)
+        ]
+        index = replace(index, names=Names.of(names))
+    try:
+        index.check()
+    except ValueError as error:
+        raise InputError(f"{folder}: {in_a_line(error)}") from error
     index.save(folder / INDEX)
     return index
 
 
-def _pack_shard(plan: Plan, number: int, to: Path) -> Index:
+def _pack_shard(plan: Plan, number: int, to: Path, packed: Index | None = None) -> Index:
     file, note = to / f"{number:06}.tar", _note(to, number)
     chosen = plan.shard(number)
     with suppress(OSError, InputError):
-        found = Index.load(note.read_bytes(), note)
-        same = list(found.names) == plan.names(chosen)
+        found = Index.load(note.read_bytes(), note) if packed is None else packed.of(number)
+        same = list(found.names) == plan.names(chosen) and found.labels.tolist() == plan.labels(chosen)
         with file.open("rb") as opened:
             if same and file_digest(opened, "sha256").hexdigest() == found.shards[0].sha256:
                 return replace(found, meaning=plan.files.meaning)

@@ -26,7 +26,7 @@ from locat_lightning.data.mask_files import LAYOUTS, Layout, MaskValues, Pairs
 from locat_lightning.data.mask_transforms import joint_augmentation, joint_evaluation, square_augmentation
 from locat_lightning.data.packing import SplitFiles
 from locat_lightning.data.shards import Meaning
-from locat_lightning.data.streams import FOLDERS, OF_CLASSES, MaskedShards, StreamableModule
+from locat_lightning.data.streams import OF_CLASSES, MaskedShards, StreamableModule
 from locat_lightning.errors import InputError
 from locat_lightning.labels import IGNORE
 
@@ -281,9 +281,8 @@ class SegmentationData(StreamableModule[Source[np.ndarray]]):
                 continue
             seen.add(name)
             pairs, folder = self.pairs(split), self.layout.image_folder(self.root, split)
-            values = {
-                key: getattr(pairs.values, key) for key in ("ignore_index", "reduce_zero_label", "labels")
-            }
+            values = {key: getattr(pairs.values, key) for key in ("ignore_index", "reduce_zero_label")}
+            values["labels"] = [*pairs.values.labels]
             meaning = Meaning(self.class_names, self.colours.tolist(), values)
             found[split] = SplitFiles(folder, pairs.images, [-1] * len(pairs), pairs.masks, meaning)
         return found
@@ -295,13 +294,13 @@ class SegmentationData(StreamableModule[Source[np.ndarray]]):
         return Pairs(*layout.pairs(self.root, split), values, self.reader)
 
     def _find_shards(self, split: str) -> Source[np.ndarray]:
-        shards = self.shards(FOLDERS[split])
+        shards = self.shards_of(split)
         if split == "predict":
             return Unannotated(shards)
         if not len(shards.index.masks):
             raise InputError(f"the images in {shards.store.url} have no masks: pack them with their masks")
         own = {"ignore_index": self.ignore_index, "reduce_zero_label": self.reduce_zero_label}
-        said = self.shards(OF_CLASSES).index.meaning.masks
+        said = shards.index.meaning.masks or self.shards(OF_CLASSES).index.meaning.masks
         masked = MaskedShards(shards, MaskValues(self.num_classes, **(said or own)), self.reader)
         masked.check_annotated(1)
         return masked

@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
@@ -28,6 +28,8 @@ from locat_lightning.records import plain
 INDEX = "index.safetensors"
 VERSION = 1  # of the index
 KEY = "locat_shards"  # of the index's own entry in the header of the file
+LABELS = 1_000_000  # that shards may have whose classes have no names
+BANDS = (".npy", ".dcm")  # images of channels, in a sample without another image
 MASKS = (".mask", ".seg")  # what the end of a mask's key may be, before the ending of the file
 
 
@@ -117,6 +119,13 @@ class Index:
         """Return the numbers of the shards that hold the images at these positions."""
         return np.searchsorted(self.starts, places, side="right") - 1
 
+    def of(self, number: int) -> Self:
+        """Return the index of one of the shards alone."""
+        own = slice(*self.starts[number : number + 2].tolist())
+        arrays = {kind: getattr(self, kind)[own] for kind in ("images", "labels", "masks")}
+        names = Names.of([self.names[place] for place in range(own.start, own.stop)])
+        return replace(self, shards=[self.shards[number]], names=names, **arrays)
+
     @classmethod
     def of_shard(cls, file: Path, samples: Sequence[Sample], meaning: Meaning) -> Self:
         """Make the index of one tar file whose samples are known."""
@@ -174,38 +183,46 @@ class Index:
             shards = [Shard(*each) for each in about["shards"]]
             names = Names(arrays["names"], arrays["ends"])
             found = cls(shards, names, arrays["images"], arrays["labels"], arrays["masks"], meaning)
-            found._check(about["version"])
+            found.check(about["version"])
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"{file} is not an index of shards: {in_a_line(error)}") from error
         return found
 
-    def _check(self, version: int) -> None:
+    def check(self, version: int = VERSION) -> None:
         """Raise a `ValueError` if the index cannot be one of shards: it may come from anybody."""
         if version != VERSION:
             raise ValueError(f"its version is {version}, not {VERSION}")
         number, meaning = len(self.labels), self.meaning
-        shapes = self.images.shape, self.names.ends.shape, self.masks.shape
-        if shapes not in (((number, 2), (number,), (masks, 2)) for masks in (0, number)) or not number:
+        arrays = self.labels, self.images, self.names.ends, self.masks, self.names.text
+        shapes = [each.shape for each in arrays[:-1]]
+        fitting = [[(number,), (number, 2), (number,), (rows, 2)] for rows in (0, number)]
+        if shapes not in fitting or not number:
             raise ValueError(f"its arrays are of {number} images and of shapes {shapes}")
+        types = [str(each.dtype) for each in arrays]
+        if types != ["int32", "int64", "int64", "int64", "uint8"]:
+            raise ValueError(f"its arrays are of the types {', '.join(types)}")
         for shard in self.shards:
             # The names are of files: one on the disk, and one in the cache.
             sound = re.fullmatch(r"[^/\\]+\.tar", shard.name) and re.fullmatch("[0-9a-f]{64}", shard.sha256)
-            if not sound or type(shard.size) is not int or type(shard.images) is not int or shard.images < 1:
+            counts = type(shard.size) is type(shard.images) is int
+            if not sound or not counts or not 0 < shard.size < 2**62 or not 0 < shard.images <= number:
                 raise ValueError(f"it has a shard {[*shard]}")
         if self.starts[-1] != number:
             raise ValueError(f"its shards hold {self.starts[-1]} images, but it has {number}")
         sizes = np.repeat([shard.size for shard in self.shards], np.diff(self.starts))
         for spans in (self.images, self.masks):
-            if len(spans) and ((spans < 0).any() or (spans.sum(1) > sizes).any()):
+            if len(spans) and ((spans < 0).any() or (spans[:, 0] > sizes - spans[:, 1]).any()):
                 raise ValueError("an image lies outside of its shard")
-        if (np.diff(self.names.ends, prepend=0) < 0).any() or self.names.ends[-1] != len(self.names.text):
+        if (np.diff(self.names.ends, prepend=0) < 1).any() or self.names.ends[-1] != len(self.names.text):
             raise ValueError("its names do not fit together")
         if b".." in self.names.text.tobytes() and any(".." in name.split("/") for name in self.names):
             raise ValueError("a name leads out of its folder")  # predictions are written by it
-        if self.labels.min() < -1 or (meaning.classes and self.labels.max() >= len(meaning.classes)):
-            raise ValueError(f"a label is not one of its {len(meaning.classes)} classes")
-        if not all(isinstance(name, str) for name in meaning.classes):
+        if type(meaning.classes) is not list or not all(
+            isinstance(name, str) and name for name in meaning.classes
+        ):
             raise ValueError("a class has no name")
+        if self.labels.min() < -1 or self.labels.max() >= (len(meaning.classes) or LABELS):
+            raise ValueError(f"a label is not one of its {len(meaning.classes) or LABELS} classes")
         colours, masks = np.array(meaning.colours), meaning.masks
         if len(colours) and (colours.shape != (len(meaning.classes), 3) or not _is_byte(colours)):
             raise ValueError("its colours are not those of its classes")
@@ -237,9 +254,13 @@ def samples_of(file: Path) -> Iterator[Sample]:
                     key, parts = found, {}
                 span = member.offset_data, member.size
                 kind = _kind(f".{ending.lower()}", parts)
-                if kind == "label":
+                if kind == "bands":
+                    parts.setdefault(kind, {"name": member.name.removeprefix("./"), "image": span})
+                elif kind == "label":
                     opened = tar.extractfile(member)
-                    parts[kind] = int(opened.read()) if opened else -1
+                    parts[kind] = int(opened.read(20)) if opened else -1
+                    if not -1 <= parts[kind] < LABELS:
+                        raise ValueError(f"the label in {member.name} is {parts[kind]}")
                 elif kind in parts:
                     raise ValueError(f"{member.name} is a second {kind} of {key}")
                 elif kind:
@@ -252,9 +273,9 @@ def samples_of(file: Path) -> Iterator[Sample]:
 
 
 def _kind(ending: str, parts: dict[str, Any]) -> str:
-    """Return what a member of a sample is by its ending: `image`, `mask`, `label`, or nothing of ours."""
-    if ending == ".cls":
-        return "label"
+    """Return what a member of a sample is by its ending: `image`, `bands`, `mask`, `label`, or nothing."""
+    if ending in (".cls", *BANDS):
+        return "label" if ending == ".cls" else "bands"
     if not ending.endswith(IMG_EXTENSIONS):
         return ""
     beside = "image" in parts and ending == ".png"  # the mask of a JPEG
@@ -262,5 +283,5 @@ def _kind(ending: str, parts: dict[str, Any]) -> str:
 
 
 def _sample(parts: dict[str, Any]) -> Iterator[Sample]:
-    if "image" in parts:
+    if "image" in (parts := parts.get("bands", {}) | parts):
         yield Sample(parts["name"], parts["image"], parts.get("label", -1), parts.get("mask"))

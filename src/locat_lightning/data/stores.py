@@ -27,6 +27,8 @@ REMEDY = "restore it, or pack the images again"
 SILENCE = 60  # seconds that a web server may be silent
 UNITS = {"": 1} | {f"{unit}B": 1000**power for power, unit in enumerate(("", "K", "M", "G", "T"))}
 UNITS |= {f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)}
+# Files of the cache: a shard, or a part of one and the size that it will have. The user's own are left alone.
+CACHED = re.compile(r"[0-9a-f]{64}\.(?:tar|(?P<size>\d+)\.\d+\.\d+\.part)")
 
 
 def is_remote(url: str) -> bool:
@@ -95,6 +97,7 @@ class Store:
         """Read bytes of a shard: `InputError` if it is missing, corrupt, or cannot be fetched."""
         # Text, not a Path, for each of a million images.
         file = f"{self.url}/{shard.name}" if self.is_local else f"{self.cache}/{shard.sha256}.tar"
+        again = self.is_local
         while True:
             try:
                 with open(file, "rb", buffering=0) as opened:  # noqa: PTH123
@@ -108,9 +111,12 @@ class Store:
             if not self.is_local and time.monotonic() > self._kept.get(shard.name, 0):
                 self.keep([shard])
                 self._kept[shard.name] = time.monotonic() + 1  # of a second, not of every image
-            if len(content) < size:
+            if len(content) == size:
+                return content
+            if again:
                 raise InputError(f"shard {file} is cut off: {REMEDY}")
-            return content
+            Path(file).unlink(missing_ok=True)  # a damaged copy
+            again = True
 
     def fetched(self, shard: Shard) -> Path:
         """Return the file of a shard on this machine; fetch it if it is not there yet."""
@@ -130,8 +136,17 @@ class Store:
                 ) from error
         return file
 
+    def check_files(self, shards: Sequence[Shard]) -> None:
+        """Check that the shards of a folder are there, of the size that they had: `InputError` if not."""
+        for shard in shards if self.is_local else ():
+            file = Path(self.url) / shard.name
+            if not file.is_file():
+                raise InputError(f"shard {file} is missing: {REMEDY}")
+            if (size := file.stat().st_size) != shard.size:
+                raise InputError(f"shard {file} has {size} bytes, not {shard.size} as in {INDEX}: {REMEDY}")
+
     def keep(self, shards: Sequence[Shard]) -> None:
-        """Have these shards deleted last, as far as they are there."""
+        """Mark these shards as used now, so that they are evicted last."""
         for shard in shards:
             with suppress(FileNotFoundError):
                 os.utime(f"{self.cache}/{shard.sha256}.tar")
@@ -166,21 +181,21 @@ class Store:
         with FileLock(self.cache / "room.lock"):
             files, total = list[tuple[float, int, Path]](), size
             for entry in os.scandir(self.cache):
+                if (own := CACHED.fullmatch(entry.name)) is None:
+                    continue
                 with suppress(FileNotFoundError):
                     found, path = entry.stat(), Path(entry.path)
-                    if path.suffix == ".tar":
+                    if own["size"] is None:
                         files.append((found.st_mtime, found.st_size, path))
                         total += found.st_size
-                    elif path.suffix == ".part":
-                        if found.st_mtime < time.time() - ABANDONED:
-                            path.unlink()
-                        else:
-                            total += int(path.name.split(".")[1])
+                    elif found.st_mtime < time.time() - ABANDONED:
+                        path.unlink()
+                    else:
+                        total += int(own["size"])
             for _, freed, path in sorted(files):
                 if total <= self.bound:
                     break
-                path.unlink(missing_ok=True)
-                path.with_suffix(".lock").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # not its lock, which may be held
                 total -= freed
             part.touch()
 
@@ -265,7 +280,5 @@ class Ahead:
                     return
                 first = self._done
             self._store.keep(self._shards[first:number])
-            try:
+            with suppress(Exception):  # the process that reads the shard finds the same, and says so
                 self._store.fetched(shard)
-            except Exception:  # the process that reads the shard finds the same, and says so
-                return

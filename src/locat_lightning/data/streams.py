@@ -92,7 +92,9 @@ class Shards(Source[int]):
         shards, first, last = shards[by_use], first[by_use], last[by_use]
         # Of each shard when it is begun: those begun before it that have not ended.
         at_once = np.arange(1, len(shards) + 1) - np.searchsorted(np.sort(last), first, side="right")
-        most = 2 * int(at_once.max(initial=1))  # the next of each while these are read
+        largest = max(shard.size for shard in self.index.shards)
+        # The next of each while these are read, but no more than the cache holds.
+        most = max(1, min(2 * int(at_once.max(initial=1)), self.store.bound // largest))
         ahead = Ahead(self.store, [self.index.shards[shard] for shard in shards], last.tolist(), most)
         try:
             yield ahead.reached
@@ -108,10 +110,11 @@ class Shards(Source[int]):
         """Check that the cache has room for so many shards and as many to come: `InputError` if not."""
         sizes = sorted((shard.size for shard in self.index.shards), reverse=True)
         if not self.store.is_local and (least := sum(sizes[: 2 * at_once])) > self.store.bound:
+            lower = ", or lower data.shards_at_once" if at_once > 1 else ""
             raise InputError(
                 f"data.cache_size ({readable(self.store.bound)}) is too small for the shards of "
-                f"{self.store.url} that are there at once: set it to at least {readable(least)}, or lower "
-                "data.shards_at_once"
+                f"{self.store.url} that are needed at the same time: set it to at least "
+                f"{readable(least)}{lower}"
             )
 
 
@@ -205,12 +208,28 @@ class StreamableModule(ImageModule[Found]):
                 denied = " (access denied)"
                 continue
             found = self._shards[name] = Shards(index, store, self.shards_at_once, self.reader)
+            store.check_files(index.shards)
             found.check_cache(1)
             return found
         wanted = " or ".join(f"{name}/{INDEX}".lstrip("/") for name in names)
         raise NoShardsError(
             f"no {wanted} in {self.stream}{denied}: set --data.stream to shards that locat pack has made"
         )
+
+    def shards_of(self, split: str) -> Shards:
+        """Find the shards of a split: `InputError` also if their classes are not those of training."""
+        found = self.shards(FOLDERS[split])
+        if split == "predict":
+            return found
+        first = self.shards(OF_CLASSES)
+        own, classes = found.index.meaning.classes, first.index.meaning.classes
+        if own and classes and own != classes:
+            one = next((name for name in own if name not in classes), "their number or order differs")
+            raise InputError(
+                f"the classes in {found.store.url} are not those in {first.store.url}: {one}; pack both from "
+                "one folder"
+            )
+        return found
 
     @abstractmethod
     def files(self) -> dict[str, SplitFiles]:
