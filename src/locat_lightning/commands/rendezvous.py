@@ -14,9 +14,9 @@ from locat.jobs import COUNTS, identity
 def meet() -> None:
     """Have all processes of this start agree how often the command was restarted, and meet where nobody was.
 
-    torchrun counts restarts on each machine by itself, and a machine whose processes were well does not count.
-    After the first start they meet in a store of their own, the first one's: in torchrun's, where torch (2.15)
-    lets them meet, those before them have left their addresses, and some would wait for processes that are gone.
+    torchrun counts restarts on each machine by itself; one whose processes were well does not count. After
+    the first start they meet in a store of their own, the first one's: in torchrun's, where torch (2.15) lets
+    them meet, those before them have left their addresses, and some would wait for processes that are gone.
     """
     own = os.environ
     if own.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -27,8 +27,7 @@ def meet() -> None:
     else:
         starts, restarts = store.add("locat/starts", 1), store.add(f"locat/starts/{identity()}", 1) - 1
         said = _tell(store, int(own["WORLD_SIZE"]), f"{restarts} {_place() if starts > 1 else ''}")
-    restarts, *place = said.split()
-    own[COUNTS[1]] = restarts
+    own[COUNTS[1]], *place = said.split()
     if place:
         own |= {"MASTER_ADDR": place[0], "MASTER_PORT": place[1], "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
@@ -46,8 +45,8 @@ def _place() -> str:
 def _tell(store: Any, processes: int, message: str) -> str:
     """Answer all other processes of this start, and return what they were told.
 
-    The store may hold questions of processes that are gone: a question is answered once, and the first process
-    waits until as many as there are have its own answer.
+    The store may hold questions of processes that are gone: each is answered once, and the first process
+    waits until as many as there are have heard it.
     """
     own, answered = uuid4().hex, set[bytes]()
     while store.add(f"locat/heard/{own}", 0) < processes - 1:
