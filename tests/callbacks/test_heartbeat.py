@@ -49,6 +49,25 @@ def test_who_gives_no_sign_is_missed_by_the_first_process():
     second.stop()
 
 
+def test_who_begins_late_is_not_missed():
+    first = Heartbeat(store := HashStore(), 0, 3, **FAST)
+    second = Heartbeat(store, 1, 3, **FAST)  # the third lists its images
+    assert lost(first, 0.6) == lost(second, 0) == ""
+    second.stop()
+    first.stop()
+
+
+def test_a_store_that_fails_once_is_asked_again():
+    store = Gone()
+    beats = [Heartbeat(store, rank, 2, **FAST) for rank in range(2)]
+    store.answers = False
+    time.sleep(0.1)
+    store.answers = True
+    assert [lost(each, 0.5) for each in beats] == ["", ""]
+    for each in beats:
+        each.stop()
+
+
 @pytest.mark.parametrize("answers", [False, "never"])
 def test_the_others_miss_the_first_process(answers):
     store = Gone()

@@ -1,6 +1,8 @@
 """Files of any number of channels: their values as written, and the units that a model sees."""
 
 import builtins
+import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -73,6 +75,37 @@ def test_dicom_in_its_units_with_frames_as_channels(tmp_path):
     write_dicom(tmp_path / "frames.dcm", frames, NumberOfFrames="3")
     assert_array_equal(read_bands(tmp_path / "ct.dcm")[..., 0], scan * 2.0 - 1024)
     assert_array_equal(read_bands(tmp_path / "frames.dcm"), frames.transpose(1, 2, 0))
+
+
+def test_dicom_with_white_as_0_is_inverted(tmp_path):
+    signed, unsigned = values("int16", (5, 7)), values("uint16", (5, 7)) % 4096
+    tags = {"PhotometricInterpretation": "MONOCHROME1"}
+    write_dicom(tmp_path / "signed.dcm", signed, **tags)
+    tags |= {"BitsStored": 12, "HighBit": 11, "RescaleSlope": "2", "RescaleIntercept": "0"}
+    write_dicom(tmp_path / "unsigned.dcm", unsigned, **tags)
+    assert_array_equal(read_bands(tmp_path / "signed.dcm")[..., 0], -1 - signed)
+    assert_array_equal(read_bands(tmp_path / "unsigned.dcm")[..., 0], 2.0 * (4095 - unsigned))
+
+
+def png_of_zeros(size, kind, depth=16):
+    """Return a PNG of zeros with a colour type: 2 RGB, 4 grey and alpha, 6 RGB and alpha."""
+    samples = {2: 3, 4: 2, 6: 4}[kind]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", size, size, depth, kind, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(bytes(size * (1 + size * samples * depth // 8)))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize("kind", [2, 4, 6])
+def test_png_whose_values_pillow_does_not_keep(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(png_of_zeros(3, kind))
+    assert "a.png has 16-bit colours" in refusal(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(png_of_zeros(3, kind, depth=8))
+    assert read_bands(tmp_path / "a.png").dtype == np.uint8
+    Image.new("P", (3, 3)).save(tmp_path / "b.png")
+    assert "b.png has a palette" in refusal(tmp_path / "b.png")
 
 
 def test_pixels_are_in_standard_deviations_with_no_data_at_the_mean(tmp_path):

@@ -19,6 +19,8 @@ from locat_lightning.errors import InputError
 
 PARTS = "parts"  # a checkpoint's key of where its parts are: {"folder": N, "processes": P}
 NUMBER = "tensor in parts"  # key of what stands for a sharded tensor, beside its "shape"
+# What other contents than ours raise.
+UNLIKE = (TypeError, LookupError, AttributeError, ValueError, RuntimeError, OverflowError)
 
 
 def folder_of(checkpoint: Path) -> Path:
@@ -28,7 +30,11 @@ def folder_of(checkpoint: Path) -> Path:
 
 def new_folder(checkpoint: Path) -> int:
     """Return the number of a folder that no parts of a checkpoint are in yet."""
-    return 1 + max((int(each.name) for each in folder_of(checkpoint).glob("[0-9]*")), default=-1)
+    return 1 + max((int(each.name) for each in _folders(checkpoint)), default=-1)
+
+
+def _folders(checkpoint: Path) -> list[Path]:
+    return [each for each in folder_of(checkpoint).glob("*") if each.name.isdecimal()]
 
 
 def split(value: Any, own_rows: Callable[[Tensor], Tensor | None], rows: dict[int, Tensor]) -> Any:
@@ -56,7 +62,7 @@ def write_part(checkpoint: Path, folder: int, rank: int, rows: dict[int, Tensor]
 
 def remove_parts(checkpoint: Path, keep: Any = None) -> None:
     """Remove the parts of a checkpoint but for those of the folder that it names."""
-    for each in folder_of(checkpoint).glob("[0-9]*"):
+    for each in _folders(checkpoint):
         if each.name != str(keep):
             shutil.rmtree(each, ignore_errors=True)
     if keep is None:
@@ -78,19 +84,18 @@ def assemble(contents: dict[str, Any], checkpoint: Path, read: Callable[[Path], 
         return contents
     where = contents.pop(PARTS)
     try:
-        own = folder_of(checkpoint) / str(int(where["folder"]))
-        files = [own / f"{rank}.pt" for rank in range(int(where["processes"]))]
-    except (TypeError, KeyError, ValueError) as error:
+        own, processes = folder_of(checkpoint) / str(int(where["folder"])), int(where["processes"])
+    except UNLIKE as error:
         raise InputError(f"{checkpoint} does not say where its parts are: take another checkpoint") from error
-    for file in files:
-        if not file.is_file():
+    for rank in range(processes):
+        if not (file := own / f"{rank}.pt").is_file():
             raise InputError(
                 f"{checkpoint} is in parts, and {file} is missing: copy {folder_of(checkpoint)} along with it"
             )
-    parts = [read(file) for file in files]
+    parts = [read(own / f"{rank}.pt") for rank in range(processes)]
     try:
         return dict(_join(contents, parts))
-    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+    except UNLIKE as error:
         raise InputError(f"{checkpoint}: the parts in {own} do not fit: take another checkpoint") from error
 
 

@@ -60,22 +60,23 @@ class Heartbeat:
         self._stopped.set()
 
     def _run(self) -> None:
-        signs, keys = 0, [_key(rank) for rank in self._watched]
-        seen = dict.fromkeys(keys, (b"", self._answered))
+        signs, seen = 0, dict[int, tuple[bytes, float]]()
         while not (self._stopped.wait(self._every) or self._lost):
             signs += 1
             try:
                 self._store.set(_key(self._rank), str(signs))
-                found = self._store.multi_get(keys)
-            except (
-                Exception
-            ):  # of many kinds; the first process, which has the store, may have ended in order
-                return
+                # Who has not begun is not waited for: a process may list its images for long.
+                there = [rank for rank in self._watched if rank in seen or self._store.check([_key(rank)])]
+                found = self._store.multi_get([_key(rank) for rank in there])
+            except Exception:
+                # Of many kinds. It may pass; if it lasts, the first process, which has the store, is lost.
+                continue
             self._answered = now = time.monotonic()
-            for rank, key, sign in zip(self._watched, keys, found, strict=True):
-                if sign not in (seen[key][0], ENDED):
-                    seen[key] = sign, now
-                elif sign != ENDED and now - seen[key][1] > self._lost_after:
+            for rank, sign in zip(there, found, strict=True):
+                before, since = seen.get(rank, (b"", now))
+                if sign not in (before, ENDED):
+                    seen[rank] = sign, now
+                elif sign != ENDED and now - since > self._lost_after:
                     self._lost = f"process {rank} of the run has given no sign for {self._lost_after:g} s"
         with suppress(Exception):  # the first process has ended already
             self._store.set(_key(self._rank), ENDED.decode())

@@ -152,7 +152,10 @@ def images_for(weights: str, backbone: nn.Module | None = None) -> dict[str, Any
         own |= {"channels": [0] * len(channels) if isinstance(channels, list) else 0}
     known = {key: recorded.get(f"data.{key}", value) for key, value in own.items()}
     check_like(known, own, weights, "data")
-    if min(known["std"]) <= 0 or not known["img_size"]:
+    std, taken = known["std"], known["channels"]
+    if isinstance(taken, list):  # one that is constant may have been left out
+        std = [std[channel] for channel in taken if channel < len(std)]
+    if min(std, default=0.0) <= 0 or not known["img_size"]:
         raise InputError(f"{weights}: data.std and data.img_size must be above 0")
     return known
 

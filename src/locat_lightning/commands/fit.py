@@ -33,7 +33,7 @@ from locat_lightning.callbacks.throughput import Throughput
 from locat_lightning.commands import checks, defaults, parsing, resume
 from locat_lightning.commands.loggers import OptionParser, make_loggers
 from locat_lightning.commands.messages import errors_in_a_line
-from locat_lightning.commands.rendezvous import meet_anew
+from locat_lightning.commands.rendezvous import meet
 from locat_lightning.commands.sources import local_dir, record_of_run
 from locat_lightning.data.statistics import read_statistics
 from locat_lightning.errors import InputError
@@ -146,6 +146,7 @@ class LocatCLI(LightningCLI):
         self._resumed: dict[str, Any] = {}  # contents of the checkpoint that a run resumes from
         self._resume_from: Path | None = None
         self._directory: Path | None = None  # its directory
+        meet()
         if self.subcommand == "fit":
             self._take_up(config)
         if self.subcommand == "fit" and config.ckpt_path is not None:
@@ -201,7 +202,6 @@ class LocatCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config[self.subcommand]
-        meet_anew()
         step = self._resumed.get("global_step", 0)
         run = self._hold(config)
         board = TensorBoardLogger(

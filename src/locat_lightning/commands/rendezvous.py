@@ -1,28 +1,68 @@
-"""Where the processes meet that torchrun has started again."""
+"""How the processes of a job of torchrun agree on how often it was started, and where they meet."""
 
 import os
 import socket
+import time
+from typing import Any
+from uuid import uuid4
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from locat.jobs import COUNTS
+from locat.jobs import COUNTS, identity
 
 
-def meet_anew() -> None:
-    """Have processes that torchrun has restarted meet in a store of their own: the first one's.
+def meet() -> None:
+    """Have all processes of this start agree how often the command was restarted, and meet where nobody was.
 
-    torch (2.15) lets them meet in torchrun's store, where those before them have left their addresses: some
-    would wait for processes that are gone.
+    torchrun counts restarts on each machine by itself; one whose processes were well does not count. After
+    the first start they meet in a store of their own, the first one's: in torchrun's, where torch (2.15) lets
+    them meet, those before them have left their addresses, and some would wait for processes that are gone.
     """
-    own, count = os.environ, os.environ.get(COUNTS[1], "0")
-    if count == "0" or own.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    own = os.environ
+    if own.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    agent = TCPStore(own["MASTER_ADDR"], int(own["MASTER_PORT"]), is_master=False)
-    if own["RANK"] == "0":
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        host = own["MASTER_ADDR"] if own["LOCAL_WORLD_SIZE"] == own["WORLD_SIZE"] else socket.getfqdn()
-        agent.set(f"locat/meet/{count}", f"{host} {port}")
-    host, port = agent.get(f"locat/meet/{count}").decode().split()
-    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    store = TCPStore(own["MASTER_ADDR"], int(own["MASTER_PORT"]), is_master=False)
+    if own["RANK"] != "0":
+        said = _ask(store, int(own["RANK"]))
+    else:
+        starts, restarts = store.add("locat/starts", 1), store.add(f"locat/starts/{identity()}", 1) - 1
+        said = _tell(store, int(own["WORLD_SIZE"]), f"{restarts} {_place() if starts > 1 else ''}")
+    own[COUNTS[1]], *place = said.split()
+    if place:
+        own |= {"MASTER_ADDR": place[0], "MASTER_PORT": place[1], "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
+def _place() -> str:
+    """Return a host and a port where the first process can be reached."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    own = os.environ
+    host = own["MASTER_ADDR"] if own["LOCAL_WORLD_SIZE"] == own["WORLD_SIZE"] else socket.getfqdn()
+    return f"{host} {port}"
+
+
+def _tell(store: Any, processes: int, message: str) -> str:
+    """Answer all other processes of this start, and return what they were told.
+
+    The store may hold questions of processes that are gone: each is answered once, and the first process
+    waits until as many as there are have heard it.
+    """
+    own, answered = uuid4().hex, set[bytes]()
+    while store.add(f"locat/heard/{own}", 0) < processes - 1:
+        for rank in range(1, processes):
+            asked = f"locat/asked/{rank}"
+            if store.check([asked]) and (question := store.get(asked)) not in answered:
+                store.set(f"locat/answers/{question.decode()}", f"{own} {message}")
+                answered.add(question)
+        time.sleep(0.02)
+    return message
+
+
+def _ask(store: Any, rank: int) -> str:
+    """Return what the first process of this start tells the others."""
+    question = uuid4().hex
+    store.set(f"locat/asked/{rank}", question)
+    teller, _, message = store.get(f"locat/answers/{question}").decode().partition(" ")
+    store.add(f"locat/heard/{teller}", 1)
+    return str(message)

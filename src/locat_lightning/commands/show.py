@@ -108,7 +108,7 @@ def _parser() -> ArgumentParser:
     add("--patch", type=str | None, default=None, help="x,y: a pixel of the first image, for similarity")
     help_ = "shorter side of the images in pixels, as models take them; by default each model's own"
     add("--img_size", type=PositiveInt | None, default=None, help=help_)
-    help_ = "three channels to show as red, green and blue, of images that are no RGB; by default a PCA"
+    help_ = "three channels to show as red, green and blue, of images that are not RGB; by default a PCA"
     add("--show_channels", type=tuple[Channel, Channel, Channel] | None, default=None, help=help_)
     add("--tile", type=PositiveInt, default=224, help="shorter side of an image in the picture, in pixels")
     add("--pca_foreground", action="store_true", help="leave out of the PCA what its first component divides")

@@ -108,10 +108,8 @@ def read_record(file: Path, groups: Iterable[str], typed: Container[str]) -> dic
         left_out += [f"{group}.{k}" for k in own.keys() - chosen[group].keys() if own[k] not in UNUSED]
     known: dict[str, Any] = plain(chosen, file, classes=CLASSES)
     data = known["data"]["init_args"]
-    for option in (
-        "download",
-        "cache",
-    ):  # done already, or to be done, in a place that the record would choose
+    # Done already, or to be done, in a place that the record would choose.
+    for option in ("download", "cache"):
         data.pop(option, None)
     if "--data.stream" not in typed and ("--data.root" in typed or "--data.dataset" in typed):
         data.pop("stream", None)  # other images are read

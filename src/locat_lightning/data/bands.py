@@ -1,6 +1,7 @@
 """Images of any number of channels: files by their ending, their values, and the units that a model sees.
 
-A reader takes a file, by its path or opened, and returns its values as they are: [H, W, C], of 8 to 32 bits.
+A reader takes a file, by its path or opened, and returns its values as they are: [H, W, C], integers of
+8 to 32 bits or floats.
 """
 
 from collections.abc import Callable, Iterator
@@ -116,7 +117,8 @@ def read_bands(file: File, name: str = "") -> np.ndarray:
     kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
     if values.ndim != 3 or kind not in "uif" or (bits > 32 and kind != "f"):
         raise InputError(
-            f"{name} holds {values.dtype} of shape {values.shape}: give [H, W, C], numbers of 8 to 32 bits"
+            f"{name} holds {values.dtype} of shape {values.shape}: "
+            "give [H, W, C], integers of 8 to 32 bits or floats"
         )
     _check_size(values.shape, name)
     return values
@@ -158,7 +160,10 @@ def _read_npy(file: File, name: str) -> np.ndarray:
 
 
 def _read_dicom(file: File, name: str) -> np.ndarray:
-    """Read a DICOM image in the units of its rescale slope and intercept; its frames are channels."""
+    """Read a DICOM image in the units of its rescale slope and intercept; its frames are channels.
+
+    Where it is stored with white as 0 (MONOCHROME1), it is inverted first, within the bits that are stored.
+    """
     try:
         from pydicom import dcmread
         from pydicom.pixels.processing import apply_rescale
@@ -169,12 +174,20 @@ def _read_dicom(file: File, name: str) -> np.ndarray:
     if frames > 1 and samples > 1:
         raise InputError(f"{name} has {frames} frames in colour: give one frame, or grey ones")
     _check_size((data.Rows, data.Columns, frames * samples), name)
-    values: np.ndarray = apply_rescale(data.pixel_array, data)
+    stored: np.ndarray = data.pixel_array
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        stored = ~stored if stored.dtype.kind == "i" else stored ^ (2 ** int(data.BitsStored) - 1)
+    values: np.ndarray = apply_rescale(stored, data)
     return np.moveaxis(values, 0, -1) if frames > 1 else values
 
 
 def _read_png(file: File, name: str) -> np.ndarray:
     with Image.open(file, formats=("PNG",)) as image:
+        if image.mode == "P":
+            raise InputError(f"{name} has a palette: save it in grey or RGB")
+        # Pillow reads 16 bits of grey alone; of others it leaves out half.
+        if not image.mode.startswith("I") and "16" in str(image.tile[0].args):
+            raise InputError(f"{name} has 16-bit colours: save it as TIFF")
         return np.asarray(image)
 
 

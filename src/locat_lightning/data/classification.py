@@ -26,8 +26,8 @@ class ImageData(LabelledData):
         color_jitter: strength of the jitter of brightness, contrast and saturation; timm leaves it out where
             auto_augment does the same, that is, for every policy but `3a`. With `channels`, strength of the
             gain and offset of each channel; 0 for none.
-        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `3a`, `augmix-…`); null for none. Of
-            RGB images alone: with `channels` there is none.
+        auto_augment: timm's name of a policy (`rand-m9-mstd0.5-inc1`, `3a`, `augmix-…`); null for none. RGB
+            only; ignored with `channels`.
         random_erasing: probability of replacing a rectangle by noise.
         interpolation: how the random crop is resized: `random` (bilinear or bicubic), `bilinear`, `bicubic`.
         kwargs: those of `LabelledData`, `StreamableModule` and `ImageModule`.

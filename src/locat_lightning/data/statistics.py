@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from torch.utils.data import DataLoader, Dataset
 
+from locat.runs import replaced
 from locat_lightning.data.bands import read_bands
 from locat_lightning.data.decoding import reason
 from locat_lightning.data.workers import end_with_the_run
@@ -69,9 +70,8 @@ class _MomentsOfFiles(Dataset):
     def __getitem__(self, index: int) -> Moments | str:
         try:
             return moments_of(read_bands(self.paths[index]))
-        except (
-            Exception
-        ) as error:  # decoders raise anything; raised on, a worker's traceback would come along
+        except Exception as error:
+            # Decoders raise anything; raised on, a worker's traceback would come along.
             return reason(error)
 
 
@@ -107,7 +107,8 @@ def write_statistics(file: Path, found: Moments, images: int) -> None:
     columns = {"mean": found.mean, "std": found.std, "least": found.least, "most": found.most}
     record = {"channels": len(found.mean), "images": images}
     record |= {name: each.tolist() for name, each in columns.items()}
-    file.write_text(yaml.safe_dump(record, sort_keys=False, default_flow_style=None), encoding="utf-8")
+    with replaced(file) as new:
+        new.write_text(yaml.safe_dump(record, sort_keys=False, default_flow_style=None), encoding="utf-8")
 
 
 def read_statistics(file: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
