@@ -80,7 +80,12 @@ def _parser() -> ArgumentParser:
     add("--to", type=str | None, default=None, help="folder of the shards")
     add("--shard_size", type=int | str, default="64MB", help="bytes of a shard, as a number or as text")
     add("--seed", type=NonNegativeInt, default=0, help="of the order of the training images")
-    add("--workers", type=PositiveInt | None, default=None, help="threads; null takes one for each processor, at most 16")
+    add(
+        "--workers",
+        type=PositiveInt | None,
+        default=None,
+        help="threads; null takes one for each processor, at most 16",
+    )
     add("--tars", type=str | None, default=None, help="folder of shards, to write only their index")
     add("--class_names", type=list[str], default=[], help="of --tars, in the order of the labels")
     return parser

@@ -3,6 +3,8 @@
 import os
 import socket
 import time
+from contextlib import suppress
+from random import SystemRandom
 from typing import Any
 from uuid import uuid4
 
@@ -34,12 +36,19 @@ def meet() -> None:
 
 def _place() -> str:
     """Return a host and a port where the first process can be reached."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    # Those above are given to outgoing connections, which might take one before this process listens.
+    ports = SystemRandom().sample(range(20_000, 32_768), 100)
+    port = next(port for port in ports if _is_free(port))
     own = os.environ
     host = own["MASTER_ADDR"] if own["LOCAL_WORLD_SIZE"] == own["WORLD_SIZE"] else socket.getfqdn()
     return f"{host} {port}"
+
+
+def _is_free(port: int) -> bool:
+    with suppress(OSError), socket.socket() as free:
+        free.bind(("", port))
+        return True
+    return False
 
 
 def _tell(store: Any, processes: int, message: str) -> str:
