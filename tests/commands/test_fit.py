@@ -131,7 +131,7 @@ NEGATIVE_LR = (
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["fit"], "locat fit needs --config, a file or one of adapt_pretrained.yaml"),
+        (["fit"], "locat fit needs --config, a file or one of adapt_locality.yaml"),
         (["fit", "--config", "nowhere"], "no shipped config 'nowhere'"),
         (["validate", "--data.root", "x"], "locat validate needs --weights: a checkpoint of a run, or"),
         (["validate", "--weights", "random"], "locat validate needs --config, a file or one of adapt"),
