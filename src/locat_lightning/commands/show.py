@@ -7,8 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
-from jsonargparse.typing import NonNegativeInt as Channel
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.fabric import Fabric
 from matplotlib.figure import Figure
 from PIL import Image
@@ -109,7 +108,8 @@ def _parser() -> ArgumentParser:
     help_ = "shorter side of the images in pixels, as models take them; by default each model's own"
     add("--img_size", type=PositiveInt | None, default=None, help=help_)
     help_ = "three channels to show as red, green and blue, of images that are not RGB; by default a PCA"
-    add("--show_channels", type=tuple[Channel, Channel, Channel] | None, default=None, help=help_)
+    three = tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt]
+    add("--show_channels", type=three | None, default=None, help=help_)
     add("--tile", type=PositiveInt, default=224, help="shorter side of an image in the picture, in pixels")
     add("--pca_foreground", action="store_true", help="leave out of the PCA what its first component divides")
     add("--clusters", type=PositiveInt, default=6, help="number of clusters of patches")
