@@ -164,9 +164,9 @@ def test_a_cache_that_cannot_be_written_is_named(store, listed, tmp_path):
 
 def until(condition):
     deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
+    while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert condition()
+    assert met
 
 
 def test_shards_are_fetched_ahead_but_not_further_than_told(store, listed, web):
@@ -175,8 +175,8 @@ def test_shards_are_fetched_ahead_but_not_further_than_told(store, listed, web):
     ahead = Ahead(store, listed, ends=range(10, 80, 10), most=2)
     for done in range(5):
         ahead.reached(10 * done + 9)
-        until(lambda expected=done + 2: len(kept(store)) == min(expected, 3))
         until(lambda expected=done + 2: web.requests == fetched[:expected])
+        until(lambda expected=done + 2: len(kept(store)) == min(expected, 3))
     ahead.close()
     ahead.reached(1000)
     time.sleep(0.05)
