@@ -8,10 +8,8 @@ from torch import linspace, nn
 from locat_lightning.commands.measurement import Measurement, check_images, columns, protocol_of, shape_of
 from locat_lightning.data import ImageData
 from locat_lightning.evaluation.features import autocast_type
-from locat_lightning.evaluation.layers import MEASURES, measure_layers
-from locat_lightning.figures.layers import layers_figure
-
-GROUP = "layers"  # what precedes the first slash in the names of metrics: layers/distance/block_00
+from locat_lightning.evaluation.layers import GROUP, MEASURES, measure_layers
+from locat_lightning.figures.layers import layers_figure, layers_of, short
 
 
 def add_layers_options(parser: ArgumentParser) -> None:
@@ -33,24 +31,15 @@ def look_at_layers(backbone: nn.Module, data: ImageData, config: Namespace, fabr
         autocast_dtype=autocast_type(config.precision),
         progress=fabric.is_global_zero,
     )
-    layers = list(found.by_layer["patch_cosine"])
-    table = columns("", *layers)
     metrics = dict[str, float]()
     for measure, of_layer in found.by_layer.items():
         metrics |= {f"{GROUP}/{measure}/{layer}": value for layer, value in of_layer.items()}
-        table.add_row(MEASURES[measure], *(f"{of_layer[x]:.3f}" if x in of_layer else "" for x in layers))
     for layer, heads in found.heads.items():
         metrics |= {f"{GROUP}/distance/{layer}/head_{n:02}": value for n, value in enumerate(heads)}
+    table = columns("layer", *(MEASURES[measure] for measure in found.by_layer))
+    for layer in layers_of([found.by_layer]):
+        cells = (of_layer.get(layer) for of_layer in found.by_layer.values())
+        table.add_row(short(layer), *("" if value is None else f"{value:.3f}" for value in cells))
     protocol = protocol_of(f"{found.images:,} images, {shape_of(data)}", precision=config.precision)
     pictures = {"layers": layers_figure({"": {config.weights: found.by_layer}})}
     return Measurement(f"layers: {protocol}", table, metrics, protocol, None, pictures=pictures)
-
-
-def by_layer(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Return what the metrics of a run say of layers, by measure and layer."""
-    found: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        if name.startswith(f"{GROUP}/") and name.count("/") == 2:
-            _, measure, layer = name.split("/")
-            found.setdefault(measure, {})[layer] = value
-    return found

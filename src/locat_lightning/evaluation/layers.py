@@ -29,14 +29,15 @@ from locat_lightning.nn.refinement import PatchRefinement
 
 # What is measured of a layer, and how it is called in tables and charts.
 MEASURES = {
-    "distance": "attention distance, patches",
-    "distance_px": "attention distance, px",
-    "entropy": "attention entropy, nats",
-    "prefix_share": "attention to [CLS] and registers",
-    "patch_cls_cosine": "cosine of patches and [CLS]",
-    "patch_cosine": "cosine of two patches",
+    "distance": "distance, patches",
+    "distance_px": "distance, px",
+    "entropy": "entropy, nats",
+    "prefix_share": "share of [CLS]",
+    "patch_cls_cosine": "cosine to [CLS]",
+    "patch_cosine": "cosine of pairs",
     "outlying_share": "outlying norms",
 }
+GROUP = "layers"  # of metrics: layers/MEASURE/LAYER, and layers/distance/LAYER/HEAD
 NORM, PRR = "norm", "prr"  # the layers after the blocks, by name
 KINDS = (Attention, AttentionRope, EvaAttention)  # of attention, with GAug or without
 
@@ -110,6 +111,16 @@ def measure_layers(
         else:
             by_layer[measure][layer] = value
     return Layers({measure: each for measure, each in by_layer.items() if each}, heads, len(table))
+
+
+def by_layer(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return what the metrics of a run say of its layers, by measure and layer; {} if nothing."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        match name.split("/"):
+            case [group, measure, layer] if group == GROUP:
+                found.setdefault(measure, {})[layer] = value
+    return found
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """A chart of what the layers of models do: a line for each model, from the first layer to the last."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from matplotlib.figure import Figure
 
 from locat_lightning.evaluation.layers import MEASURES, ByLayer
 
-LEFT_OUT = ("distance_px",)  # for square patches it is another scale of what is drawn
+LEFT_OUT = ("distance",)  # which depends on the size of patches, as that in pixels does not
 
 
 def layers_figure(columns: Mapping[str, Mapping[str, ByLayer]]) -> Figure:
@@ -27,6 +27,7 @@ def layers_figure(columns: Mapping[str, Mapping[str, ByLayer]]) -> Figure:
             for name, found in of_model.items():
                 values = [found.get(measure, {}).get(layer, float("nan")) for layer in layers]
                 axes.plot(values, "o-", color=f"C{names.index(name)}", markersize=3, label=name)
+            axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if "cosine" in measure else 0)
             axes.grid(alpha=0.3)
             axes.set_xticks(range(len(layers)), map(short, layers), fontsize="small")
             axes.set_title(title if row == 0 else "")
@@ -37,7 +38,7 @@ def layers_figure(columns: Mapping[str, Mapping[str, ByLayer]]) -> Figure:
     return figure
 
 
-def layers_of(models: list[ByLayer]) -> list[str]:
+def layers_of(models: Iterable[ByLayer]) -> list[str]:
     """Return the layers that any of the models has, in their order: blocks by number, norm, PRR."""
     found = {layer for model in models for of_layer in model.values() for layer in of_layer}
     return sorted(found, key=lambda layer: (not layer.startswith("block"), layer))
