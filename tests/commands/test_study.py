@@ -435,7 +435,8 @@ def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, cap
 
 
 def test_every_arm_differs_from_its_baseline_in_nothing_but_its_options():
-    for config, preset in (("cifar", "cpu"), ("cifar", "quick"), ("cifar", "gpu"), ("pretraining", None)):
+    presets = ("cpu", "variants", "training", "quick", "gpu")
+    for config, preset in (*(("cifar", preset) for preset in presets), ("pretraining", None)):
         study = study_of(f"study_{config}.yaml", preset)
         assert len(study.seeds) >= 3
         for arm, seed in study.runs():
@@ -468,6 +469,11 @@ def test_the_arms_are_those_of_the_paper(cifar):
     }
     assert {cifar.baseline_of(arm) for arm in cifar.arms} == {"vit"}
     assert study_of("study_cifar.yaml", "gpu").baseline_of("dino_locat") == "dino_vit"
+    training = study_of("study_cifar.yaml", "training")
+    assert training.baseline_of("locat_transmix") == "vit_transmix"
+    assert training.baseline_of("locat_sam") == "vit_sam"
+    for arm in ("vit", "locat"):  # so that their records serve for all
+        assert training.steps(arm, 0) == cifar.steps(arm, 0)
     variants = study_of("study_cifar.yaml", "variants")
     assert {
         arm: variants.baseline_of(arm) for arm in ("locat", "rotated", "locat_nowhere", "locat_fine")
@@ -503,6 +509,7 @@ def test_the_arms_are_those_of_the_paper(cifar):
         ),
         (["--probes.knn.recipes=[other]"], "probes.knn.recipes: 'other' is not one of supervised, dino"),
         (["--pictures.features=a"], "pictures: 'a' is not one of top1"),
+        (["--pictures.layers=layer"], "pictures: 'layer' is not one of top1.*; did you mean layers"),
     ],
 )
 def test_a_mistake_in_the_config_is_told(options, message):
