@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from locat_lightning.evaluation.layers import MEASURES, ByLayer
 
 LEFT_OUT = ("distance",)  # which depends on the size of patches, as that in pixels does not
+LEAST = {"outlying_share": 0.01}  # that the axis reaches, so that a few patches of thousands look like few
 
 
 def layers_figure(columns: Mapping[str, Mapping[str, ByLayer]]) -> Figure:
@@ -27,12 +28,14 @@ def layers_figure(columns: Mapping[str, Mapping[str, ByLayer]]) -> Figure:
             for name, found in of_model.items():
                 values = [found.get(measure, {}).get(layer, float("nan")) for layer in layers]
                 axes.plot(values, "o-", color=f"C{names.index(name)}", markersize=3, label=name)
+            axes.margins(y=0.1)
             axes.grid(alpha=0.3)
             axes.set_xticks(range(len(layers)), map(short, layers), fontsize="small")
             axes.set_title(title if row == 0 else "")
             axes.set_ylabel(MEASURES[measure].replace(", ", "\n") if column == 0 else "", fontsize="small")
     for measure, [axes, *_] in zip(measures, grid, strict=True):  # when all lines of a row are drawn
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if "cosine" in measure else 0)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(0, low) if "cosine" in measure else 0, max(1.05 * high, LEAST.get(measure, 0)))
     grid[-1, 0].set_xlabel("block")
     if len(names) > 1:
         grid[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
