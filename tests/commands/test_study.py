@@ -208,7 +208,7 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
     assert blocks == {"vit": ["block_00", "block_01"], "locat": ["block_00", "block_01", "prr"]}
     assert "After the last epoch:\n\n|  | arm | 0 | 1 | norm | PRR |\n" in text
     reach = [f"{vit['layers']['2']['distance'][block]:.3f}" for block in blocks["vit"]]
-    assert f"| distance, patches | vit | {' | '.join(reach)} | – | – |" in text  # noqa: RUF001
+    assert f"| distance in patches | vit | {' | '.join(reach)} | – | – |" in text  # noqa: RUF001
     assert "(page_curves.png)" in text
     kept = torch.load(runs / "vit/seed_0/train/version_0/checkpoints/epoch_1.ckpt", weights_only=True)
     assert kept["global_step"] == 2
@@ -411,7 +411,7 @@ def test_a_probe_that_is_added_runs_alone_and_the_page_does_not_wait_for_it(comm
         assert {name: after[name] for name in json.loads(records)} == json.loads(records)
     text = Path("runs/mine/results.md").read_text()
     assert "Missing" not in text
-    assert "| distance, px | locat | 0.500 | 1.000 |" in text
+    assert "| distance in px | locat | 0.500 | 1.000 |" in text
     results = json.loads(Path("runs/mine/results.json").read_text())["results"]
     assert results[0]["layers"] == {
         "2": {"distance_px": {"block_00": 0.25, "prr": 1.0}},

@@ -12,7 +12,7 @@ def test_a_line_for_each_model_with_gaps():
     figure = layers_figure({"epoch 1": {"vit": VIT}, "epoch 2": {"vit": VIT, "locat": LOCAT}})
     first, second, _, cosines = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ["epoch 1", "epoch 2", "", ""]
-    assert [axes.get_ylabel() for axes in figure.axes] == ["distance\npx", "", "cosine of pairs", ""]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["distance\nin px", "", "cosine of pairs", ""]
     assert [line.get_label() for line in first.lines] == ["vit"]
     vit, locat = second.lines
     assert vit.get_color() == first.lines[0].get_color() != locat.get_color()

@@ -36,9 +36,12 @@ def look_at_layers(backbone: nn.Module, data: ImageData, config: Namespace, fabr
         metrics |= {f"{GROUP}/{measure}/{layer}": value for layer, value in of_layer.items()}
     for layer, heads in found.heads.items():
         metrics |= {f"{GROUP}/distance/{layer}/head_{n:02}": value for n, value in enumerate(heads)}
-    table = columns("layer", *(MEASURES[measure] for measure in found.by_layer))
-    for layer in layers_of([found.by_layer]):
-        cells = (of_layer.get(layer) for of_layer in found.by_layer.values())
+    shown = {
+        key: of_layer for key, of_layer in found.by_layer.items() if key != "distance_px"
+    }  # for 80 columns
+    table = columns("layer", *(MEASURES[measure] for measure in shown))
+    for layer in layers_of([shown]):
+        cells = (of_layer.get(layer) for of_layer in shown.values())
         table.add_row(short(layer), *("" if value is None else f"{value:.3f}" for value in cells))
     protocol = protocol_of(f"{found.images:,} images, {shape_of(data)}", precision=config.precision)
     pictures = {"layers": layers_figure({"": {config.weights: found.by_layer}})}

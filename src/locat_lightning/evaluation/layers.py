@@ -29,9 +29,9 @@ from locat_lightning.nn.refinement import PatchRefinement
 
 # What is measured of a layer, and how it is called in tables and charts.
 MEASURES = {
-    "distance": "distance, patches",
-    "distance_px": "distance, px",
-    "entropy": "entropy, nats",
+    "distance": "distance in patches",
+    "distance_px": "distance in px",
+    "entropy": "entropy in nats",
     "prefix_share": "share of [CLS]",
     "patch_cls_cosine": "cosine to [CLS]",
     "patch_cosine": "cosine of pairs",
@@ -88,6 +88,7 @@ def measure_layers(
     Raises:
         InputError: the model is no Vision Transformer of timm's usual kind, or there are no images.
     """
+    _blocks(backbone)  # a mistake shows before anything is read
     device = torch.device(device)
     tables, names = list[tuple[Tensor, Tensor]](), list[tuple[str, ...]]()
     with measuring(backbone, loader, "Looking at layers", progress) as batches:
@@ -131,12 +132,7 @@ def watched(model: Any, images: Tensor) -> Iterator[dict[tuple[str, ...], Tensor
         For each measure and layer, and for the distance of each head (measure, layer, head), a value for
         each image [B] float32; empty until the model has run, without `torch.compile` if it is compiled.
     """
-    blocks = {f"block_{number:02}": block for number, block in enumerate(getattr(model, "blocks", ()))}
-    if not blocks or not all(isinstance(getattr(each, "attn", None), KINDS) for each in blocks.values()):
-        raise InputError(
-            f"{type(model).__name__} does not have blocks in which all patches attend to each other: only "
-            "Vision Transformers have layers to measure"
-        )
+    blocks = _blocks(model)
     found: dict[tuple[str, ...], Tensor] = {}
     prefix, grid = model.num_prefix_tokens, model.patch_embed.dynamic_feat_size(images.shape[-2:])
     cell = [side / cells for side, cells in zip(images.shape[-2:], grid, strict=True)]
@@ -174,6 +170,16 @@ def watched(model: Any, images: Tensor) -> Iterator[dict[tuple[str, ...], Tensor
         if isinstance(refinement := getattr(model, "attn_pool", None), PatchRefinement):
             stack.callback(refinement.register_forward_pre_hook(note_refinement).remove)
         yield found
+
+
+def _blocks(model: Any) -> dict[str, Any]:
+    blocks = {f"block_{number:02}": block for number, block in enumerate(getattr(model, "blocks", ()))}
+    if not blocks or not all(isinstance(getattr(each, "attn", None), KINDS) for each in blocks.values()):
+        raise InputError(
+            f"{type(model).__name__} does not have blocks in which all patches attend to each other: only "
+            "Vision Transformers have layers to measure"
+        )
+    return blocks
 
 
 def _hooks(layer: Any, prefix: int, note: Callable[[Iterable[Tensor]], None]) -> Iterator[RemovableHandle]:

@@ -32,7 +32,9 @@ def layers_figure(columns: Mapping[str, Mapping[str, ByLayer]]) -> Figure:
             axes.grid(alpha=0.3)
             axes.set_xticks(range(len(layers)), map(short, layers), fontsize="small")
             axes.set_title(title if row == 0 else "")
-            axes.set_ylabel(MEASURES[measure].replace(", ", "\n") if column == 0 else "", fontsize="small")
+            axes.set_ylabel(
+                MEASURES[measure].replace(" in ", "\nin ") if column == 0 else "", fontsize="small"
+            )
     for measure, [axes, *_] in zip(measures, grid, strict=True):  # when all lines of a row are drawn
         low, high = axes.get_ylim()
         axes.set_ylim(min(0, low) if "cosine" in measure else 0, max(1.05 * high, LEAST.get(measure, 0)))
