@@ -104,14 +104,14 @@ def measure_layers(
         [table] = gather_rows(indices, values, device=device)
     if not len(table):
         raise InputError("no images to look at: the loader is empty (check root and split)")
-    by_layer: dict[str, dict[str, float]] = {measure: {} for measure in MEASURES}
+    means: dict[str, dict[str, float]] = {measure: {} for measure in MEASURES}
     heads: dict[str, list[float]] = {}
     for (measure, layer, *head), value in zip(names, table.double().mean(0).tolist(), strict=True):
         if head:
             heads.setdefault(layer, []).append(value)
         else:
-            by_layer[measure][layer] = value
-    return Layers({measure: each for measure, each in by_layer.items() if each}, heads, len(table))
+            means[measure][layer] = value
+    return Layers({measure: each for measure, each in means.items() if each}, heads, len(table))
 
 
 def by_layer(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -173,8 +173,10 @@ def watched(model: Any, images: Tensor) -> Iterator[dict[tuple[str, ...], Tensor
 
 
 def _blocks(model: Any) -> dict[str, Any]:
+    """Return the blocks of a Vision Transformer by name: `InputError` if it is something else."""
     blocks = {f"block_{number:02}": block for number, block in enumerate(getattr(model, "blocks", ()))}
-    if not blocks or not all(isinstance(getattr(each, "attn", None), KINDS) for each in blocks.values()):
+    known = all(isinstance(getattr(each, "attn", None), KINDS) for each in blocks.values())
+    if not (blocks and known and hasattr(model, "patch_embed")):
         raise InputError(
             f"{type(model).__name__} does not have blocks in which all patches attend to each other: only "
             "Vision Transformers have layers to measure"
