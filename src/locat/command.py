@@ -22,6 +22,7 @@ COMMANDS = {
         "J and F of objects that a frozen backbone's patch features follow through videos (DAVIS)",
     ),
     "robustness": (".evaluate", "top-1 or mIoU of a model against the number of patches that are corrupted"),
+    "layers": (".evaluate", "how far each layer's attention reaches, how alike its patches are to [CLS]"),
     "compare": (".compare", "two models on the same images, paired: locat compare RUN_A RUN_B"),
     "embed": (
         ".embed",

@@ -41,6 +41,7 @@ from locat_lightning.evaluation.per_image import Scores
 
 BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 EPOCHS = 2
+STEPS = ["train", "near_epoch_1", "near", "scenes", "maps", "looks_epoch_1", "looks"]  # of a run of `TINY`
 CLASSES = ["sky", "road", "car"]
 DEFAULTS = {"gaug": True, "prr": True, "global_pool": "token"}
 QUICK = {"data.num_workers": 0, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1}
@@ -83,6 +84,11 @@ TINY = {
             | {"trainer.max_steps": 2, "trainer.val_check_interval": 2},
         },
         "maps": {"command": "predict", "weights": "scenes", "seeds": [0]},
+        "looks": {
+            "command": "layers",
+            "curve": True,
+            "options": {"images": 4, "data.num_workers": 0, "accelerator": "cpu"},
+        },
     },
     "measures": {
         "top1": {"title": "top-1", "step": "train", "metric": "val/top1"},
@@ -90,7 +96,7 @@ TINY = {
         "miou": {"title": "mIoU", "step": "scenes", "metric": "val/miou"},
         "never": {"title": "top-9", "step": "near", "metric": "knn/top9"},
     },
-    "pictures": {"quality": ["near", "miou"], "features": "scenes", "predictions": "maps"},
+    "pictures": {"quality": ["near", "miou"], "layers": "looks", "features": "scenes", "predictions": "maps"},
     "epochs": [1, 2],
     "per_class": {"images": 4},
     "notes": ["Four images of each class."],
@@ -148,7 +154,7 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
     assert "## Difference" not in page.read_text()
     record = Path("records/vit/seed_0.json")
     finished = record.stat().st_mtime_ns
-    assert [*json.loads(record.read_text())] == ["train", "near_epoch_1", "near", "scenes", "maps"]
+    assert [*json.loads(record.read_text())] == STEPS
 
     command.main(arguments)
     assert record.stat().st_mtime_ns == finished
@@ -184,13 +190,25 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
     # Per block and head dimension d: 3 (d + 1).
     d = BACKBONE["embed_dim"] // BACKBONE["num_heads"]
     assert locat_["parameters"] - vit["parameters"] == BACKBONE["depth"] * 3 * (d + 1)
-    for name in ("quality", "kernels", "features", "predictions"):
+    for name in ("quality", "kernels", "layers", "features", "predictions"):
         assert f"(page_{name}.png)" in text
         with Image.open(f"docs/page_{name}.png") as picture:
             assert min(picture.size) > 100
     assert set(vit["curves"]["near"]) == {"1", "2"}  # measured after both epochs
     assert vit["curves"]["near"]["2"] == vit["measures"]["near"]
     assert set(dino["curves"]["near"]) == {"1"}
+    assert {result["arm"]: [*result["layers"]] for result in results} == {
+        "vit": ["1", "2"],
+        "locat": ["1", "2"],
+        "dino": ["1"],
+    }
+    blocks = {
+        name: [*result["layers"]["1"]["distance"]] for name, result in (("vit", vit), ("locat", locat_))
+    }
+    assert blocks == {"vit": ["block_00", "block_01"], "locat": ["block_00", "block_01", "prr"]}
+    assert "After the last epoch:\n\n|  | arm | 0 | 1 | norm | PRR |\n" in text
+    reach = [f"{vit['layers']['2']['distance'][block]:.3f}" for block in blocks["vit"]]
+    assert f"| distance in patches | vit | {' | '.join(reach)} | – | – |" in text  # noqa: RUF001
     assert "(page_curves.png)" in text
     kept = torch.load(runs / "vit/seed_0/train/version_0/checkpoints/epoch_1.ckpt", weights_only=True)
     assert kept["global_step"] == 2
@@ -351,6 +369,57 @@ def test_what_is_measured_after_an_epoch_is_of_one_training(commands, tmp_path):
     assert finish(["near_epoch_2"]) == names
 
 
+def test_a_probe_that_is_added_runs_alone_and_the_page_does_not_wait_for_it(commands, tmp_path, monkeypatch):
+    """On records of before it, with the kept checkpoints of before it."""
+    monkeypatch.chdir(tmp_path)
+    commands.metrics = {
+        name: {
+            "layers/distance_px/block_00": far,
+            "layers/distance_px/block_00/head_00": 9.0,
+            "layers/distance_px/prr": 1.0,
+        }
+        for name, far in (("looks_epoch_2", 0.25), ("looks", 0.5))
+    } | {TRAIN: {"val/top1": 0.5, "epochs": 4}}
+    study = yaml.safe_load((configs.config_directory() / "study_digits.yaml").read_text())
+    study |= {"probes": {"knn": {"command": "knn", "curve": True}}, "pictures": {}, "epochs": [2, 4]}
+    study["recipes"]["digits"]["trainer.max_epochs"] = 4
+    del study["measures"]["knn"]
+    Path("mine.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    arguments = ["study", "--config=mine.yaml", "--seeds=[0]", "--records=records"]
+    command.main(arguments)
+    before = {path: path.read_text() for path in Path("records").glob("*/*.json")}
+    assert len(before) == 2
+    for kept in Path("runs").glob("mine/*/*/train/version_0/checkpoints"):
+        (kept / "epoch_2.ckpt").write_bytes(b"weights")
+
+    study["probes"]["looks"] = {"command": "layers", "curve": True}
+    study["pictures"] = {"layers": "looks"}
+    Path("mine.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    commands.given.clear()
+    command.main([*arguments, "--run=false"])
+    text = Path("runs/mine/results.md").read_text()
+    assert "Missing: looks_epoch_2, looks of vit (seed 0), looks_epoch_2, looks of locat (seed 0). " in text
+    assert "| vit | 1 | 50.00 |" in text
+    assert "## What layers do" not in text
+    assert not commands.given
+
+    command.main(arguments)
+    assert commands.names == ["looks_epoch_2", "looks"] * 2
+    assert commands.given[0][-1].endswith("vit/seed_0/train/version_0/checkpoints/epoch_2.ckpt")
+    for path, records in before.items():
+        after = json.loads(path.read_text())
+        assert {name: after[name] for name in json.loads(records)} == json.loads(records)
+    text = Path("runs/mine/results.md").read_text()
+    assert "Missing" not in text
+    assert "| distance in px | locat | 0.500 | 1.000 |" in text
+    results = json.loads(Path("runs/mine/results.json").read_text())["results"]
+    assert results[0]["layers"] == {
+        "2": {"distance_px": {"block_00": 0.25, "prr": 1.0}},
+        "4": {"distance_px": {"block_00": 0.5, "prr": 1.0}},
+    }
+    assert Path("runs/mine/results_layers.png").is_file()
+
+
 def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, capsys):
     def measure(arguments):
         rank_zero_info("78 of the model's 78 tensors matched")
@@ -366,7 +435,8 @@ def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, cap
 
 
 def test_every_arm_differs_from_its_baseline_in_nothing_but_its_options():
-    for config, preset in (("cifar", "cpu"), ("cifar", "quick"), ("cifar", "gpu"), ("pretraining", None)):
+    presets = ("cpu", "variants", "training", "quick", "gpu")
+    for config, preset in (*(("cifar", preset) for preset in presets), ("pretraining", None)):
         study = study_of(f"study_{config}.yaml", preset)
         assert len(study.seeds) >= 3
         for arm, seed in study.runs():
@@ -399,6 +469,11 @@ def test_the_arms_are_those_of_the_paper(cifar):
     }
     assert {cifar.baseline_of(arm) for arm in cifar.arms} == {"vit"}
     assert study_of("study_cifar.yaml", "gpu").baseline_of("dino_locat") == "dino_vit"
+    training = study_of("study_cifar.yaml", "training")
+    assert training.baseline_of("locat_transmix") == "vit_transmix"
+    assert training.baseline_of("locat_sam") == "vit_sam"
+    for arm in ("vit", "locat"):  # so that their records serve for all
+        assert training.steps(arm, 0) == cifar.steps(arm, 0)
     variants = study_of("study_cifar.yaml", "variants")
     assert {
         arm: variants.baseline_of(arm) for arm in ("locat", "rotated", "locat_nowhere", "locat_fine")
@@ -434,6 +509,7 @@ def test_the_arms_are_those_of_the_paper(cifar):
         ),
         (["--probes.knn.recipes=[other]"], "probes.knn.recipes: 'other' is not one of supervised, dino"),
         (["--pictures.features=a"], "pictures: 'a' is not one of top1"),
+        (["--pictures.layers=layer"], "pictures: 'layer' is not one of top1.*; did you mean layers"),
     ],
 )
 def test_a_mistake_in_the_config_is_told(options, message):
@@ -510,7 +586,8 @@ def test_paired_difference_by_hand():
 
 def result(arm, seed, **measures):
     curves = {name: {4: value} for name, value in measures.items()}
-    return {"arm": arm, "seed": seed, "measures": measures, "curves": curves, steps.IMAGES: {}}
+    own = {"measures": measures, "curves": curves, steps.IMAGES: {}, steps.LAYERS: {}, "missing": []}
+    return {"arm": arm, "seed": seed} | own
 
 
 def test_differences_are_of_runs_of_one_seed():

@@ -118,6 +118,21 @@ def test_accumulated_batches_are_one_large_batch(name):
 
 
 @every_method
+def test_mixed_precision_is_near_full_precision(name):
+    """As far as bfloat16 goes: matrices are multiplied in it, weights and losses stay in float32."""
+    batch = random_batch(4)
+    task = small(name)
+    [half], [full] = (
+        fit(each, [batch], precision=precision).losses
+        for each, precision in ((task, "bf16-mixed"), (small(name), "32-true"))
+    )
+    assert half == pytest.approx(full, rel=0.02)
+    assert half != full
+    assert {parameter.dtype for parameter in task.parameters()} == {torch.float32}
+    assert all(parameter.isfinite().all() for parameter in task.parameters())
+
+
+@every_method
 def test_what_is_logged_of_accumulated_batches_is_their_mean(name):
     """5 batches: the last step of an epoch has two of them, and the next epoch begins anew."""
     batches = [random_batch(2, seed) for seed in range(5)]

@@ -145,16 +145,20 @@ def find_backbone(
         name = weights
     if contents is None or (reference := contents.get(DECODER_OF)) is None:
         return Source(weights, name, arguments, contents)
-    source = backbone_of_decoder(reference, weights, moved)
+    source = where_recorded(reference, weights, moved)
     check_source(source)
     return find_backbone(source, name, arguments)
 
 
-def backbone_of_decoder(reference: dict[str, Any], file: object, moved: str | None) -> str:
-    """Return where the frozen backbone is that a decoder's file refers to, or where it has `moved`."""
+def where_recorded(reference: object, file: object, moved: str | None) -> str:
+    """Return where the frozen network is that a file refers to in place of its weights.
+
+    That is where the reference (see `tasks.frozen.reference_to`) says, or where the network has `moved`.
+    """
+    weights = str(reference.get("weights") if isinstance(reference, Mapping) else None)
     if moved is None:
-        check_here(reference.get("weights"), file, "model.backbone_weights")
-    return moved or str(reference["weights"])
+        check_here(weights, file, "model.backbone_weights")
+    return moved or weights
 
 
 def _recorded_model(weights: str, contents: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:

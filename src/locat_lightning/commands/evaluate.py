@@ -1,4 +1,4 @@
-"""`locat knn`, `linear`, `retrieve` and `robustness`: how good a model is, or its features, as it stands."""
+"""`locat knn`, `linear`, `retrieve`, `robustness`, `layers`: a model, or its features, as it stands."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -20,6 +20,7 @@ from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.accuracy import add_knn_options, add_linear_options, measure_knn, measure_linear
 from locat_lightning.commands.datasets import ending_of, options_of, show_together, subsets_of
 from locat_lightning.commands.defaults import Kind, of_data, of_evaluation
+from locat_lightning.commands.layers import add_layers_options, look_at_layers
 from locat_lightning.commands.measurement import Measurement, report
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.retrieval import add_retrieval_options, retrieve
@@ -37,6 +38,8 @@ DESCRIPTIONS = {
     "most similar to it; nothing is trained",
     "robustness": "Top-1 of a classifier, or mIoU of a segmentation, against the number of patches that are "
     "corrupted, as curves",
+    "layers": "How far attention reaches in each layer of a Vision Transformer, and how alike its patches "
+    "are to [CLS] and to each other",
 }
 
 
@@ -55,7 +58,7 @@ class ConfigOfImages(parsing.ConfigByName):
 
 @errors_in_a_line
 def main(arguments: list[str]) -> None:
-    """Run `locat knn …`, `locat linear …`, `locat retrieve …` or `locat robustness …`."""
+    """Run `locat knn …`, `locat linear …`, `locat retrieve …`, `locat robustness …` or `locat layers …`."""
     evaluate(arguments)
 
 
@@ -181,6 +184,8 @@ def _parser(command: str, *, masks: bool) -> ArgumentParser:
             add("--backbone_weights", type=str | None, default=None, help=help_)
     if command == "linear":
         add_linear_options(parser)
+    if command == "layers":
+        add_layers_options(parser)
     add_run_options(parser)
     return parser
 
@@ -211,6 +216,7 @@ MEASURES: dict[str, Callable[..., Measurement]] = {
     "linear": measure_linear,
     "retrieve": retrieve,
     "robustness": _robustness,
+    "layers": look_at_layers,
 }
 
 

@@ -53,17 +53,26 @@ def patch_signs(features: Tensor, patches: Tensor) -> dict[str, Tensor]:
 
     Source of the first: "DINOv3" (Siméoni et al. 2025), on the degradation of dense features.
     """
-    directions = F.normalize(patches.detach().float(), dim=-1)
-    number = patches.shape[1]
-    # The squared length of a sum is the sum of all products; each patch has a cosine of 1 with itself.
-    of_pairs = (directions.sum(1).square().sum(-1) - number) / max(1, number * (number - 1))
-    flat = directions.flatten(0, 1)
+    flat = patches.detach().flatten(0, 1)
     some = flat[:: -(-len(flat) // PATCHES)]
-    signs = {"patch_cosine": of_pairs.mean(), "patch_rank": effective_rank(some)}
+    signs = {"patch_cosine": patch_cosines(patches).mean(), "patch_rank": effective_rank(some)}
     if features.shape[-1] == patches.shape[-1]:
-        of_images = F.normalize(features.detach().float(), dim=-1).unsqueeze(1)
-        signs["patch_cls_cosine"] = (directions * of_images).sum(-1).mean()
+        signs["patch_cls_cosine"] = cosines_to(features, patches).mean()
     return signs
+
+
+def patch_cosines(patches: Tensor) -> Tensor:
+    """Return the mean cosine of two patches [N, n, D] of an image: [N] float32; 0 for a single patch."""
+    directions, number = F.normalize(patches.detach().float(), dim=-1), patches.shape[1]
+    # The squared length of a sum is the sum of all products; each patch has a cosine of 1 with itself.
+    of_pairs: Tensor = (directions.sum(1).square().sum(-1) - number) / max(1, number * (number - 1))
+    return of_pairs
+
+
+def cosines_to(features: Tensor, patches: Tensor) -> Tensor:
+    """Return the mean cosine of the patches [N, n, D] of an image and its features [N, D]: [N] float32."""
+    cosines = F.cosine_similarity(patches.detach().float(), features.detach().float().unsqueeze(1), dim=-1)
+    return cosines.mean(1)
 
 
 def outlying_share(tokens: Tensor) -> Tensor:

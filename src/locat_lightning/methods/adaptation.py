@@ -14,8 +14,8 @@ from timm.models.vision_transformer import Block
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from locat_lightning.backbones.create import load_backbone, noted_arguments
-from locat_lightning.backbones.weights import RANDOM, check_here, contents_of, read_state
+from locat_lightning.backbones.create import load_backbone, noted_arguments, where_recorded
+from locat_lightning.backbones.weights import RANDOM, contents_of, read_state
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import feature_width
@@ -105,11 +105,9 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         super().resume(checkpoint)
-        reference = checkpoint.get(self.recorded_as)
-        recorded = str(reference.get("weights") if isinstance(reference, Mapping) else None)
-        if self.backbone_weights is None:
-            check_here(recorded, "the checkpoint", self.read_from)
-        self.weights = self.backbone_weights or recorded
+        self.weights = where_recorded(
+            checkpoint.get(self.recorded_as), "the checkpoint", self.backbone_weights
+        )
 
     def build(self, make_backbone: Callable[[], Any]) -> None:
         hp = self.hp

@@ -3,9 +3,9 @@
 from typing import Any, Literal
 
 import torch
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
+from locat_lightning.nn.layers import rotate_patches
 from locat_lightning.nn.refinement import PatchRefinement
 
 
@@ -74,9 +74,7 @@ class ClassAttention:
         if q is None or not norm.training:
             return
         if rope is not None:
-            prefix, patches = k[:, :, : self._prefix], k[:, :, self._prefix :]
-            rotated = apply_rot_embed_cat(patches, rope, half=self._halves)
-            k = torch.cat([prefix, rotated.type_as(k)], dim=2)
+            k = rotate_patches(k, rope, self._prefix, half=self._halves).type_as(k)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # of grouped queries
         self.heads = class_attention(q, k)[..., self._prefix :]
 

@@ -14,6 +14,12 @@ from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
 from locat_lightning.nn.patches import PatchGrid
 
 
+def rotate_patches(t: Tensor, rope: Tensor, prefix: int, *, half: bool) -> Tensor:
+    """Return queries or keys [B, h, N, d] with rotary embedding, but for the first `prefix` tokens."""
+    patches = apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)
+    return torch.cat([t[:, :, :prefix].to(patches.dtype), patches], dim=2)
+
+
 @register_notrace_module  # `torch.fx` does not look inside: what a layer computes depends on the grid
 class GaussianSelfAttention(nn.Module):
     """Self-attention of a Vision Transformer with GAug, for timm's layers that compute q, k and v.
@@ -42,7 +48,8 @@ class GaussianSelfAttention(nn.Module):
         grid, kept = self.grid.of(patches), self.grid.kept_of(patches)
         gaussians = self.gaug(q, grid, self.grid.built_for, kept=kept)
         if rope is not None:
-            q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
+            half = getattr(this, "rotate_half", False)
+            q, k = (rotate_patches(t, rope, self.num_prefix_tokens, half=half).type_as(v) for t in (q, k))
         if q.shape[1] > k.shape[1]:  # grouped queries
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         dropout = this.attn_drop.p if self.training else 0.0
@@ -65,11 +72,6 @@ class GaussianSelfAttention(nn.Module):
         else:
             qkv = F.linear(x, this.qkv.weight, torch.cat([this.q_bias, this.k_bias, this.v_bias]))
         return [each.transpose(1, 2) for each in qkv.unflatten(-1, (3, -1, d)).unbind(2)]
-
-    def _rotate(self, t: Tensor, rope: Tensor) -> Tensor:
-        prefix, patches = t.split([self.num_prefix_tokens, t.shape[2] - self.num_prefix_tokens], dim=2)
-        rotated = apply_rot_embed_cat(patches, rope, half=getattr(self, "rotate_half", False))
-        return torch.cat([prefix.to(rotated.dtype), rotated], dim=2)
 
 
 class GaussianAttention(GaussianSelfAttention, Attention):

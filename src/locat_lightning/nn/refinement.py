@@ -50,17 +50,22 @@ class PatchRefinement(AttentionPoolPrr):
 
     def forward(self, x: Tensor) -> Tensor:
         """Refine final-normed tokens [B, N, h·d] and pool them to [B, h·d]; without pooling [B, .., h·d]."""
-        tokens = self.pre_norm(x.flatten(1, -2))
-        heads = self.by_head(tokens)
-        rows = F.scaled_dot_product_attention(heads[:, :, self.rows], heads, heads)
-        refined: Tensor = rows.transpose(1, 2).flatten(2)
-        if self.gate is not None:
-            pooled = tokens[:, self.rows]
-            refined = pooled + GATE_GAIN * self.gate * (refined - pooled)
-        refined = self.post_norm(refined)
+        refined = self.refine(x.flatten(1, -2), self.rows)
         if self.pool == "token":
             return refined.flatten(1)
         return refined.mean(1) if self.pool == "avg" else refined.view(x.shape)
+
+    def refine(self, x: Tensor, rows: slice) -> Tensor:
+        """Refine some of the final-normed tokens [B, N, h·d] by all of them: [B, n, h·d]."""
+        tokens = self.pre_norm(x)
+        heads = self.by_head(tokens)
+        found = F.scaled_dot_product_attention(heads[:, :, rows], heads, heads)
+        refined: Tensor = found.transpose(1, 2).flatten(2)
+        if self.gate is not None:
+            before = tokens[:, rows]
+            refined = before + GATE_GAIN * self.gate * (refined - before)
+        out: Tensor = self.post_norm(refined)
+        return out
 
     def by_head(self, tokens: Tensor) -> Tensor:
         """Return tokens [B, N, h·d] as [B, h, N, d], which are queries, keys and values."""

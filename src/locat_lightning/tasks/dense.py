@@ -14,10 +14,10 @@ from torch.optim import AdamW
 
 from locat_lightning.backbones.channels import channels_of
 from locat_lightning.backbones.create import (
-    backbone_of_decoder,
     create_for_any_size,
     find_backbone,
     load_backbone,
+    where_recorded,
 )
 from locat_lightning.backbones.weights import DECODER_OF, RANDOM, Role, check_source, contents_of
 from locat_lightning.errors import InputError
@@ -95,7 +95,7 @@ class DenseTask(FrozenNetwork):
         self.hp.backbone, self.hp.backbone_args = own["backbone"], own["backbone_args"]
         reference = checkpoint.get(DECODER_OF)
         moved = self.backbone_weights
-        self.weights = reference and backbone_of_decoder(reference, "the checkpoint", moved)
+        self.weights = reference and where_recorded(reference, "the checkpoint", moved)
 
     def read_weights(self, make_decoder: Callable[[dict[str, Tensor]], nn.Module]) -> None:
         """Build the backbone with its weights, and the head of a checkpoint's, which may have none."""

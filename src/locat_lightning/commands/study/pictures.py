@@ -20,10 +20,12 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.callbacks.pictures import spaced_items
 from locat_lightning.commands.study.differences import Place
 from locat_lightning.commands.study.plan import TRAIN, Step, Study
-from locat_lightning.commands.study.steps import Results, by_seed, checkpoint_of
+from locat_lightning.commands.study.steps import LAYERS, Results, by_seed, checkpoint_of
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.dense import patch_features
+from locat_lightning.evaluation.layers import ByLayer
 from locat_lightning.figures.grid import feature_column, grid, image_column, rgb
+from locat_lightning.figures.layers import layers_figure
 from locat_lightning.figures.segmentation import class_column, class_legend
 
 IMAGES, SIDE = 4, 120  # rows, and the shorter side of a tile in pixels
@@ -56,6 +58,8 @@ def draw(
     if any(len(places) > 1 for of_arm in courses.values() for places in of_arm.values()):
         names = {arm: f"{arm} − {study.baseline_of(arm)}" for arm in courses}
         figures["curves"] = differences_figure({names[arm]: of_arm for arm, of_arm in courses.items()})
+    if by_epoch := layers_by_epoch(study, results):
+        figures["layers"] = layers_figure({f"epoch {epoch}": each for epoch, each in by_epoch.items()})
     seed = study.seeds[0]
     steps = {step.name: step for step in study.steps(next(iter(study.arms)), seed)}
     arms = {r["arm"]: directory / r["arm"] / f"seed_{seed}" for r in results if r["seed"] == seed}
@@ -67,6 +71,20 @@ def draw(
             colours = None if chosen.colours is None else np.array(chosen.colours, np.uint8)
             figures["predictions"] = predictions_figure(arms, step, steps[step.weights], folders, colours)
     return figures
+
+
+def layers_by_epoch(study: Study, results: Results) -> dict[int, dict[str, ByLayer]]:
+    """Return what was found of the layers of each arm after each epoch, means over the seeds."""
+    found: dict[int, dict[str, ByLayer]] = {}
+    for epoch in sorted({epoch for result in results for epoch in result[LAYERS]}):
+        for arm in study.arms:
+            seeds = [r[LAYERS][epoch] for r in results if r["arm"] == arm and epoch in r[LAYERS]]
+            if seeds:
+                found.setdefault(epoch, {})[arm] = {
+                    measure: {layer: mean(seed[measure][layer] for seed in seeds) for layer in of_layer}
+                    for measure, of_layer in seeds[0].items()
+                }
+    return found
 
 
 def _have(arms: Places, *paths: Path) -> bool:

@@ -16,7 +16,7 @@ Options = dict[str, Any]  # of a command, by dotted name
 
 TRAIN = "train"  # the first step of every arm and seed
 MEASURING = ("validate", "test", "predict")  # without training; their runs are named NAME_COMMAND
-EVALUATIONS = ("knn", "linear", "retrieve")
+EVALUATIONS = ("knn", "linear", "retrieve", "layers")
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **dict.fromkeys(("fit", *MEASURING), fit.main),
     **dict.fromkeys(EVALUATIONS, evaluate.main),
@@ -89,6 +89,7 @@ class Pictures:
     """What to draw besides the widths of the kernels."""
 
     quality: tuple[str, str] | None = None  # two measures, the second over the first
+    layers: str | None = None  # a step of `locat layers`; its chart and its table
     features: str | None = None  # a step; patch features of its validation images
     predictions: str | None = None  # a step of `locat predict` that writes label maps
     colours: list[tuple[int, int, int]] | None = None  # of its classes, RGB; None for those in the data
@@ -117,8 +118,8 @@ class Study:
             if they name none.
         probes: steps after the training by name: command, options, weights (a step), seeds, recipes, curve.
         measures: what to compare by name: title, step, metric in the step's metrics.json.
-        pictures: what to draw: quality (two measures), features (a step), predictions (a step),
-            colours of their classes.
+        pictures: what to draw: quality (two measures), layers (a step of locat layers), features (a step),
+            predictions (a step), colours of their classes.
         seeds: of each arm.
         epochs: after which the training keeps its weights, for the probes with a curve; the last needs none.
         per_class: training images of each class to keep, by name of the folder.
@@ -157,8 +158,9 @@ class Study:
             _check(f"measures.{name}.step", measure.step, steps)
         for name in self.pictures.quality or ():
             _check("pictures.quality", name, self.measures)
-        for step in filter(None, (self.pictures.features, self.pictures.predictions)):
-            _check("pictures", step, self.probes)
+        for step in (self.pictures.layers, self.pictures.features, self.pictures.predictions):
+            if step is not None:
+                _check("pictures", step, self.probes)
 
     def with_preset(self, name: str) -> "Study":
         """Return the study as one of its presets changes it."""

@@ -15,14 +15,16 @@ from locat_lightning.commands.study.differences import (
     difference_between,
     in_words,
 )
-from locat_lightning.commands.study.pictures import draw
+from locat_lightning.commands.study.pictures import draw, layers_by_epoch
 from locat_lightning.commands.study.plan import Study
 from locat_lightning.commands.study.steps import IMAGES, Results, by_seed
+from locat_lightning.evaluation.layers import MEASURES
+from locat_lightning.figures.layers import layers_of, short
 
 NOTHING = "–"  # noqa: RUF001 - an empty cell
 TEMPLATE = Path(__file__).with_name("report.md.jinja")
 # The last two need checkpoints, and stay as they are where there are none any more.
-PICTURES = ("quality", "curves", "kernels", "features", "predictions")
+PICTURES = ("quality", "curves", "kernels", "layers", "features", "predictions")
 COST = {  # title, scale and format of each number
     "parameters": ("parameters", 1, "{:,.0f}"),
     "multiply_adds": ("multiply-adds", 1e-6, "{:,.1f} M"),
@@ -74,12 +76,20 @@ def write_report(
         versions=dict.fromkeys(", ".join(map(" ".join, result["versions"].items())) for result in results),
         seconds=sum(sum(result["seconds"].values()) for result in results),
         options={name: [_option(*each) for each in arm.options.items()] for name, arm in study.arms.items()},
-        missing=[f"{arm} (seed {seed})" for arm, seed in study.runs() if (arm, seed) not in finished],
+        missing=[
+            *(f"{arm} (seed {seed})" for arm, seed in study.runs() if (arm, seed) not in finished),
+            *(
+                f"{', '.join(each['missing'])} of {each['arm']} (seed {each['seed']})"
+                for each in results
+                if each["missing"]
+            ),
+        ],
         measured=list(measured),
         quality=quality,
         differences=differences,
         over_images=over_images if any(set(row[1:]) - {NOTHING} for row in over_images) else [],
         by_epoch=_by_epoch(study, measured, results),
+        layers=_layers(study, results),
         verdicts=verdicts,
         costs=_costs(study, results),
         figures=figures,
@@ -127,6 +137,22 @@ def _by_epoch(study: Study, measured: Mapping[str, str], results: Results) -> li
             cells = [_spread([*by_seed(arm, name, results, epoch).values()]) for epoch in epochs]
             rows.append([title, arm, *cells])
     return rows if epochs else []
+
+
+def _layers(study: Study, results: Results) -> list[list[str]]:
+    """Return the head and the rows of the table of what layers do after the last epoch, or []."""
+    by_epoch = layers_by_epoch(study, results)
+    if not by_epoch:
+        return []
+    arms = by_epoch[max(by_epoch)]
+    layers = layers_of(arms.values())
+    rows = [["", "arm", *map(short, layers)]]
+    for measure, title in MEASURES.items():
+        for arm, found in arms.items():
+            cells = [found.get(measure, {}).get(layer) for layer in layers]
+            if any(cell is not None for cell in cells):
+                rows.append([title, arm, *(NOTHING if cell is None else f"{cell:.3f}" for cell in cells)])
+    return rows
 
 
 def _file(page: Path, picture: str) -> Path:

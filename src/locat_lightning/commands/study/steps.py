@@ -25,6 +25,7 @@ from locat_lightning.callbacks.record import versions
 from locat_lightning.commands.study.plan import COMMANDS, TRAIN, Measure, Step, Study, epoch_of
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import activation_bytes, count_parameters, multiply_adds
+from locat_lightning.evaluation.layers import by_layer
 from locat_lightning.evaluation.packed import packed
 from locat_lightning.evaluation.per_image import TABLE, read_table
 
@@ -32,6 +33,7 @@ Results = Sequence[Mapping[str, Any]]  # of some arms and seeds, as `read_result
 
 LEARNING = ("train/loss", "train/top1", "val/")  # what is kept of a training by epoch
 IMAGES = "images"  # in a result, by measure and epoch what was found of each image
+LAYERS = "layers"  # in a result, by epoch what was found of each layer
 MISTAKE = 2  # exit code of a command that refuses its options
 
 
@@ -109,12 +111,17 @@ def record_of(records: Path, arm: str, seed: int) -> Path:
 
 
 def read_results(study: Study, records: Path) -> list[dict[str, Any]]:
-    """Read the results of the arms and seeds in a study's records whose steps are all finished."""
+    """Read the results of the arms and seeds in a study's records of which all measures are known.
+
+    Steps that no measure reads may be missing, as those of a probe that was added; `missing` says which.
+    """
     results = []
     for arm, seed in study.runs():
         steps, known = study.steps(arm, seed), finished_steps(record_of(records, arm, seed))
-        if not all(step.name in known for step in steps):
+        if not all(step.name in known for step in steps if step.figures or step.name == TRAIN):
             continue
+        missing = [step.name for step in steps if step.name not in known]
+        steps = [step for step in steps if step.name in known]
         last = int(known[TRAIN]["metrics"].get("epochs", 0))
         found = {name: _found(each, last, study.epochs, known) for name, each in study.measures.items()}
         said = {step.name: known[step.name]["measured"] for step in steps}
@@ -126,6 +133,12 @@ def read_results(study: Study, records: Path) -> list[dict[str, Any]]:
             "curves": {
                 name: {epoch: value for epoch, (value, _) in each.items()} for name, each in found.items()
             },
+            LAYERS: {
+                epoch: layers
+                for epoch, step in _by_epoch(study.pictures.layers, last, study.epochs, known).items()
+                if (layers := by_layer(step["metrics"]))
+            },
+            "missing": missing,
             IMAGES: {
                 name: {epoch: images for epoch, (_, images) in each.items() if images}
                 for name, each in found.items()
@@ -144,13 +157,19 @@ def _found(
     measure: Measure, last: int, epochs: Sequence[int], known: Mapping[str, Mapping[str, Any]]
 ) -> dict[int, tuple[float, dict[str, Any] | None]]:
     """Return what was measured by epoch, and of each image (see `packed`); after the last epoch last."""
-    names = {epoch: epoch_of(measure.step, epoch) for epoch in epochs} | {last: measure.step}
-    steps = {epoch: known[name] for epoch, name in names.items() if name in known}
     return {
         epoch: (step["metrics"][measure.metric], step["images"])
-        for epoch, step in steps.items()
+        for epoch, step in _by_epoch(measure.step, last, epochs, known).items()
         if measure.metric in step["metrics"]
     }
+
+
+def _by_epoch(
+    step: str | None, last: int, epochs: Sequence[int], known: Mapping[str, Mapping[str, Any]]
+) -> dict[int, Mapping[str, Any]]:
+    """Return what is known of a step by the epoch that it measured; {} of none."""
+    names = {} if step is None else {epoch: epoch_of(step, epoch) for epoch in epochs} | {last: step}
+    return {epoch: known[name] for epoch, name in names.items() if name in known}
 
 
 def by_seed(arm: str, measure: str, results: Results, epoch: int | None = None) -> dict[int, float]:
