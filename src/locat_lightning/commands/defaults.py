@@ -26,7 +26,7 @@ SOURCES = {"teacher", "backbone_weights"}  # options of models that say where we
 # normalisation, but not how strongly they were augmented.
 OF_ANY_KIND = ("channels", "mean", "std")
 OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "stream", "shards_at_once", "classes", "num_workers")
-OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
+OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip", "imbalance")
 OF_FOLDER = ("images", "masks", "splits", "image_suffix", "mask_suffix", "ignore_index", "reduce_zero_label")
 OF_MASKS = (*OF_BOTH, *OF_FOLDER, "crop_size", "eval_batch_size")
 # A command with one of these needs no defaults: it has a config, or only prints.

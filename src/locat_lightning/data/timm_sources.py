@@ -1,8 +1,9 @@
 """Data sets that timm makes: torchvision's, and those of the Hugging Face hub."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ class TimmSource(Source[int]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @cached_property
+    def labels(self) -> Sequence[int] | None:
+        """The label of each image; None where they are not known without reading the images."""
+        reader: Any = getattr(self.dataset, "reader", None)
+        if hasattr(reader, "label_key"):  # of Hugging Face
+            return list(reader.dataset[reader.label_key])
+        named = (getattr(self.dataset, name, None) for name in ("targets", "labels", "_labels"))
+        labels: Sequence[int] | None = next((each for each in named if each is not None), None)
+        return labels if labels is not None and len(labels) == len(self) else None
 
     def path(self, index: int) -> str:
         return f"{self.name}/{index}"

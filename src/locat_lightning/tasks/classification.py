@@ -1,6 +1,6 @@
 """Supervised classification: the paper's ImageNet recipe around any timm model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +25,10 @@ from locat_lightning.evaluation.per_image import Scores, names_of
 from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
+from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.prediction_files import write_table
 from locat_lightning.tasks.sharpness import SharpnessAware
-
-DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, where class_names differ
 
 
 class Classification(SharpnessAware):
@@ -276,25 +275,3 @@ class Classification(SharpnessAware):
             group["lr"] = self._learning_rate(self.step)
             if group["weight_decay"] > 0:  # perhaps from a checkpoint
                 group["weight_decay"] = self.hp.weight_decay
-
-
-def classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
-    """Return the classes of the data that a checkpoint's model was trained on; [] if it does not say."""
-    options = checkpoint.get("hyper_parameters")
-    named = options.get("class_names") if isinstance(options, Mapping) else None
-    return [str(name) for name in checkpoint.get(DATA_CLASSES) or named or []]
-
-
-def check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:
-    """Check that labels mean the same classes in the weights as in the data, where both are known."""
-    if not learnt or not given or list(learnt) == list(given):
-        return
-    lists = [
-        f"only {side} have {', '.join(alone[:10])}{', …' if len(alone) > 10 else ''}"
-        for side, these, those in (("the weights", learnt, given), ("the data", given, learnt))
-        if (alone := sorted(set(these) - set(those)))
-    ]
-    raise InputError(
-        f"the weights were trained on other classes than the data have: {'; '.join(lists) or 'another order'}"
-        ": check data.root, or use other weights"
-    )
