@@ -22,16 +22,17 @@ from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.evaluation.per_image import Scores, names_of
+from locat_lightning.evaluation.shots import FIGURES
 from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
+from locat_lightning.tasks.long_tail import LongTailed
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.prediction_files import write_table
-from locat_lightning.tasks.sharpness import SharpnessAware
 
 
-class Classification(SharpnessAware):
+class Classification(LongTailed):
     """Train a timm model to name the class of an image.
 
     The defaults are the recipe of "Locality-Attending Vision Transformer" (ICLR 2026) for ImageNet-1K, which
@@ -62,7 +63,7 @@ class Classification(SharpnessAware):
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
         class_names: names of the classes, by label; null takes those of the data.
-        options: `sam`, and those of every task (`SharpnessAware`, `Task`).
+        options: those of `LongTailed`, `SharpnessAware` (`sam`) and every task (`Task`).
 
     Attributes:
         data_classes: classes of the data that the model was trained on, by label; [] if unknown.
@@ -111,6 +112,7 @@ class Classification(SharpnessAware):
         hp, new = self.hp, not hasattr(self, "backbone")
         contents = contents_of(self.weights) if new and self.weights else None
         num_classes = self._agree_on_classes(contents or {})
+        self.agree_on_class_counts(contents or {}, training=self._is_training())
         if not new:
             return
         agree_on_channels(self)
@@ -188,10 +190,10 @@ class Classification(SharpnessAware):
         """Return loss, logits and labels of a batch, or of its mixtures."""
         if self.mixup is None or mixed is None:
             logits = self(images)
-            return F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing), logits, labels
+            return self.cross_entropy(logits, labels, self.hp.label_smoothing), logits, labels
         logits = self(mixed.images)
         targets = self.mixup.targets(mixed, logits)
-        return F.cross_entropy(logits, targets), logits, targets.argmax(-1)
+        return self.cross_entropy(logits, targets), logits, targets.argmax(-1)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         return self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
@@ -220,7 +222,7 @@ class Classification(SharpnessAware):
         return shares.amax(-1) - shares.gather(-1, batch[1][:, None])[:, 0]
 
     def _conclude(self, split: str) -> None:
-        """Keep the hits of each image of all processes as `results`."""
+        """Keep the hits of each image of all processes as `results`; log top-1 of groups of classes."""
         if self.trainer.sanity_checking:
             return
         nothing = torch.empty(3, 0, dtype=torch.int64, device=self.device)
@@ -232,7 +234,12 @@ class Classification(SharpnessAware):
         indices, labels, ranks = gather_rows(indices, indices, *columns[1:], device=self.device)
         tops = {f"top{k}": ranks < k for k in (1, 5) if k < self.hp.num_classes}
         names = names_of(self.trainer.datamodule, split, indices.tolist())  # type: ignore[attr-defined]
-        self.results = Scores(indices, names, labels, tops) if names else None
+        found = Scores(indices, names, labels, tops, self.shots_of(labels))
+        self.results = found if names else None
+        figures = found.figures(found.statistics().sum(0), len(labels))
+        for name in FIGURES:
+            if name in figures:
+                self.log(f"{split}/{name}", figures[name].float(), sync_dist=True)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""
