@@ -98,6 +98,8 @@ def _of_run(command: str, record: Path, checkpoint: Path, typed: set[str]) -> di
         # The data of a run decide how many classes it has; the data to predict may have none.
         known = plain(read_checkpoint(checkpoint).get("hyper_parameters", {}), checkpoint)
         arguments |= {key: known[key] for key in arguments.keys() & known.keys()}
+        if config["model"]["class_path"].endswith("Classification"):
+            arguments.pop("teacher", None)  # which training alone needs
     for option in SOURCES - {each.removeprefix("--model.") for each in typed}:
         if arguments.get(option) is not None:
             check_here(arguments[option], record, f"--model.{option}")

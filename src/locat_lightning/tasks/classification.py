@@ -27,12 +27,12 @@ from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
-from locat_lightning.tasks.long_tail import LongTailed
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.prediction_files import write_table
+from locat_lightning.tasks.token_distillation import TokenDistilled
 
 
-class Classification(LongTailed):
+class Classification(TokenDistilled):
     """Train a timm model to name the class of an image.
 
     The defaults are the recipe of "Locality-Attending Vision Transformer" (ICLR 2026) for ImageNet-1K, which
@@ -63,7 +63,7 @@ class Classification(LongTailed):
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
         class_names: names of the classes, by label; null takes those of the data.
-        options: those of `LongTailed`, `SharpnessAware` (`sam`) and every task (`Task`).
+        options: those of `TokenDistilled`, `LongTailed`, `SharpnessAware` (`sam`) and every task (`Task`).
 
     Attributes:
         data_classes: classes of the data that the model was trained on, by label; [] if unknown.
@@ -122,6 +122,8 @@ class Classification(LongTailed):
         announce_size(hp.backbone, self.backbone)
         if self.weights is not None:
             load_weights(self.backbone, self.weights, warm_start=self._is_training(), contents=contents)
+        if self._is_training():
+            self.add_teacher(self.backbone, self.data_classes)
         tops = [k for k in (1, 5) if k < num_classes]
         accuracy = MetricCollection(
             {
@@ -180,20 +182,26 @@ class Classification(LongTailed):
         """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""
         images, labels = batch[:2]
         mixed = self.mixup(images, labels) if self.mixup is not None and len(images) > 1 else None
-        (loss, logits, labels), trained_with = self.sharpened(lambda: self._compare(images, labels, mixed))
+        taught = self.taught(images if mixed is None else mixed.images)
+        found, trained_with = self.sharpened(lambda: self._compare(images, labels, mixed, taught))
+        loss, logits, labels = found
         self.log("train/loss", loss)
         if self.is_logged():
             self.log_dict(self.train_accuracy(logits, labels))
         return trained_with
 
-    def _compare(self, images: Tensor, labels: Tensor, mixed: Mixed | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, logits and labels of a batch, or of its mixtures."""
-        if self.mixup is None or mixed is None:
-            logits = self(images)
-            return self.cross_entropy(logits, labels, self.hp.label_smoothing), logits, labels
-        logits = self(mixed.images)
-        targets = self.mixup.targets(mixed, logits)
-        return self.cross_entropy(logits, targets), logits, targets.argmax(-1)
+    def _compare(
+        self, images: Tensor, labels: Tensor, mixed: Mixed | None, taught: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, logits and labels of a batch or its mixtures; `taught` are a teacher's logits."""
+        outputs: Any = self(images if mixed is None else mixed.images)
+        of_class, of_token = outputs if taught is not None else (outputs, outputs)
+        logits = outputs if taught is None else (of_class + of_token) / 2
+        targets = labels if self.mixup is None or mixed is None else self.mixup.targets(mixed, logits)
+        loss = self.cross_entropy(of_class, targets, self.hp.label_smoothing, reweighted=taught is None)
+        if taught is not None:
+            loss = self.distilled(loss, of_token, taught)
+        return loss, logits, targets if targets.ndim == 1 else targets.argmax(-1)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         return self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
