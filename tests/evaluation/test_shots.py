@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from locat_lightning.evaluation.intervals import Figures, paired_differences, resampled_sums
+from locat_lightning.evaluation.intervals import (
+    Figures,
+    mean_difference,
+    paired_differences,
+    resampled_sums,
+)
 from locat_lightning.evaluation.per_image import Scores, fingerprint, read_table, write_table
 from locat_lightning.evaluation.shots import is_unbalanced
 
@@ -78,6 +83,8 @@ def test_the_table_keeps_the_groups(tmp_path):
     assert paired["few"].difference == pytest.approx(
         Figures(of, "val").values["few"] - Figures(other, "val").values["few"]
     )
+    assert mean_difference([(again, other)], "few").low < paired["few"].difference
+    assert mean_difference([(again, results(counts=None))], "few") is None
     hits, others = (each.scores["top1"][of.labels >= 4] for each in (of, other))
     assert paired["few"].first_better == int((hits & ~others).sum())
 

@@ -124,14 +124,18 @@ def mean_difference(
     """Return the 95 % interval of the mean of first - second over pairs of results, all on the same images.
 
     Each bootstrap sample (see `intervals`) has the same images of all results. The interval is for other
-    images, and says nothing of other runs. None if the figure is not a number in any sample.
+    images, and says nothing of other runs. None if a result lacks the figure, or it is not a number in any
+    sample.
     """
     results = [each for pair in pairs for each in pair]
     statistics = [each.statistics() for each in results]
     sums = resampled_sums(torch.cat(statistics, 1), seed=seed).split(
         [each.shape[1] for each in statistics], 1
     )
-    found = [each.figures(part, len(statistics[0]))[figure] for each, part in zip(results, sums, strict=True)]
+    samples = [each.figures(part, len(statistics[0])) for each, part in zip(results, sums, strict=True)]
+    if not all(figure in each for each in samples):
+        return None
+    found = [each[figure] for each in samples]
     ends = _percentiles((torch.stack(found[::2]) - torch.stack(found[1::2])).mean(0))
     return Interval(*ends) if ends else None
 
