@@ -366,7 +366,13 @@ def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, cap
 
 
 def test_every_arm_differs_from_its_baseline_in_nothing_but_its_options():
-    for config, preset in (("cifar", "cpu"), ("cifar", "quick"), ("cifar", "gpu"), ("pretraining", None)):
+    for config, preset in (
+        ("cifar", "cpu"),
+        ("cifar", "quick"),
+        ("cifar", "gpu"),
+        ("pretraining", None),
+        ("tails", "teacher"),
+    ):
         study = study_of(f"study_{config}.yaml", preset)
         assert len(study.seeds) >= 3
         for arm, seed in study.runs():
