@@ -85,6 +85,8 @@ def test_the_table_keeps_the_groups(tmp_path):
     )
     assert mean_difference([(again, other)], "few").low < paired["few"].difference
     assert mean_difference([(again, results(counts=None))], "few") is None
+    elsewhere = paired_differences(of, results(counts=COUNTS.flip(0)))  # trained on other images
+    assert list(elsewhere) == ["top1", "top5", "balanced"]
     hits, others = (each.scores["top1"][of.labels >= 4] for each in (of, other))
     assert paired["few"].first_better == int((hits & ~others).sum())
 

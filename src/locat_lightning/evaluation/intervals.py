@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from locat_lightning.evaluation.per_image import PerImage, fingerprint
+from locat_lightning.evaluation.shots import groups_that_differ
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -107,8 +108,11 @@ def paired_differences(first: PerImage, second: PerImage, *, seed: int = 0) -> d
         results.figures(each.sum(0), images) for results, each in zip((first, second), both, strict=True)
     ]
     alone = [results.figures(each, 1) for results, each in zip((first, second), both, strict=True)]
+    common = (whole[0].keys() & whole[1].keys()) - groups_that_differ(
+        getattr(first, "shots", None), getattr(second, "shots", None)
+    )
     found = {}
-    for name in whole[0].keys() & whole[1].keys():
+    for name in common:
         ends = _percentiles(samples[0][name] - samples[1][name])
         if ends:
             values = float(whole[0][name]), float(whole[1][name])

@@ -13,6 +13,12 @@ UNBALANCED = 2  # times as many images as the smallest class has the largest at 
 FIGURES = ("balanced", "many", "medium", "few")
 
 
+def groups_that_differ(first: Tensor | None, second: Tensor | None) -> set[str]:
+    """Return the groups that do not have the same images for two models, of these training images [N]."""
+    same = first is None or second is None or torch.equal(first, second)
+    return set() if same else {*FIGURES} - {"balanced"}
+
+
 def is_unbalanced(counts: Sequence[int]) -> bool:
     """Return whether classes of so many training images are worth telling apart; no if none are known."""
     return bool(counts) and max(counts) >= UNBALANCED * min(counts)
