@@ -17,6 +17,7 @@ SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "num
 MODELS = {
     "locatvit_tiny": VIT,
     "locatvit_tiny_rope_mixed": VIT,
+    "locatvit_tiny_distilled": VIT,
     "locatjumbo_tiny": VIT | {"jumbo_multiplier": 2},
     "locatswin_tiny": SWIN | {"depths": (2,), "num_heads": (1,)},
 }

@@ -117,7 +117,7 @@ def test_without_gaug_it_is_timms_prr_model():
 def test_the_models_are_listed_with_their_preprocessing():
     sizes = ("tiny", "small", "base")
     families = ("locatvit_{}", "locatvit_{}_rope_mixed", "locatswin_{}", "jumbo_{}", "locatjumbo_{}")
-    families += ("channelvit_{}", "locatchannelvit_{}")
+    families += ("channelvit_{}", "locatchannelvit_{}", "locatvit_{}_distilled")
     published = {family.format(size) for family in (*families, "nopos_vit_{}_patch16_224") for size in sizes}
     assert set(registry.MODELS) == published | {"vit_tiny_patch16_rope_mixed_224"}
     assert set(timm.list_models()) >= published
@@ -125,7 +125,8 @@ def test_the_models_are_listed_with_their_preprocessing():
         config = timm.get_pretrained_cfg(name)
         assert config.input_size == (3, 224, 224)
         assert config.first_conv == "patch_embed.proj"
-        assert config.classifier == ("head.fc" if "swin" in name else "head")
+        two = ("head", "head_dist") if "distilled" in name else "head"
+        assert config.classifier == ("head.fc" if "swin" in name else two)
 
 
 @pytest.mark.parametrize(

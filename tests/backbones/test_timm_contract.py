@@ -61,7 +61,8 @@ def test_structure(name):
         with pytest.raises(TypeError):
             timm.create_model(name, not_an_argument=1, **meta)
     config, names = model.default_cfg, dict(model.named_parameters())
-    assert {f"{config['classifier']}.weight", f"{config['first_conv']}.weight"} <= names.keys()
+    heads = config["classifier"] if isinstance(config["classifier"], tuple) else (config["classifier"],)
+    assert {f"{layer}.weight" for layer in (*heads, config["first_conv"])} <= names.keys()
     assert model.in_chans == config["input_size"][0]
     assert model.num_classes == config["num_classes"]
     assert len(set(group_parameters(model, model.group_matcher(coarse=False), reverse=True).values())) > 1

@@ -436,7 +436,8 @@ def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, cap
 
 def test_every_arm_differs_from_its_baseline_in_nothing_but_its_options():
     presets = ("cpu", "variants", "training", "quick", "gpu")
-    for config, preset in (*(("cifar", preset) for preset in presets), ("pretraining", None)):
+    studies = (*(("cifar", preset) for preset in presets), ("pretraining", None), ("tails", "teacher"))
+    for config, preset in studies:
         study = study_of(f"study_{config}.yaml", preset)
         assert len(study.seeds) >= 3
         for arm, seed in study.runs():

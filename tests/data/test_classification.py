@@ -440,7 +440,7 @@ def test_all_arguments_are_options_and_kept(parsed):
     made = parsed(ImageData, *[f"--data.{name}={value}" for name, value in options.items()])
     assert options.items() <= made.hparams.items()
     assert made.hparams.keys() == ImageData(**options).hparams.keys()
-    assert len(made.hparams) == 28
+    assert len(made.hparams) == 30
 
 
 @pytest.mark.parametrize(
@@ -489,6 +489,12 @@ def test_a_data_set_of_torchvision(tmp_path, monkeypatch):
     torch.testing.assert_close(batch.images, torch.full((3, 3, 16, 16), 100 / 255))
     images.setup("predict")
     assert images.predict_paths == ["torch/tiny/test/0"]
+    balanced = data(tmp_path, dataset="torch/tiny", sampling="balanced", imbalance=2)
+    balanced.setup("fit")
+    assert balanced.class_names == ["no", "yes"]
+    assert balanced.class_counts.tolist() == [1, 1]
+    monkeypatch.setattr(Tiny, "__len__", lambda self: 5)  # the labels are of something else
+    assert data(tmp_path, dataset="torch/tiny").class_counts is None
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m0-n9", "v0", "augmix-m10"])

@@ -12,6 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from locat_lightning.backbones.distilled import TOKENS, Distilled
 from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
 from locat_lightning.nn.layers import (
     ATTENTIONS,
@@ -174,13 +175,17 @@ def _add_prr(model: Any, gated: bool) -> None:
         heads = model.layers[-1].blocks[-1].attn.num_heads
         _refine_before(model.head.global_pool, refinement(model.num_features, heads, ""))
         return
+    if isinstance(model, Distilled):
+        heads = model.blocks[-1].attn.num_heads
+        model.attn_pool = refinement(model.embed_dim, heads, "token", TOKENS).train(model.training)
+        return
     pool: Any = getattr(model, "attn_pool", None)
     if isinstance(pool, AttentionPoolPrr):
         model.attn_pool = refinement(model.embed_dim, pool.num_heads, pool.pool).train(model.training)
         return
     pooling = getattr(model, "global_pool", None)
     attention: Any = getattr(next(reversed(getattr(model, "blocks", [])), None), "attn", None)
-    # The heads of distilled DeiT and of Jumbo take more than one token, and no pooling.
+    # The heads of timm's distilled DeiT and of Jumbo take more than one token, and no pooling.
     width = getattr(model, "embed_dim", 0)
     several = hasattr(model, "dist_token") or getattr(model, "head_hidden_size", 0) != width
     if attention is None or pooling not in ("token", "avg", "map") or several:

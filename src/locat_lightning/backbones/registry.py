@@ -19,6 +19,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from locat_lightning.backbones.channelvit import ChannelViT
+from locat_lightning.backbones.distilled import Distilled
 from locat_lightning.backbones.jumbo import Jumbo
 from locat_lightning.backbones.locate import LOCATED, add_locat, kernel_widening
 
@@ -48,7 +49,7 @@ _ROPE_MIXED: dict[str, Any] = {
 
 
 def _with_locat(model: type[nn.Module], *, gaug: Gaug, prr: bool, **kwargs: Any) -> nn.Module:
-    if prr and issubclass(model, vit.VisionTransformer):
+    if prr and issubclass(model, vit.VisionTransformer) and model is not Distilled:
         if (pooling := kwargs.get("global_pool", "token")) not in ("token", "prr", ""):
             raise ValueError(
                 f"global_pool='{pooling}' would replace PRR's pooling: pass prr=False with it, "
@@ -62,6 +63,7 @@ _located_vit = partial(_with_locat, vit.VisionTransformer)
 _located_rope = partial(_with_locat, eva.Eva)
 _located_swin = partial(_with_locat, swin.SwinTransformer)
 _located_channels = partial(_with_locat, ChannelViT)
+_located_distilled = partial(_with_locat, Distilled)
 # Name, model, sizes, further arguments, and whether LocAt is in it by default.
 _FAMILIES: list[tuple[str, Callable[..., nn.Module], dict[str, dict[str, Any]], dict[str, Any], bool]] = [
     ("locatvit_{}", _located_vit, _VIT, {}, True),
@@ -71,6 +73,7 @@ _FAMILIES: list[tuple[str, Callable[..., nn.Module], dict[str, dict[str, Any]], 
     ("locatswin_{}", _located_swin, _SWIN, {}, True),
     ("jumbo_{}", Jumbo, _VIT, {}, False),
     ("locatjumbo_{}", Jumbo, _VIT, {"norm_patches": True}, True),
+    ("locatvit_{}_distilled", _located_distilled, _VIT, {}, True),
     ("channelvit_{}", _located_channels, _VIT, {}, False),
     ("locatchannelvit_{}", _located_channels, _VIT, {}, True),
 ]
@@ -93,6 +96,7 @@ default_cfgs = generate_default_cfgs(
             "classifier": "head.fc" if "swin" in name else "head",
             "license": "apache-2.0",
         }
+        | ({"classifier": ("head", "head_dist")} if "distilled" in name else {})
         for name in MODELS
     }
 )

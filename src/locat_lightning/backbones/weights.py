@@ -91,8 +91,11 @@ def load_weights(
             summary += f", {len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
     new: set[str] = set()
     if warm_start:
-        classifier = model.get_classifier()  # type: ignore[operator]
-        new = _names_in(model, classifier.modules() if isinstance(classifier, nn.Module) else ())
+        given = model.get_classifier()  # type: ignore[operator]
+        own_heads = given if isinstance(given, tuple) else (given,)  # two, with a distillation token
+        new = _names_in(
+            model, (m for head in own_heads if isinstance(head, nn.Module) for m in head.modules())
+        )
         of_locat = _names_in(model, (each for each in model.modules() if isinstance(each, LOCAT)))
         new |= of_locat if state.keys().isdisjoint(of_locat) else set()
         if isinstance(model, ChannelViT) and CHANNELS not in state:

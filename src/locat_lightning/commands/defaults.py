@@ -26,7 +26,7 @@ SOURCES = {"teacher", "backbone_weights"}  # options of models that say where we
 # normalisation, but not how strongly they were augmented.
 OF_ANY_KIND = ("channels", "mean", "std")
 OF_BOTH = (*OF_ANY_KIND, "dataset", "root", "stream", "shards_at_once", "classes", "num_workers")
-OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip")
+OF_IMAGES = (*OF_BOTH, "img_size", "crop_pct", "eval_interpolation", "scale", "ratio", "hflip", "imbalance")
 OF_FOLDER = ("images", "masks", "splits", "image_suffix", "mask_suffix", "ignore_index", "reduce_zero_label")
 OF_MASKS = (*OF_BOTH, *OF_FOLDER, "crop_size", "eval_batch_size")
 # A command with one of these needs no defaults: it has a config, or only prints.
@@ -98,6 +98,8 @@ def _of_run(command: str, record: Path, checkpoint: Path, typed: set[str]) -> di
         # The data of a run decide how many classes it has; the data to predict may have none.
         known = plain(read_checkpoint(checkpoint).get("hyper_parameters", {}), checkpoint)
         arguments |= {key: known[key] for key in arguments.keys() & known.keys()}
+        if config["model"]["class_path"].endswith("Classification"):
+            arguments.pop("teacher", None)  # which training alone needs
     for option in SOURCES - {each.removeprefix("--model.") for each in typed}:
         if arguments.get(option) is not None:
             check_here(arguments[option], record, f"--model.{option}")

@@ -23,7 +23,7 @@ from locat_lightning.evaluation.robustness import (
     rank_perturbed,
 )
 from locat_lightning.figures.curves import Point, curves_figure
-from locat_lightning.tasks.classification import check_same_classes, classes_of
+from locat_lightning.tasks.class_names import check_same_classes, classes_of
 
 TITLES = {"top1": "top-1", "miou": "mIoU"}
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from math import inf
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.data import suggested_max_num_workers
@@ -104,6 +105,11 @@ class ImageModule(LightningDataModule, Generic[Found]):
         return Channels(self.channels.of_files, tuple(range(self.channels.of_files)))
 
     @property
+    def class_shares(self) -> np.ndarray | None:
+        """The share of the draws that each class has in training [C]; None for each image once an epoch."""
+        return None
+
+    @property
     @abstractmethod
     def class_names(self) -> list[str]:
         """The classes in the order of their labels; [] if the images have none."""
@@ -152,7 +158,8 @@ class ImageModule(LightningDataModule, Generic[Found]):
 
     def _shuffled(self, images: Images, **options: Any) -> ResumableLoader:
         """Return batches of these images in random order, the same number for every process."""
-        order = TrainOrder(images, *self._processes(), batch_size=self.batch_size, seed=self.seed)
+        own = {"batch_size": self.batch_size, "seed": self.seed, "shares": self.class_shares}
+        order = TrainOrder(images, *self._processes(), **own)
         return ResumableLoader(
             images,
             trainer=self.trainer,

@@ -1,19 +1,25 @@
 """Labelled images to train a classifier on, augmented as timm does."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
+import numpy as np
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from torchvision.transforms import Compose
 
+from locat_lightning.data.balance import Sampling, Subset, class_shares, labels_of, long_tail
 from locat_lightning.data.band_transforms import BandAugmentation
 from locat_lightning.data.base import check_span
+from locat_lightning.data.dataset import Source
 from locat_lightning.data.labelled import LabelledData
 from locat_lightning.data.loading import ImageLoader
 from locat_lightning.errors import InputError, check_finite, in_a_line
+
+UNTOLD = "the data set does not tell the labels of its training images"
 
 
 class ImageData(LabelledData):
@@ -30,6 +36,10 @@ class ImageData(LabelledData):
             only; ignored with `channels`.
         random_erasing: probability of replacing a rectangle by noise.
         interpolation: how the random crop is resized: `random` (bilinear or bicubic), `bilinear`, `bicubic`.
+        sampling: how often images are drawn in an epoch: `plain` draws each once, `balanced` each class
+            equally often, `sqrt` in proportion to the square root of its images. An epoch has as many images.
+        imbalance: makes the training images a long tail: the classes shrink, in their order, to 1 / imbalance
+            of the first (see `long_tail`); null keeps all.
         kwargs: those of `LabelledData`, `StreamableModule` and `ImageModule`.
     """
 
@@ -43,12 +53,20 @@ class ImageData(LabelledData):
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         random_erasing: ClosedUnitInterval = 0.25,
         interpolation: str = "random",
+        sampling: Sampling = "plain",
+        imbalance: PositiveFloat | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_span("scale", scale, most=1)
         check_span("ratio", ratio)
-        check_finite("data", {"color_jitter": color_jitter})
+        check_finite("data", {"color_jitter": color_jitter, "imbalance": imbalance})
+        if imbalance is not None and imbalance < 1:
+            raise InputError(
+                f"data.imbalance ({imbalance:g}): how many times the smallest class the largest is"
+            )
+        self.sampling: Sampling = sampling
+        self.imbalance = imbalance
         self.augmentation = {
             "scale": tuple(scale),
             "ratio": tuple(ratio),
@@ -76,8 +94,33 @@ class ImageData(LabelledData):
                 f" {interpolation!r}: {in_a_line(error)}"
             ) from error
 
+    @cached_property
+    def class_counts(self) -> np.ndarray | None:
+        """The training images of each class, int64 [C]; None if the data set does not tell their labels."""
+        labels = labels_of(self.source("train"))
+        if labels is None or (labels < 0).any():
+            return None
+        return np.bincount(labels, minlength=self.num_classes)
+
+    @property
+    def class_shares(self) -> np.ndarray | None:
+        if self.sampling == "plain":
+            return None
+        if self.class_counts is None:
+            raise InputError(f"data.sampling {self.sampling}: {UNTOLD}: leave it out")
+        return class_shares(self.class_counts, self.sampling)
+
     def train_dataloader(self) -> ImageLoader:
         return self._loader("train", self.train_transform(), training=True)
+
+    def _find(self, split: str) -> Source:
+        found = super()._find(split)
+        if split != "train" or self.imbalance is None:
+            return found
+        labels = labels_of(found)
+        if labels is None or (labels < 0).any():
+            raise InputError(f"data.imbalance: {UNTOLD}: leave it out")
+        return Subset(found, long_tail(labels, self.imbalance))
 
 
 def timm_augmentation(img_size: int, **options: Any) -> Compose:

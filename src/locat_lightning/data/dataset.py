@@ -65,10 +65,15 @@ class Source(Protocol[Label]):
         """Open image `index` in RGB, perhaps without decoding it (see `open_image`), and read its label."""
         return nullcontext(self.read(index))
 
-    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the positions of all images in the random order of an epoch, int64 [N]."""
+    def shuffled(self, seed: int, epoch: int, copies: np.ndarray | None = None) -> np.ndarray:
+        """Return the positions of all images in the random order of an epoch, int64.
+
+        Each occurs once, or as often as `copies` says, int64 [N] from 0.
+        """
+        places = np.arange(len(self)) if copies is None else np.arange(len(self)).repeat(copies)
         generator = torch.Generator().manual_seed(seed + epoch)
-        return torch.randperm(len(self), generator=generator).numpy()
+        order: np.ndarray = places[torch.randperm(len(places), generator=generator).numpy()]
+        return order
 
     def following(self, items: Iterable[int]) -> AbstractContextManager[Callable[[int], None]]:
         """Fetch what is not on this machine ahead of its use, while items of `Images` are read in this order.

@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from locat_lightning.data import digits
+from locat_lightning.data.balance import Subset
 from locat_lightning.data.band_transforms import BandEvaluation
 from locat_lightning.data.base import SPLITS, check_side
 from locat_lightning.data.dataset import Images, Source
@@ -81,6 +82,7 @@ class LabelledData(StreamableModule[Source]):
         if self.dataset == "digits":
             return digits.CLASS_NAMES
         source = self.source("train")
+        source = source.source if isinstance(source, Subset) else source
         assert isinstance(source, TimmSource)
         known = known_class_names(source) or [str(label) for label in range(self.classes or 0)]
         if not known:

@@ -6,23 +6,44 @@ from math import ceil
 import numpy as np
 from torch.utils.data.distributed import DistributedSampler
 
+from locat_lightning.data.balance import copies, labels_of, repeats
 from locat_lightning.data.dataset import Images
+
+# How many epochs later an image is seen as its second copy in an epoch is.
+LATER = 10**5
 
 
 class TrainOrder(DistributedSampler):
     """The items of `Images` for one epoch, shuffled anew each epoch and shared evenly among processes.
 
     An epoch has whole batches only, if it has one. The first `seen` images, of all processes, are left out.
+
+    Args:
+        images: the data set.
+        processes: that share it.
+        rank: of this one.
+        batch_size: images of a batch in each process.
+        seed: of all orders.
+        shares: of the draws that each class has [C] (see `copies`); an image that occurs again in an epoch is
+            augmented anew. None for each image once.
     """
 
     seen = 0
 
     def __init__(
-        self, images: Images, processes: int, rank: int, *, batch_size: int = 1, seed: int = 0
+        self,
+        images: Images,
+        processes: int,
+        rank: int,
+        *,
+        batch_size: int = 1,
+        seed: int = 0,
+        shares: np.ndarray | None = None,
     ) -> None:
         super().__init__(images, processes, rank, seed=seed)
         self.images = len(images)
         self.source = images.source
+        self.shares = shares
         if self.num_samples > batch_size:
             self.num_samples -= self.num_samples % batch_size
 
@@ -34,9 +55,19 @@ class TrainOrder(DistributedSampler):
         return max(0, ceil((end - self.seen) / self.num_replicas))
 
     def __iter__(self) -> Iterator[int]:
-        order = self.source.shuffled(self.seed, self.epoch)
-        mine = np.arange(self.rest) * self.num_replicas + self.rank + self.seen
-        return iter((self.epoch * self.images + order[mine % self.images]).tolist())
+        mine = (np.arange(self.rest) * self.num_replicas + self.rank + self.seen) % self.images
+        return iter(self._items()[mine].tolist())
+
+    def _items(self) -> np.ndarray:
+        """Return the items of all processes, int64 [N]."""
+        if self.shares is None:
+            return self.epoch * self.images + self.source.shuffled(self.seed, self.epoch)
+        labels = labels_of(self.source)
+        assert labels is not None  # of which there are shares
+        rng = np.random.default_rng([self.seed, self.epoch, LATER])
+        order = self.source.shuffled(self.seed, self.epoch, copies(labels, self.shares, rng))
+        items: np.ndarray = (self.epoch + LATER * repeats(order)) * self.images + order
+        return items
 
 
 class EvaluationOrder(DistributedSampler):
@@ -57,7 +88,9 @@ class EvaluationOrder(DistributedSampler):
         return len(self.items)
 
 
-def laned_order(starts: np.ndarray, lanes: int, seed: int, epoch: int) -> np.ndarray:
+def laned_order(
+    starts: np.ndarray, lanes: int, seed: int, epoch: int, copies: np.ndarray | None = None
+) -> np.ndarray:
     """Shuffle images that lie in shards so that few shards are read at once: int64 [N], each position once.
 
     The shards, in random order, are dealt to so many lanes. A lane reads one shard after the other, the
@@ -70,11 +103,16 @@ def laned_order(starts: np.ndarray, lanes: int, seed: int, epoch: int) -> np.nda
         lanes: shards that are read at once.
         seed: of all orders.
         epoch: whose order it is.
+        copies: how often each image occurs, int64 [N]; None for once.
     """
     rng = np.random.default_rng([seed, epoch])
     shards = rng.permutation(len(starts) - 1)
     lanes = min(lanes, len(shards))
-    within = [starts[shard] + rng.permutation(starts[shard + 1] - starts[shard]) for shard in shards]
+    places = np.arange(starts[-1])
+    of_shards = np.split(places, starts[1:-1])
+    if copies is not None:
+        of_shards = [own.repeat(copies[own]) for own in of_shards]
+    within = [rng.permutation(of_shards[shard]) for shard in shards]
     columns = [np.concatenate(within[lane::lanes]) for lane in range(lanes)]
     turns = np.full((max(map(len, columns)), lanes), -1)
     for lane, column in enumerate(columns):

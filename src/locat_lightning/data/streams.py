@@ -77,8 +77,8 @@ class Shards(Source[int]):
         file.name = self.path(index)
         return file
 
-    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
-        return laned_order(self.index.starts, self.lanes, seed, epoch)
+    def shuffled(self, seed: int, epoch: int, copies: np.ndarray | None = None) -> np.ndarray:
+        return laned_order(self.index.starts, self.lanes, seed, epoch, copies)
 
     @contextmanager
     def following(self, items: Iterable[int]) -> Iterator[Callable[[int], None]]:
@@ -146,8 +146,8 @@ class MaskedShards(MaskedFiles):
     def mask_file(self, index: int) -> IO[bytes]:
         return self.shards.file(index, mask=True)
 
-    def shuffled(self, seed: int, epoch: int) -> np.ndarray:
-        return self.shards.shuffled(seed, epoch)
+    def shuffled(self, seed: int, epoch: int, copies: np.ndarray | None = None) -> np.ndarray:
+        return self.shards.shuffled(seed, epoch, copies)
 
     def following(self, items: Iterable[int]) -> AbstractContextManager[Callable[[int], None]]:
         return self.shards.following(items)

@@ -1,11 +1,13 @@
 """Data sets that timm makes: torchvision's, and those of the Hugging Face hub."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
@@ -35,6 +37,19 @@ class TimmSource(Source[int]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @cached_property
+    def labels(self) -> Sequence[int] | None:
+        """The label of each image; None where they are not known without reading the images."""
+        reader: Any = getattr(self.dataset, "reader", None)
+        if hasattr(reader, "label_key"):  # of Hugging Face
+            return list(reader.dataset[reader.label_key])
+        named = (getattr(self.dataset, name, None) for name in ("targets", "labels", "_labels"))
+        labels = next((each for each in named if each is not None), ())
+        with suppress(TypeError, ValueError):  # of another kind
+            numbers: list[int] = np.asarray(labels, np.int64).tolist()
+            return numbers if len(numbers) == len(self) else None
+        return None
 
     def path(self, index: int) -> str:
         return f"{self.name}/{index}"

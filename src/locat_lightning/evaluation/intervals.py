@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from locat_lightning.evaluation.per_image import PerImage, fingerprint
+from locat_lightning.evaluation.shots import groups_that_differ
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -107,8 +108,11 @@ def paired_differences(first: PerImage, second: PerImage, *, seed: int = 0) -> d
         results.figures(each.sum(0), images) for results, each in zip((first, second), both, strict=True)
     ]
     alone = [results.figures(each, 1) for results, each in zip((first, second), both, strict=True)]
+    common = (whole[0].keys() & whole[1].keys()) - groups_that_differ(
+        getattr(first, "shots", None), getattr(second, "shots", None)
+    )
     found = {}
-    for name in whole[0].keys() & whole[1].keys():
+    for name in common:
         ends = _percentiles(samples[0][name] - samples[1][name])
         if ends:
             values = float(whole[0][name]), float(whole[1][name])
@@ -124,14 +128,18 @@ def mean_difference(
     """Return the 95 % interval of the mean of first - second over pairs of results, all on the same images.
 
     Each bootstrap sample (see `intervals`) has the same images of all results. The interval is for other
-    images, and says nothing of other runs. None if the figure is not a number in any sample.
+    images, and says nothing of other runs. None if a result lacks the figure, or it is not a number in any
+    sample.
     """
     results = [each for pair in pairs for each in pair]
     statistics = [each.statistics() for each in results]
     sums = resampled_sums(torch.cat(statistics, 1), seed=seed).split(
         [each.shape[1] for each in statistics], 1
     )
-    found = [each.figures(part, len(statistics[0]))[figure] for each, part in zip(results, sums, strict=True)]
+    samples = [each.figures(part, len(statistics[0])) for each, part in zip(results, sums, strict=True)]
+    if not all(figure in each for each in samples):
+        return None
+    found = [each[figure] for each in samples]
     ends = _percentiles((torch.stack(found[::2]) - torch.stack(found[1::2])).mean(0))
     return Interval(*ends) if ends else None
 

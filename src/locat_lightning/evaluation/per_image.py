@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -16,9 +17,11 @@ from torch import Tensor
 from locat.runs import write_csv
 from locat_lightning.errors import InputError, in_a_line
 from locat_lightning.evaluation.iou import IoU, shares
+from locat_lightning.evaluation.shots import weights_by_group
 
 TABLE = "images.csv"  # in the directory of an evaluation
 OF_IMAGE = ("index", "path")  # the first columns of the table
+SHOTS = "shots"  # the column after the label, where it is known how many training images its class had
 OF_CLASS = (*OF_IMAGE, "class", "right", "annotated", "predicted")  # all columns, where pixels are counted
 SEED = re.compile(r"_seed\d+")  # in the name of a condition's figure
 OF_CONDITION = (*OF_IMAGE, "condition", *OF_CLASS[2:])  # the same, under several conditions
@@ -33,20 +36,33 @@ class Scores:
         names: of the images, as `names_of` gives them; "" where they have none.
         labels: [N] int64.
         scores: [N] by figure, of any type.
+        shots: training images of each image's class, [N] int64: top-1 is then a figure by group of classes,
+            too (see `weights_by_group`).
     """
 
     indices: Tensor
     names: Sequence[str]
     labels: Tensor
     scores: Mapping[str, Tensor]
+    shots: Tensor | None = None
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return {} if self.shots is None else weights_by_group(self.labels, self.shots)
 
     def statistics(self) -> Tensor:
         """Return [N, S] float64, whose sums over images decide the figures."""
-        return torch.stack([each.double() for each in self.scores.values()], 1)
+        columns = [each.double() for each in self.scores.values()]
+        for weights in self._weights.values():
+            columns += [weights * self.scores["top1"], weights]
+        return torch.stack(columns, 1)
 
     def figures(self, sums: Tensor, images: int) -> dict[str, Tensor]:
-        """Return figures [...] by name of sums [..., S] over so many images."""
-        return dict(zip(self.scores, (sums / images).unbind(-1), strict=True))
+        """Return figures [...] by name of sums [..., S] over so many images; NaN of a group without any."""
+        means, of_groups = sums[..., : len(self.scores)] / images, sums[..., len(self.scores) :].unbind(-1)
+        found = dict(zip(self.scores, means.unbind(-1), strict=True))
+        groups = zip(self._weights, of_groups[::2], of_groups[1::2], strict=True)
+        return found | {name: hits / weights for name, hits, weights in groups}
 
     def annotations(self) -> Iterator[object]:
         """Yield what is annotated of each image."""
@@ -54,11 +70,12 @@ class Scores:
 
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the table."""
-        return (*OF_IMAGE, "label", *self.scores)
+        return (*OF_IMAGE, "label", *([] if self.shots is None else [SHOTS]), *self.scores)
 
     def rows(self) -> Iterator[tuple[object, ...]]:
         """Yield the rows of the table, one for each image."""
-        scores = zip(*(each.float().tolist() for each in self.scores.values()), strict=True)
+        known = [] if self.shots is None else [self.shots]
+        scores = zip(*(each.float().tolist() for each in (*known, *self.scores.values())), strict=True)
         columns = zip(self.indices.tolist(), self.names, self.labels.tolist(), scores, strict=True)
         for index, name, label, of_image in columns:
             yield index, name, label, *(f"{score:.9g}" for score in of_image)
@@ -236,7 +253,8 @@ def _scores(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Scores:
     ):
         raise ValueError("a row has too few numbers")
     tables = {name: torch.tensor(column) for name, column in zip(head[3:], columns, strict=True)}
-    return Scores(_whole(indices), names, _whole(labels), tables)
+    shots = tables.pop(SHOTS).long() if SHOTS in tables and "top1" in tables else None
+    return Scores(_whole(indices), names, _whole(labels), tables, shots)
 
 
 def _areas(rows: Sequence[Sequence[str]]) -> Areas:

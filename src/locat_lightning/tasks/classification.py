@@ -1,6 +1,6 @@
 """Supervised classification: the paper's ImageNet recipe around any timm model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +22,17 @@ from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.evaluation.per_image import Scores, names_of
+from locat_lightning.evaluation.shots import FIGURES
 from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
+from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.prediction_files import write_table
-from locat_lightning.tasks.sharpness import SharpnessAware
-
-DATA_CLASSES = "data_classes"  # a checkpoint's key of the classes of the data, where class_names differ
+from locat_lightning.tasks.token_distillation import TokenDistilled
 
 
-class Classification(SharpnessAware):
+class Classification(TokenDistilled):
     """Train a timm model to name the class of an image.
 
     The defaults are the recipe of "Locality-Attending Vision Transformer" (ICLR 2026) for ImageNet-1K, which
@@ -63,7 +63,7 @@ class Classification(SharpnessAware):
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
         class_names: names of the classes, by label; null takes those of the data.
-        options: `sam`, and those of every task (`SharpnessAware`, `Task`).
+        options: those of `TokenDistilled`, `LongTailed`, `SharpnessAware` (`sam`) and every task (`Task`).
 
     Attributes:
         data_classes: classes of the data that the model was trained on, by label; [] if unknown.
@@ -112,6 +112,7 @@ class Classification(SharpnessAware):
         hp, new = self.hp, not hasattr(self, "backbone")
         contents = contents_of(self.weights) if new and self.weights else None
         num_classes = self._agree_on_classes(contents or {})
+        self.agree_on_class_counts(contents or {}, training=self._is_training())
         if not new:
             return
         agree_on_channels(self)
@@ -121,6 +122,8 @@ class Classification(SharpnessAware):
         announce_size(hp.backbone, self.backbone)
         if self.weights is not None:
             load_weights(self.backbone, self.weights, warm_start=self._is_training(), contents=contents)
+        if self._is_training():
+            self.add_teacher(self.backbone, self.data_classes)
         tops = [k for k in (1, 5) if k < num_classes]
         accuracy = MetricCollection(
             {
@@ -179,20 +182,26 @@ class Classification(SharpnessAware):
         """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""
         images, labels = batch[:2]
         mixed = self.mixup(images, labels) if self.mixup is not None and len(images) > 1 else None
-        (loss, logits, labels), trained_with = self.sharpened(lambda: self._compare(images, labels, mixed))
+        taught = self.taught(images if mixed is None else mixed.images)
+        found, trained_with = self.sharpened(lambda: self._compare(images, labels, mixed, taught))
+        loss, logits, labels = found
         self.log("train/loss", loss)
         if self.is_logged():
             self.log_dict(self.train_accuracy(logits, labels))
         return trained_with
 
-    def _compare(self, images: Tensor, labels: Tensor, mixed: Mixed | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, logits and labels of a batch, or of its mixtures."""
-        if self.mixup is None or mixed is None:
-            logits = self(images)
-            return F.cross_entropy(logits, labels, label_smoothing=self.hp.label_smoothing), logits, labels
-        logits = self(mixed.images)
-        targets = self.mixup.targets(mixed, logits)
-        return F.cross_entropy(logits, targets), logits, targets.argmax(-1)
+    def _compare(
+        self, images: Tensor, labels: Tensor, mixed: Mixed | None, taught: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, logits and labels of a batch or its mixtures; `taught` are a teacher's logits."""
+        outputs: Any = self(images if mixed is None else mixed.images)
+        of_class, of_token = outputs if taught is not None else (outputs, outputs)
+        logits = outputs if taught is None else (of_class + of_token) / 2
+        targets = labels if self.mixup is None or mixed is None else self.mixup.targets(mixed, logits)
+        loss = self.cross_entropy(of_class, targets, self.hp.label_smoothing, reweighted=taught is None)
+        if taught is not None:
+            loss = self.distilled(loss, of_token, taught)
+        return loss, logits, targets if targets.ndim == 1 else targets.argmax(-1)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         return self._evaluate(batch, "val", self.val_loss, self.val_accuracy)
@@ -221,7 +230,7 @@ class Classification(SharpnessAware):
         return shares.amax(-1) - shares.gather(-1, batch[1][:, None])[:, 0]
 
     def _conclude(self, split: str) -> None:
-        """Keep the hits of each image of all processes as `results`."""
+        """Keep the hits of each image of all processes as `results`; log top-1 of groups of classes."""
         if self.trainer.sanity_checking:
             return
         nothing = torch.empty(3, 0, dtype=torch.int64, device=self.device)
@@ -233,7 +242,12 @@ class Classification(SharpnessAware):
         indices, labels, ranks = gather_rows(indices, indices, *columns[1:], device=self.device)
         tops = {f"top{k}": ranks < k for k in (1, 5) if k < self.hp.num_classes}
         names = names_of(self.trainer.datamodule, split, indices.tolist())  # type: ignore[attr-defined]
-        self.results = Scores(indices, names, labels, tops) if names else None
+        found = Scores(indices, names, labels, tops, self.shots_of(labels))
+        self.results = found if names else None
+        figures = found.figures(found.statistics().sum(0), len(labels))
+        for name in FIGURES:
+            if name in figures:
+                self.log(f"{split}/{name}", figures[name].float(), sync_dist=True)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""
@@ -276,25 +290,3 @@ class Classification(SharpnessAware):
             group["lr"] = self._learning_rate(self.step)
             if group["weight_decay"] > 0:  # perhaps from a checkpoint
                 group["weight_decay"] = self.hp.weight_decay
-
-
-def classes_of(checkpoint: Mapping[str, Any]) -> list[str]:
-    """Return the classes of the data that a checkpoint's model was trained on; [] if it does not say."""
-    options = checkpoint.get("hyper_parameters")
-    named = options.get("class_names") if isinstance(options, Mapping) else None
-    return [str(name) for name in checkpoint.get(DATA_CLASSES) or named or []]
-
-
-def check_same_classes(learnt: Sequence[str], given: Sequence[str]) -> None:
-    """Check that labels mean the same classes in the weights as in the data, where both are known."""
-    if not learnt or not given or list(learnt) == list(given):
-        return
-    lists = [
-        f"only {side} have {', '.join(alone[:10])}{', …' if len(alone) > 10 else ''}"
-        for side, these, those in (("the weights", learnt, given), ("the data", given, learnt))
-        if (alone := sorted(set(these) - set(those)))
-    ]
-    raise InputError(
-        f"the weights were trained on other classes than the data have: {'; '.join(lists) or 'another order'}"
-        ": check data.root, or use other weights"
-    )

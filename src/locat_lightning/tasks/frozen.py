@@ -65,11 +65,12 @@ class FrozenNetwork(Task):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if (recorded := checkpoint.get(self.recorded_as)) is None:
+        network = getattr(self, self.frozen, None)  # which has been read already, where it is needed
+        if (recorded := checkpoint.get(self.recorded_as)) is None or network is None:
             return
         if self._reference:
             check_same(self._reference, recorded, "the one that the run began with", self.read_from)
-        own = getattr(self, self.frozen).state_dict()  # which has been read already
+        own = network.state_dict()
         for state in _states_in(checkpoint):
             state |= {f"{self.frozen}.{name}": value for name, value in own.items()}
 

@@ -1,0 +1,135 @@
+"""Classes of unequal size: what a loss does about them, and which ones were rare in training."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
+from torch import Tensor
+from torch.nn import functional as F
+
+from locat_lightning.errors import InputError
+from locat_lightning.evaluation.shots import is_unbalanced
+from locat_lightning.tasks.mixing import mixed_labels
+from locat_lightning.tasks.sharpness import SharpnessAware
+
+CLASS_COUNTS = "class_counts"  # a checkpoint's key of the training images of each class
+
+
+def effective_number_weights(counts: Tensor, beta: float, prior: Tensor) -> Tensor:
+    """Return class weights ∝ (1 − β) / (1 − βⁿ) of n images, ∝ 1 / n for β = 1: float64 [C].
+
+    Their mean over draws from `prior` [C] is 1, so that the loss keeps its scale. A class without images
+    counts as one with an image.
+
+    Source: "Class-Balanced Loss Based on Effective Number of Samples" (CVPR 2019); there the weights add up
+    to C.
+    """
+    n = counts.double().clamp_min(1)
+    weights = 1 / (n if beta == 1 else (1 - beta**n) / (1 - beta))
+    return weights / (prior * weights).sum()
+
+
+class LongTailed(SharpnessAware):
+    """A classification whose loss may make up for classes of unequal size.
+
+    Logit adjustment adds τ log π to the logits in the training loss alone, where π is the share of each class
+    among the images that are drawn. For τ = 1, the logits that minimise it name the class that would be most
+    probable if all classes were equally frequent. Deferred re-weighting weights the terms of the classes in
+    the loss by their effective number of images, in the last part of the run.
+
+    Source: "Long-Tail Learning via Logit Adjustment" (ICLR 2021), and "Learning Imbalanced Datasets with
+    Label-Distribution-Aware Margin Loss" (NeurIPS 2019) for deferred re-weighting.
+
+    Args:
+        logit_adjustment: τ, 1 for example; null for none.
+        reweighting: β of the effective number of images, (1 − βⁿ) / (1 − β), 0.9999 for example (1 weights by
+            1 / n); null for no weights.
+        reweight_from: share of the steps of the run after which the weights count.
+        options: `sam`, and those of every task (`SharpnessAware`, `Task`).
+
+    Attributes:
+        class_counts: training images of each class, by label; [] if unknown.
+    """
+
+    _adjustment: Tensor | None  # τ log π [C]
+    _class_weights: Tensor | None  # [C]
+
+    def __init__(
+        self,
+        *,
+        logit_adjustment: NonNegativeFloat | None = None,
+        reweighting: ClosedUnitInterval | None = None,
+        reweight_from: ClosedUnitInterval = 0.8,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.class_counts: list[int] = []
+        self.register_buffer("_adjustment", None, persistent=False)
+        self.register_buffer("_class_weights", None, persistent=False)
+
+    def agree_on_class_counts(self, contents: Mapping[str, Any], *, training: bool) -> None:
+        """Note how many training images each class has: as the data say or, in an evaluation, the weights."""
+        if not training:
+            recorded = contents.get(CLASS_COUNTS)
+            known = isinstance(recorded, list) and all(isinstance(each, int) for each in recorded)
+            if isinstance(recorded, list) and known and len(recorded) == self.hp.num_classes:
+                self.class_counts = recorded
+            return
+        counts = self.of_data("class_counts")
+        self.class_counts = [] if counts is None else counts.tolist()
+        hp = self.hp
+        options = {"logit_adjustment": hp.logit_adjustment, "reweighting": hp.reweighting}
+        given = [f"model.{name}" for name, value in options.items() if value is not None]
+        if not given:
+            return
+        if counts is None:
+            raise InputError(f"{given[0]}: the data do not tell how many images each class has: leave it out")
+        shares = self.of_data("class_shares")
+        if shares is not None and (hp.reweighting is not None or np.ptp(shares) == 0):
+            sampling = f"data.sampling {self.of_data('sampling')}"
+            raise InputError(f"{given[-1]} with {sampling}: both make up for the same: choose one")
+        number = torch.tensor(self.class_counts).clamp_min(1).double()
+        prior = number / number.sum() if shares is None else torch.from_numpy(shares)
+        prior = prior.clamp_min(prior[prior > 0].min())  # of a class without images
+        if hp.logit_adjustment is not None:
+            self._adjustment = hp.logit_adjustment * prior.log().float()
+        if hp.reweighting is not None:
+            self._class_weights = effective_number_weights(number, hp.reweighting, prior).float()
+
+    def is_reweighted(self) -> bool:
+        """Return whether the weights of the classes count in this step."""
+        begun: bool = self.step >= self.hp.reweight_from * self.steps
+        return self._class_weights is not None and begun
+
+    def cross_entropy(
+        self, logits: Tensor, targets: Tensor, smoothing: float = 0.0, *, reweighted: bool = True
+    ) -> Tensor:
+        """Return the cross-entropy of a batch with adjusted logits and, if `reweighted`, class weights.
+
+        The loss of an image is −Σ w_c t_c log p_c. It is averaged over images, not over weights, whose mean
+        differs from batch to batch.
+
+        Args:
+            logits: [B, C].
+            targets: labels, int64 [B], or shares of the classes [B, C].
+            smoothing: share of a label that is spread over all classes.
+            reweighted: whether the weights count, once it is time (`is_reweighted`).
+        """
+        if self._adjustment is not None:
+            logits = logits + self._adjustment
+        if not (reweighted and self.is_reweighted()):
+            return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
+        if targets.ndim == 1:
+            targets = mixed_labels(targets, targets, 1.0, logits.shape[1], smoothing)
+        return F.cross_entropy(logits, targets, weight=self._class_weights)
+
+    def shots_of(self, labels: Tensor) -> Tensor | None:
+        """Return the training images of each label's class; None where classes are of about one size."""
+        return torch.tensor(self.class_counts)[labels] if is_unbalanced(self.class_counts) else None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.class_counts:
+            checkpoint[CLASS_COUNTS] = self.class_counts

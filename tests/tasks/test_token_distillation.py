@@ -1,0 +1,209 @@
+"""A teacher's predictions for the distillation token, against plain expressions."""
+
+import math
+
+import pytest
+import timm
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn import functional as F
+
+from locat_lightning.backbones.create import load_backbone
+from locat_lightning.errors import InputError
+from locat_lightning.tasks import Classification
+from locat_lightning.tasks.token_distillation import soft_distillation
+from tests.tasks.test_classification import BACKBONE, Batches, fit, task, trainer
+from tests.tasks.test_long_tail import Tail, by_hand
+
+CNN = {"teacher_backbone": "resnet10t", "warmup_epochs": 0, "lr": 1e-3}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start"),
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The weights of a CNN of six classes whose predictions differ."""
+    torch.manual_seed(5)
+    model = timm.create_model("resnet10t", num_classes=6)
+    torch.nn.init.normal_(model.fc.weight, std=0.5)
+    file = tmp_path_factory.mktemp("teacher") / "cnn.pth"
+    torch.save(model.state_dict(), file)
+    return str(file)
+
+
+def student(teacher, name="locatvit_tiny_distilled", **options):
+    torch.manual_seed(0)
+    return Classification(name, backbone_args=BACKBONE, teacher=teacher, **(CNN | options))
+
+
+class Steps(Classification):
+    """Notes what each step saw and lost, with the logits of both classifiers."""
+
+    def _compare(self, images, labels, mixed, taught=None):
+        found = super()._compare(images, labels, mixed, taught)
+        seen = images if mixed is None else mixed.images
+        with torch.no_grad():
+            pair = self.backbone(seen)
+        targets = (
+            F.one_hot(labels, 6) * 0.9 + 0.1 / 6 if mixed is None else self.mixup.targets(mixed, pair[0])
+        )
+        self.steps_seen = [*getattr(self, "steps_seen", []), (seen, pair, targets, taught, found)]
+        return found
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_loss_is_deits(tmp_path, teacher, kind, mixed):
+    torch.manual_seed(0)
+    options = {} if mixed else {"mixup": 0, "cutmix": 0}
+    if kind == "soft":
+        options |= {"distillation": "soft", "distillation_weight": 0.1, "distillation_temperature": 2.0}
+    module = Steps("locatvit_tiny_distilled", backbone_args=BACKBONE, teacher=teacher, **CNN, **options)
+    fit(tmp_path, module, Batches(batches=3), max_epochs=1, limit_val_batches=0)
+    reference = load_backbone(teacher, "resnet10t", classifier=True).eval()
+    assert len(module.steps_seen) == 3
+    for seen, (of_class, of_token), targets, taught, (loss, logits, labels) in module.steps_seen:
+        torch.testing.assert_close(taught, reference(seen).detach())  # of the images as they are mixed
+        torch.testing.assert_close(logits, (of_class + of_token) / 2)
+        assert labels.tolist() == targets.argmax(1).tolist()
+        if kind == "hard":
+            learnt, share = by_hand(of_token, F.one_hot(taught.argmax(1), 6)), 0.5
+        else:
+            share, learnt = 0.1, 0.0
+            for own, given in zip(of_token.tolist(), taught.tolist(), strict=True):
+                log_q, log_p = (
+                    [z / 2 - math.log(sum(math.exp(y / 2) for y in row)) for z in row] for row in (own, given)
+                )
+                learnt += (
+                    4 * sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)) / len(seen)
+                )
+        expected = (1 - share) * by_hand(of_class, targets) + share * learnt
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_student_that_agrees_has_no_soft_loss():
+    logits = torch.randn(3, 5)
+    assert soft_distillation(logits + 7, logits, 3.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_weights_of_classes_are_in_the_tokens_loss_alone_and_adjustment_in_both(tmp_path, teacher):
+    data = Tail([40, 20, 10, 5, 2, 1], batches=1)
+    prior = [n / 78 for n in (40, 20, 10, 5, 2, 1)]
+    for options in ({"reweighting": 1.0, "reweight_from": 0.0}, {"logit_adjustment": 1.0}):
+        torch.manual_seed(0)
+        own = {"mixup": 0, "cutmix": 0, "teacher": teacher} | CNN | options
+        module = Steps("locatvit_tiny_distilled", backbone_args=BACKBONE, **own)
+        fit(tmp_path, module, data, max_epochs=1, limit_val_batches=0)
+        [(_, (of_class, of_token), targets, taught, (loss, *_))] = module.steps_seen
+        named = F.one_hot(taught.argmax(1), 6)
+        if "reweighting" in options:
+            weights = [
+                1 / n / sum(p / n for p, n in zip(prior, data.class_counts, strict=True))
+                for n in data.class_counts
+            ]
+            expected = by_hand(of_class, targets) + by_hand(of_token, named, weights=weights)
+        else:
+            expected = by_hand(of_class, targets, prior) + by_hand(of_token, named, prior)
+        assert loss.item() == pytest.approx(expected / 2, rel=1e-4)
+
+
+def test_sharpness_aware_steps_ask_the_teacher_once(tmp_path, teacher):
+    module = student(teacher, sam=0.05)
+    asked = []
+    taught = module.taught
+    module.taught = lambda images: asked.append(len(images)) or taught(images)
+    fit(tmp_path, module, Batches(batches=2), max_epochs=1, limit_val_batches=0)
+    assert asked == [6, 6]
+
+
+def test_the_teacher_is_frozen_out_of_checkpoints_and_of_evaluations(tmp_path, teacher):
+    module = student(teacher, ema=0.5)
+    before = torch.load(teacher, weights_only=True)
+    run = fit(
+        tmp_path,
+        module,
+        Batches(batches=2),
+        enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(tmp_path, save_last=True)],
+    )
+    kept = module.teacher.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in kept.items())
+    assert not any(each.training for each in module.teacher.modules())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert not [name for name in checkpoint["state_dict"] if name.startswith("teacher")]
+    assert checkpoint["taught_by"]["weights"] == teacher
+    measuring = student("/nowhere.pth", weights=str(tmp_path / "last.ckpt"))
+    [found] = trainer(tmp_path).validate(measuring, datamodule=Batches(batches=2), verbose=False)
+    assert found["val/loss"] == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-4)
+    on = trainer(tmp_path, max_epochs=3)
+    on.fit(
+        student(teacher, ema=0.5),
+        datamodule=Batches(batches=2),
+        ckpt_path=tmp_path / "last.ckpt",
+        weights_only=True,
+    )
+    assert on.global_step == 6
+    other = before | {"fc.bias": before["fc.bias"] + 1}
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth is not the one that the run began with"):
+        trainer(tmp_path, max_epochs=3).fit(
+            student(str(tmp_path / "other.pth"), ema=0.5),
+            datamodule=Batches(batches=2),
+            ckpt_path=tmp_path / "last.ckpt",
+            weights_only=True,
+        )
+
+
+def test_the_token_learns_what_the_teacher_says_whatever_the_labels_are(tmp_path, teacher):
+    """Its classifier comes to agree with the teacher, and that of [CLS] with the labels."""
+    module = student(teacher, lr=1e-2, mixup=0, cutmix=0, label_smoothing=0, weight_decay=0)
+    data = Batches(batches=1, size=12)
+    fit(tmp_path, module, data, max_epochs=20, limit_val_batches=0)
+    [batch] = data.items
+    module.backbone.train()
+    with torch.no_grad():
+        of_class, of_token = module.backbone(batch.images)
+        named = module.teacher(batch.images).argmax(1)
+    assert not torch.equal(named, batch.labels)
+    assert torch.equal(of_class.argmax(1), batch.labels)
+    assert torch.equal(of_token.argmax(1), named)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "locatvit_tiny"}, "locatvit_tiny has no distillation token: set model.backbone to"),
+        ({"teacher": "random"}, "a teacher with random weights has nothing to teach"),
+        ({"teacher": "nowhere.pth"}, r"model\.teacher: no such file"),
+        ({"distillation": "soft", "reweighting": 0.9}, "set model.distillation to hard"),
+        ({"classes": 7}, "knows 6 classes, but the data have 7"),
+    ],
+)
+def test_what_does_not_fit_is_said(tmp_path, teacher, options, message):
+    options = dict(options)
+    data = Tail(counts=[2] * 7, batches=1, classes=options.pop("classes", 6))
+    module = student(**{"teacher": teacher} | options)
+    run = trainer(tmp_path)
+
+    def start():
+        module.check(run, training=True)
+        run.fit(module, datamodule=data)
+
+    with pytest.raises(InputError, match=message):
+        start()
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    data = Batches(batches=1)
+    fit(tmp_path, first := task(), data, max_epochs=1).save_checkpoint(tmp_path / "t.ckpt")
+    assert first.data_classes == [f"class {i}" for i in range(6)]
+    same = student(str(tmp_path / "t.ckpt"), teacher_backbone=None)
+    fit(tmp_path, same, data, max_epochs=1)
+    data.class_names = [f"other {i}" for i in range(6)]
+    with pytest.raises(InputError, match=r"model\.teacher: the weights were trained on other classes"):
+        fit(tmp_path, student(str(tmp_path / "t.ckpt"), teacher_backbone=None), data, max_epochs=1)
