@@ -98,12 +98,14 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
         raise InputError(f"model.locat does not fit {name}: {error}") from error
 
 
-def create_for_any_size(name: str, arguments: dict[str, Any] | None) -> nn.Module:
-    """Build a timm model without classifier for images of any size; errors are those of `create_backbone`."""
+def create_for_any_size(
+    name: str, arguments: dict[str, Any] | None, num_classes: int | None = 0
+) -> nn.Module:
+    """Build a timm model for images of any size if it can take them; see `create_backbone`."""
     try:
-        return create_backbone(name, {"dynamic_img_size": True} | (arguments or {}), num_classes=0)
+        return create_backbone(name, {"dynamic_img_size": True} | (arguments or {}), num_classes)
     except InputError:  # the model has no such argument, unless others are wrong
-        return create_backbone(name, arguments, num_classes=0)
+        return create_backbone(name, arguments, num_classes)
 
 
 def noted_arguments(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
