@@ -217,13 +217,14 @@ def load_backbone(
             f"{weights} does not record its model: add --backbone with timm's name of it (--model.backbone "
             "for fit, validate, test and predict)"
         )
-    model = create_for_any_size(name, arguments) if any_size else create_backbone(name, arguments, 0)
+    create = create_for_any_size if any_size else create_backbone
+    model = create(name, arguments, 0)
     if classifier and weights != RANDOM:
         of_timm: Any = model
         head = of_timm.pretrained_cfg.get("classifier") or ""
         rows = f"{head if isinstance(head, str) else head[0]}.weight"
         state = state_for(model, weights, network=network, contents=contents)
         if rows in state:
-            model = create_backbone(name, arguments, num_classes=len(state[rows]))
+            model = create(name, arguments, len(state[rows]))
     load_weights(model, weights, network=network, contents=contents)
     return model
