@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -116,6 +117,18 @@ def test_recomputed_blocks_have_the_same_gradients():
         return {name: each.grad for name, each in model.named_parameters()}
 
     assert_close(gradients(True), gradients(False))
+
+
+@pytest.mark.compilers
+def test_each_size_is_compiled_once():
+    model = build(depth=1)
+    make_flexible(model, [4, 8, 16])
+    counted = CompileCounterWithBackend("eager")
+    model.compile(backend=counted, dynamic=False)
+    for size in (4, 8, 16, 4, 8, 16):
+        use_patches(model, size)
+        model(images())
+    assert counted.frame_count == 3
 
 
 def test_mixed_precision_resizes_in_float32():

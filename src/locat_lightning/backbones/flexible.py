@@ -58,15 +58,19 @@ def make_flexible(model: Any, sizes: Iterable[int]) -> None:
             f"images of {' × '.join(map(str, embed.img_size))} pixels have no whole patches of all of "
             f"{', '.join(map(str, sizes))}"
         )
-    convolution = embed.proj
+    convolution, sizes = embed.proj, set(sizes)
     convolution.__class__, convolution.patch = FlexibleConv, own
     weight = convolution.weight
     basis = torch.eye(own**2, device="cpu").view(-1, 1, own, own)
-    for size in set(sizes) - {own}:
+    for size in sizes - {own}:
         matrix = resample_patch_embed(basis, [size, size]).flatten(1)  # on the CPU: a GPU would be waited for
         convolution.register_buffer(f"to_{size}", matrix.to(weight.device), persistent=False)
-    for kernel in _kernels(model):
-        kernel.built_with = tuple(embed.grid_size)
+    for kernel in model.modules():
+        if isinstance(kernel, GaussianAugmentation | GaussianMixture):
+            kernel.built_with = tuple(embed.grid_size)
+    if (grid := getattr(embed, "patch_grid", None)) is not None:
+        for size in (*sizes, own):  # for `torch.compile`: a grid that is new would change what it guards
+            grid.note(*(side // size for side in embed.img_size))
 
 
 def use_patches(model: Any, size: int) -> None:
@@ -82,7 +86,3 @@ def use_patches(model: Any, size: int) -> None:
     if (grid := getattr(embed, "patch_grid", None)) is not None:
         # `embed.grid_size` stays that of the position embeddings.
         grid.built_for = tuple(side // size for side in embed.img_size)
-
-
-def _kernels(model: nn.Module) -> list[GaussianAugmentation | GaussianMixture]:
-    return [each for each in model.modules() if isinstance(each, GaussianAugmentation | GaussianMixture)]
