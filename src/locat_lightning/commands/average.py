@@ -27,7 +27,7 @@ from locat_lightning.callbacks.record import versions
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import IMAGES, of_evaluation
 from locat_lightning.commands.evaluate import ConfigOfImages
-from locat_lightning.commands.export import check_target, files_for, write_card
+from locat_lightning.commands.export import check_target, files_for, forget_notes, write_card
 from locat_lightning.commands.measurement import check_images, columns
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.data import ImageData
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
 
 def _average(weights: list[str], config: Namespace, parser: ArgumentParser, to: Path) -> None:
     models = _Models(weights, config)
-    model, first = models.model, weights[0]
+    model = models.model
     taste, headline = dict[int, Taste](), dict[str, Any]()
     if config.recipe == "greedy":
         tasted = _Tasting(parser, config, models)
@@ -80,7 +80,9 @@ def _average(weights: list[str], config: Namespace, parser: ArgumentParser, to: 
             )
     else:
         soup = uniform_soup(models.load, len(weights))
-    model.load_state_dict(state := soup.mean())
+    model.cpu().load_state_dict(state := soup.mean())
+    if Path(weights[0]).is_file():
+        forget_notes(model)
     kept = [each for each in range(len(weights)) if not taste or taste[each].kept]
     ingredients = [
         {"weights": each, "digest": models.digests[number], "similarity": models.similarities[number]}
@@ -90,10 +92,11 @@ def _average(weights: list[str], config: Namespace, parser: ArgumentParser, to: 
     ]
     record = {"recipe": config.recipe, **headline, "ingredients": ingredients, "digest": digest_of(state)}
     what = f"the mean of the weights of {soup.number} models ({config.recipe})"
-    told = {"Ingredients": {Path(weights[each]).name: f"SHA-256 {models.digests[each]}" for each in kept}}
+    told = {"SHA-256 of their weights": {f"model {each + 1}": models.digests[each] for each in kept}}
     with files_for(to) as directory:
         write_model(model, directory, classes=models.classes or None, images=models.images)
-        write_card(model, directory, to.absolute().name, "timm", what, Path(first), models.images, told)
+        source = Path("the models below")
+        write_card(model, directory, to.absolute().name, "timm", what, source, models.images, told)
         write_json(directory / "metrics.json", record | {"versions": versions()})
         files = sorted(each.name for each in directory.iterdir())
     print(f"{what} -> {to}: {', '.join(files)}")
@@ -116,16 +119,18 @@ class _Models:
         self.digests, self.similarities = dict[int, str](), dict[int, float]()
         self.model = self._built(0)
         self.classes, self.images = self._classes(0), _images_of(weights[0])
-        self._first = {name: value.clone() for name, value in self.model.state_dict().items()}
+        own: dict[str, Tensor] = self.model.state_dict()
+        self._first = {name: value.clone() for name, value in own.items()}
 
     def load(self, number: int) -> State:
         """Return the weights of a model, which is checked when it is read first."""
-        if number in self.digests:
+        if number in self.digests and number:
             own = state_for(self.model, self.weights[number], network=self._network)
             return {name: own[name] for name in self._first}
-        model = self._built(number) if number else self.model
-        self._check(number, model)
-        state: dict[str, Tensor] = model.state_dict()
+        state = self._first
+        if number:
+            self._check(number, model := self._built(number))
+            state = model.state_dict()
         self.digests[number] = digest_of(state)
         self.similarities[number] = alike = similarity(self._first, state)
         if alike < UNLIKE:
@@ -142,9 +147,9 @@ class _Models:
 
     def _check(self, number: int, model: nn.Module) -> None:
         a, b = self.weights[0], self.weights[number]
-        if number and (found := first_difference(self.model, model)):
+        if found := first_difference(self.model, model):
             raise InputError(f"{b} cannot be averaged with {a}: it has {found}")
-        if number and self.classes and (own := self._classes(number)) and own != self.classes:
+        if self.classes and (own := self._classes(number)) and own != self.classes:
             pair = next((i, j) for i, j in zip(own, self.classes, strict=True) if i != j)
             raise InputError(f"{b} cannot be averaged with {a}: its class {pair[0]} is {pair[1]} there")
         images, known = _images_of(b), self.images

@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> None:
     options: dict[str, Any] = {"network": network, "classifier": True, "contents": contents or None}
     model: Any = load_backbone(config.weights, config.backbone, config.backbone_args, **options)
     weights = contents.get(DECODER_OF, {}).get("weights", config.weights)  # of a decoder, its frozen backbone
-    if Path(weights).is_file():  # what timm notes of the weights that it has under this name
-        noted = ("license", "tag", "notes", "origin_url", "paper_ids", "paper_name")
-        model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in noted}
+    if Path(weights).is_file():
+        forget_notes(model)
     record = record_of_run(Path(weights))
     run = load_record(record) if record else {}  # words for the card
     names = contents.get("hyper_parameters", {}).get("class_names") or []
@@ -95,6 +94,12 @@ def check_target(to: Path, overwrite: bool) -> None:
     if to.is_dir() and any(to.iterdir()) and not overwrite:
         raise InputError(f"--to: {to} is not empty: give another folder, or add --overwrite")
     check_writable("--to", to.absolute().parent)
+
+
+def forget_notes(model: Any) -> None:
+    """Forget what timm notes of the weights that it has under a model's name."""
+    noted = ("license", "tag", "notes", "origin_url", "paper_ids", "paper_name")
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in noted}
 
 
 @contextmanager
