@@ -1,4 +1,4 @@
-"""What a training step costs with each mixing and with SAM, as a multiple of one with mixup and CutMix.
+"""What a training step costs with each mixing, with SAM and with other patches, as a multiple of mixup's.
 
     python benchmarks/mixing.py [--backbone locatvit_tiny] [--size 224] [--batch 8] [--rounds 10]
 
@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.trainer import Trainer
 
+from locat_lightning.backbones.flexible import make_flexible, use_patches
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.tasks import Classification
 
@@ -27,6 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixpro": {"mixing": "mixpro"},
     "patch_mixing": {"mixing": "patch_mixing"},
     "sam": {"sam": 0.05},
+    "patches of 8 px": {"patch": 8},
+    "patches of 28 px": {"patch": 28},
+    "patches of 16 px, resized from 8": {"own": 8, "patch": 16},
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
@@ -34,13 +38,18 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 def step(options: dict[str, Any], args: argparse.Namespace) -> Callable[[], None]:
     """Return a training step of a new model, without optimizer and log."""
     seed_everything(0, verbose=False)
+    options = dict(options)
+    patch, own = options.pop("patch", 16), options.pop("own", 16)
     task = Classification(
         args.backbone,
-        backbone_args={"img_size": args.size},
+        backbone_args={"img_size": args.size, "patch_size": own, "dynamic_img_size": patch != own},
         num_classes=100,
         **({"mixup": 0.0, "mixing_prob": 1.0} | options),  # every batch by patches, or by CutMix
     )
     task.configure_model()
+    if patch != own:
+        make_flexible(task.backbone, [patch])
+        use_patches(task.backbone, patch)
     task.trainer = Trainer(accelerator="cpu", **QUIET)  # type: ignore[arg-type]
     task.log = task.log_dict = lambda *_, **__: None  # type: ignore[assignment, method-assign]
     batch = ImageBatch(

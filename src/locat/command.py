@@ -33,6 +33,10 @@ COMMANDS = {
         ".stats",
         "mean and deviation of each channel of a folder: locat stats --data.root DIR",
     ),
+    "average": (
+        ".average",
+        "one model of the mean weights of several (soup): locat average RUN RUN … --to DIR",
+    ),
     "study": (".study.command", "train models alike and compare them: locat study --config study_cifar.yaml"),
     "pack": (
         ".pack",

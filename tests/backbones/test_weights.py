@@ -227,10 +227,9 @@ def test_positions_are_resampled_to_another_resolution(tmp_path):
     torch.testing.assert_close(new[:, 1:], resampled.flatten(2).transpose(1, 2))
 
 
-@pytest.mark.parametrize("change", [{"img_size": 64}, {"patch_size": 4}], ids=str)
-def test_kernels_follow_the_grid(tmp_path, change):
+def test_kernels_follow_images_of_another_size(tmp_path):
     """As wide beside the image as before, up to what saturates in the variance."""
-    trained, larger = model(1), model(2, **change)
+    trained, larger = model(1), model(2, img_size=64)
     torch.save(trained.state_dict(), tmp_path / "a.pth")
     load_weights(larger, str(tmp_path / "a.pth"))
     q = torch.randn(1, 3, 1 + 64, 8)
@@ -242,6 +241,43 @@ def test_kernels_follow_the_grid(tmp_path, change):
     assert expected.mean().item() == pytest.approx(2, rel=0.1)
     torch.testing.assert_close(var, expected, rtol=0.1, atol=0)
     torch.testing.assert_close(alpha, strength)
+
+
+@pytest.mark.parametrize("pos_embed", ["learn", "none"])
+@pytest.mark.parametrize("patch_size", [2, 4, 16])
+def test_kernels_in_pixels_stay_with_other_patches(tmp_path, patch_size, pos_embed):
+    """The variance in pixels, from the narrowest to the bound, is that of the weights."""
+    trained, other = model(1, pos_embed=pos_embed), model(2, patch_size=patch_size, pos_embed=pos_embed)
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    load_weights(other, str(tmp_path / "a.pth"))
+    q = 100 * torch.randn(1, 3, 50, 8)
+    grid = (32 // patch_size,) * 2
+    of_weights, of_model = (each.blocks[0].attn.gaug for each in (trained, other))
+    before, strength = of_weights.variance_and_alpha(q, (4, 4), (4, 4))
+    var, alpha = of_model.variance_and_alpha(q, grid, grid)
+    assert before.max() > 15  # of 16 patches, the bound
+    assert before.min() < 0.5
+    torch.testing.assert_close(var * patch_size**2, before * 8**2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(alpha, strength)
+
+
+def test_kernels_with_other_patches_and_images(tmp_path):
+    trained, other = model(1), model(2, patch_size=4, img_size=64)
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    load_weights(other, str(tmp_path / "a.pth"))
+    name = "blocks.0.attn.gaug.log_var.bias"
+    before, after = (each.get_parameter(name) for each in (trained, other))
+    # From 4 × 4 to 8 × 8 patches of one image, C from 16 to 64; then an image twice as large.
+    torch.testing.assert_close(after, before + math.log(63 / 15) + math.log(2))
+
+
+def test_a_mixture_in_pixels_stays_with_other_patches(tmp_path):
+    trained, other = (model(seed, gaug={"mixture": 3}, patch_size=p) for seed, p in ((1, 8), (2, 4)))
+    torch.save(trained.state_dict(), tmp_path / "a.pth")
+    load_weights(other, str(tmp_path / "a.pth"))
+    name = "blocks.1.attn.gaug.log_var"
+    before, after = (each.get_parameter(name) for each in (trained, other))
+    torch.testing.assert_close(after.exp() * 4**2, before.exp() * 8**2)
 
 
 # Both in timm's resampling of the bias tables.

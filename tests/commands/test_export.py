@@ -10,6 +10,7 @@ import yaml
 
 from locat.command import main
 from locat_lightning import add_locat
+from locat_lightning.backbones.flexible import make_flexible, use_patches
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
 OWN = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
@@ -93,6 +94,17 @@ def test_a_classification(capsys):
     assert "max_steps" not in card
     assert "pipeline_tag: image-classification" in card
     assert [path.name for path in Path().iterdir() if path.name.startswith(".")] == []
+
+
+def test_patches_of_another_size():
+    model = backbone(num_classes=3)
+    weights = of_run({"state_dict": beneath("backbone", model)})
+    flexible = timm.create_model("locatvit_tiny", num_classes=3, dynamic_img_size=True, **SIZES).eval()
+    flexible.load_state_dict(model.state_dict())
+    make_flexible(flexible, [4])
+    use_patches(flexible, 4)
+    exported = export(weights, "--backbone_args.patch_size", "4")
+    torch.testing.assert_close(exported(IMAGES), flexible(IMAGES), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_with_locat_in_another_model(capsys):

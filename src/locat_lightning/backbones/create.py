@@ -98,12 +98,14 @@ def create_backbone(name: str, arguments: dict[str, Any] | None, num_classes: in
         raise InputError(f"model.locat does not fit {name}: {error}") from error
 
 
-def create_for_any_size(name: str, arguments: dict[str, Any] | None) -> nn.Module:
-    """Build a timm model without classifier for images of any size; errors are those of `create_backbone`."""
+def create_for_any_size(
+    name: str, arguments: dict[str, Any] | None, num_classes: int | None = 0
+) -> nn.Module:
+    """Build a timm model for images of any size if it can take them; see `create_backbone`."""
     try:
-        return create_backbone(name, {"dynamic_img_size": True} | (arguments or {}), num_classes=0)
+        return create_backbone(name, {"dynamic_img_size": True} | (arguments or {}), num_classes)
     except InputError:  # the model has no such argument, unless others are wrong
-        return create_backbone(name, arguments, num_classes=0)
+        return create_backbone(name, arguments, num_classes)
 
 
 def noted_arguments(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,13 +221,14 @@ def load_backbone(
             f"{weights} does not record its model: add --backbone with timm's name of it (--model.backbone "
             "for fit, validate, test and predict)"
         )
-    model = create_for_any_size(name, arguments) if any_size else create_backbone(name, arguments, 0)
+    create = create_for_any_size if any_size else create_backbone
+    model = create(name, arguments, 0)
     if classifier and weights != RANDOM:
         of_timm: Any = model
         head = of_timm.pretrained_cfg.get("classifier") or ""
         rows = f"{head if isinstance(head, str) else head[0]}.weight"
         state = state_for(model, weights, network=network, contents=contents)
         if rows in state:
-            model = create_backbone(name, arguments, num_classes=len(state[rows]))
+            model = create(name, arguments, len(state[rows]))
     load_weights(model, weights, network=network, contents=contents)
     return model

@@ -86,29 +86,44 @@ def architecture_of(model: nn.Module) -> str:
 
 
 def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]:
-    """Return by how much a model's kernels have to be wider than those of weights of another grid, by bias.
+    """Return what is to be added to the biases of a model's variances for weights of another grid, by name.
 
-    The factor is the ratio of the grids' shorter sides, as for images of another grid. Its logarithm, added
-    to the bias, has that effect as long as a variance is small beside the square of the grid. The grid of
-    weights is known from position embeddings or Swin's bias tables only.
+    - Images of another size: ln of the ratio of the grids' shorter sides, the factor that images of another
+      grid have anyway; that holds as long as a variance is small beside the square of the grid.
+    - Patches of another size: what makes σ² in pixels the same, and its upper bound (see `patch_widening`).
+
+    The grid of weights is known from position embeddings or Swin's bias tables, their patches from the patch
+    embedding; without the first, images are taken to have the same size. Swin's windows count in patches.
     """
     found = {}
+    finer = _ratio_of_patches(state, model)
     for name, layer in model.named_modules():
         if isinstance(layer, GaussianSelfAttention):
             grid: tuple[int, int] = layer.grid.built_for
-            positions = state.get("pos_embed")
+            positions, ratio = state.get("pos_embed"), finer
             prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
             before = 0.0 if positions is None else math.sqrt(max(0, positions.shape[1] - prefix))
         elif isinstance(layer, GaussianWindowAttention):
-            grid = layer.built_for
+            grid, ratio = layer.built_for, 1.0
             table = state.get(f"{name}.relative_position_bias_table")
             before = 0.0 if table is None else (math.sqrt(len(table)) + 1) / 2
         else:
             continue
+        if before > 0 and before.is_integer():
+            larger, longest = min(grid) / (before * ratio), before
+        else:
+            larger, longest = 1.0, max(grid) / ratio
         bias = f"{name}.gaug.log_var" + (".bias" if f"{name}.gaug.log_var.bias" in state else "")
-        if bias in state and before > 0 and before.is_integer() and before != min(grid):
-            found[bias] = min(grid) / before
+        if bias in state and (larger, ratio) != (1, 1):
+            found[bias] = math.log(larger) + layer.gaug.patch_widening(longest, longest * ratio)
     return found
+
+
+def _ratio_of_patches(state: Mapping[str, Tensor], model: Any) -> float:
+    """Return by how much the patches of weights are wider than a model's; 1 where that is not known."""
+    before = state.get("patch_embed.proj.weight")
+    now = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return 1.0 if before is None or before.ndim < 4 or now is None else before.shape[-1] / now[-1]
 
 
 def _kernels(model: Any, options: dict[str, Any], gated: bool) -> dict[Any, Kernel]:

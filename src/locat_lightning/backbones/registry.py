@@ -5,7 +5,6 @@ model that they are based on. RegViT is `reg_tokens=4`; a ViT without position e
 `pos_embed="none"`. `located` is any other model with LocAt in it.
 """
 
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -136,7 +135,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
         if (filter_ := getattr(sys.modules[made_by.__module__], "checkpoint_filter_fn", None)) is not None:
             state = filter_(state, model)
             break
-    return state | {name: state[name] + math.log(ratio) for name, ratio in widening.items()}
+    return state | {name: state[name] + more for name, more in widening.items()}
 
 
 @register_model

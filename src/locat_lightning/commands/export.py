@@ -1,6 +1,8 @@
 """`locat export`: a model in a common format, with a card that says how it was made."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,34 +48,26 @@ def main(arguments: list[str]) -> None:
     config.weights = local_dir(config.weights)
     check_format(config.format)
     to = Path(config.to)
-    _check_target(to, config.overwrite)
+    check_target(to, config.overwrite)
     network: Role = "student" if config.student else "teacher"
     contents = contents_of(config.weights) or {}
     options: dict[str, Any] = {"network": network, "classifier": True, "contents": contents or None}
     model: Any = load_backbone(config.weights, config.backbone, config.backbone_args, **options)
     weights = contents.get(DECODER_OF, {}).get("weights", config.weights)  # of a decoder, its frozen backbone
-    if Path(weights).is_file():  # what timm notes of the weights that it has under this name
-        noted = ("license", "tag", "notes", "origin_url", "paper_ids", "paper_name")
-        model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in noted}
+    if Path(weights).is_file():
+        forget_notes(model)
     record = record_of_run(Path(weights))
     run = load_record(record) if record else {}  # words for the card
     names = contents.get("hyper_parameters", {}).get("class_names") or []
     classes = names if len(names) == model.num_classes else None
     what, images = _what(model, contents, network), _images(run)
-    above = next(folder for folder in to.absolute().parents if folder.is_dir())
-    with TemporaryDirectory(prefix=".locat-export-", dir=above) as name:  # on the same disk
-        directory = Path(name)
+    with files_for(to) as directory:
         difference = write_model(model, directory, config.format, classes=classes, images=images)
-        readme = directory / "README.md"
-        readme.write_text(_card(model, to, config.format, what, Path(weights), run), encoding="utf-8")
-        files = sorted(directory.iterdir())
-        to.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            file.chmod(readme.stat().st_mode)  # safetensors keeps its files to their owner
-        for file in files:
-            file.replace(to / file.name)
+        of_run = _of_run(run, Path(weights)) if run else {}
+        write_card(model, directory, to.absolute().name, config.format, what, Path(weights), images, of_run)
+        files = sorted(each.name for each in directory.iterdir())
     same = f"differ by {difference:.1g} of the largest" if difference else "are the same as before"
-    print(f"{what} -> {to}: {', '.join(file.name for file in files)}\nread again: its outputs {same}")
+    print(f"{what} -> {to}: {', '.join(files)}\nread again: its outputs {same}")
 
 
 def _parser() -> ArgumentParser:
@@ -91,7 +85,8 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _check_target(to: Path, overwrite: bool) -> None:
+def check_target(to: Path, overwrite: bool) -> None:
+    """Check that `--to` is a folder that can be written to, without files or to be overwritten."""
     if to.suffix in {Path(file).suffix for file in FILES.values()}:
         raise InputError(f"--to: {to} is the name of a file: give a folder, in which export names the files")
     if to.exists() and not to.is_dir():
@@ -99,6 +94,27 @@ def _check_target(to: Path, overwrite: bool) -> None:
     if to.is_dir() and any(to.iterdir()) and not overwrite:
         raise InputError(f"--to: {to} is not empty: give another folder, or add --overwrite")
     check_writable("--to", to.absolute().parent)
+
+
+def forget_notes(model: Any) -> None:
+    """Forget what timm notes of the weights that it has under a model's name."""
+    noted = ("license", "tag", "notes", "origin_url", "paper_ids", "paper_name")
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in noted}
+
+
+@contextmanager
+def files_for(to: Path) -> Iterator[Path]:
+    """Make a folder for files, which move to `to` when all are written; after an error there are none."""
+    above = next(folder for folder in to.absolute().parents if folder.is_dir())
+    with TemporaryDirectory(prefix=f".locat-{to.name}-", dir=above) as name:  # on the same disk
+        yield Path(name)
+        files = sorted(Path(name).iterdir())
+        to.mkdir(parents=True, exist_ok=True)
+        (own := Path(name) / "mode").touch()
+        for file in files:
+            file.chmod(own.stat().st_mode)  # safetensors keeps its files to their owner
+        for file in files:
+            file.replace(to / file.name)
 
 
 def _what(model: Any, contents: dict[str, Any], network: Role) -> str:
@@ -120,11 +136,23 @@ def _images(run: dict[str, Any]) -> dict[str, Any]:
     return {name: data[option] for option, name in IMAGES.items() if data.get(option) is not None}
 
 
-def _card(model: Any, to: Path, form: Format, what: str, weights: Path, run: dict[str, Any]) -> str:
-    """Return the model card, without any path of the machine."""
+def write_card(
+    model: Any,
+    directory: Path,
+    name: str,
+    form: Format,
+    what: str,
+    weights: Path,
+    images: dict[str, Any],
+    told: dict[str, dict[str, Any]],
+) -> None:
+    """Write the model card, without any path of the machine, into a folder.
+
+    `what` is in it and where it comes from, and what else is `told` by title, `images` by timm's names.
+    """
     template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
     card: str = template.render(
-        name=to.absolute().name,
+        name=name,
         model=model,
         what=what,
         format=form,
@@ -132,13 +160,13 @@ def _card(model: Any, to: Path, form: Format, what: str, weights: Path, run: dic
         parameters=count_parameters(model)[0],
         source=weights.name if weights.is_file() else weights,
         size=list(get_model_input_config(model)["input_size"]),
-        images=resolve_model_data_config(model) | _images(run),
+        images=resolve_model_data_config(model) | images,
         file=FILES[form],
         opset=OPSET,
         versions=f"torch {torch.__version__}, timm {timm.__version__}",
-        of_run=_of_run(run, weights) if run else {},
+        of_run=told,
     )
-    return f"{card}\n"
+    (directory / "README.md").write_text(f"{card}\n", encoding="utf-8")
 
 
 def _of_run(run: dict[str, Any], weights: Path) -> dict[str, dict[str, Any]]:

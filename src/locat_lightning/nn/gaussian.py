@@ -73,6 +73,9 @@ class GaussianAugmentation(nn.Module):
     so that z = 0 is a variance of one patch. On another grid than (H0, W0), which the model was built for,
     variances are scaled by min(H, W) / min(H0, W0).
 
+    Where patches have another size than those that the model was built with (`built_with`), (H0, W0) is the
+    grid that it would have been built for, and ln(C − 1) stays that of its own: σ² is the same in pixels.
+
     The arguments after the first are variants for an ablation; what they fix is a buffer with the name of the
     parameter that it replaces.
 
@@ -88,7 +91,13 @@ class GaussianAugmentation(nn.Module):
         initial_alpha: softplus(bα) before the training; None: bα is 0 (0.69), and 1 where α is not learned.
         gated: Multiply α by a learned gate that starts at 1e-6, so that a model to which GAug is added starts
             with the outputs that it had before.
+
+    Attributes:
+        built_with: the grid that bσ refers to, where `built_for` changes with the patches; None if it does
+            not.
     """
+
+    built_with: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -138,7 +147,7 @@ class GaussianAugmentation(nn.Module):
         za = torch.addmm(bias.unsqueeze(-1), weight, q.flatten(0, -2).mT).unflatten(-1, q.shape[:-1])
         z, a = za.float().split([len(self.log_var.weight), 1])
         largest = max(built_for) ** 2
-        var = largest * torch.sigmoid(z - _shift(built_for))
+        var = largest * torch.sigmoid(z - _shift(max(self.built_with or built_for)))
         if grid != built_for:
             var = var * (min(grid) / min(built_for))
         alpha = F.softplus(a.squeeze(0))
@@ -152,15 +161,23 @@ class GaussianAugmentation(nn.Module):
         bσ includes the shift by ln(C − 1).
         """
         weight, bias = (each.expand(2, *each.shape[1:]) for each in (self.log_var.weight, self.log_var.bias))
-        alpha = self.log_alpha
+        alpha, shift = self.log_alpha, _shift(max(self.built_with or built_for))
         gain = torch.ones_like(alpha.bias) if self.gate is None else (GATE_GAIN * self.gate).view(1)
-        each = weight.flatten(), alpha.weight.flatten(), bias.float() - _shift(built_for), alpha.bias, gain
+        each = weight.flatten(), alpha.weight.flatten(), bias.float() - shift, alpha.bias, gain
         return torch.cat(each).float()
 
     def limits(self, grid: tuple[int, int], built_for: tuple[int, int]) -> tuple[float, float, float]:
         """Return the largest σ², ε, and the largest squared distance."""
         wider = 1.0 if grid == built_for else min(grid) / min(built_for)
         return max(built_for) ** 2 * wider, _epsilon(built_for), float(_cap(built_for))
+
+    @staticmethod
+    def patch_widening(before: float, now: float) -> float:
+        """Return what, added to bσ, gives σ² the factor (now / before)² and the bound C of the grid of now.
+
+        These are the longer sides of the grids of one image in patches of two sizes.
+        """
+        return _shift(now) - _shift(before)
 
     def forward(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int], *, kept: Tensor | None = None
@@ -203,6 +220,8 @@ class GaussianMixture(nn.Module):
         gated: Start all α_m at 1e-6 instead of 1 / m.
     """
 
+    built_with: tuple[int, int] | None = None  # as of `GaussianAugmentation`
+
     def __init__(
         self,
         components: int,
@@ -220,11 +239,17 @@ class GaussianMixture(nn.Module):
         alpha = 1e-6 if gated else 1 / components
         self.alpha = nn.Parameter(torch.full((components,), alpha, device=device, dtype=dtype))
 
+    @staticmethod
+    def patch_widening(before: float, now: float) -> float:
+        """Return what, added to ln σ², gives σ² the factor (now / before)²."""
+        return 2 * math.log(now / before)
+
     def forward(
         self, q: Tensor, grid: tuple[int, int], built_for: tuple[int, int], *, kept: Tensor | None = None
     ) -> Tensor:
         """Return S [1, 1, H·W, H·W], or [.., 1, n, n] of a subset, float32; q only tells the device."""
-        var = self.log_var.float().exp() * (min(grid) / min(built_for))
+        wider = (max(built_for) / max(self.built_with or built_for)) ** 2
+        var = self.log_var.float().exp() * (wider * min(grid) / min(built_for))
         slope = (-0.5 / var).expand(2, 1, -1).mT
         cap = max(grid) ** 2
         y, x = factors(slope, distances(grid, cap, q.device))
@@ -298,9 +323,9 @@ def gaussian_kernel(gaussians: Gaussians | LazyGaussians) -> Tensor:
     return s
 
 
-def _shift(built_for: tuple[int, int]) -> float:
-    """Return ln(C − 1): z = 0 then gives a variance of 1."""
-    largest = max(built_for) ** 2
+def _shift(longest: float) -> float:
+    """Return ln(C − 1) of the longer side of a grid: z = 0 then gives a variance of 1."""
+    largest = longest**2
     return math.log(largest - 1) if largest > 2 else 0.0
 
 

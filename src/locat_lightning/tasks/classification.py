@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from locat_lightning.backbones.create import create_backbone, noted_arguments
+from locat_lightning.backbones.create import create_backbone, create_for_any_size, noted_arguments
+from locat_lightning.backbones.flexible import make_flexible, use_patches
 from locat_lightning.backbones.weights import contents_of, load_weights
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError, near
@@ -28,6 +29,7 @@ from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
+from locat_lightning.tasks.patch_sizes import check_sizes, size_of_batch
 from locat_lightning.tasks.prediction_files import write_table
 from locat_lightning.tasks.token_distillation import TokenDistilled
 
@@ -62,6 +64,11 @@ class Classification(TokenDistilled):
         cutmix: α of cutmix's Beta distribution; 0 for none.
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where both are on.
+        patch_sizes: sides of the patches in pixels, of which each training batch draws one, [2, 4, 8] for
+            example (FlexiViT): the model can be measured with each. Images are evaluated with the backbone's
+            own, with which alone null trains.
+        patch_shares: shares of the training, in which these sizes come one after the other instead: [0.3,
+            0.7] for sizes [8, 4] begins with coarse patches, whose steps cost less.
         class_names: names of the classes, by label; null takes those of the data.
         options: those of `TokenDistilled`, `LongTailed`, `SharpnessAware` (`sam`) and every task (`Task`).
 
@@ -71,6 +78,7 @@ class Classification(TokenDistilled):
     """
 
     results: Scores | None = None
+    _own_patch: int | None = None  # side of the backbone's patches, where those of batches differ
 
     def __init__(
         self,
@@ -94,6 +102,8 @@ class Classification(TokenDistilled):
         cutmix: NonNegativeFloat = 1.0,
         mixup_prob: ClosedUnitInterval = 1.0,
         mixup_switch_prob: ClosedUnitInterval = 0.5,
+        patch_sizes: list[PositiveInt] | None = None,
+        patch_shares: list[ClosedUnitInterval] | None = None,
         class_names: list[str] | None = None,
         **options: Any,
     ) -> None:
@@ -116,7 +126,9 @@ class Classification(TokenDistilled):
         if not new:
             return
         agree_on_channels(self)
-        self.backbone = create_backbone(hp.backbone, noted_arguments(hp), num_classes)
+        flexible = bool(hp.patch_sizes) and self._is_training()
+        create = create_for_any_size if flexible else create_backbone
+        self.backbone = create(hp.backbone, noted_arguments(hp), num_classes)
         self._agree_on_size()
         tell_channels(self, self.backbone)
         announce_size(hp.backbone, self.backbone)
@@ -124,6 +136,8 @@ class Classification(TokenDistilled):
             load_weights(self.backbone, self.weights, warm_start=self._is_training(), contents=contents)
         if self._is_training():
             self.add_teacher(self.backbone, self.data_classes)
+        if flexible:
+            self._take_patch_sizes()
         tops = [k for k in (1, 5) if k < num_classes]
         accuracy = MetricCollection(
             {
@@ -177,6 +191,30 @@ class Classification(TokenDistilled):
                 f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "
                 f"them agree, for example with --model.backbone_args.img_size {given}"
             )
+
+    def _take_patch_sizes(self) -> None:
+        """Let the backbone take patches of all sizes, and note its own."""
+        sizes, backbone = self.hp.patch_sizes, self.backbone
+        own = getattr(getattr(backbone, "patch_embed", None), "patch_size", (0,))[0]
+        check_sizes(sizes, self.hp.patch_shares, own, self.of_data("img_size"))
+        try:
+            make_flexible(backbone, sizes)
+        except ValueError as error:
+            raise InputError(f"model.patch_sizes does not fit {self.hp.backbone}: {error}") from error
+        self._own_patch = own
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self._own_patch is not None:
+            hp, seed = self.hp, [self._seed or 0, self.current_epoch, batch_idx]
+            size = size_of_batch(hp.patch_sizes, hp.patch_shares, self.step / self.steps, seed)
+            use_patches(self.backbone, size)
+            self.log("train/patch_size", float(size))
+
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        if self._own_patch is not None:  # for whatever looks at the model between two batches
+            use_patches(self.backbone, self._own_patch)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""

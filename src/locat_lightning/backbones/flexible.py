@@ -1,0 +1,88 @@
+"""Patches of several sizes in one Vision Transformer, whose embedding is resized to each as images pass."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed, resample_patch_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
+
+
+class FlexibleConv(nn.Conv2d):
+    """The convolution of a patch embedding, whose kernel is resized to patches of other sizes.
+
+    A kernel w of p × p pixels becomes that of q × q with which a patch that was resized from p to q gives the
+    same token: pinv(Bᵀ) w, B being timm's bicubic interpolation (exact for q ≥ p; of smaller patches, least
+    squares). The gradient flows through it. The kernel itself is used as it is.
+
+    Source: PI-resize of "FlexiViT: One Model for All Patch Sizes" (CVPR 2023).
+
+    Attributes:
+        patch: side of the patches of the images to come.
+    """
+
+    patch: int
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """Embed images [B, C, height, width]: [B, D, height / patch, width / patch]."""
+        own: tuple[int, ...] = self.kernel_size
+        if own == (self.patch, self.patch):
+            return super().forward(input)
+        matrix: Tensor = getattr(self, f"to_{self.patch}")
+        with torch.autocast(input.device.type, enabled=False):  # which would round the matrix
+            kernel = (self.weight.flatten(2).float() @ matrix).unflatten(2, (self.patch, self.patch))
+        return F.conv2d(input, kernel.to(self.weight.dtype), self.bias, self.patch)
+
+
+def make_flexible(model: Any, sizes: Iterable[int]) -> None:
+    """Let a built timm model take patches of these sizes, in pixels, from `use_patches` on.
+
+    The names of its weights stay: a checkpoint of it is one of a model with patches of one size. Position
+    embeddings are resampled to the grid as timm does, and kernels of GAug keep their width in pixels.
+
+    Raises:
+        ValueError: the model has no patch embedding of square patches, or is built for one grid.
+    """
+    embed: Any = getattr(model, "patch_embed", None)
+    if not isinstance(model, VisionTransformer) or type(embed) is not PatchEmbed:
+        raise ValueError(f"{type(model).__name__} is no plain Vision Transformer, whose patches can change")
+    if not model.dynamic_img_size:
+        raise ValueError("the model is built for one grid: build it with dynamic_img_size=True")
+    own = embed.patch_size[0]
+    if embed.patch_size != (own, own) or any(side % size for side in embed.img_size for size in sizes):
+        raise ValueError(
+            f"images of {' × '.join(map(str, embed.img_size))} pixels have no whole patches of all of "
+            f"{', '.join(map(str, sizes))}"
+        )
+    convolution, sizes = embed.proj, set(sizes)
+    convolution.__class__, convolution.patch = FlexibleConv, own
+    weight = convolution.weight
+    basis = torch.eye(own**2, device="cpu").view(-1, 1, own, own)
+    for size in sizes - {own}:
+        matrix = resample_patch_embed(basis, [size, size]).flatten(1)  # on the CPU: a GPU would be waited for
+        convolution.register_buffer(f"to_{size}", matrix.to(weight.device), persistent=False)
+    for kernel in model.modules():
+        if isinstance(kernel, GaussianAugmentation | GaussianMixture):
+            kernel.built_with = tuple(embed.grid_size)
+    if (grid := getattr(embed, "patch_grid", None)) is not None:
+        for size in (*sizes, own):  # for `torch.compile`: a grid that is new would change what it guards
+            grid.note(*(side // size for side in embed.img_size))
+
+
+def use_patches(model: Any, size: int) -> None:
+    """Take patches of `size` pixels of the images to come, in a model that is flexible.
+
+    A backward pass has to be over before the next change: a checkpointed block is computed as for these.
+    """
+    embed = model.patch_embed
+    embed.patch_size = (size, size)
+    embed.proj.patch = size
+    for block in model.feature_info:
+        block["reduction"] = size
+    if (grid := getattr(embed, "patch_grid", None)) is not None:
+        # `embed.grid_size` stays that of the position embeddings.
+        grid.built_for = tuple(side // size for side in embed.img_size)
