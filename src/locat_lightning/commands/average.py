@@ -34,7 +34,7 @@ from locat_lightning.data import ImageData
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import autocast_type, extract_features
 from locat_lightning.evaluation.knn import label_ranks
-from locat_lightning.tasks.classification import check_same_classes, classes_of
+from locat_lightning.tasks.class_names import check_same_classes, classes_of
 
 DESCRIPTION = (
     "Average the weights of models of one architecture, as of runs that began with the same weights, into a "
