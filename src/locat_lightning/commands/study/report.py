@@ -140,19 +140,17 @@ def _by_epoch(study: Study, measured: Mapping[str, str], results: Results) -> li
 
 
 def _layers(study: Study, results: Results) -> list[list[str]]:
-    """Return the head and the rows of the table of what layers do after the last epoch, or []."""
-    by_epoch = layers_by_epoch(study, results)
-    if not by_epoch:
-        return []
-    arms = by_epoch[max(by_epoch)]
-    layers = layers_of(arms.values())
+    """Return the head and the rows of the table of what layers do after an arm's last epoch, or []."""
+    last = {
+        arm: found for of_epoch in layers_by_epoch(study, results).values() for arm, found in of_epoch.items()
+    }
+    layers = layers_of(last.values())
     rows = [["", "arm", *map(short, layers)]]
     for measure, title in MEASURES.items():
-        for arm, found in arms.items():
-            cells = [found.get(measure, {}).get(layer) for layer in layers]
-            if any(cell is not None for cell in cells):
-                rows.append([title, arm, *(NOTHING if cell is None else f"{cell:.3f}" for cell in cells)])
-    return rows
+        for arm in [arm for arm in study.arms if measure in last.get(arm, {})]:
+            cells = [last[arm][measure].get(layer) for layer in layers]
+            rows.append([title, arm, *(NOTHING if cell is None else f"{cell:.3f}" for cell in cells)])
+    return rows if last else []
 
 
 def _file(page: Path, picture: str) -> Path:
