@@ -185,7 +185,6 @@ def test_every_option_exists(page):
             known = known | options_of(protocol[1])
         for option in re.findall(r"--[a-z][\w.]*", rest.partition(" # ")[0]):
             option = re.sub(r"--folders\.\w+", "--folders.NAME", option)
-            option = re.sub(r"--backbone_args\.\w+", "--backbone_args", option)
             assert words(option) in known, f"{command}: {option}"
     for option in re.findall(
         r"--(?:model|data|trainer|knn|linear|retrieval|pictures|checkpoint)\.\w+", TEXTS[page]
