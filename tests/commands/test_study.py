@@ -322,7 +322,7 @@ def test_what_is_measured_after_an_epoch_is_of_one_training(commands, tmp_path):
             "scenes": Probe("fit", curve=True),
             "miou": Probe("validate", weights="scenes", curve=True),
         },
-        measures={},
+        measures={name: Measure("", name, "") for name in ("near", "miou")},
         pictures=Pictures(),
     )
     todo = study.steps("vit", 0)
@@ -343,8 +343,7 @@ def test_what_is_measured_after_an_epoch_is_of_one_training(commands, tmp_path):
             known = steps.finished_steps(record)
             known.pop(name)
             record.write_text(json.dumps(known))
-        steps.forget_what_is_lost(todo, own, record)
-        for step in todo:
+        for step in steps.steps_to_run(todo, own, record):
             steps.run_step(step, own, {}, record)
         return commands.names
 
@@ -412,6 +411,17 @@ def test_a_probe_that_is_added_runs_alone_and_the_page_does_not_wait_for_it(comm
         "4": {"distance_px": {"block_00": 0.5, "prr": 1.0}},
     }
     assert Path("runs/mine/results_layers.png").is_file()
+
+    study["probes"]["near"] = {"command": "knn", "weights": TRAIN, "options": {"k": 5}}
+    Path("mine.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    finished = {path: path.read_text() for path in before}
+    for checkpoint in Path("runs").rglob("*.ckpt"):
+        checkpoint.unlink()
+    commands.given.clear()
+    command.main(arguments)  # trains nothing anew for what no measure reads
+    assert not commands.given
+    assert {path: path.read_text() for path in before} == finished
+    assert "Missing: near of vit (seed 0)" in Path("runs/mine/results.md").read_text()
 
 
 def test_messages_of_steps_go_to_their_logs(commands, tmp_path, monkeypatch, capsys):

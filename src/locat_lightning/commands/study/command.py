@@ -14,11 +14,11 @@ from locat_lightning.commands.study.folders import some_of_each_class, unpacked
 from locat_lightning.commands.study.plan import Step, Study
 from locat_lightning.commands.study.report import write_report
 from locat_lightning.commands.study.steps import (
-    forget_what_is_lost,
     output_to,
     read_results,
     record_of,
     run_step,
+    steps_to_run,
 )
 from locat_lightning.errors import InputError, near
 
@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> None:
 
 def _run(steps: Sequence[Step], directory: Path, folders: Mapping[str, str], record: Path) -> bool:
     """Run the steps of an arm and a seed that are not finished; return whether there were any."""
-    forget_what_is_lost(steps, directory, record)
-    news = False
+    steps, news = steps_to_run(steps, directory, record), False
     try:
         for place, step in enumerate(steps, start=1):
             print(f"  {step.name} ({place} of {len(steps)})", flush=True)
@@ -72,7 +71,7 @@ def read_study(options: list[str]) -> tuple[Study, Namespace]:
     parser = command_parser("study", DESCRIPTION)
     add = parser.add_argument
     add("-c", "--config", action=ConfigByName, help="a file with any of these options, or a shipped config")
-    preset = "one of the config's presets; if it has any, by default gpu with a GPU, else cpu"
+    preset = "one of the config's presets; by default gpu with a GPU, if it has that one, else cpu"
     add("--preset", type=str | None, default=None, help=preset)
     add("--to", type=str | None, default=None, help="directory of the runs; by default runs/CONFIG_PRESET")
     help_ = "directory of the results, a JSON for each arm and seed, which suffice to go on; by default --to"
@@ -89,7 +88,7 @@ def read_study(options: list[str]) -> tuple[Study, Namespace]:
     config = parser.instantiate_classes(parse(parser, options))
     study = Study(**{each.name: config[each.name] for each in fields(Study)})
     if config.preset is None and study.presets:
-        config.preset = "gpu" if torch.cuda.is_available() else "cpu"
+        config.preset = "gpu" if torch.cuda.is_available() and "gpu" in study.presets else "cpu"
     return (study.with_preset(config.preset) if config.preset else study), config
 
 

@@ -85,24 +85,33 @@ def finished_steps(record: Path) -> dict[str, dict[str, Any]]:
     return dict(json.loads(record.read_text())) if record.is_file() else {}
 
 
-def forget_what_is_lost(steps: Sequence[Step], directory: Path, record: Path) -> None:
-    """Remove steps from a record that a missing step needs, but whose checkpoint is gone, and what follows.
+def steps_to_run(steps: Sequence[Step], directory: Path, record: Path) -> list[Step]:
+    """Return the steps of an arm and a seed without those whose checkpoint is gone and that no measure reads.
 
-    So what is measured of an arm and a seed is of one training.
+    Where a measure needs such a step, what trained the checkpoint and what follows is removed from the record
+    instead, to be run again: what is measured of an arm and a seed is of one training.
     """
     known = finished_steps(record)
-    lost = {
-        step.weights
+    read, left_out = {TRAIN}, set[str]()
+    for step in reversed(steps):
+        if step.figures or step.name in read:
+            read |= {step.name, step.weights}
+    gone = [
+        step
         for step in steps
         if step.name not in known
         and step.weights in known
         and not checkpoint_of(directory, step.weights, step.epoch).is_file()
-    }
+    ]
+    lost = {step.weights for step in gone if step.name in read}
     for step in steps:  # in order: what a step takes comes before it
         if step.weights in lost:
             lost.add(step.name)
+        elif step in gone or step.weights in left_out:
+            left_out.add(step.name)
     if lost & known.keys():
         write_json(record, {name: each for name, each in known.items() if name not in lost})
+    return [step for step in steps if step.name not in left_out]
 
 
 def record_of(records: Path, arm: str, seed: int) -> Path:
