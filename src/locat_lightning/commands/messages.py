@@ -108,6 +108,7 @@ def _direct_messages(debug: bool) -> None:
     if not debug:
         messages.addFilter(lambda record: not record.getMessage().startswith(NO_NEWS))
         threading.excepthook = _in_a_thread
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # not where in whose code
     for name in ("lightning.pytorch", "lightning.fabric"):
         if not (logger := logging.getLogger(name)).propagate:  # else whoever imports this decides
             logger.handlers = [messages]
