@@ -23,12 +23,17 @@ PLAIN = {"mixup": 0, "cutmix": 0, "optimizer": "sgd", "lr": 0.1, "weight_decay":
 
 
 class Sizes(Taken):
-    """Notes the patches of each batch, and those at its end."""
+    """Notes the patches of each batch and forward pass, and those at its end."""
 
     def on_train_start(self):
         super().on_train_start()
-        self.seen, self.afterwards = [], set()
+        self.seen, self.passes, self.afterwards = [], [], set()
+        self.backbone.register_forward_hook(self.note)
         self.start = copy.deepcopy(self.backbone.state_dict())
+
+    def note(self, backbone, inputs, outputs):
+        if backbone.training:
+            self.passes.append(backbone.patch_embed.patch_size[0])
 
     def training_step(self, batch, batch_idx):
         self.seen.append(self.backbone.patch_embed.patch_size[0])
@@ -93,9 +98,9 @@ def test_sizes_follow_the_seed_the_epoch_and_the_batch(tmp_path):
         assert torch.equal(rest.backbone.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize(("accumulate", "expected"), [(1, [8] * 4 + [4] * 4), (2, [8] * 4 + [4] * 4)])
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [8] * 3 + [4] * 5), (2, [8] * 4 + [4] * 4)])
 def test_coarse_patches_come_first(tmp_path, accumulate, expected):
-    module = task(Sizes, BACKBONE | {"patch_size": 4}, patch_sizes=[8, 4], patch_shares=[0.5, 0.5], **PLAIN)
+    module = task(Sizes, BACKBONE | {"patch_size": 4}, patch_sizes=[8, 4], patch_shares=[0.3, 0.7], **PLAIN)
     fit(tmp_path, module, Batches(batches=4), accumulate_grad_batches=accumulate)
     assert module.seen == expected
     shares = [0.3, 0.3, 0.4]
@@ -105,12 +110,17 @@ def test_coarse_patches_come_first(tmp_path, accumulate, expected):
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_it_goes_with_sharpness_average_checkpointing_and_mixing(tmp_path):
-    options = {"sam": 0.05, "ema": 0.5, "checkpoint_blocks": True, "mixing": "patch_mixing"}
-    module = task(Sizes, patch_sizes=[2, 4, 8], **options)
-    fit(tmp_path, module)
-    assert set(module.seen) == {2, 4, 8}
-    assert module.afterwards == {8}
-    assert all(each.isfinite().all() for each in module.backbone.state_dict().values())
+    def trained(**options):
+        options |= {"sam": 0.05, "ema": 0.5, "mixing": "patch_mixing", "mixing_prob": 1.0}
+        module = task(Sizes, patch_sizes=[2, 4, 8], **options)
+        fit(tmp_path, module)
+        assert set(module.seen) == {2, 4, 8}
+        assert module.passes == [size for size in module.seen for _ in range(2)]  # the second at the worst
+        assert module.afterwards == {8}
+        return module.backbone.state_dict()
+
+    plain = trained()
+    torch.testing.assert_close(trained(checkpoint_blocks=True), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_without_the_option_a_model_is_as_it_was(tmp_path):
@@ -132,6 +142,11 @@ def test_without_the_option_a_model_is_as_it_was(tmp_path):
         ({"patch_sizes": [8, 4], "patch_shares": [0.5, 0.5]}, r"must be the last of model.patch_sizes"),
         ({"patch_sizes": [4, 8], "patch_shares": [0.5, 0.4]}, r"\(\[0.5, 0.4\]\) must be one share for each"),
         ({"patch_sizes": [4, 8], "patch_shares": [1.0]}, "must be one share for each"),
+        ({"patch_sizes": [4, 8], "backbone_args": BACKBONE | {"img_size": 32}}, "data.img_size is 16, but "),
+        (
+            {"patch_sizes": [4, 8], "backbone_args": BACKBONE | {"img_size": 32, "dynamic_img_size": True}},
+            "data.img_size is 16, but locatvit_tiny takes 32×32: .* --model.backbone_args.img_size 16",
+        ),
         (
             {"backbone": "resnet10t", "backbone_args": {}, "patch_sizes": [4]},
             "model.patch_sizes does not fit resnet10t: ResNet is no plain Vision Transformer",
