@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn import functional as F
 
 from locat.command import main
@@ -158,6 +159,33 @@ def test_mistakes(tmp_path, options, expected):
     module = Sizes(**own, warmup_epochs=0)
     with pytest.raises(InputError, match=expected):
         fit(tmp_path, module)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"patch_sizes": []}, "model.patch_sizes is empty: name sizes, or null"),
+        ({"patch_shares": [0.3, 0.7]}, r"model.patch_shares \(\[0.3, 0.7\]\) needs model.patch_sizes"),
+    ],
+)
+def test_options_without_effect(tmp_path, options, expected):
+    with pytest.raises(InputError, match=expected):
+        task(**options).check(trainer(tmp_path), training=True)
+
+
+def test_processes_with_seeds_of_their_own_draw_the_same_sizes(tmp_path):
+    class Second(SingleDeviceStrategy):
+        """The second of two processes, of which the first has the seed 7."""
+
+        def broadcast(self, obj, src=0):
+            return 7 if obj == torch.initial_seed() else obj
+
+    first, second = (task(Sizes, patch_sizes=[4, 8], **PLAIN) for _ in range(2))
+    seed_everything(7)
+    fit(tmp_path, first)
+    seed_everything(3)
+    fit(tmp_path, second, strategy=Second("cpu"))
+    assert second.seen == first.seen
 
 
 def test_a_run_is_measured_with_other_patches(workplace, trained, folder):

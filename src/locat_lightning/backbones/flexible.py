@@ -60,7 +60,8 @@ def make_flexible(model: Any, sizes: Iterable[int]) -> None:
     Raises:
         ValueError: the model has no patch embedding of square patches, or is built for one grid.
     """
-    sizes, embed = list(sizes), getattr(model, "patch_embed", None)
+    sizes = list(sizes)
+    embed: Any = getattr(model, "patch_embed", None)
     if not isinstance(model, VisionTransformer) or type(embed) is not PatchEmbed:
         raise ValueError(f"{type(model).__name__} is no plain Vision Transformer, whose patches can change")
     if not model.dynamic_img_size:

@@ -29,7 +29,7 @@ from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
-from locat_lightning.tasks.patch_sizes import check_sizes, size_of_batch
+from locat_lightning.tasks.patch_sizes import check_given, check_sizes, size_of_batch
 from locat_lightning.tasks.prediction_files import write_table
 from locat_lightning.tasks.token_distillation import TokenDistilled
 
@@ -117,6 +117,7 @@ class Classification(TokenDistilled):
         name, known = self.hp.optimizer, list_optimizers()
         if name.lower().removeprefix("lookahead_") not in known:
             raise InputError(f"model.optimizer: timm knows no optimizer {name!r}{near(name, known, n=5)}")
+        check_given(self.hp.patch_sizes, self.hp.patch_shares)
 
     def configure_model(self) -> None:
         hp, new = self.hp, not hasattr(self, "backbone")
