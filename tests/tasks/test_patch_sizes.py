@@ -124,6 +124,16 @@ def test_it_goes_with_sharpness_average_checkpointing_and_mixing(tmp_path):
     torch.testing.assert_close(trained(checkpoint_blocks=True), plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_in_another_precision_the_resizing_stays_in_float32(tmp_path, precision):
+    module = task(Sizes, patch_sizes=[4, 8], **PLAIN)
+    fit(tmp_path, module, precision=precision)
+    assert set(module.seen) == {4, 8}
+    embedding = module.backbone.patch_embed.proj
+    assert embedding.weight.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert embedding.to_4.dtype == torch.float32
+
+
 def test_without_the_option_a_model_is_as_it_was(tmp_path):
     module = task(Sizes, **PLAIN)
     fit(tmp_path, module)

@@ -75,7 +75,7 @@ def make_flexible(model: Any, sizes: Iterable[int]) -> None:
     convolution: Any = embed.proj
     convolution.__class__, convolution.patch = FlexibleConv, own
     weight = convolution.weight
-    basis = torch.eye(own**2, device="cpu").view(-1, 1, own, own)
+    basis = torch.eye(own**2, dtype=torch.float32, device="cpu").view(-1, 1, own, own)
     for size in {*sizes} - {own}:
         matrix = resample_patch_embed(basis, [size, size]).flatten(1)  # on the CPU: a GPU would be waited for
         convolution.register_buffer(f"to_{size}", matrix.to(weight.device), persistent=False)
