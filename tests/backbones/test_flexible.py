@@ -131,6 +131,20 @@ def test_each_size_is_compiled_once():
     assert counted.frame_count == 3
 
 
+@pytest.mark.compilers
+def test_more_sizes_than_torch_would_compile():
+    torch.compiler.reset()
+    sizes = [60, 30, 20, 15, 12, 10, 6, 5, 4, 3]
+    model = build(depth=1, img_size=60, patch_size=12)
+    make_flexible(model, sizes)
+    counted = CompileCounterWithBackend("eager")
+    model.compile(backend=counted, dynamic=False)
+    for size in sizes:
+        use_patches(model, size)
+        model(torch.randn(1, 3, 60, 60))
+    assert counted.frame_count == 10
+
+
 def test_mixed_precision_resizes_in_float32():
     model = build()
     make_flexible(model, [4, 8])
@@ -140,6 +154,22 @@ def test_mixed_precision_resizes_in_float32():
         found = model.patch_embed.proj(images())
     assert found.dtype == torch.bfloat16
     assert_close(found.float(), expected, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float64, 1e-5)])
+def test_weights_of_another_type_are_resized_no_less_exactly(dtype, tolerance):
+    model = build()
+    make_flexible(model, [4, 8])
+    use_patches(model, 4)
+    basis = torch.eye(16).view(16, 1, 4, 4).expand(-1, 3, -1, -1)
+    matrix = model.patch_embed.proj.to_4.clone()
+    expected = model.patch_embed.proj(basis)
+    model.to(dtype)
+    assert torch.equal(model.patch_embed.proj.to_4, matrix)
+    assert model.patch_embed.proj.to_4.dtype == torch.float32
+    found = model.patch_embed.proj(basis.to(dtype))
+    assert found.dtype == dtype
+    assert_close(found.float(), expected, rtol=tolerance, atol=2 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -153,4 +183,4 @@ def test_mixed_precision_resizes_in_float32():
 )
 def test_what_cannot_be_flexible(name, options, sizes, expected):
     with pytest.raises(ValueError, match=expected):
-        make_flexible(build(name, **options), sizes)
+        make_flexible(build(name, **options), iter(sizes))

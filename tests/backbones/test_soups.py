@@ -76,10 +76,10 @@ def test_greedy_is_the_papers_loop(seed):
     given = [{"w": torch.tensor([value], dtype=torch.float64)} for value in values]
     soup, found = greedy_soup(given.__getitem__, 7, lambda state: accuracy(state["w"].item()))
     assert list(found) == order
-    assert [each for each, taste in found.items() if taste.kept] == kept
+    assert [each for each, trial in found.items() if trial.kept] == kept
     assert soup.mean()["w"].item() == pytest.approx(sum(values[i] for i in kept) / len(kept))
-    assert [taste.alone for taste in found.values()] == [accuracy(values[each]) for each in order]
-    assert [taste.soup for taste in found.values() if taste.kept][-1] == best
+    assert [trial.alone for trial in found.values()] == [accuracy(values[each]) for each in order]
+    assert [trial.soup for trial in found.values() if trial.kept][-1] == best
 
 
 def test_similarity_is_the_cosine_of_the_matrices():

@@ -123,6 +123,15 @@ def test_greedy_measures_as_validate_does(tmp_path, capsys):
     assert record["val/top1"] >= record["best ingredient val/top1"]
     assert record["best ingredient val/top1"] == max(each["val/top1"] for each in record["ingredients"])
 
+    Path("greedy.yaml").write_text("recipe: greedy\n")  # where the run brings its images, too
+    assert average(*runs, "--config", "greedy.yaml", "--overwrite") == record
+
+
+def test_averaged_statistics_of_batch_norm_are_warned_of():
+    torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), "a.pth")
+    with pytest.warns(UserWarning, match="the statistics of BatchNorm are averaged as well"):
+        average("a.pth", "a.pth", "--backbone", "resnet10t")
+
 
 def test_models_of_different_starts_are_warned_of():
     first, other = model(0), model(1)
@@ -157,6 +166,10 @@ def test_other_mistakes(tmp_path, capsys):
     a, b = run("a", model(0)), run("b", model(1, num_classes=0), classes=None)
     assert "takes two models or more before all options" in refused(capsys, a, "--to", "soup")
     assert "no such file" in refused(capsys, a, "nowhere.ckpt", "--to", "soup")
+    Path(run("c", model(0)), "checkpoints", "best.ckpt").unlink()
+    expected = "runs/c/version_0 has no checkpoints/best.ckpt: give the checkpoint itself"
+    assert expected in refused(capsys, a, "runs/c/version_0", "--to", "soup")
+    assert "runs/c has no checkpoints/best.ckpt" in refused(capsys, a, "runs/c", "--to", "soup")
     assert "random weights have nothing in common" in refused(capsys, a, "random", "--to", "soup")
     images = str(write_images(tmp_path / "images"))
     line = refused(capsys, b, b, "--recipe", "greedy", "--data.root", images, "--to", "soup")

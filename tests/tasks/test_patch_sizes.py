@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn import functional as F
 
 from locat.command import main
@@ -23,12 +24,17 @@ PLAIN = {"mixup": 0, "cutmix": 0, "optimizer": "sgd", "lr": 0.1, "weight_decay":
 
 
 class Sizes(Taken):
-    """Notes the patches of each batch, and those at its end."""
+    """Notes the patches of each batch and forward pass, and those at its end."""
 
     def on_train_start(self):
         super().on_train_start()
-        self.seen, self.afterwards = [], set()
+        self.seen, self.passes, self.afterwards = [], [], set()
+        self.backbone.register_forward_hook(self.note)
         self.start = copy.deepcopy(self.backbone.state_dict())
+
+    def note(self, backbone, inputs, outputs):
+        if backbone.training:
+            self.passes.append(backbone.patch_embed.patch_size[0])
 
     def training_step(self, batch, batch_idx):
         self.seen.append(self.backbone.patch_embed.patch_size[0])
@@ -93,9 +99,9 @@ def test_sizes_follow_the_seed_the_epoch_and_the_batch(tmp_path):
         assert torch.equal(rest.backbone.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize(("accumulate", "expected"), [(1, [8] * 4 + [4] * 4), (2, [8] * 4 + [4] * 4)])
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [8] * 3 + [4] * 5), (2, [8] * 4 + [4] * 4)])
 def test_coarse_patches_come_first(tmp_path, accumulate, expected):
-    module = task(Sizes, BACKBONE | {"patch_size": 4}, patch_sizes=[8, 4], patch_shares=[0.5, 0.5], **PLAIN)
+    module = task(Sizes, BACKBONE | {"patch_size": 4}, patch_sizes=[8, 4], patch_shares=[0.3, 0.7], **PLAIN)
     fit(tmp_path, module, Batches(batches=4), accumulate_grad_batches=accumulate)
     assert module.seen == expected
     shares = [0.3, 0.3, 0.4]
@@ -105,12 +111,27 @@ def test_coarse_patches_come_first(tmp_path, accumulate, expected):
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_it_goes_with_sharpness_average_checkpointing_and_mixing(tmp_path):
-    options = {"sam": 0.05, "ema": 0.5, "checkpoint_blocks": True, "mixing": "patch_mixing"}
-    module = task(Sizes, patch_sizes=[2, 4, 8], **options)
-    fit(tmp_path, module)
-    assert set(module.seen) == {2, 4, 8}
-    assert module.afterwards == {8}
-    assert all(each.isfinite().all() for each in module.backbone.state_dict().values())
+    def trained(**options):
+        options |= {"sam": 0.05, "ema": 0.5, "mixing": "patch_mixing", "mixing_prob": 1.0}
+        module = task(Sizes, patch_sizes=[2, 4, 8], **options)
+        fit(tmp_path, module)
+        assert set(module.seen) == {2, 4, 8}
+        assert module.passes == [size for size in module.seen for _ in range(2)]  # the second at the worst
+        assert module.afterwards == {8}
+        return module.backbone.state_dict()
+
+    plain = trained()
+    torch.testing.assert_close(trained(checkpoint_blocks=True), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_in_another_precision_the_resizing_stays_in_float32(tmp_path, precision):
+    module = task(Sizes, patch_sizes=[4, 8], **PLAIN)
+    fit(tmp_path, module, precision=precision)
+    assert set(module.seen) == {4, 8}
+    embedding = module.backbone.patch_embed.proj
+    assert embedding.weight.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert embedding.to_4.dtype == torch.float32
 
 
 def test_without_the_option_a_model_is_as_it_was(tmp_path):
@@ -132,6 +153,11 @@ def test_without_the_option_a_model_is_as_it_was(tmp_path):
         ({"patch_sizes": [8, 4], "patch_shares": [0.5, 0.5]}, r"must be the last of model.patch_sizes"),
         ({"patch_sizes": [4, 8], "patch_shares": [0.5, 0.4]}, r"\(\[0.5, 0.4\]\) must be one share for each"),
         ({"patch_sizes": [4, 8], "patch_shares": [1.0]}, "must be one share for each"),
+        ({"patch_sizes": [4, 8], "backbone_args": BACKBONE | {"img_size": 32}}, "data.img_size is 16, but "),
+        (
+            {"patch_sizes": [4, 8], "backbone_args": BACKBONE | {"img_size": 32, "dynamic_img_size": True}},
+            "data.img_size is 16, but locatvit_tiny takes 32×32: .* --model.backbone_args.img_size 16",
+        ),
         (
             {"backbone": "resnet10t", "backbone_args": {}, "patch_sizes": [4]},
             "model.patch_sizes does not fit resnet10t: ResNet is no plain Vision Transformer",
@@ -143,6 +169,33 @@ def test_mistakes(tmp_path, options, expected):
     module = Sizes(**own, warmup_epochs=0)
     with pytest.raises(InputError, match=expected):
         fit(tmp_path, module)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"patch_sizes": []}, "model.patch_sizes is empty: name sizes, or null"),
+        ({"patch_shares": [0.3, 0.7]}, r"model.patch_shares \(\[0.3, 0.7\]\) needs model.patch_sizes"),
+    ],
+)
+def test_options_without_effect(tmp_path, options, expected):
+    with pytest.raises(InputError, match=expected):
+        task(**options).check(trainer(tmp_path), training=True)
+
+
+def test_processes_with_seeds_of_their_own_draw_the_same_sizes(tmp_path):
+    class Second(SingleDeviceStrategy):
+        """The second of two processes, of which the first has the seed 7."""
+
+        def broadcast(self, obj, src=0):
+            return 7 if obj == torch.initial_seed() else obj
+
+    first, second = (task(Sizes, patch_sizes=[4, 8], **PLAIN) for _ in range(2))
+    seed_everything(7)
+    fit(tmp_path, first)
+    seed_everything(3)
+    fit(tmp_path, second, strategy=Second("cpu"))
+    assert second.seen == first.seen
 
 
 def test_a_run_is_measured_with_other_patches(workplace, trained, folder):

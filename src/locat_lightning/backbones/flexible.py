@@ -1,15 +1,18 @@
 """Patches of several sizes in one Vision Transformer, whose embedding is resized to each as images pass."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import torch
+import torch.compiler.config
 from timm.layers import PatchEmbed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
+
+GRAPHS = 8  # that `torch.compile` may make of a model with patches of one size: torch's own limit
 
 
 class FlexibleConv(nn.Conv2d):
@@ -33,9 +36,19 @@ class FlexibleConv(nn.Conv2d):
         if own == (self.patch, self.patch):
             return super().forward(input)
         matrix: Tensor = getattr(self, f"to_{self.patch}")
+        exact = torch.promote_types(self.weight.dtype, matrix.dtype)
         with torch.autocast(input.device.type, enabled=False):  # which would round the matrix
-            kernel = (self.weight.flatten(2).float() @ matrix).unflatten(2, (self.patch, self.patch))
+            kernel = self.weight.flatten(2).to(exact) @ matrix.to(exact)
+        kernel = kernel.unflatten(2, (self.patch, self.patch))
         return F.conv2d(input, kernel.to(self.weight.dtype), self.bias, self.patch)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self._buffers.items():  # to another device, but not to another type
+            if moved is not None and (matrix := exact[name]) is not None:
+                self._buffers[name] = matrix.to(moved.device)
+        return self
 
 
 def make_flexible(model: Any, sizes: Iterable[int]) -> None:
@@ -47,6 +60,7 @@ def make_flexible(model: Any, sizes: Iterable[int]) -> None:
     Raises:
         ValueError: the model has no patch embedding of square patches, or is built for one grid.
     """
+    sizes = list(sizes)
     embed: Any = getattr(model, "patch_embed", None)
     if not isinstance(model, VisionTransformer) or type(embed) is not PatchEmbed:
         raise ValueError(f"{type(model).__name__} is no plain Vision Transformer, whose patches can change")
@@ -58,16 +72,18 @@ def make_flexible(model: Any, sizes: Iterable[int]) -> None:
             f"images of {' × '.join(map(str, embed.img_size))} pixels have no whole patches of all of "
             f"{', '.join(map(str, sizes))}"
         )
-    convolution, sizes = embed.proj, set(sizes)
+    convolution: Any = embed.proj
     convolution.__class__, convolution.patch = FlexibleConv, own
     weight = convolution.weight
-    basis = torch.eye(own**2, device="cpu").view(-1, 1, own, own)
-    for size in sizes - {own}:
+    basis = torch.eye(own**2, dtype=torch.float32, device="cpu").view(-1, 1, own, own)
+    for size in {*sizes} - {own}:
         matrix = resample_patch_embed(basis, [size, size]).flatten(1)  # on the CPU: a GPU would be waited for
         convolution.register_buffer(f"to_{size}", matrix.to(weight.device), persistent=False)
     for kernel in model.modules():
         if isinstance(kernel, GaussianAugmentation | GaussianMixture):
             kernel.built_with = tuple(embed.grid_size)
+    limit: Any = torch.compiler.config
+    limit.recompile_limit = max(limit.recompile_limit, GRAPHS + len(sizes))
     if (grid := getattr(embed, "patch_grid", None)) is not None:
         for size in (*sizes, own):  # for `torch.compile`: a grid that is new would change what it guards
             grid.note(*(side // size for side in embed.img_size))

@@ -44,7 +44,7 @@ class Soup:
         }
 
 
-class Taste(NamedTuple):
+class Trial(NamedTuple):
     """What a greedy soup has measured of a model: alone, and of the soup with it, and whether it stayed."""
 
     alone: float
@@ -62,7 +62,7 @@ def uniform_soup(load: Callable[[int], State], number: int) -> Soup:
 
 def greedy_soup(
     load: Callable[[int], State], number: int, measure: Callable[[State], float]
-) -> tuple[Soup, dict[int, Taste]]:
+) -> tuple[Soup, dict[int, Trial]]:
     """Add one model after the other, the best first, and keep those with which the soup is not worse.
 
     Args:
@@ -77,14 +77,14 @@ def greedy_soup(
     inference time" (ICML 2022), recipe 1.
     """
     alone = [measure(load(each)) for each in range(number)]
-    found = dict[int, Taste]()
+    found = dict[int, Trial]()
     soup, best = Soup(), -math.inf
     for each in sorted(range(number), key=lambda each: -alone[each]):
         tried = soup.with_one_more(load(each))
         value = measure(tried.mean()) if soup.number else alone[each]
         if kept := value >= best:
             soup, best = tried, value
-        found[each] = Taste(alone[each], value, kept)
+        found[each] = Trial(alone[each], value, kept)
     return soup, found
 
 

@@ -16,7 +16,7 @@ from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.formats import write_model
 from locat_lightning.backbones.soups import (
     State,
-    Taste,
+    Trial,
     first_difference,
     greedy_soup,
     similarity,
@@ -41,7 +41,7 @@ DESCRIPTION = (
     "folder as `locat export` writes it. What was averaged is in its metrics.json"
 )
 USAGE = "locat average RUN RUN … --to DIR [options]"
-UNLIKE = 0.5  # a cosine between models below which their mean is most probably good for nothing
+UNLIKE = 0.5  # a cosine between models below which their mean is most probably of no use
 
 
 @errors_in_a_line
@@ -52,11 +52,11 @@ def main(arguments: list[str]) -> None:
     weights = [_weights_of(each) for each in given]
     if {"--help", "-h"}.isdisjoint(arguments) and len(weights) < 2:
         raise InputError(f"locat average takes two models or more before all options: {USAGE}")
-    recorded = list[str]()
-    if weights and {"greedy", "--recipe=greedy"} & set(arguments):  # otherwise no image is read
+    config = parsing.parse(parser, options := arguments[1 + len(given) :])
+    if config.recipe == "greedy":  # otherwise no image is read
         typed = {argument.partition("=")[0] for argument in arguments}
         recorded = parsing.as_arguments(of_evaluation("images", weights[0], typed))
-    config = parsing.parse(parser, [*recorded, *arguments[1 + len(given) :]], recorded=recorded)
+        config = parsing.parse(parser, [*recorded, *options], recorded=recorded)
     checks.check_root(parsing.decisive_options(arguments), config.data.dataset, config.data.stream)
     autocast_type(config.precision)  # a mistake shows before anything is read
     check_target(to := Path(config.to), config.overwrite)
@@ -66,27 +66,32 @@ def main(arguments: list[str]) -> None:
 def _average(weights: list[str], config: Namespace, parser: ArgumentParser, to: Path) -> None:
     models = _Models(weights, config)
     model = models.model
-    taste, headline = dict[int, Taste](), dict[str, Any]()
+    trials, headline = dict[int, Trial](), dict[str, Any]()
     if config.recipe == "greedy":
-        tasted = _Tasting(parser, config, models)
-        soup, taste = greedy_soup(models.load, len(weights), tasted.top1)
-        best = next(iter(taste.values()))
-        headline = {"val/top1": next(each.soup for each in reversed(taste.values()) if each.kept)}
+        validation = _Validation(parser, config, models)
+        soup, trials = greedy_soup(models.load, len(weights), validation.top1)
+        best = next(iter(trials.values()))
+        headline = {"val/top1": next(each.soup for each in reversed(trials.values()) if each.kept)}
         headline |= {"best ingredient val/top1": best.alone}
-        _show(weights, taste)
+        _show(weights, trials)
         if soup.number == 1:
             rank_zero_warn(
-                f"no other model makes {weights[next(iter(taste))]} better: the soup is this model alone"
+                f"no other model makes {weights[next(iter(trials))]} better: the soup is this model alone"
             )
     else:
         soup = uniform_soup(models.load, len(weights))
     model.cpu().load_state_dict(state := soup.mean())
+    if soup.number > 1 and any(name.endswith("running_var") for name in state):
+        rank_zero_warn(
+            "the statistics of BatchNorm are averaged as well, and may not be those of the soup: measure it "
+            "before you use it"
+        )
     if Path(weights[0]).is_file():
         forget_notes(model)
-    kept = [each for each in range(len(weights)) if not taste or taste[each].kept]
+    kept = [each for each in range(len(weights)) if not trials or trials[each].kept]
     ingredients = [
         {"weights": each, "digest": models.digests[number], "similarity": models.similarities[number]}
-        | ({"val/top1": taste[number].alone} if taste else {})
+        | ({"val/top1": trials[number].alone} if trials else {})
         | {"kept": number in kept}
         for number, each in enumerate(weights)
     ]
@@ -166,7 +171,7 @@ class _Models:
         return list(names) if len(names) == self.model.num_classes else []
 
 
-class _Tasting:
+class _Validation:
     """Measures top-1 of a model's weights on the validation images."""
 
     def __init__(self, parser: ArgumentParser, config: Namespace, models: _Models) -> None:
@@ -204,6 +209,8 @@ def _weights_of(given: str) -> str:
     if given == RANDOM:
         raise InputError("locat average: random weights have nothing in common to average")
     weights = str(best) if best.is_file() else given
+    if weights == given and Path(given).is_dir() and not sources.exported_config(given):
+        raise InputError(f"locat average: {given} has no checkpoints/best.ckpt: give the checkpoint itself")
     sources.check_weights(weights)
     return sources.local_dir(weights)
 
@@ -215,10 +222,10 @@ def _images_of(weights: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _show(weights: list[str], taste: dict[int, Taste]) -> None:
+def _show(weights: list[str], trials: dict[int, Trial]) -> None:
     table = columns("model", "top-1", "soup with it", "kept")
     table.columns[0].justify, table.columns[0].overflow = "left", "fold"
-    for number, (alone, soup, kept) in taste.items():
+    for number, (alone, soup, kept) in trials.items():
         table.add_row(weights[number], f"{alone:.4f}", f"{soup:.4f}", "yes" if kept else "no")
     Console().print(table)
     rank_zero_info("the best soup was chosen on these images: measure it on others, as by locat test")

@@ -258,7 +258,7 @@ class Task(Watched):
 
     def on_fit_start(self) -> None:
         if self._seed is None:  # no checkpoint brought it
-            self._seed = torch.initial_seed()
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         if self.hp.compile:
             for module in self.to_compile():
                 module.compile(**self.compiler_options())

@@ -29,7 +29,7 @@ from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
-from locat_lightning.tasks.patch_sizes import check_sizes, size_of_batch
+from locat_lightning.tasks.patch_sizes import check_given, check_sizes, size_of_batch
 from locat_lightning.tasks.prediction_files import write_table
 from locat_lightning.tasks.token_distillation import TokenDistilled
 
@@ -117,6 +117,7 @@ class Classification(TokenDistilled):
         name, known = self.hp.optimizer, list_optimizers()
         if name.lower().removeprefix("lookahead_") not in known:
             raise InputError(f"model.optimizer: timm knows no optimizer {name!r}{near(name, known, n=5)}")
+        check_given(self.hp.patch_sizes, self.hp.patch_shares)
 
     def configure_model(self) -> None:
         hp, new = self.hp, not hasattr(self, "backbone")
@@ -129,7 +130,7 @@ class Classification(TokenDistilled):
         flexible = bool(hp.patch_sizes) and self._is_training()
         create = create_for_any_size if flexible else create_backbone
         self.backbone = create(hp.backbone, noted_arguments(hp), num_classes)
-        self._agree_on_size()
+        self._agree_on_size(strict=flexible)
         tell_channels(self, self.backbone)
         announce_size(hp.backbone, self.backbone)
         if self.weights is not None:
@@ -181,11 +182,12 @@ class Classification(TokenDistilled):
         check_same_classes(before, self.data_classes)
         self.data_classes = self.data_classes or before
 
-    def _agree_on_size(self) -> None:
-        """Check that the model takes images of the data's size."""
+    def _agree_on_size(self, *, strict: bool) -> None:
+        """Check that the model takes images of the data's size, is built for it if `strict`."""
         given = self.of_data("img_size")
         patches = getattr(self.backbone, "patch_embed", None)
-        taken = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
+        strict = strict or getattr(patches, "strict_img_size", False)
+        taken = getattr(patches, "img_size", None) if strict else None
         if given is not None and taken is not None and tuple(taken) != (given, given):
             raise InputError(
                 f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "

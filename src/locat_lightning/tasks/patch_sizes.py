@@ -10,6 +10,16 @@ import numpy as np
 from locat_lightning.errors import InputError
 
 
+def check_given(sizes: Sequence[int] | None, shares: Sequence[float] | None) -> None:
+    """Check that there are sizes to train with, where any are asked for: `InputError` if not."""
+    if sizes is not None and not sizes:
+        raise InputError("model.patch_sizes is empty: name sizes, or null to train with the backbone's own")
+    if sizes is None and shares is not None:
+        raise InputError(
+            f"model.patch_shares ({list(shares)}) needs model.patch_sizes: the sizes that have these shares"
+        )
+
+
 def check_sizes(sizes: Sequence[int], shares: Sequence[float] | None, own: int, side: int | None) -> None:
     """Check that patches of these sizes fit the images and the backbone: `InputError` if not.
 
