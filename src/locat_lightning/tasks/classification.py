@@ -235,8 +235,10 @@ class Classification(TokenDistilled):
         outputs: Any = self(images if mixed is None else mixed.images)
         of_class, of_token = outputs if taught is not None else (outputs, outputs)
         logits = outputs if taught is None else (of_class + of_token) / 2
-        targets = labels if self.mixup is None or mixed is None else self.mixup.targets(mixed, logits)
-        loss = self.cross_entropy(of_class, targets, self.hp.label_smoothing, reweighted=taught is None)
+        targets, smoothing = labels, self.hp.label_smoothing
+        if self.mixup is not None and mixed is not None:
+            targets, smoothing = self.mixup.targets(mixed, logits)
+        loss = self.cross_entropy(of_class, targets, smoothing, reweighted=taught is None)
         if taught is not None:
             loss = self.distilled(loss, of_token, taught)
         return loss, logits, targets if targets.ndim == 1 else targets.argmax(-1)

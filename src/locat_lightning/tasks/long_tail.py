@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.shots import is_unbalanced
-from locat_lightning.tasks.mixing import mixed_labels
 from locat_lightning.tasks.sharpness import SharpnessAware
 
 CLASS_COUNTS = "class_counts"  # a checkpoint's key of the training images of each class
@@ -108,22 +107,28 @@ class LongTailed(SharpnessAware):
     ) -> Tensor:
         """Return the cross-entropy of a batch with adjusted logits and, if `reweighted`, class weights.
 
-        The loss of an image is −Σ w_c t_c log p_c. It is averaged over images, not over weights, whose mean
-        differs from batch to batch.
+        Labels are smoothed as those of balanced classes would be: where it is least, the softmax of `logits`
+        is (1 − ε) b + ε / C, with b the class probabilities of balanced (or weighted) classes. For targets t
+        and s = w t, the loss is −Σ ((1 − ε) s + ε a / C Σ s / a) log p, with a = π^τ and p = softmax(z +
+        log a). It is averaged over images, not over weights, whose mean differs from batch to batch.
 
         Args:
-            logits: [B, C].
-            targets: labels, int64 [B], or shares of the classes [B, C].
-            smoothing: share of a label that is spread over all classes.
-            reweighted: whether the weights count, once it is time (`is_reweighted`).
+            logits: z [B, C].
+            targets: t, labels, int64 [B], or shares of the classes [B, C].
+            smoothing: ε, share of a label that is spread over all classes.
+            reweighted: whether the weights w count, once it is time (`is_reweighted`).
         """
-        if self._adjustment is not None:
-            logits = logits + self._adjustment
-        if not (reweighted and self.is_reweighted()):
-            return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
+        weights = self._class_weights if reweighted and self.is_reweighted() else None
+        if self._adjustment is None and weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if targets.ndim == 1:
-            targets = mixed_labels(targets, targets, 1.0, logits.shape[1], smoothing)
-        return F.cross_entropy(logits, targets, weight=self._class_weights)
+            targets = F.one_hot(targets, logits.shape[1])
+        shares = targets if weights is None else targets * weights
+        spread = shares.sum(1, keepdim=True)
+        if self._adjustment is not None:
+            logits, prior = logits + self._adjustment, self._adjustment.exp()
+            spread = (shares / prior).sum(1, keepdim=True) * prior
+        return F.cross_entropy(logits, (1 - smoothing) * shares + smoothing * spread / logits.shape[1])
 
     def shots_of(self, labels: Tensor) -> Tensor | None:
         """Return the training images of each label's class; None where classes are of about one size."""
