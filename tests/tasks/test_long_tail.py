@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
@@ -32,7 +33,7 @@ class Tail(Batches):
 def agreed(data=None, steps=100, step=100, **options):
     """A classifier that knows the classes' sizes, at a step of its run."""
     module = task(num_classes=6, **options)
-    module._trainer = SimpleNamespace(datamodule=data or Tail(), global_step=step, world_size=1)
+    module._trainer = SimpleNamespace(datamodule=data or Tail(), global_step=step, checkpoint_callbacks=[])
     module.steps = steps
     module.__class__ = type("At", (type(module),), {"step": property(lambda self: step)})
     module.agree_on_class_counts({}, training=True)
@@ -161,6 +162,28 @@ def test_what_does_not_go_together_is_said(tmp_path, data, options, expected):
         fit(tmp_path, task(**options), data)
 
 
+@pytest.mark.parametrize(
+    ("counts", "figure", "expected"),
+    [
+        ([30, 29, 28, 27, 26, 25], "balanced", "with 25 to 30 images: take val/top1$"),
+        (None, "balanced", "with unknown numbers of images: take val/top1$"),
+        (
+            [200, 90, 80, 70, 60, 50],
+            "few",
+            "50 to 200 images: take val/top1 or val/balanced or val/many or val/m",
+        ),
+    ],
+)
+def test_a_figure_that_is_not_measured_is_not_waited_for(tmp_path, counts, figure, expected):
+    waiting = ModelCheckpoint(tmp_path, monitor=f"val/{figure}")
+    options = {"enable_checkpointing": True, "callbacks": [waiting], "max_epochs": 1}
+    with pytest.raises(InputError, match=expected):
+        fit(tmp_path, task(), Tail(counts, batches=1), **options)
+    waiting.monitor = "val/top1"
+    fit(tmp_path, task(), Tail(counts, batches=1), **options)
+    assert waiting.best_model_score is not None
+
+
 class Steps(Taken):
     """Notes the loss of each batch, and what it would be without class weights."""
 
@@ -205,5 +228,7 @@ def test_groups_are_logged_and_recorded_where_classes_differ_in_size(tmp_path):
 @pytest.mark.parametrize("counts", [None, [30] * 6])
 def test_groups_are_not_told_apart_otherwise(tmp_path, counts):
     run = fit(tmp_path, module := task(), Tail(counts, batches=1))
-    assert not {"val/balanced", "val/many"} & run.callback_metrics.keys()
-    assert module.results is None or module.results.shots is None
+    assert {name for name in run.callback_metrics if name.startswith("val/")} == {
+        *("val/loss", "val/top1", "val/top5")
+    }
+    assert module.results.shots is None

@@ -287,7 +287,8 @@ class Classification(TokenDistilled):
         figures = found.figures(found.statistics().sum(0), len(labels))
         for name in FIGURES:
             if name in figures:
-                self.log(f"{split}/{name}", figures[name].float(), sync_dist=True)
+                value = figures[name].to(self.device, torch.float32)  # as NCCL has it
+                self.log(f"{split}/{name}", value, sync_dist=True)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""

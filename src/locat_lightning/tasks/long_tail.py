@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.shots import is_unbalanced
+from locat_lightning.evaluation.shots import FIGURES, figures_of, is_unbalanced
 from locat_lightning.tasks.sharpness import SharpnessAware
 
 CLASS_COUNTS = "class_counts"  # a checkpoint's key of the training images of each class
@@ -78,6 +78,7 @@ class LongTailed(SharpnessAware):
             return
         counts = self.of_data("class_counts")
         self.class_counts = [] if counts is None else counts.tolist()
+        self._check_monitored()
         hp = self.hp
         options = {"logit_adjustment": hp.logit_adjustment, "reweighting": hp.reweighting}
         given = [f"model.{name}" for name, value in options.items() if value is not None]
@@ -96,6 +97,19 @@ class LongTailed(SharpnessAware):
             self._adjustment = hp.logit_adjustment * prior.log().float()
         if hp.reweighting is not None:
             self._class_weights = effective_number_weights(number, hp.reweighting, prior).float()
+
+    def _check_monitored(self) -> None:
+        """Check that no checkpoint waits for a figure of groups of classes that there is not."""
+        counts, measured = self.class_counts, figures_of(self.class_counts)
+        monitored = {getattr(each, "monitor", None) for each in self.trainer.checkpoint_callbacks}
+        lacking = [each for each in FIGURES if f"val/{each}" in monitored and each not in measured]
+        if lacking:
+            sizes = f"{min(counts)} to {max(counts)}" if counts else "unknown numbers of"
+            choices = " or ".join(f"val/{each}" for each in ("top1", *measured))
+            raise InputError(
+                f"--checkpoint.monitor: val/{lacking[0]} is not measured of classes with {sizes} images: take "
+                f"{choices}"
+            )
 
     def is_reweighted(self) -> bool:
         """Return whether the weights of the classes count in this step."""
