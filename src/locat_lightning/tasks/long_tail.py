@@ -107,8 +107,8 @@ class LongTailed(SharpnessAware):
             sizes = f"{min(counts)} to {max(counts)}" if counts else "unknown numbers of"
             choices = " or ".join(f"val/{each}" for each in ("top1", *measured))
             raise InputError(
-                f"--checkpoint.monitor: val/{lacking[0]} is not measured of classes with {sizes} images: take "
-                f"{choices}"
+                f"--checkpoint.monitor: val/{lacking[0]} is not measured of classes with {sizes} images: "
+                f"take {choices}"
             )
 
     def is_reweighted(self) -> bool:
