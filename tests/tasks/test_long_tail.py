@@ -219,6 +219,11 @@ def test_groups_are_logged_and_recorded_where_classes_differ_in_size(tmp_path):
         assert float(run.callback_metrics[f"val/{name}"]) == pytest.approx(expected)
     run.save_checkpoint(tmp_path / "c.ckpt")
     assert torch.load(tmp_path / "c.ckpt", weights_only=True)["class_counts"] == [200, 60, 30, 25, 10, 3]
+    for damaged in ([1, 2, 3, 4, 5, -6], [1, 2, 3, 4, 5, 2**70], {"a": 1}, ["1"] * 6):
+        contents = torch.load(tmp_path / "c.ckpt", weights_only=True) | {"class_counts": damaged}
+        torch.save(contents, tmp_path / "d.ckpt")
+        with pytest.raises(InputError, match=r"d\.ckpt: class_counts is not a list of numbers of images"):
+            trainer(tmp_path).validate(task(weights=str(tmp_path / "d.ckpt")), datamodule=data, verbose=False)
     measuring = task(weights=str(tmp_path / "c.ckpt"))
     other = trainer(tmp_path).validate(measuring, datamodule=Batches(batches=1), verbose=False)
     assert other[0]["val/few"] == pytest.approx(float(run.callback_metrics["val/few"]))

@@ -15,6 +15,8 @@ from locat_lightning.tasks.sharpness import SharpnessAware
 
 CLASS_COUNTS = "class_counts"  # a checkpoint's key of the training images of each class
 
+MOST = 2**53  # images of a class: whole numbers that float64 holds
+
 
 def effective_number_weights(counts: Tensor, beta: float, prior: Tensor) -> Tensor:
     """Return class weights ∝ (1 − β) / (1 − βⁿ) of n images, ∝ 1 / n for β = 1: float64 [C].
@@ -71,9 +73,12 @@ class LongTailed(SharpnessAware):
     def agree_on_class_counts(self, contents: Mapping[str, Any], *, training: bool) -> None:
         """Note how many training images each class has: as the data say or, in an evaluation, the weights."""
         if not training:
-            recorded = contents.get(CLASS_COUNTS)
-            known = isinstance(recorded, list) and all(isinstance(each, int) for each in recorded)
-            if isinstance(recorded, list) and known and len(recorded) == self.hp.num_classes:
+            recorded = contents.get(CLASS_COUNTS, [])
+            if not isinstance(recorded, list) or not all(
+                isinstance(each, int) and 0 <= each <= MOST for each in recorded
+            ):
+                raise InputError(f"{self.weights}: {CLASS_COUNTS} is not a list of numbers of images")
+            if len(recorded) == self.hp.num_classes:
                 self.class_counts = recorded
             return
         counts = self.of_data("class_counts")
