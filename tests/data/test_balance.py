@@ -64,9 +64,12 @@ def test_over_many_epochs_each_image_of_a_class_is_drawn_equally_often():
     labels, epochs = Tail.labels, 400
     shares = class_shares(np.bincount(labels), "balanced")
     drawn = sum(copies(labels, shares, np.random.default_rng([0, epoch])) for epoch in range(epochs))
-    expected = epochs * 60 * (shares / np.maximum(1, np.bincount(labels)))[labels]
-    deviation = np.sqrt(expected)  # at most, of a count that is rounded up or down
-    assert (abs(drawn - expected) < 4 * deviation).all()
+    expected = 60 * (shares / np.maximum(1, np.bincount(labels)))[labels]
+    deviation = np.sqrt(
+        epochs * (expected % 1) * (1 - expected % 1)
+    )  # of a number that is rounded up or down
+    assert (abs(drawn - epochs * expected) <= 4 * deviation).all()
+    assert (deviation == 0).any()  # of images that are drawn equally often in each epoch
 
 
 def test_an_entry_of_an_order_knows_how_often_it_came_before():
