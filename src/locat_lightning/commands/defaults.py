@@ -10,9 +10,9 @@ from timm.models import load_model_config_from_hf
 from torch import nn
 
 from locat import configs
-from locat_lightning.backbones.weights import check_here, read_checkpoint
+from locat_lightning.backbones.weights import check_here, exported_config, read_checkpoint
 from locat_lightning.commands.parsing import decisive_options
-from locat_lightning.commands.sources import check_weights, exported_config, read_record, record_of_run
+from locat_lightning.commands.sources import check_weights, read_record, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.records import check_like, plain, refused
 

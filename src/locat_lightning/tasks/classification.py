@@ -122,7 +122,7 @@ class Classification(TokenDistilled):
         hp, new = self.hp, not hasattr(self, "backbone")
         contents = contents_of(self.weights) if new and self.weights else None
         num_classes = self._agree_on_classes(contents or {})
-        self.agree_on_class_counts(contents or {}, training=self._is_training())
+        self.agree_on_class_counts(contents, training=self._is_training())
         if not new:
             return
         agree_on_channels(self)

@@ -9,13 +9,28 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional as F
 
+from locat_lightning.backbones.weights import exported_config
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.shots import FIGURES, figures_of, is_unbalanced
 from locat_lightning.tasks.sharpness import SharpnessAware
 
-CLASS_COUNTS = "class_counts"  # a checkpoint's key of the training images of each class
+CLASS_COUNTS = "class_counts"  # a checkpoint's or export's key of the training images of each class
 
 MOST = 2**53  # images of a class: whole numbers that float64 holds
+
+
+def class_counts_of(weights: str, contents: Mapping[str, Any] | None, num_classes: int) -> list[int]:
+    """Return the training images of each class that weights record; [] if they do not, or of other classes.
+
+    Args:
+        weights: a checkpoint or an exported folder.
+        contents: of the file of weights; None if they are in none.
+        num_classes: of the model.
+    """
+    counts = (exported_config(weights) if contents is None else contents).get(CLASS_COUNTS, [])
+    if not isinstance(counts, list) or not all(isinstance(n, int) and 0 <= n <= MOST for n in counts):
+        raise InputError(f"{weights}: {CLASS_COUNTS} is not a list of numbers of images")
+    return counts if len(counts) == num_classes else []
 
 
 def effective_number_weights(counts: Tensor, beta: float, prior: Tensor) -> Tensor:
@@ -70,16 +85,11 @@ class LongTailed(SharpnessAware):
         self.register_buffer("_adjustment", None, persistent=False)
         self.register_buffer("_class_weights", None, persistent=False)
 
-    def agree_on_class_counts(self, contents: Mapping[str, Any], *, training: bool) -> None:
+    def agree_on_class_counts(self, contents: Mapping[str, Any] | None, *, training: bool) -> None:
         """Note how many training images each class has: as the data say or, in an evaluation, the weights."""
         if not training:
-            recorded = contents.get(CLASS_COUNTS, [])
-            if not isinstance(recorded, list) or not all(
-                isinstance(each, int) and 0 <= each <= MOST for each in recorded
-            ):
-                raise InputError(f"{self.weights}: {CLASS_COUNTS} is not a list of numbers of images")
-            if len(recorded) == self.hp.num_classes:
-                self.class_counts = recorded
+            recorded = class_counts_of(str(self.weights), contents, self.hp.num_classes)
+            self.class_counts = recorded or self.class_counts
             return
         counts = self.of_data("class_counts")
         self.class_counts = [] if counts is None else counts.tolist()
