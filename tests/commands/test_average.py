@@ -34,13 +34,14 @@ def model(seed, near=None, num_classes=3):
     return made.eval()
 
 
-def run(name, of, *, classes=CLASSES, mean=(0.5, 0.5, 0.5), **data):
+def run(name, of, *, classes=CLASSES, mean=(0.5, 0.5, 0.5), counts=(200, 30, 3), **data):
     """A run of a classification, which wrote down what it is."""
     directory = Path("runs") / name / "version_0"
     (directory / "checkpoints").mkdir(parents=True)
     own = {"backbone": "locatvit_tiny", "backbone_args": SIZES, "class_names": classes}
     state = {f"backbone.{key}": value for key, value in of.state_dict().items()}
-    torch.save({"hyper_parameters": own, "state_dict": state}, directory / "checkpoints" / "best.ckpt")
+    contents = {"hyper_parameters": own, "state_dict": state, "class_counts": list(counts)}
+    torch.save(contents, directory / "checkpoints" / "best.ckpt")
     images = {"img_size": 32, "mean": list(mean), "std": [0.2, 0.2, 0.2], "crop_pct": 1.0, "num_workers": 0}
     options = {"backbone": "locatvit_tiny", "backbone_args": SIZES}
     record = {
@@ -70,7 +71,7 @@ def refused(capsys, *arguments):
 def test_the_mean_of_runs_is_a_model_that_every_command_takes(capsys):
     first = model(0)
     models = [first, model(1, near=first), model(2, near=first)]
-    runs = [run(f"r{i}", each) for i, each in enumerate(models)]
+    runs = [run(f"r{i}", each, counts=(i, 2, 3)) for i, each in enumerate(models)]
     record = average(*runs)
     written = load_file("soup/model.safetensors")
     for name in first.state_dict():
@@ -78,6 +79,7 @@ def test_the_mean_of_runs_is_a_model_that_every_command_takes(capsys):
         np.testing.assert_array_equal(written[name].numpy(), np.mean(own, 0).astype(np.float32))
     config = json.loads(Path("soup/config.json").read_text())
     assert config["label_names"] == CLASSES
+    assert "class_counts" not in config  # of which each run had others
     assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
     assert [each["weights"] for each in record["ingredients"]] == [f"{r}/checkpoints/best.ckpt" for r in runs]
@@ -119,7 +121,10 @@ def test_greedy_measures_as_validate_does(tmp_path, capsys):
     options = ["--data.root", images, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
     main(["validate", "--weights", "soup", *options, "--trainer.enable_progress_bar", "false"])
     [file] = Path("runs").glob("*validate/version_*/metrics.json")
-    assert record["val/top1"] == pytest.approx(json.loads(file.read_text())["val/top1"], abs=1e-6)
+    validated = json.loads(file.read_text())
+    assert record["val/top1"] == pytest.approx(validated["val/top1"], abs=1e-6)
+    assert {"val/balanced", "val/many", "val/medium", "val/few"} <= validated.keys()
+    assert json.loads(Path("soup/config.json").read_text())["class_counts"] == [200, 30, 3]
     assert record["val/top1"] >= record["best ingredient val/top1"]
     assert record["best ingredient val/top1"] == max(each["val/top1"] for each in record["ingredients"])
 

@@ -524,3 +524,11 @@ def test_a_run_on_the_digits_is_measured_on_their_scenes_or_on_masks_of_ones_own
     recorded = {"class_path": "locat_lightning.data.ImageData", "init_args": {"dataset": "digits"}}
     assert of_data("masks", recorded) == {"data.dataset": "digits"}
     assert of_data("masks", recorded, {"--data.root"}) == {}
+
+
+def test_a_long_tail_of_a_run_is_not_made_of_other_images():
+    own = {"root": "photos", "imbalance": 100.0, "img_size": 32}
+    recorded = {"class_path": "locat_lightning.data.ImageData", "init_args": own}
+    assert of_data("images", recorded)["data.imbalance"] == 100.0
+    for option in ("root", "dataset", "stream"):
+        assert "data.imbalance" not in of_data("images", recorded, {f"--data.{option}"})

@@ -73,7 +73,13 @@ def refused(capsys, *arguments):
 def test_a_classification(capsys):
     model = backbone(num_classes=3)
     names = {"class_names": ["ant", "bee", "cat"]}
-    weights = of_run({"state_dict": beneath("backbone", model), "hyper_parameters": OWN | names})
+    weights = of_run(
+        {
+            "state_dict": beneath("backbone", model),
+            "hyper_parameters": OWN | names,
+            "class_counts": [200, 30, 3],
+        }
+    )
     assert torch.equal(export(weights)(IMAGES), model(IMAGES))
     assert (
         "a model with 3 classes -> out: README.md, config.json, model.safetensors" in capsys.readouterr().out
@@ -81,6 +87,7 @@ def test_a_classification(capsys):
 
     config = json.loads(Path("out/config.json").read_text())
     assert config["label_names"] == names["class_names"]
+    assert config["class_counts"] == [200, 30, 3]
     assert config["pretrained_cfg"]["mean"] == [0.5, 0.4, 0.3]
     assert "license" not in config["pretrained_cfg"]  # timm's own weights of this name have one
 

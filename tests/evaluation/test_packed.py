@@ -29,6 +29,21 @@ def test_scores_of_the_figures_come_back():
     assert packed(results, ["miou"]) is None
 
 
+def test_groups_of_classes_come_back():
+    labels = torch.arange(300) % 3
+    hits = torch.rand(300, generator=torch.Generator().manual_seed(0)) < 0.2 + 0.3 * labels
+    scores = {"top1": hits, "top5": hits | True}
+    results = Scores(torch.arange(300), names(300), labels, scores, torch.tensor([500, 50, 5])[labels])
+    found = unpacked(json.loads(json.dumps(packed(results, ["balanced", "few"]))))
+    figures = found.figures(found.statistics().sum(0), 300)
+    assert float(figures["few"]) == float(hits[2::3].double().mean())
+    expected = results.figures(results.statistics().sum(0), 300)
+    assert all(torch.equal(figures[name], expected[name]) for name in ("balanced", "many", "medium", "few"))
+    plain = packed(results, ["top1"])
+    assert "groups" not in plain
+    assert packed(Scores(results.indices, results.names, labels, scores), ["balanced"]) is None
+
+
 def test_areas_come_back():
     areas = torch.randint(70_000, (5, 3, 4), generator=torch.Generator().manual_seed(0))
     results = Areas(torch.arange(5), names(5), ["sky", "road", "car", "boat"], areas)

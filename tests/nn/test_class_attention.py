@@ -64,7 +64,10 @@ def test_it_is_the_row_of_the_softmax(softmaxes, name, options):
     assert attention.heads.std() > 1e-3  # or any row would do
 
 
-@pytest.mark.parametrize(("name", "options"), [("locatvit_tiny", {"reg_tokens": 2}), ("locatjumbo_tiny", {})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("locatvit_tiny", {"reg_tokens": 2}), ("locatjumbo_tiny", {}), ("locatvit_tiny_distilled", {})],
+)
 def test_refined_is_the_row_of_prr(name, options):
     backbone = model(name, **options)
     attention = ClassAttention(backbone, "refined")

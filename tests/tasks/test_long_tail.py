@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from locat_lightning.errors import InputError
@@ -32,22 +33,25 @@ class Tail(Batches):
 def agreed(data=None, steps=100, step=100, **options):
     """A classifier that knows the classes' sizes, at a step of its run."""
     module = task(num_classes=6, **options)
-    module._trainer = SimpleNamespace(datamodule=data or Tail(), global_step=step, world_size=1)
+    module._trainer = SimpleNamespace(datamodule=data or Tail(), global_step=step, checkpoint_callbacks=[])
     module.steps = steps
     module.__class__ = type("At", (type(module),), {"step": property(lambda self: step)})
     module.agree_on_class_counts({}, training=True)
     return module
 
 
-def by_hand(logits, targets, prior=None, tau=1.0, weights=None):
-    """The loss in loops: targets are shares of the classes."""
-    total = 0.0
+def by_hand(logits, targets, prior=None, tau=1.0, weights=None, smoothing=0.0):
+    """The loss in loops: targets are shares of the classes, smoothed as those of equal classes would be."""
+    total, classes = 0.0, logits.shape[1]
+    own = [1.0] * classes if prior is None else [p**tau for p in prior]
+    weights = weights or [1.0] * classes
     for row, shares in zip(logits.tolist(), targets.tolist(), strict=True):
-        if prior is not None:
-            row = [z + tau * math.log(p) for z, p in zip(row, prior, strict=True)]
+        row = [z + math.log(p) for z, p in zip(row, own, strict=True)]
         log_sum = math.log(sum(math.exp(z) for z in row))
-        weights_ = weights or [1.0] * len(row)
-        total += sum(w * t * (log_sum - z) for w, t, z in zip(weights_, shares, row, strict=True))
+        for label, share in enumerate(shares):
+            spread = [smoothing / classes * p / own[label] for p in own]
+            spread[label] += 1 - smoothing
+            total += weights[label] * share * sum(t * (log_sum - z) for t, z in zip(spread, row, strict=True))
     return total / len(logits)
 
 
@@ -63,9 +67,9 @@ def test_logits_are_adjusted_by_the_logarithm_of_the_prior(batch, tau, soft):
     logits, labels = batch
     prior = [n / sum(COUNTS) for n in COUNTS]
     shares = 0.7 * F.one_hot(labels, 6) + 0.3 * F.one_hot(labels.flip(0), 6)
-    smoothed = 0.9 * F.one_hot(labels, 6) + 0.1 / 6
     found = agreed(logit_adjustment=tau).cross_entropy(logits, shares if soft else labels, 0.1)
-    assert float(found) == pytest.approx(by_hand(logits, shares if soft else smoothed, prior, tau), rel=1e-5)
+    targets = shares if soft else F.one_hot(labels, 6).float()
+    assert float(found) == pytest.approx(by_hand(logits, targets, prior, tau, smoothing=0.1), rel=1e-5)
 
 
 def test_a_class_without_images_has_the_smallest_prior_there_is():
@@ -75,27 +79,34 @@ def test_a_class_without_images_has_the_smallest_prior_there_is():
     torch.testing.assert_close(module._adjustment.exp(), torch.tensor([0.3, 0.3, 0.05, 0.2, 0.15, 0.05]))
 
 
-def test_the_minimiser_is_the_classifier_of_balanced_classes():
-    """Of an input with known class densities, gradient descent finds log p(x | y) up to a constant."""
-    generator = torch.Generator().manual_seed(0)
-    densities = torch.rand(5, 6, generator=generator) + 0.1  # of 5 inputs under each class
-    densities /= densities.sum(0)
-    prior = torch.tensor(COUNTS).double() / sum(COUNTS)
-    joint = densities.double() * prior  # how often each input comes with each label
-    module = agreed(logit_adjustment=1.0)
-    logits = torch.zeros(5, 6, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12)
+def minimiser(module, joint, smoothing):
+    """The softmax of the logits [X, 6] where the loss is least, if inputs and labels occur this often."""
+    logits = torch.zeros(joint.shape, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = 5 * module.cross_entropy(logits, joint)  # of shares that do not add up to 1: a weighted sum
+        loss = len(joint) * module.cross_entropy(logits, joint, smoothing)  # a sum weighted by frequency
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    expected = densities.double().log()
-    centred = [each - each.mean(1, keepdim=True) for each in (logits.detach(), expected)]
-    torch.testing.assert_close(*centred, atol=1e-3, rtol=0)
+    return logits.detach().softmax(1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("options", [{"logit_adjustment": 1.0}, {"reweighting": 1.0}])
+def test_the_minimiser_is_that_of_balanced_classes(options, smoothing):
+    """Of inputs that may be of any class, and of those of one class alone."""
+    densities = torch.rand(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    prior = torch.tensor([5000, 1796, 645, 232, 83, 50]).double()  # as in a long-tailed CIFAR
+    prior /= prior.sum()
+    module = agreed(Tail((prior * 7806).round().long().tolist()), **options)
+    for given in (densities / densities.sum(0), torch.eye(6, dtype=torch.float64)):
+        balanced = given / given.sum(1, keepdim=True)
+        expected = (1 - smoothing) * balanced + smoothing / 6
+        found = minimiser(module, given * prior, smoothing)
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999, 1.0])
@@ -112,13 +123,15 @@ def test_weights_follow_the_effective_number(beta):
 def test_weights_count_from_their_share_of_the_run_on(batch, soft):
     logits, labels = batch
     shares = 0.7 * F.one_hot(labels, 6) + 0.3 * F.one_hot(labels.flip(0), 6)
-    targets = shares if soft else 0.9 * F.one_hot(labels, 6) + 0.1 / 6
+    targets = shares if soft else F.one_hot(labels, 6).float()
     options = {"reweighting": 0.9, "reweight_from": 0.8}
     for step in (0, 79, 80, 99):
         module = agreed(step=step, **options)
         weights = module._class_weights.tolist() if step >= 80 else None
         found = module.cross_entropy(logits, shares if soft else labels, 0.1)
-        assert float(found) == pytest.approx(by_hand(logits, targets, weights=weights), rel=1e-5)
+        assert float(found) == pytest.approx(
+            by_hand(logits, targets, weights=weights, smoothing=0.1), rel=1e-5
+        )
     module = agreed(step=99, **options)
     found = module.cross_entropy(logits, targets, reweighted=False)
     assert float(found) == pytest.approx(by_hand(logits, targets), rel=1e-5)
@@ -147,6 +160,28 @@ def test_without_options_the_loss_is_the_plain_one(batch):
 def test_what_does_not_go_together_is_said(tmp_path, data, options, expected):
     with pytest.raises(InputError, match=expected):
         fit(tmp_path, task(**options), data)
+
+
+@pytest.mark.parametrize(
+    ("counts", "figure", "expected"),
+    [
+        ([30, 29, 28, 27, 26, 25], "balanced", "with 25 to 30 images: take val/top1$"),
+        (None, "balanced", "with unknown numbers of images: take val/top1$"),
+        (
+            [200, 90, 80, 70, 60, 50],
+            "few",
+            "50 to 200 images: take val/top1 or val/balanced or val/many or val/m",
+        ),
+    ],
+)
+def test_a_figure_that_is_not_measured_is_not_waited_for(tmp_path, counts, figure, expected):
+    waiting = ModelCheckpoint(tmp_path, monitor=f"val/{figure}")
+    options = {"enable_checkpointing": True, "callbacks": [waiting], "max_epochs": 1}
+    with pytest.raises(InputError, match=expected):
+        fit(tmp_path, task(), Tail(counts, batches=1), **options)
+    waiting.monitor = "val/top1"
+    fit(tmp_path, task(), Tail(counts, batches=1), **options)
+    assert waiting.best_model_score is not None
 
 
 class Steps(Taken):
@@ -184,6 +219,11 @@ def test_groups_are_logged_and_recorded_where_classes_differ_in_size(tmp_path):
         assert float(run.callback_metrics[f"val/{name}"]) == pytest.approx(expected)
     run.save_checkpoint(tmp_path / "c.ckpt")
     assert torch.load(tmp_path / "c.ckpt", weights_only=True)["class_counts"] == [200, 60, 30, 25, 10, 3]
+    for damaged in ([1, 2, 3, 4, 5, -6], [1, 2, 3, 4, 5, 2**70], {"a": 1}, ["1"] * 6):
+        contents = torch.load(tmp_path / "c.ckpt", weights_only=True) | {"class_counts": damaged}
+        torch.save(contents, tmp_path / "d.ckpt")
+        with pytest.raises(InputError, match=r"d\.ckpt: class_counts is not a list of numbers of images"):
+            trainer(tmp_path).validate(task(weights=str(tmp_path / "d.ckpt")), datamodule=data, verbose=False)
     measuring = task(weights=str(tmp_path / "c.ckpt"))
     other = trainer(tmp_path).validate(measuring, datamodule=Batches(batches=1), verbose=False)
     assert other[0]["val/few"] == pytest.approx(float(run.callback_metrics["val/few"]))
@@ -193,5 +233,7 @@ def test_groups_are_logged_and_recorded_where_classes_differ_in_size(tmp_path):
 @pytest.mark.parametrize("counts", [None, [30] * 6])
 def test_groups_are_not_told_apart_otherwise(tmp_path, counts):
     run = fit(tmp_path, module := task(), Tail(counts, batches=1))
-    assert not {"val/balanced", "val/many"} & run.callback_metrics.keys()
-    assert module.results is None or module.results.shots is None
+    assert {name for name in run.callback_metrics if name.startswith("val/")} == {
+        *("val/loss", "val/top1", "val/top5")
+    }
+    assert module.results.shots is None

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.errors import InputError
 from locat_lightning.tasks import Classification
+from locat_lightning.tasks.average import WeightAverage
 from locat_lightning.tasks.token_distillation import soft_distillation
 from tests.tasks.test_classification import BACKBONE, Batches, fit, task, trainer
 from tests.tasks.test_long_tail import Tail, by_hand
 
+UNMIXED = {"mixup": 0, "cutmix": 0}
 CNN = {"teacher_backbone": "resnet10t", "warmup_epochs": 0, "lr": 1e-3}
 
 pytestmark = [
@@ -49,9 +51,8 @@ class Steps(Classification):
         seen = images if mixed is None else mixed.images
         with torch.no_grad():
             pair = self.backbone(seen)
-        targets = (
-            F.one_hot(labels, 6) * 0.9 + 0.1 / 6 if mixed is None else self.mixup.targets(mixed, pair[0])
-        )
+        shares = F.one_hot(labels, 6) if mixed is None else self.mixup.targets(mixed, pair[0])[0]
+        targets = shares * 0.9 + 0.1 / 6
         self.steps_seen = [*getattr(self, "steps_seen", []), (seen, pair, targets, taught, found)]
         return found
 
@@ -108,7 +109,8 @@ def test_weights_of_classes_are_in_the_tokens_loss_alone_and_adjustment_in_both(
             ]
             expected = by_hand(of_class, targets) + by_hand(of_token, named, weights=weights)
         else:
-            expected = by_hand(of_class, targets, prior) + by_hand(of_token, named, prior)
+            own_labels = (targets > 0.5).double()
+            expected = by_hand(of_class, own_labels, prior, smoothing=0.1) + by_hand(of_token, named, prior)
         assert loss.item() == pytest.approx(expected / 2, rel=1e-4)
 
 
@@ -131,6 +133,8 @@ def test_the_teacher_is_frozen_out_of_checkpoints_and_of_evaluations(tmp_path, t
         enable_checkpointing=True,
         callbacks=[ModelCheckpoint(tmp_path, save_last=True)],
     )
+    [average] = [each for each in run.callbacks if isinstance(each, WeightAverage)]
+    assert average._average_model.module.teacher is module.teacher  # of which no average is kept
     kept = module.teacher.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in kept.items())
     assert not any(each.training for each in module.teacher.modules())
@@ -148,6 +152,15 @@ def test_the_teacher_is_frozen_out_of_checkpoints_and_of_evaluations(tmp_path, t
         weights_only=True,
     )
     assert on.global_step == 6
+    damaged = checkpoint | {"taught_by": [1]}
+    torch.save(damaged, tmp_path / "damaged.ckpt")
+    with pytest.raises(InputError, match="taught_by is a list, not a dictionary"):
+        trainer(tmp_path, max_epochs=3).fit(
+            student(teacher, ema=0.5),
+            datamodule=Batches(batches=2),
+            ckpt_path=tmp_path / "damaged.ckpt",
+            weights_only=True,
+        )
     other = before | {"fc.bias": before["fc.bias"] + 1}
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth is not the one that the run began with"):
@@ -181,6 +194,12 @@ def test_the_token_learns_what_the_teacher_says_whatever_the_labels_are(tmp_path
         ({"teacher": "random"}, "a teacher with random weights has nothing to teach"),
         ({"teacher": "nowhere.pth"}, r"model\.teacher: no such file"),
         ({"distillation": "soft", "reweighting": 0.9}, "set model.distillation to hard"),
+        (
+            {"teacher": None, "teacher_backbone": None, "distillation": "soft"},
+            r"model\.distillation says how .*: set model\.teacher",
+        ),
+        ({"teacher": None}, r"model\.teacher_backbone says how"),
+        ({"teacher": None, "teacher_backbone": None, "teacher_args": {"a": 1}}, r"model\.teacher_args says"),
         ({"classes": 7}, "knows 6 classes, but the data have 7"),
     ],
 )
@@ -196,6 +215,43 @@ def test_what_does_not_fit_is_said(tmp_path, teacher, options, message):
 
     with pytest.raises(InputError, match=message):
         start()
+
+
+class Normalised(Batches):
+    """Noise for images that were normalised so."""
+
+    model_channels = None
+    normalisation = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.5)}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_teacher_sees_images_normalised_as_its_own(tmp_path, teacher, precision):
+    own = {"mean": (0.5, 0.5, 0.5), "std": [0.5, 0.5, 0.5]}
+    contents = {"state_dict": torch.load(teacher, weights_only=True), "datamodule_hyper_parameters": own}
+    torch.save(contents, tmp_path / "run.ckpt")
+    images = Batches(batches=1).items[0].images
+    pixels = images * torch.tensor([0.2, 0.25, 0.5]).view(3, 1, 1)
+    pixels += torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    reference = load_backbone(teacher, "resnet10t", classifier=True).eval()
+    for file, seen in ((tmp_path / "run.ckpt", (pixels - 0.5) / 0.5), (teacher, images)):
+        module = Steps("locatvit_tiny_distilled", backbone_args=BACKBONE, teacher=str(file), **CNN, **UNMIXED)
+        options = {"max_epochs": 1, "limit_val_batches": 0, "precision": precision}
+        fit(tmp_path, module, Normalised(batches=1), **options)
+        [(_, _, _, taught, _)] = module.steps_seen
+        expected, close = reference(seen).detach(), {"atol": 1e-4, "rtol": 1e-4}
+        if precision == "bf16-true":
+            assert taught.dtype == torch.bfloat16
+            close = {"atol": 0.05 * float(expected.abs().max()), "rtol": 0}
+        torch.testing.assert_close(taught.float(), expected, **close)
+
+
+@pytest.mark.parametrize("std", [[0.5, 0.0, 0.5], ["a", 1, 1]])
+def test_a_teachers_normalisation_is_numbers(tmp_path, teacher, std):
+    contents = {"state_dict": torch.load(teacher, weights_only=True)}
+    contents["datamodule_hyper_parameters"] = {"mean": [0.5] * 3, "std": std}
+    torch.save(contents, tmp_path / "run.ckpt")
+    with pytest.raises(InputError, match=r"model\.teacher: .*std in .*run\.ckpt"):
+        fit(tmp_path, student(str(tmp_path / "run.ckpt")), Normalised(batches=1))
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path):

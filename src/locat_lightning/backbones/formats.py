@@ -46,6 +46,7 @@ def write_model(
     *,
     classes: list[str] | None = None,
     images: dict[str, Any] | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> float:
     """Write a model, read it again and compare.
 
@@ -56,8 +57,9 @@ def write_model(
 
     In the last three, the batch is dynamic and the size of images is fixed.
 
-    The model is in evaluation mode afterwards, and float32. `config.json` also names the `classes`, and the
-    preprocessing of `images` (`mean`, `std`, `crop_pct`, `interpolation`).
+    The model is in evaluation mode afterwards, and float32. `config.json` also names the `classes`, the
+    preprocessing of `images` (`mean`, `std`, `crop_pct`, `interpolation`), and further
+    `notes`.
 
     Returns:
         The largest relative difference of an output from the model's; 0 for timm's format.
@@ -67,8 +69,9 @@ def write_model(
     """
     check_format(form)
     model.eval().float()
+    named = {"label_names": classes} if classes else {}
     write: dict[Format, Callable[[nn.Module, Path], Callable[[Tensor], Tensor]]] = {
-        "timm": partial(_timm, classes=classes, images=images),
+        "timm": partial(_timm, notes=named | (notes or {}), images=images),
         "onnx": _onnx,
         "torchscript": _torchscript,
         "export": _export,
@@ -103,13 +106,10 @@ def _difference(model: nn.Module, other: Callable[[Tensor], Tensor], images: Ten
     return float(((expected - found).abs().max() / expected.abs().max()).nan_to_num(torch.inf))
 
 
-def _timm(
-    model: nn.Module, file: Path, classes: list[str] | None, images: dict[str, Any] | None
-) -> nn.Module:
-    names = {"label_names": classes} if classes else None
+def _timm(model: nn.Module, file: Path, notes: dict[str, Any], images: dict[str, Any] | None) -> nn.Module:
     copies = model.register_state_dict_post_hook(_unshare)
     try:
-        save_for_hf(model, file.parent, model_config=names, data_config=images, safe_serialization=True)
+        save_for_hf(model, file.parent, model_config=notes, data_config=images, safe_serialization=True)
     finally:
         copies.remove()
     written: nn.Module = timm.create_model(f"local-dir:{file.parent}", pretrained=True)

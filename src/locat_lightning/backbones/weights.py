@@ -1,6 +1,7 @@
 """Load weights into a model from every kind of checkpoint, without executing anything in a file."""
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ from locat_lightning.backbones.parts import assemble
 from locat_lightning.backbones.registry import checkpoint_filter_fn
 from locat_lightning.errors import InputError, in_a_line, near
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
+from locat_lightning.records import check_like, plain
 
 RANDOM = "random"
 
@@ -220,6 +222,25 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
 def contents_of(weights: str) -> dict[str, Any] | None:
     """Read a file of weights; None where they do not come from a file."""
     return read_checkpoint(weights) if Path(weights).is_file() else None
+
+
+def exported_config(weights: str) -> dict[str, Any]:
+    """Return `config.json` of a folder that `locat export` wrote (`DIR` or `local-dir:DIR`), {} of others.
+
+    Raises:
+        InputError: it is no such file, or holds more than data: see `records`.
+    """
+    file = Path(weights.removeprefix("local-dir:")) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file} is not the config of an exported model: {in_a_line(error)}") from error
+    own: dict[str, Any] = {"architecture": "", "num_classes": 0}
+    own |= {key: {} for key in ("model_args", "pretrained_cfg") if key in config}
+    check_like(config, own, file, "config")
+    return dict(plain(config, file))
 
 
 def read_state(

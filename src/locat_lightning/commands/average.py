@@ -22,7 +22,14 @@ from locat_lightning.backbones.soups import (
     similarity,
     uniform_soup,
 )
-from locat_lightning.backbones.weights import RANDOM, Role, contents_of, digest_of, state_for
+from locat_lightning.backbones.weights import (
+    RANDOM,
+    Role,
+    contents_of,
+    digest_of,
+    exported_config,
+    state_for,
+)
 from locat_lightning.callbacks.record import versions
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.defaults import IMAGES, of_evaluation
@@ -35,6 +42,7 @@ from locat_lightning.errors import InputError
 from locat_lightning.evaluation.features import autocast_type, extract_features
 from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.tasks.class_names import check_same_classes, classes_of
+from locat_lightning.tasks.long_tail import CLASS_COUNTS, class_counts_of
 
 DESCRIPTION = (
     "Average the weights of models of one architecture, as of runs that began with the same weights, into a "
@@ -99,7 +107,8 @@ def _average(weights: list[str], config: Namespace, parser: ArgumentParser, to: 
     what = f"the mean of the weights of {soup.number} models ({config.recipe})"
     told = {"SHA-256 of their weights": {f"model {each + 1}": models.digests[each] for each in kept}}
     with files_for(to) as directory:
-        write_model(model, directory, classes=models.classes or None, images=models.images)
+        notes = {CLASS_COUNTS: models.counts} if models.counts else {}
+        write_model(model, directory, classes=models.classes or None, images=models.images, notes=notes)
         source = Path("the models below")
         write_card(model, directory, to.absolute().name, "timm", what, source, models.images, told)
         write_json(directory / "metrics.json", record | {"versions": versions()})
@@ -114,6 +123,7 @@ class _Models:
         model: the first, to take the weights of any.
         classes: names of their classes; [] if unknown.
         images: how their images are prepared, by timm's names.
+        counts: training images of each class; [] if unknown, or not the same of all.
         digests: SHA-256 of the weights of each.
         similarities: of each to the first, see `similarity`.
     """
@@ -124,6 +134,7 @@ class _Models:
         self.digests, self.similarities = dict[int, str](), dict[int, float]()
         self.model = self._built(0)
         self.classes, self.images = self._classes(0), _images_of(weights[0])
+        self.counts = self._counts(0)
         own: dict[str, Tensor] = self.model.state_dict()
         self._first = {name: value.clone() for name, value in own.items()}
 
@@ -157,6 +168,7 @@ class _Models:
         if self.classes and (own := self._classes(number)) and own != self.classes:
             pair = next((i, j) for i, j in zip(own, self.classes, strict=True) if i != j)
             raise InputError(f"{b} cannot be averaged with {a}: its class {pair[0]} is {pair[1]} there")
+        self.counts = self.counts if self._counts(number) == self.counts else []
         images, known = _images_of(b), self.images
         for name in {"mean", "std"} & images.keys() & known.keys():
             if list(images[name]) != list(known[name]):
@@ -167,8 +179,12 @@ class _Models:
 
     def _classes(self, number: int) -> list[str]:
         weights = self.weights[number]
-        names = sources.exported_config(weights).get("label_names") or classes_of(contents_of(weights) or {})
+        names = exported_config(weights).get("label_names") or classes_of(contents_of(weights) or {})
         return list(names) if len(names) == self.model.num_classes else []
+
+    def _counts(self, number: int) -> list[int]:
+        weights = self.weights[number]
+        return class_counts_of(weights, contents_of(weights), self.model.num_classes)
 
 
 class _Validation:

@@ -10,9 +10,9 @@ from timm.models import load_model_config_from_hf
 from torch import nn
 
 from locat import configs
-from locat_lightning.backbones.weights import check_here, read_checkpoint
+from locat_lightning.backbones.weights import check_here, exported_config, read_checkpoint
 from locat_lightning.commands.parsing import decisive_options
-from locat_lightning.commands.sources import check_weights, exported_config, read_record, record_of_run
+from locat_lightning.commands.sources import check_weights, read_record, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.records import check_like, plain, refused
 
@@ -172,6 +172,8 @@ def of_data(kind: Kind, recorded: dict[str, Any], typed: Container[str] = ()) ->
         data |= {"img_size": views.get("global_size"), "hflip": views.get("hflip")}
     of_a_kind = kind == ("masks" if has_masks else "images")
     keys = (OF_MASKS if has_masks else OF_IMAGES) if of_a_kind else OF_ANY_KIND
+    if any(option in typed for option in ("--data.root", "--data.dataset", "--data.stream")):
+        data.pop("imbalance", None)  # which was that of other images
     if data.get("dataset") == "digits" and kind != "videos" and "--data.root" not in typed:
         keys = (*keys, "dataset")  # there are digits of either kind
     return {f"data.{key}": data[key] for key in keys if data.get(key) is not None}

@@ -25,6 +25,7 @@ from locat_lightning.commands.parsing import add_weights_options, command_parser
 from locat_lightning.commands.sources import check_weights, load_record, local_dir, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import count_parameters
+from locat_lightning.tasks.long_tail import CLASS_COUNTS, class_counts_of
 
 DESCRIPTION = (
     "Write a model and its card into a folder: for a classification the backbone and classifier, for a "
@@ -61,8 +62,10 @@ def main(arguments: list[str]) -> None:
     names = contents.get("hyper_parameters", {}).get("class_names") or []
     classes = names if len(names) == model.num_classes else None
     what, images = _what(model, contents, network), _images(run)
+    counts = class_counts_of(config.weights, contents or None, model.num_classes)
+    notes = {CLASS_COUNTS: counts} if counts else {}
     with files_for(to) as directory:
-        difference = write_model(model, directory, config.format, classes=classes, images=images)
+        difference = write_model(model, directory, config.format, classes=classes, images=images, notes=notes)
         of_run = _of_run(run, Path(weights)) if run else {}
         write_card(model, directory, to.absolute().name, config.format, what, Path(weights), images, of_run)
         files = sorted(each.name for each in directory.iterdir())

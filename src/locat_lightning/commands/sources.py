@@ -3,7 +3,6 @@
 Whoever wrote a record chooses what is trained or measured, but neither which code runs nor where files go.
 """
 
-import json
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import yaml
 
 from locat.runs import is_record
-from locat_lightning.backbones.weights import check_source
+from locat_lightning.backbones.weights import check_source, exported_config
 from locat_lightning.callbacks.record import flat_options
 from locat_lightning.data.base import ImageModule
 from locat_lightning.data.stores import is_remote
 from locat_lightning.data.views import ViewTransform
 from locat_lightning.errors import InputError, in_a_line
-from locat_lightning.records import check_like, plain, refused
+from locat_lightning.records import plain, refused
 from locat_lightning.tasks.base import Task
 
 # Options whose value is a class, and the base of those that a record may choose.
@@ -40,25 +39,6 @@ def check_weights(weights: str) -> None:
 def suggest_file(path: Path) -> str:
     """Return the end of a message about a directory where a file is expected."""
     return f": give a file, such as {path}" if path.is_file() else ", not a file"
-
-
-def exported_config(weights: str) -> dict[str, Any]:
-    """Return `config.json` of a folder that `locat export` wrote (`DIR` or `local-dir:DIR`), {} of others.
-
-    Raises:
-        InputError: it is no such file, or holds more than data: see `records`.
-    """
-    file = Path(weights.removeprefix("local-dir:")) / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{file} is not the config of an exported model: {in_a_line(error)}") from error
-    own: dict[str, Any] = {"architecture": "", "num_classes": 0}
-    own |= {key: {} for key in ("model_args", "pretrained_cfg") if key in config}
-    check_like(config, own, file, "config")
-    return dict(plain(config, file))
 
 
 def local_dir(weights: str) -> str:

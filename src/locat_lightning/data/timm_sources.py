@@ -1,6 +1,6 @@
 """Data sets that timm makes: torchvision's, and those of the Hugging Face hub."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,16 +39,18 @@ class TimmSource(Source[int]):
         return len(self.dataset)
 
     @cached_property
-    def labels(self) -> Sequence[int] | None:
-        """The label of each image; None where they are not known without reading the images."""
+    def labels(self) -> np.ndarray | None:
+        """The label of each image, int64 [N]; None if they are no numbers, or not known without reading."""
         reader: Any = getattr(self.dataset, "reader", None)
         if hasattr(reader, "label_key"):  # of Hugging Face
-            return list(reader.dataset[reader.label_key])
-        named = (getattr(self.dataset, name, None) for name in ("targets", "labels", "_labels"))
-        labels = next((each for each in named if each is not None), ())
+            found: Any = list(reader.dataset[reader.label_key])
+        else:
+            named = (getattr(self.dataset, name, None) for name in ("targets", "labels", "_labels"))
+            found = next((each for each in named if each is not None), ())
         with suppress(TypeError, ValueError):  # of another kind
-            numbers: list[int] = np.asarray(labels, np.int64).tolist()
-            return numbers if len(numbers) == len(self) else None
+            labels = np.asarray(found)
+            if labels.shape == (len(self),) and labels.dtype.kind in "iu":
+                return labels.astype(np.int64)
         return None
 
     def path(self, index: int) -> str:

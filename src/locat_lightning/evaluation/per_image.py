@@ -58,7 +58,11 @@ class Scores:
         return torch.stack(columns, 1)
 
     def figures(self, sums: Tensor, images: int) -> dict[str, Tensor]:
-        """Return figures [...] by name of sums [..., S] over so many images; NaN of a group without any."""
+        """Return figures [...] by name of sums [..., S] over so many images; NaN of a group without any.
+
+        In a resample of the images, those of groups of classes are means over images of weight 1 / n, n as in
+        all images: a class counts there as often as it was drawn, and not the same as every other.
+        """
         means, of_groups = sums[..., : len(self.scores)] / images, sums[..., len(self.scores) :].unbind(-1)
         found = dict(zip(self.scores, means.unbind(-1), strict=True))
         groups = zip(self._weights, of_groups[::2], of_groups[1::2], strict=True)

@@ -24,6 +24,13 @@ def is_unbalanced(counts: Sequence[int]) -> bool:
     return bool(counts) and max(counts) >= UNBALANCED * min(counts)
 
 
+def figures_of(counts: Sequence[int]) -> list[str]:
+    """Return the names of the figures that there are, if these are the training images of each class."""
+    if not is_unbalanced(counts):
+        return []
+    return list(weights_by_group(torch.arange(len(counts)), torch.tensor(counts)))
+
+
 def weights_by_group(labels: Tensor, shots: Tensor) -> dict[str, Tensor]:
     """Return the weight of each image in the accuracy of each group that has images: float64 [N] by figure.
 

@@ -82,4 +82,4 @@ class ClassAttention:
     def _note_refinement(self, refinement: PatchRefinement, inputs: tuple[Tensor, ...]) -> None:
         if refinement.training:
             heads = refinement.by_head(refinement.pre_norm(inputs[0].detach()))
-            self.heads = class_attention(heads[:, :, refinement.rows], heads)[..., self._prefix :]
+            self.heads = class_attention(heads[:, :, : self._classes], heads)[..., self._prefix :]

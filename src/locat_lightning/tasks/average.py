@@ -34,6 +34,9 @@ class WeightAverage(EMAWeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+        average, network = self._average_model, frozen_in(pl_module)
+        if average is not None and network is not None and not isinstance(trainer.strategy, ShardedStrategy):
+            setattr(average.module, str(pl_module.frozen), network)  # instead of a copy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, ShardedStrategy) and self._average_model is not None:
@@ -71,10 +74,20 @@ class WeightAverage(EMAWeightAveraging):
         move(pl_module, self._average_model.module, 1.0)
 
 
+def frozen_in(module: nn.Module) -> nn.Module | None:
+    """Return the network of a task that is frozen; None if it has none."""
+    network = getattr(module, getattr(module, "frozen", ""), None)
+    trained = network is None or any(parameter.requires_grad for parameter in network.parameters())
+    return None if trained else network
+
+
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Return parameters and buffers; of a sharded module, this process's parts."""
+    """Return parameters and buffers, without a frozen network's; of a sharded module, a process's parts."""
     release(module)
-    return [part_of(each.detach()) for each in chain(module.parameters(), module.buffers())]
+    network = frozen_in(module) or nn.Module()
+    frozen = {id(each) for each in chain(network.parameters(), network.buffers())}
+    own = chain(module.parameters(), module.buffers())
+    return [part_of(each.detach()) for each in own if id(each) not in frozen]
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ class Classification(TokenDistilled):
         hp, new = self.hp, not hasattr(self, "backbone")
         contents = contents_of(self.weights) if new and self.weights else None
         num_classes = self._agree_on_classes(contents or {})
-        self.agree_on_class_counts(contents or {}, training=self._is_training())
+        self.agree_on_class_counts(contents, training=self._is_training())
         if not new:
             return
         agree_on_channels(self)
@@ -237,8 +237,10 @@ class Classification(TokenDistilled):
         outputs: Any = self(images if mixed is None else mixed.images)
         of_class, of_token = outputs if taught is not None else (outputs, outputs)
         logits = outputs if taught is None else (of_class + of_token) / 2
-        targets = labels if self.mixup is None or mixed is None else self.mixup.targets(mixed, logits)
-        loss = self.cross_entropy(of_class, targets, self.hp.label_smoothing, reweighted=taught is None)
+        targets, smoothing = labels, self.hp.label_smoothing
+        if self.mixup is not None and mixed is not None:
+            targets, smoothing = self.mixup.targets(mixed, logits)
+        loss = self.cross_entropy(of_class, targets, smoothing, reweighted=taught is None)
         if taught is not None:
             loss = self.distilled(loss, of_token, taught)
         return loss, logits, targets if targets.ndim == 1 else targets.argmax(-1)
@@ -287,7 +289,8 @@ class Classification(TokenDistilled):
         figures = found.figures(found.statistics().sum(0), len(labels))
         for name in FIGURES:
             if name in figures:
-                self.log(f"{split}/{name}", figures[name].float(), sync_dist=True)
+                value = figures[name].to(self.device, torch.float32)  # as NCCL has it
+                self.log(f"{split}/{name}", value, sync_dist=True)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""

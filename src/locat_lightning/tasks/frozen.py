@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from locat_lightning.backbones.weights import digest_of
 from locat_lightning.errors import InputError
+from locat_lightning.tasks.average import frozen_in
 from locat_lightning.tasks.base import Task
 
 
@@ -50,8 +51,7 @@ class FrozenNetwork(Task):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        network = getattr(self, self.frozen, None)
-        if network is not None and not any(parameter.requires_grad for parameter in network.parameters()):
+        if (network := frozen_in(self)) is not None:
             network.eval()
         return self
 
@@ -68,6 +68,11 @@ class FrozenNetwork(Task):
         network = getattr(self, self.frozen, None)  # which has been read already, where it is needed
         if (recorded := checkpoint.get(self.recorded_as)) is None or network is None:
             return
+        if not isinstance(recorded, dict):
+            is_a = type(recorded).__name__
+            raise InputError(
+                f"the checkpoint's {self.recorded_as} is a {is_a}, not a dictionary: take another"
+            )
         if self._reference:
             check_same(self._reference, recorded, "the one that the run began with", self.read_from)
         own = network.state_dict()

@@ -9,12 +9,28 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional as F
 
+from locat_lightning.backbones.weights import exported_config
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.shots import is_unbalanced
-from locat_lightning.tasks.mixing import mixed_labels
+from locat_lightning.evaluation.shots import FIGURES, figures_of, is_unbalanced
 from locat_lightning.tasks.sharpness import SharpnessAware
 
-CLASS_COUNTS = "class_counts"  # a checkpoint's key of the training images of each class
+CLASS_COUNTS = "class_counts"  # a checkpoint's or export's key of the training images of each class
+
+MOST = 2**53  # images of a class: whole numbers that float64 holds
+
+
+def class_counts_of(weights: str, contents: Mapping[str, Any] | None, num_classes: int) -> list[int]:
+    """Return the training images of each class that weights record; [] if they do not, or of other classes.
+
+    Args:
+        weights: a checkpoint or an exported folder.
+        contents: of the file of weights; None if they are in none.
+        num_classes: of the model.
+    """
+    counts = (exported_config(weights) if contents is None else contents).get(CLASS_COUNTS, [])
+    if not isinstance(counts, list) or not all(isinstance(n, int) and 0 <= n <= MOST for n in counts):
+        raise InputError(f"{weights}: {CLASS_COUNTS} is not a list of numbers of images")
+    return counts if len(counts) == num_classes else []
 
 
 def effective_number_weights(counts: Tensor, beta: float, prior: Tensor) -> Tensor:
@@ -69,16 +85,15 @@ class LongTailed(SharpnessAware):
         self.register_buffer("_adjustment", None, persistent=False)
         self.register_buffer("_class_weights", None, persistent=False)
 
-    def agree_on_class_counts(self, contents: Mapping[str, Any], *, training: bool) -> None:
+    def agree_on_class_counts(self, contents: Mapping[str, Any] | None, *, training: bool) -> None:
         """Note how many training images each class has: as the data say or, in an evaluation, the weights."""
         if not training:
-            recorded = contents.get(CLASS_COUNTS)
-            known = isinstance(recorded, list) and all(isinstance(each, int) for each in recorded)
-            if isinstance(recorded, list) and known and len(recorded) == self.hp.num_classes:
-                self.class_counts = recorded
+            recorded = class_counts_of(str(self.weights), contents, self.hp.num_classes)
+            self.class_counts = recorded or self.class_counts
             return
         counts = self.of_data("class_counts")
         self.class_counts = [] if counts is None else counts.tolist()
+        self._check_monitored()
         hp = self.hp
         options = {"logit_adjustment": hp.logit_adjustment, "reweighting": hp.reweighting}
         given = [f"model.{name}" for name, value in options.items() if value is not None]
@@ -98,6 +113,19 @@ class LongTailed(SharpnessAware):
         if hp.reweighting is not None:
             self._class_weights = effective_number_weights(number, hp.reweighting, prior).float()
 
+    def _check_monitored(self) -> None:
+        """Check that no checkpoint waits for a figure of groups of classes that there is not."""
+        counts, measured = self.class_counts, figures_of(self.class_counts)
+        monitored = {getattr(each, "monitor", None) for each in self.trainer.checkpoint_callbacks}
+        lacking = [each for each in FIGURES if f"val/{each}" in monitored and each not in measured]
+        if lacking:
+            sizes = f"{min(counts)} to {max(counts)}" if counts else "unknown numbers of"
+            choices = " or ".join(f"val/{each}" for each in ("top1", *measured))
+            raise InputError(
+                f"--checkpoint.monitor: val/{lacking[0]} is not measured of classes with {sizes} images: "
+                f"take {choices}"
+            )
+
     def is_reweighted(self) -> bool:
         """Return whether the weights of the classes count in this step."""
         begun: bool = self.step >= self.hp.reweight_from * self.steps
@@ -108,22 +136,28 @@ class LongTailed(SharpnessAware):
     ) -> Tensor:
         """Return the cross-entropy of a batch with adjusted logits and, if `reweighted`, class weights.
 
-        The loss of an image is −Σ w_c t_c log p_c. It is averaged over images, not over weights, whose mean
-        differs from batch to batch.
+        Labels are smoothed as those of balanced classes would be: where it is least, the softmax of `logits`
+        is (1 − ε) b + ε / C, with b the class probabilities of balanced (or weighted) classes. For targets t
+        and s = w t, the loss is −Σ ((1 − ε) s + ε a / C Σ s / a) log p, with a = π^τ and p = softmax(z +
+        log a). It is averaged over images, not over weights, whose mean differs from batch to batch.
 
         Args:
-            logits: [B, C].
-            targets: labels, int64 [B], or shares of the classes [B, C].
-            smoothing: share of a label that is spread over all classes.
-            reweighted: whether the weights count, once it is time (`is_reweighted`).
+            logits: z [B, C].
+            targets: t, labels, int64 [B], or shares of the classes [B, C].
+            smoothing: ε, share of a label that is spread over all classes.
+            reweighted: whether the weights w count, once it is time (`is_reweighted`).
         """
-        if self._adjustment is not None:
-            logits = logits + self._adjustment
-        if not (reweighted and self.is_reweighted()):
-            return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
+        weights = self._class_weights if reweighted and self.is_reweighted() else None
+        if self._adjustment is None and weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if targets.ndim == 1:
-            targets = mixed_labels(targets, targets, 1.0, logits.shape[1], smoothing)
-        return F.cross_entropy(logits, targets, weight=self._class_weights)
+            targets = F.one_hot(targets, logits.shape[1])
+        shares = targets if weights is None else targets * weights
+        spread = shares.sum(1, keepdim=True)
+        if self._adjustment is not None:
+            logits, prior = logits + self._adjustment, self._adjustment.exp()
+            spread = (shares / prior).sum(1, keepdim=True) * prior
+        return F.cross_entropy(logits, (1 - smoothing) * shares + smoothing * spread / logits.shape[1])
 
     def shots_of(self, labels: Tensor) -> Tensor | None:
         """Return the training images of each label's class; None where classes are of about one size."""

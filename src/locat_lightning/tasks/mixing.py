@@ -188,17 +188,21 @@ class Mixing(Mixup):
         noted = own if self.kind == "mixpro" else None
         return Mixed(mixture, labels, labels[other], own.float().mean((1, 2)), noted)
 
-    def targets(self, mixed: Mixed, logits: Tensor) -> Tensor:
-        """Return the targets [B, classes] of mixtures, of which the backbone has just made the logits."""
-        smoothing, classes = self.label_smoothing, self.num_classes
-        pair = mixed.labels, mixed.partners
-        targets = mixed_labels(*pair, mixed.area, classes, smoothing)
-        if mixed.own is None:
-            return targets
-        attended = attended_share(mixed.own, self._attention_map(mixed.images))
-        if not isinstance(mixed.area, Tensor):  # of a CutMix
-            return mixed_labels(*pair, transmix_share(mixed.area, attended), classes, smoothing)
-        return mixed_labels(*pair, progressive_share(mixed.area, attended, targets, logits), classes)
+    def targets(self, mixed: Mixed, logits: Tensor) -> tuple[Tensor, float]:
+        """Return the shares of the classes [B, classes] in mixtures, and how much they are to be smoothed.
+
+        The logits [B, classes] are those that the backbone has just made of them.
+        """
+        pair, share = (mixed.labels, mixed.partners), mixed.area
+        smoothing: float = self.label_smoothing
+        if mixed.own is not None:
+            attended = attended_share(mixed.own, self._attention_map(mixed.images))
+            if isinstance(share, Tensor):  # of MixPro
+                by_area = mixed_labels(*pair, share, self.num_classes, smoothing)
+                share, smoothing = progressive_share(share, attended, by_area, logits), 0.0
+            else:
+                share = transmix_share(share, attended)
+        return mixed_labels(*pair, share, self.num_classes), smoothing
 
     def _attention_map(self, images: Tensor) -> Tensor:
         """Return the attention of [CLS] to the patches of these images, [B, H, W], mean over heads."""

@@ -1,5 +1,6 @@
 """Distillation through a token (DeiT): a second classifier of the student learns what a teacher predicts."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -7,6 +8,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveFloat
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import RANDOM, check_source, contents_of
@@ -52,6 +54,9 @@ class TokenDistilled(LongTailed, FrozenNetwork):
         options: those of `LongTailed`, `SharpnessAware` (`sam`) and every task (`Task`).
     """
 
+    _scale: Tensor | None  # of the student's images, to be normalised as the teacher's [3, 1, 1]
+    _shift: Tensor | None
+
     frozen, recorded_as, read_from = "teacher", "taught_by", "model.teacher"
 
     def __init__(
@@ -67,11 +72,19 @@ class TokenDistilled(LongTailed, FrozenNetwork):
     ) -> None:
         super().__init__(**options)
         self.teacher: Any = None
+        self.register_buffer("_scale", None, persistent=False)
+        self.register_buffer("_shift", None, persistent=False)
 
     def check(self, trainer: Trainer, *, training: bool) -> None:
         super().check(trainer, training=training)
         hp = self.hp
-        if not training or hp.teacher is None:
+        if not training:
+            return
+        if hp.teacher is None:
+            of_teacher = {"teacher_backbone": hp.teacher_backbone, "teacher_args": hp.teacher_args}
+            of_teacher["distillation"] = hp.distillation == "soft"
+            if idle := [name for name, value in of_teacher.items() if value]:
+                raise InputError(f"model.{idle[0]} says how a teacher is used: set model.teacher, too")
             return
         if hp.teacher == RANDOM:
             raise InputError("model.teacher: a teacher with random weights has nothing to teach")
@@ -105,14 +118,41 @@ class TokenDistilled(LongTailed, FrozenNetwork):
             except InputError as error:
                 raise InputError(f"model.teacher: {error}") from error
         self.teacher = teacher.requires_grad_(False).eval()
+        self._agree_on_normalisation(contents or {})
+        names = [*teacher.state_dict(prefix="teacher.")]  # which processes need not compare in each step
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # private
         self._reference = reference_to(hp.teacher, teacher)
         student.set_distilled_training(True)
 
+    def _agree_on_normalisation(self, contents: Mapping[str, Any]) -> None:
+        """Note how the student's RGB images become those that the teacher was trained on.
+
+        A run says how its images were normalised, and so does timm of its weights; those of another file are
+        taken to be for images like the student's.
+        """
+        own, noted = self.of_data("normalisation"), contents.get("datamodule_hyper_parameters")
+        known: Any = noted if contents else self.teacher.pretrained_cfg
+        if own is None or not isinstance(known, Mapping) or self.of_data("model_channels") is not None:
+            return
+        values = [known.get(name) for name in ("mean", "std")]
+        if not all(isinstance(each, list | tuple) and len(each) == 3 for each in values):
+            return
+        try:
+            mean, std, own_mean, own_std = torch.tensor([*values, own["mean"], own["std"]]).view(4, 3, 1, 1)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.teacher: mean or std in {self.hp.teacher} are no numbers") from error
+        if not (std > 0).all():
+            raise InputError(f"model.teacher: std in {self.hp.teacher} must be above 0")
+        if not (torch.equal(mean, own_mean) and torch.equal(std, own_std)):
+            self._scale, self._shift = own_std / std, (own_mean - mean) / std
+
     @torch.no_grad()
     def taught(self, images: Tensor) -> Tensor | None:
-        """Return the teacher's logits of images as the student sees them; None without a teacher."""
+        """Return the teacher's logits of the student's images, as it takes them; None without a teacher."""
         if self.teacher is None:
             return None
+        if self._scale is not None and self._shift is not None:
+            images = (images * self._scale + self._shift).type_as(images)
         logits: Tensor = self.teacher(images)
         return logits
 
