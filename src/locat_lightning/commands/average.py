@@ -225,7 +225,7 @@ def _weights_of(given: str) -> str:
     if given == RANDOM:
         raise InputError("locat average: random weights have nothing in common to average")
     weights = str(best) if best.is_file() else given
-    if weights == given and Path(given).is_dir() and not sources.exported_config(given):
+    if weights == given and Path(given).is_dir() and not exported_config(given):
         raise InputError(f"locat average: {given} has no checkpoints/best.ckpt: give the checkpoint itself")
     sources.check_weights(weights)
     return sources.local_dir(weights)
