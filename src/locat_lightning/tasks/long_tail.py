@@ -15,8 +15,7 @@ from locat_lightning.evaluation.shots import FIGURES, figures_of, is_unbalanced
 from locat_lightning.tasks.sharpness import SharpnessAware
 
 CLASS_COUNTS = "class_counts"  # a checkpoint's or export's key of the training images of each class
-
-MOST = 2**53  # images of a class: whole numbers that float64 holds
+MOST = 2**53  # images of a class that a file may tell: float64 holds all whole numbers to here
 
 
 def class_counts_of(weights: str, contents: Mapping[str, Any] | None, num_classes: int) -> list[int]:
@@ -88,8 +87,9 @@ class LongTailed(SharpnessAware):
     def agree_on_class_counts(self, contents: Mapping[str, Any] | None, *, training: bool) -> None:
         """Note how many training images each class has: as the data say or, in an evaluation, the weights."""
         if not training:
-            recorded = class_counts_of(str(self.weights), contents, self.hp.num_classes)
-            self.class_counts = recorded or self.class_counts
+            if self.weights is not None:
+                recorded = class_counts_of(self.weights, contents, self.hp.num_classes)
+                self.class_counts = recorded or self.class_counts
             return
         counts = self.of_data("class_counts")
         self.class_counts = [] if counts is None else counts.tolist()
