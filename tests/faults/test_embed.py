@@ -25,7 +25,9 @@ def test_a_signal_to_all_processes(number, model, tmp_path, start_locat):
     arguments += ["--data.batch_size", "1", "--data.num_workers", "1"]
     process, output = start_locat(*arguments, "--to", "a.npy")
     part = Path("a.npy.part/features")
-    while process.is_alive() and not (part.exists() and part.stat().st_size):
+    sizes = set[int]()  # the first row is counted before the second is written
+    while process.is_alive() and len(sizes) < 4:
+        sizes.add(part.stat().st_size if part.exists() else 0)
         time.sleep(0.01)
     os.killpg(process.pid, number)
     process.join(30)
