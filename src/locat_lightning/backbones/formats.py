@@ -58,8 +58,7 @@ def write_model(
     In the last three, the batch is dynamic and the size of images is fixed.
 
     The model is in evaluation mode afterwards, and float32. `config.json` also names the `classes`, the
-    preprocessing of `images` (`mean`, `std`, `crop_pct`, `interpolation`), and further
-    `notes`.
+    preprocessing of `images` (`mean`, `std`, `crop_pct`, `interpolation`), and has further `notes`.
 
     Returns:
         The largest relative difference of an output from the model's; 0 for timm's format.

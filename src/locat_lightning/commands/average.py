@@ -132,9 +132,8 @@ class _Models:
         self.weights, self.config = weights, config
         self._network: Role = "student" if config.student else "teacher"
         self.digests, self.similarities = dict[int, str](), dict[int, float]()
-        self.model = self._built(0)
-        self.classes, self.images = self._classes(0), _images_of(weights[0])
-        self.counts = self._counts(0)
+        self.model, self.classes, self.counts = self._read(0)
+        self.images = _images_of(weights[0])
         own: dict[str, Tensor] = self.model.state_dict()
         self._first = {name: value.clone() for name, value in own.items()}
 
@@ -145,8 +144,7 @@ class _Models:
             return {name: own[name] for name in self._first}
         state = self._first
         if number:
-            self._check(number, model := self._built(number))
-            state = model.state_dict()
+            state = self._checked(number).state_dict()
         self.digests[number] = digest_of(state)
         self.similarities[number] = alike = similarity(self._first, state)
         if alike < UNLIKE:
@@ -156,19 +154,27 @@ class _Models:
             )
         return state
 
-    def _built(self, number: int) -> Any:
+    def _read(self, number: int) -> tuple[Any, list[str], list[int]]:
+        """Return a model, the names of its classes and their training images; [] of what is unknown."""
         weights, config = self.weights[number], self.config
-        options: dict[str, Any] = {"network": self._network, "classifier": True}
-        return load_backbone(weights, config.backbone, config.backbone_args, **options)
+        contents = contents_of(weights)
+        options: dict[str, Any] = {"network": self._network, "classifier": True, "contents": contents}
+        model: Any = load_backbone(weights, config.backbone, config.backbone_args, **options)
+        names = exported_config(weights).get("label_names") or classes_of(contents or {})
+        classes = list(names) if len(names) == model.num_classes else []
+        return model, classes, class_counts_of(weights, contents, model.num_classes)
 
-    def _check(self, number: int, model: nn.Module) -> None:
+    def _checked(self, number: int) -> nn.Module:
+        """Return a model that can be averaged with the first: `InputError` if it cannot."""
         a, b = self.weights[0], self.weights[number]
+        model: nn.Module
+        model, own, counts = self._read(number)
         if found := first_difference(self.model, model):
             raise InputError(f"{b} cannot be averaged with {a}: it has {found}")
-        if self.classes and (own := self._classes(number)) and own != self.classes:
+        if self.classes and own and own != self.classes:
             pair = next((i, j) for i, j in zip(own, self.classes, strict=True) if i != j)
             raise InputError(f"{b} cannot be averaged with {a}: its class {pair[0]} is {pair[1]} there")
-        self.counts = self.counts if self._counts(number) == self.counts else []
+        self.counts = self.counts if counts == self.counts else []
         images, known = _images_of(b), self.images
         for name in {"mean", "std"} & images.keys() & known.keys():
             if list(images[name]) != list(known[name]):
@@ -176,15 +182,7 @@ class _Models:
                     f"{b} cannot be averaged with {a}: its images have another {name}, {images[name]}, not "
                     f"{known[name]}"
                 )
-
-    def _classes(self, number: int) -> list[str]:
-        weights = self.weights[number]
-        names = exported_config(weights).get("label_names") or classes_of(contents_of(weights) or {})
-        return list(names) if len(names) == self.model.num_classes else []
-
-    def _counts(self, number: int) -> list[int]:
-        weights = self.weights[number]
-        return class_counts_of(weights, contents_of(weights), self.model.num_classes)
+        return model
 
 
 class _Validation:

@@ -15,9 +15,10 @@ POWERS: dict[Sampling, float] = {"plain": 1.0, "sqrt": 0.5, "balanced": 0.0}
 
 
 def labels_of(source: Source) -> np.ndarray | None:
-    """Return the labels of a source's images, int64 [N]; None if it does not know them without reading."""
-    labels = getattr(source, "labels", None)
-    return None if labels is None else np.asarray(labels, np.int64)
+    """Return the labels of a source's images, int64 [N]; None if it does not know all without reading."""
+    found = getattr(source, "labels", None)
+    labels = None if found is None else np.asarray(found, np.int64)
+    return None if labels is None or (labels < 0).any() else labels
 
 
 def class_shares(counts: np.ndarray, sampling: Sampling) -> np.ndarray:

@@ -98,7 +98,7 @@ class ImageData(LabelledData):
     def class_counts(self) -> np.ndarray | None:
         """The training images of each class, int64 [C]; None if the data set does not tell their labels."""
         labels = labels_of(self.source("train"))
-        if labels is None or (labels < 0).any():
+        if labels is None:
             return None
         return np.bincount(labels, minlength=self.num_classes)
 
@@ -118,7 +118,7 @@ class ImageData(LabelledData):
         if split != "train" or self.imbalance is None:
             return found
         labels = labels_of(found)
-        if labels is None or (labels < 0).any():
+        if labels is None:
             raise InputError(f"data.imbalance: {UNTOLD}: leave it out")
         return Subset(found, long_tail(labels, self.imbalance))
 
