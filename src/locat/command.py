@@ -83,6 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         case [name, *_] if name in COMMANDS:
             # Threads of OpenMP that spin while they wait make a run many times slower on a busy machine.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            if "--debug" not in arguments:  # torch writes a page of frames when a process of the run is lost
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             _run(COMMANDS[name][0], arguments, is_last)
         case [name, *_]:
             refuse(f"there is no command {name!r}; the first word is one of {', '.join(COMMANDS)}")

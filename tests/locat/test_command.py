@@ -107,6 +107,15 @@ def test_threads_do_not_spin_while_they_wait_unless_the_user_says_so(monkeypatch
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
+@pytest.mark.parametrize(("options", "level"), [([], "ERROR"), (["--debug"], "")])
+def test_what_torch_warns_of_is_for_debugging(options, level, monkeypatch):
+    """It is a page of frames for each message that a lost process does not get."""
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "")  # restores what was
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    main(["configs", *options])
+    assert os.environ.get("TORCH_CPP_LOG_LEVEL", "") == level
+
+
 def test_a_signal_whose_exception_was_lost_is_repeated(monkeypatch):
     """As in a fork or a finalizer, which pass over exceptions."""
     monkeypatch.setattr(command, "PATIENCE", 0.1)
