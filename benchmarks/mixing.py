@@ -1,4 +1,4 @@
-"""What a training step costs with each mixing, with SAM and with other patches, as a multiple of mixup's.
+"""What a training step costs with each mixing, with SAM, experts and other patches, as a multiple of mixup's.
 
     python benchmarks/mixing.py [--backbone locatvit_tiny] [--size 224] [--batch 8] [--rounds 10]
 
@@ -19,6 +19,7 @@ from lightning.pytorch.trainer import Trainer
 from locat_lightning.backbones.flexible import make_flexible, use_patches
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.tasks import Classification
+from locat_lightning.tasks.experts import add_experts
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "mixup and CutMix": {},
@@ -28,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mixpro": {"mixing": "mixpro"},
     "patch_mixing": {"mixing": "patch_mixing"},
     "sam": {"sam": 0.05},
+    "experts": {"experts": 4},
     "patches of 8 px": {"patch": 8},
     "patches of 28 px": {"patch": 28},
     "patches of 16 px, resized from 8": {"own": 8, "patch": 16},
@@ -47,6 +49,8 @@ def step(options: dict[str, Any], args: argparse.Namespace) -> Callable[[], None
         **({"mixup": 0.0, "mixing_prob": 1.0} | options),  # every batch by patches, or by CutMix
     )
     task.configure_model()
+    if "experts" in options:
+        add_experts(task.backbone, options["experts"])
     if patch != own:
         make_flexible(task.backbone, [patch])
         use_patches(task.backbone, patch)

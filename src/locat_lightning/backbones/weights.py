@@ -23,6 +23,7 @@ from locat_lightning.backbones.parts import assemble
 from locat_lightning.backbones.registry import checkpoint_filter_fn
 from locat_lightning.errors import InputError, in_a_line, near
 from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
+from locat_lightning.nn.experts import without_experts
 from locat_lightning.records import check_like, plain
 
 RANDOM = "random"
@@ -246,7 +247,7 @@ def exported_config(weights: str) -> dict[str, Any]:
 def read_state(
     weights: str, network: Role = "teacher", contents: dict[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """Return all tensors of a source of weights (see `load_weights`) by name, as they are."""
+    """Return all tensors of a source of weights (see `load_weights`) by name, as they are; experts' mean."""
     contents = contents or contents_of(weights)
     if contents is not None:
         for container in (network, *CONTAINERS):
@@ -255,7 +256,11 @@ def read_state(
                 break
         if network == "student" and container != network and not any("student" in name for name in contents):
             raise InputError(f"{weights} holds no student: leave --student out")
-        return {name: value for name, value in contents.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in contents.items() if isinstance(value, Tensor)}
+        try:
+            return without_experts(tensors)
+        except RuntimeError as error:
+            raise InputError(f"{weights}: its experts have no mean: {in_a_line(error)}") from error
     check_source(weights)
     return pretrained(weights).state_dict()
 

@@ -28,6 +28,7 @@ from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
+from locat_lightning.tasks.experts import add_experts, share
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.patch_sizes import check_given, check_sizes, size_of_batch
 from locat_lightning.tasks.prediction_files import write_table
@@ -69,6 +70,11 @@ class Classification(TokenDistilled):
             own, with which alone null trains.
         patch_shares: shares of the training, in which these sizes come one after the other instead: [0.3,
             0.7] for sizes [8, 4] begins with coarse patches, whose steps cost less.
+        experts: copies of every second feed-forward network, among which each step shares out the tokens at
+            random (experts' weight averaging); evaluated and read from checkpoints is one of their mean
+            weights. null for none.
+        expert_share: β, how far each expert moves to the mean of the others after a step; it grows from 0 to
+            this along the run.
         class_names: names of the classes, by label; null takes those of the data.
         options: those of `TokenDistilled`, `LongTailed`, `SharpnessAware` (`sam`) and every task (`Task`).
 
@@ -104,6 +110,8 @@ class Classification(TokenDistilled):
         mixup_switch_prob: ClosedUnitInterval = 0.5,
         patch_sizes: list[PositiveInt] | None = None,
         patch_shares: list[ClosedUnitInterval] | None = None,
+        experts: PositiveInt | None = None,
+        expert_share: ClosedUnitInterval = 0.3,
         class_names: list[str] | None = None,
         **options: Any,
     ) -> None:
@@ -139,6 +147,8 @@ class Classification(TokenDistilled):
             self.add_teacher(self.backbone, self.data_classes)
         if flexible:
             self._take_patch_sizes()
+        if hp.experts is not None and self._is_training():
+            add_experts(self.backbone, hp.experts)
         tops = [k for k in (1, 5) if k < num_classes]
         accuracy = MetricCollection(
             {
@@ -217,6 +227,9 @@ class Classification(TokenDistilled):
         super().on_after_backward()
         if self._own_patch is not None:  # for whatever looks at the model between two batches
             use_patches(self.backbone, self._own_patch)
+
+    def after_step(self, step: int) -> None:
+        share(self.backbone, self.hp.expert_share * (step + 1) / self.steps)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""
