@@ -91,6 +91,16 @@ def test_any_subset_is_measured(classifier, place, monkeypatch, capsys):
     assert "give indices from 0 to 4" in capsys.readouterr().err
 
 
+def test_corrupted_patches_of_all_channels(classifier, place, monkeypatch):
+    monkeypatch.chdir(place)
+    weights = ["--weights", str(classifier / "checkpoints" / "best.ckpt"), "--accelerator", "cpu"]
+    main(["robustness", *weights, "--kinds", "[occlusion]", "--numbers", "[16]"])
+    found = json.loads(Path("runs/classes_robustness/version_0/metrics.json").read_text())
+    best = json.loads((classifier / "metrics.json").read_text())["best val/top1"]
+    assert found["robustness/top1"] == pytest.approx(best)
+    assert found["robustness/top1_occlusion_n16"] == 0.5  # all images are alike, and of two classes
+
+
 def test_export_and_features_have_the_channels(classifier, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     weights = ["--weights", str(classifier / "checkpoints" / "best.ckpt")]

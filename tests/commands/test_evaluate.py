@@ -307,6 +307,29 @@ def test_several_data_sets_in_one_table(command, named, folder, tmp_path, capsys
         assert f"{top1:.2%}" in row
 
 
+@pytest.mark.parametrize(
+    ("command", "ending"), [(["knn", "--k", "2", "5"], "_k5"), (["linear", "--epochs", "2"], "")]
+)
+def test_groups_of_unequal_classes(command, ending, named, folder, capsys, monkeypatch):
+    """One has a single training image: all are few-shot ones, and count alike whatever they have."""
+    monkeypatch.setenv("COLUMNS", "300")
+    classes = sorted(path.name for path in (folder / "train").iterdir())
+    for image in sorted((folder / "train" / classes[0]).iterdir())[1:]:
+        image.unlink()
+    torch.save(backbone(seed=3).state_dict(), "net.pth")
+    run(*command, "--weights", "net.pth", *named)
+    found, group = metrics(f"net_{command[0]}"), f"{command[0]}/"
+    table = read_table(Path(f"runs/net_{command[0]}/version_0/images.csv"))
+    hits = table.scores[f"top1{ending}"]
+    of_classes = [hits[table.labels == label].mean() for label in range(len(classes))]
+    balanced = float(sum(of_classes) / len(classes))
+    assert found[f"{group}balanced{ending}"] == found[f"{group}few{ending}"] == pytest.approx(balanced)
+    assert f"{group}many{ending}" not in found
+    assert table.shots[table.labels == 0].tolist() == [1] * int((table.labels == 0).sum())
+    [heading] = [line for line in capsys.readouterr().out.splitlines() if "top-5" in line]
+    assert heading.split()[-4:-1:2] == ["balanced", "few"]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("command", [["knn"], ["linear", "--epochs", "1"]])
 def test_features_have_the_precision_asked_for(command, precision, named, monkeypatch):

@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.data.segmentation import MaskBatch
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.per_image import ConditionAreas
-from locat_lightning.evaluation.perturbation import perturbed
+from locat_lightning.evaluation.perturbation import KINDS, perturbed
 from locat_lightning.evaluation.robustness import (
     Condition,
     Robustness,
     count_perturbed,
     patch_of,
+    perturbed_outputs,
     rank_perturbed,
 )
 from locat_lightning.nn.temperature import attention_temperature
@@ -72,6 +74,23 @@ def test_ranks_are_those_of_the_corrupted_images(model):
             assert ranks.tolist() == expected
     finally:
         model.train()
+
+
+def test_channels_that_are_not_rgb_are_corrupted_by_their_own_mean_and_deviation():
+    torch.manual_seed(0)
+    images = 3 * torch.randn(2, 5, 16, 16)  # normalised: some values are far from the mean
+    batch = ImageBatch(images, torch.tensor([0, 1]), torch.tensor([7, 3]))
+    settings = Robustness(kinds=KINDS, numbers=[2, 4], patch_size=8)
+    found = dict(perturbed_outputs(nn.Identity(), batch, torch.device("cpu"), settings, None, None))
+    torch.testing.assert_close(found.pop(Condition("none", 0, 1.0)), images)
+    assert len(found) == 2 * len(KINDS)
+    for (kind, number, _), outputs in found.items():
+        of_rgb = {"mean": [0.449], "bounded": False}
+        (expected,) = perturbed(images * 0.226 + 0.449, [7, 3], kind, [number], patch=8, **of_rgb)
+        torch.testing.assert_close(outputs, (expected - 0.449) / 0.226, rtol=1e-4, atol=1e-5)
+    noise = found[Condition("noise", 4, 1.0)] - images
+    assert 1.5 < noise.std() < 1.9  # 0.38 / 0.226
+    assert found[Condition("occlusion", 4, 1.0)].abs().max() < 1e-6  # the mean
 
 
 def test_numbers_are_powers_of_two_and_all():

@@ -25,6 +25,7 @@ from locat_lightning.evaluation.kept_features import digest_of_model, kept_featu
 from locat_lightning.evaluation.knn import knn_ranks
 from locat_lightning.evaluation.linear import DINOV2_LEARNING_RATES, LinearSweep, sweep_linear, train_linear
 from locat_lightning.evaluation.per_image import Scores, names_of
+from locat_lightning.evaluation.shots import FIGURES, shots_of
 
 
 def add_knn_options(parser: ArgumentParser) -> None:
@@ -65,11 +66,12 @@ def measure_knn(backbone: nn.Module, data: ImageData, config: Namespace, fabric:
     for k, (neighbours, ranks) in found.items():
         hits |= {f"top1_k{k}": ranks < 1, f"top5_k{k}": ranks < min(5, neighbours)}
     figures = Figures(_scores(data, queries, hits), "knn")
-    rows, table = list[tuple[str, ...]](), columns("k", "top-1", "top-5")
+    groups = [name for name in FIGURES if f"{name}_k{config.k[0]}" in figures.values]
+    rows, table = list[tuple[str, ...]](), columns("k", "top-1", "top-5", *groups)
     for k, (neighbours, _) in found.items():
         voters = f"{k}" if neighbours == k else f"{k} (all {neighbours})"
         rows.append((voters, figures.cell(f"top1_k{k}"), figures.cell(f"top5_k{k}")))
-        table.add_row(*rows[-1])
+        table.add_row(*rows[-1], *(figures.cell(f"{name}_k{k}") for name in groups))
     heading = f"k-NN: {len(queries.labels):,} images, each by its nearest among {len(bank.labels):,}"
     protocol = protocol_of(
         f"k-NN at temperature {config.temperature:g} among {len(bank.labels):,} images",
@@ -120,12 +122,13 @@ def measure_linear(backbone: nn.Module, data: ImageData, config: Namespace, fabr
     for r in sweep.results if several else ():
         hits |= {f"top1_rate{r.learning_rate:g}": r.ranks < 1, f"top5_rate{r.learning_rate:g}": r.ranks < 5}
     figures = Figures(_scores(data, val, hits), "linear")
-    rows, table = list[tuple[str, ...]](), columns("learning rate", "of a step", "top-1", "top-5")
+    groups = [name for name in FIGURES if name in figures.values]
+    rows, table = list[tuple[str, ...]](), columns("learning rate", "of a step", "top-1", "top-5", *groups)
     for r in sweep.results:
         ending = f"_rate{r.learning_rate:g}" if several else ""
         tops = figures.cell(f"top1{ending}"), figures.cell(f"top5{ending}")
         rows += [(f"{r.learning_rate:g}", f"{r.effective_learning_rate:.3g}", *tops)]
-        table.add_row(*rows[-1])
+        table.add_row(*rows[-1], *(figures.cell(f"{name}{ending}") for name in groups))
     heading = f"linear, {config.protocol}: {config.epochs} epochs, {manner}"
     listed = ", ".join(f"{rate:g}" for rate in rates)
     protocol = protocol_of(
@@ -170,4 +173,6 @@ def _features(
 
 def _scores(data: ImageData, of: Features, hits: Mapping[str, Tensor]) -> Scores:
     """Return hits [N] by name as results of the validation images."""
-    return Scores(of.indices, names_of(data, "val", of.indices.tolist()), of.labels.cpu(), hits)
+    names, labels = names_of(data, "val", of.indices.tolist()), of.labels.cpu()
+    counts = [] if data.class_counts is None else data.class_counts.tolist()
+    return Scores(of.indices, names, labels, hits, shots_of(labels, counts))

@@ -55,7 +55,8 @@ def ending_of(dataset: str) -> str:
 
 def show_together(measured: Mapping[str, Measurement]) -> None:
     """Print the rows of several measurements of one kind in one table."""
-    titles = [str(column.header) for column in next(iter(measured.values())).table.columns]
+    first = next(iter(measured.values()))
+    titles = [str(column.header) for column in first.table.columns[: len(first.rows[0])]]
     table = Table("data set", *(Column(title, justify="right") for title in titles))
     for dataset, measurement in measured.items():
         for row in measurement.rows:

@@ -28,7 +28,9 @@ class Measurement(NamedTuple):
     metrics: dict[str, float]
     protocol: str  # on which figures depend besides weights and images; equal where they can be compared
     figures: Figures | None
-    rows: Sequence[tuple[str, ...]] = ()  # of the table, that stand for it beside other data sets
+    rows: Sequence[
+        tuple[str, ...]
+    ] = ()  # of the table, or their first cells, to stand beside other data sets
     pictures: Mapping[str, Figure] = MappingProxyType({})  # by name
     units: str = "images"  # what the figures are means over
 

@@ -36,15 +36,13 @@ def measure_robustness(
     fabric: Fabric,
 ) -> Measurement:
     """Measure on the validation images under each condition: top-1, or mIoU where the images have masks."""
-    if data.channels is not None:
-        raise InputError("locat robustness corrupts RGB images alone: leave data.channels out")
     classes = getattr(model, "num_classes", 0)
     if classes != data.num_classes:
         has = f"a classifier of {classes} classes" if classes else "no classifier"
         raise InputError(f"{config.weights} has {has}, and the data have {data.num_classes} classes")
     check_same_classes(classes_of(contents_of(config.weights) or {}), data.class_names)
     options: dict[str, Any] = {
-        "normalisation": data.normalisation,
+        "normalisation": data.normalisation if data.channels is None else None,
         "autocast_dtype": autocast_type(config.precision),
     }
     patch, conditions = settings.patch_size or patch_of(model), list[Condition]()

@@ -62,9 +62,8 @@ class ImageData(LabelledData):
         check_span("ratio", ratio)
         check_finite("data", {"color_jitter": color_jitter, "imbalance": imbalance})
         if imbalance is not None and imbalance < 1:
-            raise InputError(
-                f"data.imbalance ({imbalance:g}): how many times the smallest class the largest is"
-            )
+            ratio_of_sizes = "how many times the smallest class the largest is, at least 1"
+            raise InputError(f"data.imbalance ({imbalance:g}): {ratio_of_sizes}")
         self.sampling: Sampling = sampling
         self.imbalance = imbalance
         self.augmentation = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from locat_lightning.evaluation.per_image import PerImage, fingerprint
-from locat_lightning.evaluation.shots import groups_that_differ
+from locat_lightning.evaluation.shots import is_comparable
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -108,9 +108,8 @@ def paired_differences(first: PerImage, second: PerImage, *, seed: int = 0) -> d
         results.figures(each.sum(0), images) for results, each in zip((first, second), both, strict=True)
     ]
     alone = [results.figures(each, 1) for results, each in zip((first, second), both, strict=True)]
-    common = (whole[0].keys() & whole[1].keys()) - groups_that_differ(
-        getattr(first, "shots", None), getattr(second, "shots", None)
-    )
+    shots = getattr(first, "shots", None), getattr(second, "shots", None)
+    common = [name for name in whole[0].keys() & whole[1].keys() if is_comparable(name, *shots)]
     found = {}
     for name in common:
         ends = _percentiles(samples[0][name] - samples[1][name])

@@ -36,8 +36,8 @@ class Scores:
         names: of the images, as `names_of` gives them; "" where they have none.
         labels: [N] int64.
         scores: [N] by figure, of any type.
-        shots: training images of each image's class, [N] int64: top-1 is then a figure by group of classes,
-            too (see `weights_by_group`).
+        shots: training images of each image's class, [N] int64: top-1 (`top1`, `top1_k20`, …) is then a
+            figure by group of classes, too (`few`, `few_k20`, …; see `weights_by_group`).
     """
 
     indices: Tensor
@@ -50,11 +50,18 @@ class Scores:
     def _weights(self) -> dict[str, Tensor]:
         return {} if self.shots is None else weights_by_group(self.labels, self.shots)
 
+    def _by_group(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield the figures by group of classes: name, hits and weights of the images [N]."""
+        for name, hits in self.scores.items():
+            if name.startswith("top1"):
+                for group, weights in self._weights.items():
+                    yield group + name.removeprefix("top1"), hits, weights
+
     def statistics(self) -> Tensor:
         """Return [N, S] float64, whose sums over images decide the figures."""
         columns = [each.double() for each in self.scores.values()]
-        for weights in self._weights.values():
-            columns += [weights * self.scores["top1"], weights]
+        for _, hits, weights in self._by_group():
+            columns += [weights * hits, weights]
         return torch.stack(columns, 1)
 
     def figures(self, sums: Tensor, images: int) -> dict[str, Tensor]:
@@ -65,7 +72,8 @@ class Scores:
         """
         means, of_groups = sums[..., : len(self.scores)] / images, sums[..., len(self.scores) :].unbind(-1)
         found = dict(zip(self.scores, means.unbind(-1), strict=True))
-        groups = zip(self._weights, of_groups[::2], of_groups[1::2], strict=True)
+        names = [name for name, _, _ in self._by_group()]
+        groups = zip(names, of_groups[::2], of_groups[1::2], strict=True)
         return found | {name: hits / weights for name, hits, weights in groups}
 
     def annotations(self) -> Iterator[object]:
@@ -257,7 +265,7 @@ def _scores(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Scores:
     ):
         raise ValueError("a row has too few numbers")
     tables = {name: torch.tensor(column) for name, column in zip(head[3:], columns, strict=True)}
-    shots = tables.pop(SHOTS).long() if SHOTS in tables and "top1" in tables else None
+    shots = tables.pop(SHOTS).long() if SHOTS in tables else None
     return Scores(_whole(indices), names, _whole(labels), tables, shots)
 
 

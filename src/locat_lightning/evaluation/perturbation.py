@@ -37,6 +37,7 @@ def perturbed(
     patch: int,
     severity: int = 5,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
+    bounded: bool = True,
     seed: int = 0,
 ) -> Iterator[Tensor]:
     """Corrupt the first n patches of each image's order (see `orders`), for each n of `numbers`.
@@ -46,22 +47,23 @@ def perturbed(
     before it in the order, and the last that of the first.
 
     Args:
-        images: [B, 3, H, W], from 0 to 1; height and width are multiples of `patch`.
+        images: [B, C, H, W], from 0 to 1 if they are `bounded`; height and width are multiples of `patch`.
         indices: of the images in the data set, not negative.
         kind: one of `KINDS`, or `none`.
         numbers: numbers of patches, from 0 to all.
         patch: height and width of a patch in pixels.
         severity: of ImageNet-C, 1 to 5.
-        mean: a colour, RGB.
+        mean: a colour, a value for each channel, or one for all.
+        bounded: whether noise ends at 0 and 1.
         seed: of the order of the patches and of the noise.
 
     Yields:
-        Corrupted images [B, 3, H, W] from 0 to 1, for each number.
+        Corrupted images [B, C, H, W], for each number.
     """
     grid = patch_grid(images, patch)
     order = orders(indices, math.prod(grid), seed).to(images.device)
     rank = order.argsort(1)
-    whole = None if kind == "shuffle" else _corrupted(images, indices, kind, severity, mean, seed)
+    whole = None if kind == "shuffle" else _corrupted(images, indices, kind, severity, mean, bounded, seed)
     for number in numbers:
         if whole is None:
             yield _shuffled(images, order[:, :number], grid, patch)
@@ -83,15 +85,22 @@ def patch_grid(images: Tensor, patch: int) -> tuple[int, int]:
 
 
 def _corrupted(
-    images: Tensor, indices: Sequence[int], kind: str, severity: int, mean: Sequence[float], seed: int
+    images: Tensor,
+    indices: Sequence[int],
+    kind: str,
+    severity: int,
+    mean: Sequence[float],
+    bounded: bool,
+    seed: int,
 ) -> Tensor:
-    """Corrupt whole images [B, 3, H, W]."""
+    """Corrupt whole images [B, C, H, W]."""
     if kind == "none":
         return images
     if kind == "noise":
         rngs = [np.random.default_rng([seed, index, 1]) for index in indices]
         noise = np.stack([rng.standard_normal(images.shape[1:], np.float32) for rng in rngs])
-        return (images + NOISE[severity - 1] * torch.from_numpy(noise).to(images.device)).clamp(0, 1)
+        noisy = images + NOISE[severity - 1] * torch.from_numpy(noise).to(images.device)
+        return noisy.clamp(0, 1) if bounded else noisy
     if kind == "blur":
         sigma = BLUR[severity - 1] * min(images.shape[-2:]) / 224
         blurred: Tensor = gaussian_blur(images, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2)
@@ -100,7 +109,7 @@ def _corrupted(
         of_image = images.mean((-2, -1), keepdim=True)
         return (images - of_image) * CONTRAST[severity - 1] + of_image
     if kind == "occlusion":
-        return images.new_tensor(mean).view(1, 3, 1, 1).expand_as(images)
+        return images.new_tensor(mean).view(1, -1, 1, 1).expand_as(images)
     raise InputError(f"there is no corruption {kind!r}: use one of {', '.join(KINDS)}")
 
 
@@ -110,7 +119,7 @@ def _shuffled(images: Tensor, chosen: Tensor, grid: tuple[int, int], patch: int)
         return images
     rows, columns = grid
     patches = images.unflatten(2, (rows, patch)).unflatten(4, (columns, patch))
-    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [B, rows · columns, 3, patch, patch]
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # [B, rows · columns, C, patch, patch]
     moved = patches.clone()
     images_of = torch.arange(len(images), device=images.device)[:, None]
     moved[images_of, chosen.roll(-1, 1)] = patches[images_of, chosen]

@@ -21,6 +21,9 @@ from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import upsampled_argmax
 from locat_lightning.nn.temperature import attention_temperature
 
+# Of the values from 0 to 1 of a channel of ImageNet's images, the mean of the three.
+OF_A_CHANNEL = {"mean": (0.449,), "std": (0.226,)}
+
 
 @dataclass(frozen=True)
 class Robustness:
@@ -92,7 +95,7 @@ def rank_perturbed(
     device: torch.device | str,
     settings: Robustness,
     *,
-    normalisation: Mapping[str, Sequence[float]],
+    normalisation: Mapping[str, Sequence[float]] | None,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Ranked:
@@ -103,11 +106,13 @@ def rank_perturbed(
     `patch_size` is. With `torch.distributed` initialised, each process brings its part of the images.
 
     Args:
-        model: maps images [B, 3, H, W] to logits [B, C]; on `device`.
+        model: maps images [B, channels, H, W] to logits [B, C]; on `device`.
         loader: labelled images, normalised.
         device: of the model.
         settings: which conditions.
-        normalisation: `mean` and `std` of the images' channels, which are corrupted before.
+        normalisation: `mean` and `std` of RGB images, which are corrupted before. None for images that are
+            not RGB: each channel is corrupted as that of an RGB image with its mean and deviation would be,
+            without bounds.
         autocast_dtype: mixed precision in this type; None computes in the type of the weights.
         progress: whether to show a bar.
 
@@ -131,14 +136,15 @@ def count_perturbed(
     settings: Robustness,
     *,
     num_classes: int,
-    normalisation: Mapping[str, Sequence[float]],
+    normalisation: Mapping[str, Sequence[float]] | None,
     autocast_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Counted:
     """Count the pixels that a segmentation of `MaskBatch`es gets right under each condition.
 
-    The model maps images [B, 3, H, W], of whole patches, to logits [B, C, h, w], which are upsampled to the
-    size of the masks; those stay as they are, 255 is ignored. Other arguments are those of `rank_perturbed`.
+    The model maps images [B, channels, H, W], of whole patches, to logits [B, C, h, w], which are upsampled
+    to the size of the masks; those stay as they are, 255 is ignored. Other arguments are those of
+    `rank_perturbed`.
 
     Raises:
         InputError: a mask has a class that is none of them, or no pixel of any mask is annotated.
@@ -173,17 +179,20 @@ def perturbed_outputs(
     batch: Any,
     device: torch.device,
     settings: Robustness,
-    normalisation: Mapping[str, Sequence[float]],
+    normalisation: Mapping[str, Sequence[float]] | None,
     autocast_dtype: torch.dtype | None,
 ) -> Iterator[tuple[Condition, Tensor]]:
     """Yield what a model makes of a batch's images, float32, under each condition; first of all without."""
-    mean, std = (torch.tensor(normalisation[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    images = (batch.images.to(device, non_blocking=True) * std + mean).clamp(0, 1)
+    values = OF_A_CHANNEL if normalisation is None else normalisation
+    mean, std = (torch.tensor(values[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
+    images = batch.images.to(device, non_blocking=True) * std + mean
+    images = images if normalisation is None else images.clamp(0, 1)
     patch = settings.patch_size or patch_of(model)
     options: dict[str, Any] = {
         "patch": patch,
         "severity": settings.severity,
-        "mean": normalisation["mean"],
+        "mean": values["mean"],
+        "bounded": normalisation is not None,
         "seed": settings.seed,
     }
     numbers = settings.counts(math.prod(patch_grid(images, patch)))

@@ -13,15 +13,20 @@ UNBALANCED = 2  # times as many images as the smallest class has the largest at 
 FIGURES = ("balanced", "many", "medium", "few")
 
 
-def groups_that_differ(first: Tensor | None, second: Tensor | None) -> set[str]:
-    """Return the groups that do not have the same images for two models, of these training images [N]."""
+def is_comparable(figure: str, first: Tensor | None, second: Tensor | None) -> bool:
+    """Return whether a figure is of the same images for two models, of these training images [N]."""
     same = first is None or second is None or torch.equal(first, second)
-    return set() if same else {*FIGURES} - {"balanced"}
+    return same or figure.partition("_")[0] not in {*FIGURES} - {"balanced"}
 
 
 def is_unbalanced(counts: Sequence[int]) -> bool:
     """Return whether classes of so many training images are worth telling apart; no if none are known."""
     return bool(counts) and max(counts) >= UNBALANCED * min(counts)
+
+
+def shots_of(labels: Tensor, counts: Sequence[int]) -> Tensor | None:
+    """Return the training images of each label's class [N]; None where classes are of about one size."""
+    return torch.tensor(counts)[labels] if is_unbalanced(counts) else None
 
 
 def figures_of(counts: Sequence[int]) -> list[str]:

@@ -23,7 +23,7 @@ from locat_lightning.errors import InputError, near
 from locat_lightning.evaluation.gather import gather_rows
 from locat_lightning.evaluation.knn import label_ranks
 from locat_lightning.evaluation.per_image import Scores, names_of
-from locat_lightning.evaluation.shots import FIGURES
+from locat_lightning.evaluation.shots import FIGURES, shots_of
 from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
@@ -297,7 +297,7 @@ class Classification(TokenDistilled):
         indices, labels, ranks = gather_rows(indices, indices, *columns[1:], device=self.device)
         tops = {f"top{k}": ranks < k for k in (1, 5) if k < self.hp.num_classes}
         names = names_of(self.trainer.datamodule, split, indices.tolist())  # type: ignore[attr-defined]
-        found = Scores(indices, names, labels, tops, self.shots_of(labels))
+        found = Scores(indices, names, labels, tops, shots_of(labels, self.class_counts))
         self.results = found if names else None
         figures = found.figures(found.statistics().sum(0), len(labels))
         for name in FIGURES:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from locat_lightning.backbones.weights import exported_config
 from locat_lightning.errors import InputError
-from locat_lightning.evaluation.shots import FIGURES, figures_of, is_unbalanced
+from locat_lightning.evaluation.shots import FIGURES, figures_of
 from locat_lightning.tasks.sharpness import SharpnessAware
 
 CLASS_COUNTS = "class_counts"  # a checkpoint's or export's key of the training images of each class
@@ -158,10 +158,6 @@ class LongTailed(SharpnessAware):
             logits, prior = logits + self._adjustment, self._adjustment.exp()
             spread = (shares / prior).sum(1, keepdim=True) * prior
         return F.cross_entropy(logits, (1 - smoothing) * shares + smoothing * spread / logits.shape[1])
-
-    def shots_of(self, labels: Tensor) -> Tensor | None:
-        """Return the training images of each label's class; None where classes are of about one size."""
-        return torch.tensor(self.class_counts)[labels] if is_unbalanced(self.class_counts) else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
