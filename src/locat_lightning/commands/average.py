@@ -104,7 +104,8 @@ def _average(weights: list[str], config: Namespace, parser: ArgumentParser, to: 
         for number, each in enumerate(weights)
     ]
     record = {"recipe": config.recipe, **headline, "ingredients": ingredients, "digest": digest_of(state)}
-    what = f"the mean of the weights of {soup.number} models ({config.recipe})"
+    models_of = f"{soup.number} model{'s' * (soup.number > 1)}"
+    what = f"the mean of the weights of {models_of} ({config.recipe})"
     told = {"SHA-256 of their weights": {f"model {each + 1}": models.digests[each] for each in kept}}
     with files_for(to) as directory:
         notes = {CLASS_COUNTS: models.counts} if models.counts else {}
