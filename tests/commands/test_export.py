@@ -215,7 +215,10 @@ def test_nothing_is_left_of_an_export_that_differs(capsys, monkeypatch):
         (["--weights", "nothing.ckpt", "--to", "out"], "--weights: no such file"),
         (["--weights", "a.pth", "--to", "out"], "add --backbone"),
         (["--weights", "a.pth"], "to"),
-        (["--weights", "a.pth", "--to", "out", "--format", "tf"], "typing.Literal['timm', 'onnx'"),
+        (
+            ["--weights", "a.pth", "--to", "out", "--format", "tf"],
+            "--format: tf is none of timm, onnx, torchscript",
+        ),
         (["--weights", "a.pth", "--to", "out", "--fromat", "timm"], "did you mean --format"),
         (["--weights", "text.pth", "--to", "out"], "text.pth"),
     ],

@@ -223,6 +223,10 @@ NEGATIVE_LR = (
             [*DINO, "--data.views={crops: 3}"],
             "'locat_lightning.data.views.MultiCrop': Option 'crops' is not accepted",
         ),
+        (
+            [*FIT, "--model.mixing", "transmixx"],
+            "--model.mixing: transmixx is none of mixup, transmix, maskmix, mixpro, patch_mixing",
+        ),
         ([*DINO, "--data.views.crops", "3"], "--data.views.crops: there is no such option; did you mean "),
         ([*FIT, "--data.hflip", "3"], 'Parser key "hflip": Not of type ClosedUnitInterval: 3'),
         ([*FIT, "--data.scale", "[2,0.1]"], "scale (2.0, 0.1) must be two numbers, 0 < low <= high <= 1"),
@@ -232,7 +236,7 @@ NEGATIVE_LR = (
         ),
         (
             [*FIT, "--data.eval_interpolation", "sharp"],
-            "Expected a typing.Literal['nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming']",
+            "--data.eval_interpolation: sharp is none of nearest, bilinear, bicubic, lanczos, box, hamming",
         ),
         (
             [*FIT, "--data.auto_augment", "bogus"],
@@ -467,7 +471,10 @@ def test_there_are_no_predictions_of_images_none_of_which_can_be_read(trained, t
 
 def test_images_of_a_side_that_is_no_multiple_of_the_patch(small):
     """timm leaves out what remains at right and bottom."""
-    main([*FIT, *small, "--data.img_size", "37", "--model.backbone_args.img_size", "37"])
+    with pytest.warns(
+        UserWarning, match="37 pixels have no whole patches of 8: 5 pixels at right and bottom"
+    ):
+        main([*FIT, *small, "--data.img_size", "37", "--model.backbone_args.img_size", "37"])
     assert scalars(RUN, "gaug_alpha/block_00")
 
 

@@ -60,7 +60,7 @@ def test_masks_are_packed_by_a_config(scenes, capsys):
     assert Path("shards/train").stat().st_mtime_ns == again
     capsys.readouterr()
     main(["pack", "--tars", "shards/val", "--class_names", "[a, b]"])
-    assert "shards/val: 3 images in 1 shards" in capsys.readouterr().out
+    assert "shards/val: 3 images in 1 shard, " in capsys.readouterr().out
     assert Index.load((Path("shards") / "val" / INDEX).read_bytes(), INDEX).meaning.classes == ["a", "b"]
 
 

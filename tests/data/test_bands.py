@@ -15,6 +15,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from locat_lightning.data import ImageData
 from locat_lightning.data.bands import BandReader, read_bands
+from locat_lightning.data.decoding import read_image
 from locat_lightning.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -28,6 +29,22 @@ def values(dtype, shape=(5, 7, 4)):
     drawn = RNG.integers(ends.min, ends.max, shape, dtype, endpoint=True)
     drawn.flat[:2] = ends.min, ends.max
     return drawn
+
+
+@pytest.mark.parametrize("samples", [4, 5])
+def test_a_file_of_more_channels_than_a_viewer_shows_is_not_taken_for_rgb(samples, tmp_path):
+    """Pillow reads the first three of five without a word."""
+    bands = np.random.default_rng(0).integers(255, size=(6, 7, samples), dtype=np.uint8)
+    tifffile.imwrite(file := tmp_path / "a.tif", bands, photometric="rgb")
+    if samples == 4:
+        assert read_image(file).size == (7, 6)
+        return
+    with file.open("rb") as opened:
+        for given in (file, opened):
+            with pytest.raises(
+                InputError, match=r"/a.tif has 5 channels: run locat stats, and give its file"
+            ):
+                read_image(given)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "float32"])

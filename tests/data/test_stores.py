@@ -116,6 +116,21 @@ def test_a_shard_that_cannot_be_fetched_is_named(faults, said, store, listed, we
     assert faults == []
 
 
+def test_images_of_a_batch_do_not_wait_for_a_store_one_after_the_other(store, listed, web):
+    """Each shard would be tried again and again for each image that lies in it."""
+    at_hand = store.read_part(listed[0], 0, 1)
+    for shard in listed:
+        web.faults[f"shards/train/{shard.name}"] = ["500"] * 99
+    said = set()
+    for shard in (listed[2], listed[2], listed[3]):
+        with pytest.raises(InputError, match=r"000002\.tar, tried 3 times") as refused:
+            store.read_part(shard, 0, 1)
+        said.add(str(refused.value))
+    assert len(said) == 1
+    assert [web.requests.count(f"shards/train/00000{number}.tar") for number in (2, 3)] == [3, 0]
+    assert store.read_part(listed[0], 0, 1) == at_hand
+
+
 def test_a_missing_shard_is_named_at_once(store, listed, shards, web):
     (shards / "train" / "000004.tar").unlink()
     with pytest.raises(InputError, match=r"shard http\S+/000004\.tar is missing: restore it"):

@@ -185,7 +185,7 @@ def test_running_statistics_are_of_the_first_pass_alone(tmp_path):
     ("options", "run", "expected"),
     [
         ({}, {"precision": "bf16-true"}, r"trainer\.precision \(bf16-true\) rounds .* away: use bf16-mixed"),
-        ({}, {"strategy": "fsdp"}, r"ShardedStrategy may divide weights .*: use --trainer\.strategy ddp"),
+        ({}, {"strategy": "fsdp"}, r"fsdp may divide weights .*: use --trainer\.strategy ddp"),
         ({"compile": "reduce-overhead"}, {}, r"model\.sam: .*: use --model\.compile true"),
     ],
 )

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 import torch.compiler.config
+from lightning.pytorch.utilities import rank_zero_warn
 from timm.layers import PatchEmbed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -13,6 +14,18 @@ from torch.nn import functional as F
 from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
 
 GRAPHS = 8  # that `torch.compile` may make of a model with patches of one size: torch's own limit
+
+
+def warn_of_rest(model: nn.Module, side: int) -> None:
+    """Warn if a model does not divide square images into whole patches: it does not see what remains."""
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad:
+        patch = embed.patch_size[0]
+        if rest := side % patch:
+            rank_zero_warn(
+                f"images of {side} pixels have no whole patches of {patch}: {rest} pixels at right and "
+                "bottom are left out"
+            )
 
 
 class FlexibleConv(nn.Conv2d):

@@ -1,7 +1,9 @@
 """Checkpoints of a run: its best weights, and its last state, from which it resumes."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -204,7 +206,9 @@ class Checkpoints(ModelCheckpoint):
                 self._write_last(trainer)
         finally:  # on a full disk there is the one before
             if Path(self.last_model_path).is_file():
-                rank_zero_info(f"interrupted; resume with: locat fit --ckpt_path {self.last_model_path}")
+                options = getattr(trainer.datamodule, "typed_again", {})  # type: ignore[attr-defined]
+                words = shlex.join(chain(["--ckpt_path", self.last_model_path], *options.items()))
+                rank_zero_info(f"interrupted; resume with: locat fit {words}")
 
     # Private: ModelCheckpoint has no public way to write `last.ckpt` alone.
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:

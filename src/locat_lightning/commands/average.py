@@ -226,7 +226,7 @@ def _weights_of(given: str) -> str:
     weights = str(best) if best.is_file() else given
     if weights == given and Path(given).is_dir() and not exported_config(given):
         raise InputError(f"locat average: {given} has no checkpoints/best.ckpt: give the checkpoint itself")
-    sources.check_weights(weights)
+    sources.check_weights(weights, "locat average")
     return sources.local_dir(weights)
 
 

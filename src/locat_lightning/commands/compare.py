@@ -153,7 +153,9 @@ def _read(run: Path) -> Evaluation:
     """Read what a run has measured: `InputError` if it measured nothing of single images."""
     if not (run / TABLE).is_file() or not (run / RECORD).is_file():
         newest = max(run.glob(f"version_*/{TABLE}"), key=lambda file: file.stat().st_mtime, default=None)
-        advice = f"did you mean {newest.parent}?" if newest else "give a run of locat knn or the like"
+        best = run / "checkpoints" / "best.ckpt"
+        measuring = f"validate --weights {best}" if best.is_file() else "knn or the like"
+        advice = f"did you mean {newest.parent}?" if newest else f"give a run of locat {measuring}"
         raise InputError(
             f"no {RECORD} with {TABLE} in {run.absolute()}: {advice} (or --protocol, for weights)"
         )

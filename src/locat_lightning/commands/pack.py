@@ -114,7 +114,5 @@ class _Progress:
     def report(self, where: object, found: Index) -> None:
         """Print what is in shards now."""
         seconds, size = perf_counter() - self._began, sum(shard.size for shard in found.shards)
-        print(
-            f"{where}: {len(found):,} images in {len(found.shards):,} shards, {readable(size)}, "
-            f"{seconds:,.1f} s"
-        )
+        shards = f"{len(found.shards):,} shard{'s' * (len(found.shards) != 1)}"
+        print(f"{where}: {len(found):,} images in {shards}, {readable(size)}, {seconds:,.1f} s")

@@ -33,6 +33,14 @@ ALIASES = {
     "resume": "--ckpt_path",
     "pretrained": "--weights",
 }
+# What jsonargparse says of a value that is none of an option's choices, of a class within another, too.
+KEY = re.compile('Parser key "([^"]+)"')
+CHOICE = re.compile(
+    r"""^(?P<keys>Parser key "[^"]+": (?:Does not validate .*? Errors: - )?"""
+    r"""(?:Problem with given class_path '[^']+': Parser key "[^"]+": )?)"""
+    r"Expected a typing\.Literal\[(?P<choices>[^\]]+)\]\. "
+    r"Got value: (?P<value>.*?)(?: - Expected a <class .*)?$"
+)
 NOT_IN_YAML = re.compile("[\x7f-\x84\x86-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 set_parsing_settings(instantiate_subclass_spec_in_any=False)  # where any value will do, it stays a value
 # jsonargparse writes a config again when its class is replaced by another, but its restricted numbers are of
@@ -132,7 +140,8 @@ def parse(
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        mistake = _unknown_option(subparser or parser, arguments[subparser is not None :]) or error
+        unknown = _unknown_option(subparser or parser, arguments[subparser is not None :])
+        mistake = unknown or _unknown_choice(error) or error
         options = [_option(each) for each in arguments]
         for option in (_option(each) for each in recorded):
             named = re.search(f'"{re.escape(option[2:])}"|^{re.escape(option)}:', str(mistake))
@@ -180,6 +189,16 @@ def _unknown_option(parser: ArgumentParser, arguments: list[str]) -> InputError 
         if option not in own and not below and not any(each.startswith(f"{option}.") for each in chosen):
             return InputError(f"{option}: there is no such option{_similar(option, own | chosen)}")
     return None
+
+
+def _unknown_choice(error: ArgumentError) -> InputError | None:
+    """Return what to say of a value that is none of an option's choices; None of another error."""
+    if (found := CHOICE.search(in_a_line(error))) is None:
+        return None
+    option = ".".join(KEY.findall(found["keys"]))
+    choices = re.findall(r"'([^']+)'", found["choices"])
+    value = found["value"]
+    return InputError(f"--{option}: {value} is none of {', '.join(choices)}{near(value, choices)}")
 
 
 def _option(argument: str) -> str:

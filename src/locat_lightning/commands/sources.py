@@ -28,12 +28,12 @@ FETCHED = "hfds/"  # data sets of a package that fetches them, and runs what som
 UNUSED = (None, True, False)  # their values if they are not used
 
 
-def check_weights(weights: str) -> None:
+def check_weights(weights: str, option: str = "--weights") -> None:
     """Check that there is such a source of weights (see `check_source`), and that it is not a directory."""
     if (path := Path(weights)).is_dir() and not exported_config(weights):
         best = path / "checkpoints" / "best.ckpt"
-        raise InputError(f"--weights: {weights} is a directory{suggest_file(best)}")
-    check_source(local_dir(weights))
+        raise InputError(f"{option}: {weights} is a directory{suggest_file(best)}")
+    check_source(local_dir(weights), option)
 
 
 def suggest_file(path: Path) -> str:
@@ -99,6 +99,7 @@ def read_record(file: Path, groups: Iterable[str], typed: Container[str]) -> dic
         if is_fetched and f"--{place}" not in typed:
             raise InputError(
                 f"{file} names a data set that is fetched: if you want it, add --{place} {value}"
+                + (" (and --data.cache, if it had one)" if place.endswith(".stream") else "")
             )
         if place.endswith(".cache") and value is not None:
             raise refused(file, f"{place} is {value}")

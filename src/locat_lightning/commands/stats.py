@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--data.root: no such folder: {root.absolute()}")
     folder = next((root / name for name in TRAINING if (root / name).is_dir()), root)
     if not (paths := files_beneath(folder, tuple(READERS))):
-        raise InputError(f"no images beneath {folder}: files ending in {', '.join(READERS)} count")
+        raise InputError(
+            f"no images beneath {folder}: files ending in {', '.join(READERS)} count; RGB needs no statistics"
+        )
     workers = config.data.num_workers
     found = moments_of_files(paths, min(16, suggested_max_num_workers(1)) if workers is None else workers)
     write_statistics(to, found, len(paths))

@@ -13,9 +13,10 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from locat_lightning.errors import in_a_line
+from locat_lightning.errors import InputError, in_a_line
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 WHITE = dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), (4095, 65535)) | {"F": (1,)}
 OUTLIERS = 0.1  # per cent of the pixels of these modes that may be brighter than white
 NO_DATA = 1e37  # values from here on stand for no data, as the largest of float32 does
+SAMPLES = 277  # TIFF's tag: channels of a pixel
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or inf  # Pillow's limit
 
 # A small file may stand for gigabytes of pixels: what Pillow only warns of is refused.
@@ -41,8 +43,17 @@ def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
 
 @contextmanager
 def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
-    """Open an image like `read_image`, but without decoding a plain JPEG yet, which allows a draft of it."""
+    """Open an image like `read_image`, but without decoding a plain JPEG yet, which allows a draft of it.
+
+    `InputError` if a viewer would leave out channels.
+    """
     with Image.open(file, formats=FORMATS) as image:
+        channels = image.tag_v2.get(SAMPLES, 1) if isinstance(image, TiffImageFile) else 1
+        if channels > len("RGBA"):
+            name = file if isinstance(file, str | PathLike) else getattr(file, "name", "an image")
+            raise InputError(
+                f"{name} has {channels} channels: run locat stats, and give its file as data.stats"
+            )
         plain = image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1
         yield image if plain and to_srgb(image) is None else to_rgb(image)
 

@@ -77,7 +77,10 @@ def unlabelled_files(folder: Path, reader: Reader = RGB) -> Files:
 
 def counted(reader: Reader) -> str:
     """Say which files are images, for an error."""
-    return f"files ending in {', '.join(reader.endings)} count"
+    others = (
+        "; with --data.stats (locat stats), also .npy, .dcm and TIFF of any channels" if reader is RGB else ""
+    )
+    return f"files ending in {', '.join(reader.endings)} count{others}"
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:

@@ -75,6 +75,7 @@ class Store:
     cache: Path
     bound: int
     _kept: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    _given_up: list[str] = field(default_factory=list, repr=False, compare=False)  # why, as a line
 
     @cached_property
     def is_local(self) -> bool:
@@ -94,7 +95,10 @@ class Store:
         return self._patiently(name, lambda system, path: bytes(system.cat_file(path)))
 
     def read_part(self, shard: Shard, start: int, size: int) -> bytes:
-        """Read bytes of a shard: `InputError` if it is missing, corrupt, or cannot be fetched."""
+        """Read bytes of a shard: `InputError` if it is missing, corrupt, or cannot be fetched.
+
+        Who asks again, as for the other images of a batch, gets the same answer, without other attempts.
+        """
         # Text, not a Path, for each of a million images.
         file = f"{self.url}/{shard.name}" if self.is_local else f"{self.cache}/{shard.sha256}.tar"
         again = self.is_local
@@ -106,7 +110,13 @@ class Store:
             except FileNotFoundError as error:
                 if self.is_local:
                     raise InputError(f"shard {file} is missing: {REMEDY}") from error
-                self.fetched(shard)  # again if another process made room meanwhile
+                if self._given_up:
+                    raise InputError(self._given_up[0]) from error
+                try:
+                    self.fetched(shard)  # again if another process made room meanwhile
+                except InputError as reason:
+                    self._given_up.append(str(reason))
+                    raise
                 continue
             if not self.is_local and time.monotonic() > self._kept.get(shard.name, 0):
                 self.keep([shard])
@@ -148,8 +158,9 @@ class Store:
     def keep(self, shards: Sequence[Shard]) -> None:
         """Mark these shards as used now, so that they are evicted last."""
         for shard in shards:
+            now = time.time_ns()  # without a time, the kernel's is some milliseconds coarse: two may be equal
             with suppress(FileNotFoundError):
-                os.utime(f"{self.cache}/{shard.sha256}.tar")
+                os.utime(f"{self.cache}/{shard.sha256}.tar", ns=(now, now))
 
     def _fetch(self, shard: Shard, file: Path) -> None:
         for left in self.cache.glob(f"{shard.sha256}.*.part"):  # by a process that was killed

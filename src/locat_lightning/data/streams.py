@@ -188,6 +188,14 @@ class StreamableModule(ImageModule[Found]):
         self.shards_at_once = shards_at_once
         self._shards: dict[str, Shards] = {}  # by the name of their folder
 
+    @property
+    def typed_again(self) -> dict[str, str]:
+        """Options of a remote stream that a user types again to resume: no record decides what is fetched."""
+        if self.stream is None or not is_remote(self.stream):
+            return {}
+        own = {} if self.cache == default_cache() else {"--data.cache": str(self.cache)}
+        return {"--data.stream": self.stream} | own
+
     def shards(self, names: Sequence[str]) -> Shards:
         """Find the shards of the stream in the first folder of these names that has an index.
 

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from locat_lightning.backbones.create import create_backbone, create_for_any_size, noted_arguments
-from locat_lightning.backbones.flexible import make_flexible, use_patches
+from locat_lightning.backbones.flexible import make_flexible, use_patches, warn_of_rest
 from locat_lightning.backbones.weights import contents_of, load_weights
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError, near
@@ -203,6 +203,8 @@ class Classification(TokenDistilled):
                 f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "
                 f"them agree, for example with --model.backbone_args.img_size {given}"
             )
+        if given is not None:
+            warn_of_rest(self.backbone, given)
 
     def _take_patch_sizes(self) -> None:
         """Let the backbone take patches of all sizes, and note its own."""
@@ -303,7 +305,7 @@ class Classification(TokenDistilled):
         for name in FIGURES:
             if name in figures:
                 value = figures[name].to(self.device, torch.float32)  # as NCCL has it
-                self.log(f"{split}/{name}", value, sync_dist=True)
+                self.log(f"{split}/{name}", value, sync_dist=True, prog_bar=name == "balanced")
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Return positions in the data set [B] and probabilities [B, classes] (float32)."""

@@ -51,10 +51,12 @@ class SharpnessAware(Task):
         if self.hp.sam is None or not training:
             return
         whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        if not whole or isinstance(trainer.strategy, ShardedStrategy):
+        sharded = isinstance(trainer.strategy, ShardedStrategy)
+        if sharded or not whole:
+            strategy = "fsdp" if sharded else type(trainer.strategy).__name__
             raise InputError(
-                f"model.sam: {type(trainer.strategy).__name__} may divide weights among processes, but a "
-                "disturbance needs them whole: use --trainer.strategy ddp"
+                f"model.sam: {strategy} may divide weights among processes, but a disturbance needs them "
+                "whole: use --trainer.strategy ddp"
             )
         if trainer.precision not in ("32-true", "64-true", "bf16-mixed", "16-mixed"):
             raise InputError(
