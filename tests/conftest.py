@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from threading import Thread
 
+import lightning.pytorch
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,10 @@ from locat.command import main
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that a test runs as processes of their own
 torch.set_num_threads(1)  # of fixtures that several tests share: they come before `one_thread`
+
+# `caplog` has Lightning's messages, whether or not pytest had handlers when Lightning was imported.
+for imported in (lightning.pytorch, lightning.fabric):
+    logging.getLogger(imported.__name__).propagate = True
 
 SMALL = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
 # Drawing them takes as long as training; `small_options` does without.

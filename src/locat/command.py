@@ -62,7 +62,7 @@ commands:
 options:
   --help     show this text; `locat COMMAND --help` lists the options of a command
   --version  print the version
-  --debug    show the traceback of an error
+  --debug    show the traceback of an error, and what torch warns of
 
 `--config` takes a path or the name of a shipped config, and every key of it is an option too:
 `--data.batch_size 64`. `--weights` takes a checkpoint of a run, a file, an exported folder, a timm name, or

@@ -472,7 +472,7 @@ def test_there_are_no_predictions_of_images_none_of_which_can_be_read(trained, t
 def test_images_of_a_side_that_is_no_multiple_of_the_patch(small):
     """timm leaves out what remains at right and bottom."""
     with pytest.warns(
-        UserWarning, match="37 pixels have no whole patches of 8: 5 pixels at right and bottom"
+        UserWarning, match="37 pixels are no multiple of the patch size 8: the last 5 at right"
     ):
         main([*FIT, *small, "--data.img_size", "37", "--model.backbone_args.img_size", "37"])
     assert scalars(RUN, "gaug_alpha/block_00")

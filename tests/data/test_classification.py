@@ -376,7 +376,8 @@ def test_no_class_folders(tmp_path):
 
 def test_no_images(tmp_path):
     (tmp_path / "train" / "ant").mkdir(parents=True)
-    kinds = "files ending in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp count"
+    kinds = "files ending in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp count; "
+    kinds += "with --data.stats (locat stats), also .npy, .dcm and TIFF of any channels"
     assert error_of(root=tmp_path) == f"no images in the class folders of {tmp_path}/train: {kinds}"
 
 

@@ -132,11 +132,22 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_they_go_with_sharpness_average_and_checkpointing(tmp_path):
     def trained(**options):
-        module = task(Seen, experts=2, sam=0.05, ema=0.5, **options)
+        module = task(Seen, experts=2, lr=0.01, **{"sam": 0.05, "ema": 0.5} | options)
         fit(tmp_path, module)
         return module.backbone.state_dict()
 
-    torch.testing.assert_close(trained(checkpoint_blocks=True), trained(), rtol=1e-5, atol=1e-6)
+    plain = trained()
+    torch.testing.assert_close(trained(checkpoint_blocks=True), plain, rtol=1e-5, atol=1e-6)
+    name = "blocks.1.mlp.experts.0.fc1.weight"
+    for without in ({"sam": None}, {"ema": None}):
+        assert not torch.allclose(trained(**without)[name], plain[name], atol=1e-6)
+
+
+def test_an_mlp_of_a_position_bias_is_none():
+    model = timm.create_model("vit_relpos_small_patch16_224", img_size=32, embed_dim=24, depth=4, num_heads=2)
+    add_experts(model, 2)
+    assert [isinstance(block.mlp, Experts) for block in model.blocks] == [False, True] * 2
+    assert sum(isinstance(each, Experts) for each in model.modules()) == 2
 
 
 def test_every_second_feed_forward_network_of_any_model():
@@ -161,7 +172,14 @@ def test_every_second_feed_forward_network_of_any_model():
             {"experts": 1, "backbone_args": BACKBONE},
             "model.experts: one has no others to learn from: set 2 or more, or null",
         ),
-        ({"experts": 2, "backbone": "resnet10t"}, "model.experts: ResNet has no two blocks with an mlp"),
+        (
+            {"experts": 2, "backbone": "resnet10t"},
+            "model.experts: ResNet has no two blocks with a feed-forward",
+        ),
+        (
+            {"experts": 2, "backbone": "convnext_atto"},
+            "model.experts: ConvNeXt has no two blocks with a feed-",
+        ),
     ],
 )
 def test_mistakes(tmp_path, options, expected):
@@ -169,3 +187,6 @@ def test_mistakes(tmp_path, options, expected):
     module = Seen(**({"backbone": LOCAT, "warmup_epochs": 0} | options))
     with pytest.raises(InputError, match=expected):
         fit(tmp_path, module)
+    if options["experts"] == 1:  # found by a command before anything is read
+        with pytest.raises(InputError, match=expected):
+            module.check(trainer(tmp_path), training=True)

@@ -11,21 +11,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from locat_lightning.errors import InputError
 from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
 
 GRAPHS = 8  # that `torch.compile` may make of a model with patches of one size: torch's own limit
 
 
-def warn_of_rest(model: nn.Module, side: int) -> None:
-    """Warn if a model does not divide square images into whole patches: it does not see what remains."""
-    embed = getattr(model, "patch_embed", None)
-    if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad:
-        patch = embed.patch_size[0]
-        if rest := side % patch:
-            rank_zero_warn(
-                f"images of {side} pixels have no whole patches of {patch}: {rest} pixels at right and "
-                "bottom are left out"
-            )
+def check_rest(model: nn.Module, side: int) -> None:
+    """Warn if a model does not see all of square images; `InputError` if it does not take them."""
+    embed: Any = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad or not (rest := side % embed.patch_size[0]):
+        return
+    multiple = f"images of {side} pixels are no multiple of the patch size {embed.patch_size[0]}"
+    if not embed.strict_img_size:
+        raise InputError(f"{multiple}: set data.img_size, or patch_size in model.backbone_args")
+    rank_zero_warn(f"{multiple}: the last {rest} at right and bottom are not seen")
 
 
 class FlexibleConv(nn.Conv2d):

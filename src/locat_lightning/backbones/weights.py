@@ -247,7 +247,7 @@ def exported_config(weights: str) -> dict[str, Any]:
 def read_state(
     weights: str, network: Role = "teacher", contents: dict[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """Return all tensors of a source of weights (see `load_weights`) by name, as they are; experts' mean."""
+    """Return all tensors of a source of weights (see `load_weights`) by name, with experts averaged."""
     contents = contents or contents_of(weights)
     if contents is not None:
         for container in (network, *CONTAINERS):

@@ -142,9 +142,10 @@ class LocatCLI(LightningCLI):
         data = config.get("data.init_args", {}) if "data" in config else {}
         checks.check_root(self._given, data.get("dataset"), data.get("stream"))
         checks.check_start(config)
-        if not config.name:  # of a run, its own; of an exported model that of its folder
-            exported = Path((config.get("weights") or "run").removeprefix("local-dir:")).name
-            config.name = Path(str(config.config[-1])).stem if config.config else exported
+        if not config.name:  # of an exported model that of its folder
+            exported = Path((config.get("weights") or "").removeprefix("local-dir:"))
+            default = exported.resolve().name if exported.is_dir() else "run"
+            config.name = Path(str(config.config[-1])).stem if config.config else default
         self._resumed: dict[str, Any] = {}  # contents of the checkpoint that a run resumes from
         self._resume_from: Path | None = None
         self._directory: Path | None = None  # its directory

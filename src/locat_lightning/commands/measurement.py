@@ -28,9 +28,8 @@ class Measurement(NamedTuple):
     metrics: dict[str, float]
     protocol: str  # on which figures depend besides weights and images; equal where they can be compared
     figures: Figures | None
-    rows: Sequence[
-        tuple[str, ...]
-    ] = ()  # of the table, or their first cells, to stand beside other data sets
+    # Of the table, or their first cells, to stand beside those of other data sets.
+    rows: Sequence[tuple[str, ...]] = ()
     pictures: Mapping[str, Figure] = MappingProxyType({})  # by name
     units: str = "images"  # what the figures are means over
 

@@ -196,8 +196,8 @@ def _unknown_choice(error: ArgumentError) -> InputError | None:
     if (found := CHOICE.search(in_a_line(error))) is None:
         return None
     option = ".".join(KEY.findall(found["keys"]))
-    choices = re.findall(r"'([^']+)'", found["choices"])
-    value = found["value"]
+    choices = [each.strip(" '") for each in found["choices"].split(",")]
+    value = found["value"].replace("None", "null")
     return InputError(f"--{option}: {value} is none of {', '.join(choices)}{near(value, choices)}")
 
 

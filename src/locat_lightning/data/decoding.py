@@ -42,17 +42,17 @@ def read_image(file: str | PathLike[str] | IO[bytes]) -> Image.Image:
 
 
 @contextmanager
-def open_image(file: str | PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
+def open_image(file: str | PathLike[str] | IO[bytes], name: str = "") -> Iterator[Image.Image]:
     """Open an image like `read_image`, but without decoding a plain JPEG yet, which allows a draft of it.
 
-    `InputError` if a viewer would leave out channels.
+    `InputError`, with the file or its `name`, if a viewer would leave out channels.
     """
     with Image.open(file, formats=FORMATS) as image:
         channels = image.tag_v2.get(SAMPLES, 1) if isinstance(image, TiffImageFile) else 1
-        if channels > len("RGBA"):
-            name = file if isinstance(file, str | PathLike) else getattr(file, "name", "an image")
+        if channels > len("CMYKA" if image.mode == "CMYK" else "RGBA"):
+            named = name or (file if isinstance(file, str | PathLike) else getattr(file, "name", "an image"))
             raise InputError(
-                f"{name} has {channels} channels: run locat stats, and give its file as data.stats"
+                f"{named} has {channels} channels: run locat stats, and give its file as data.stats"
             )
         plain = image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1
         yield image if plain and to_srgb(image) is None else to_rgb(image)
@@ -78,7 +78,7 @@ class RgbReader:
     def __call__(
         self, file: str | PathLike[str] | IO[bytes], name: str = ""
     ) -> AbstractContextManager[Image.Image]:
-        return open_image(file)
+        return open_image(file, name)
 
 
 RGB = RgbReader()

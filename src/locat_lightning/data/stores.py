@@ -75,7 +75,9 @@ class Store:
     cache: Path
     bound: int
     _kept: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
-    _given_up: list[str] = field(default_factory=list, repr=False, compare=False)  # why, as a line
+    _given_up: list[tuple[float, str]] = field(
+        default_factory=list, repr=False, compare=False
+    )  # when and why
 
     @cached_property
     def is_local(self) -> bool:
@@ -97,7 +99,7 @@ class Store:
     def read_part(self, shard: Shard, start: int, size: int) -> bytes:
         """Read bytes of a shard: `InputError` if it is missing, corrupt, or cannot be fetched.
 
-        Who asks again, as for the other images of a batch, gets the same answer, without other attempts.
+        Who asks again within a minute, as for the other images of a batch, gets the same answer.
         """
         # Text, not a Path, for each of a million images.
         file = f"{self.url}/{shard.name}" if self.is_local else f"{self.cache}/{shard.sha256}.tar"
@@ -110,12 +112,12 @@ class Store:
             except FileNotFoundError as error:
                 if self.is_local:
                     raise InputError(f"shard {file} is missing: {REMEDY}") from error
-                if self._given_up:
-                    raise InputError(self._given_up[0]) from error
+                if self._given_up and time.monotonic() < self._given_up[-1][0] + SILENCE:
+                    raise InputError(self._given_up[-1][1]) from error
                 try:
                     self.fetched(shard)  # again if another process made room meanwhile
                 except InputError as reason:
-                    self._given_up.append(str(reason))
+                    self._given_up.append((time.monotonic(), str(reason)))
                     raise
                 continue
             if not self.is_local and time.monotonic() > self._kept.get(shard.name, 0):
@@ -159,7 +161,7 @@ class Store:
         """Mark these shards as used now, so that they are evicted last."""
         for shard in shards:
             now = time.time_ns()  # without a time, the kernel's is some milliseconds coarse: two may be equal
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, PermissionError):  # of another user's file
                 os.utime(f"{self.cache}/{shard.sha256}.tar", ns=(now, now))
 
     def _fetch(self, shard: Shard, file: Path) -> None:

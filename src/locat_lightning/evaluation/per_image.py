@@ -53,7 +53,7 @@ class Scores:
     def _by_group(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield the figures by group of classes: name, hits and weights of the images [N]."""
         for name, hits in self.scores.items():
-            if name.startswith("top1"):
+            if name == "top1" or name.startswith("top1_"):
                 for group, weights in self._weights.items():
                     yield group + name.removeprefix("top1"), hits, weights
 
@@ -266,6 +266,8 @@ def _scores(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Scores:
         raise ValueError("a row has too few numbers")
     tables = {name: torch.tensor(column) for name, column in zip(head[3:], columns, strict=True)}
     shots = tables.pop(SHOTS).long() if SHOTS in tables else None
+    if not tables:
+        raise ValueError("it has no scores")
     return Scores(_whole(indices), names, _whole(labels), tables, shots)
 
 

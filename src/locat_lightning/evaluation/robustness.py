@@ -21,7 +21,7 @@ from locat_lightning.labels import IGNORE
 from locat_lightning.nn.decoder import upsampled_argmax
 from locat_lightning.nn.temperature import attention_temperature
 
-# Of the values from 0 to 1 of a channel of ImageNet's images, the mean of the three.
+# Mean and deviation of ImageNet's images, for values from 0 to 1: the mean of the three channels'.
 OF_A_CHANNEL = {"mean": (0.449,), "std": (0.226,)}
 
 

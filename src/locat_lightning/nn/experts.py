@@ -17,8 +17,8 @@ EXPERT = re.compile(r"(?<=\bmlp\.)experts\.\d+\.")  # in the names of weights
 class Experts(nn.Module):
     """Copies of a network that share out the tokens of a training batch: each token meets one, at random.
 
-    All have equally many tokens, so that a step computes as much as with one network. In evaluation, one with
-    the mean weights has all tokens.
+    All have equally many tokens, up to one, so that a step computes as much as with one network. In
+    evaluation, one with the mean weights has all tokens.
 
     Args:
         network: takes tokens [N, C], each by itself.

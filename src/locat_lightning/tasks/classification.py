@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from locat_lightning.backbones.create import create_backbone, create_for_any_size, noted_arguments
-from locat_lightning.backbones.flexible import make_flexible, use_patches, warn_of_rest
+from locat_lightning.backbones.flexible import check_rest, make_flexible, use_patches
 from locat_lightning.backbones.weights import contents_of, load_weights
 from locat_lightning.data.dataset import ImageBatch
 from locat_lightning.errors import InputError, near
@@ -28,7 +28,7 @@ from locat_lightning.schedules import warmup_then_linear
 from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.channels import agree_on_channels, tell_channels
 from locat_lightning.tasks.class_names import DATA_CLASSES, check_same_classes, classes_of
-from locat_lightning.tasks.experts import add_experts, share
+from locat_lightning.tasks.experts import add_experts, check_number, share
 from locat_lightning.tasks.mixing import Kind, Mixed, mixing_of
 from locat_lightning.tasks.patch_sizes import check_given, check_sizes, size_of_batch
 from locat_lightning.tasks.prediction_files import write_table
@@ -71,8 +71,7 @@ class Classification(TokenDistilled):
         patch_shares: shares of the training, in which these sizes come one after the other instead: [0.3,
             0.7] for sizes [8, 4] begins with coarse patches, whose steps cost less.
         experts: copies of every second feed-forward network, among which each step shares out the tokens at
-            random (experts' weight averaging); evaluated and read from checkpoints is one of their mean
-            weights. null for none.
+            random (experts' weight averaging); evaluated is one of their mean weights. null for none.
         expert_share: β, how far each expert moves to the mean of the others after a step; it grows from 0 to
             this along the run.
         class_names: names of the classes, by label; null takes those of the data.
@@ -126,6 +125,7 @@ class Classification(TokenDistilled):
         if name.lower().removeprefix("lookahead_") not in known:
             raise InputError(f"model.optimizer: timm knows no optimizer {name!r}{near(name, known, n=5)}")
         check_given(self.hp.patch_sizes, self.hp.patch_shares)
+        check_number(self.hp.experts)
 
     def configure_model(self) -> None:
         hp, new = self.hp, not hasattr(self, "backbone")
@@ -204,7 +204,7 @@ class Classification(TokenDistilled):
                 f"them agree, for example with --model.backbone_args.img_size {given}"
             )
         if given is not None:
-            warn_of_rest(self.backbone, given)
+            check_rest(self.backbone, given)
 
     def _take_patch_sizes(self) -> None:
         """Let the backbone take patches of all sizes, and note its own."""
