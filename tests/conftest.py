@@ -27,13 +27,16 @@ from locat.command import main
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that a test runs as processes of their own
 torch.set_num_threads(1)  # of fixtures that several tests share: they come before `one_thread`
 
-# `caplog` has Lightning's messages, whether or not pytest had handlers when Lightning was imported.
-for imported in (lightning.pytorch, lightning.fabric):
-    logging.getLogger(imported.__name__).propagate = True
-
 SMALL = "{img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}"
 # Drawing them takes as long as training; `small_options` does without.
 PICTURES = ["--pictures.every_n_epochs", "1", "--pictures.images", "2", "--pictures.side", "64"]
+
+
+@pytest.fixture(autouse=True)
+def messages_captured(monkeypatch):
+    """`caplog` has Lightning's messages, whether or not pytest had handlers when Lightning was imported."""
+    for imported in (lightning.pytorch, lightning.fabric):
+        monkeypatch.setattr(logging.getLogger(imported.__name__), "propagate", True)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 EVERY = 5  # seconds between two signs
 LOST_AFTER = 60  # seconds without one
+AT_THE_END = 2  # seconds to tell the others
 ENDED = b"ended"  # the last sign of a process that ends in order
 OUT_OF_REACH = "the first process of the run is out of reach"
 
@@ -45,7 +46,8 @@ class Heartbeat:
         self._answered = time.monotonic()  # when the store last did
         self._lost = ""
         store.set(_key(rank), "0")
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     @property
     def lost(self) -> str:
@@ -56,8 +58,12 @@ class Heartbeat:
         return self._lost
 
     def stop(self) -> None:
-        """Tell the others that this process ends in order."""
+        """Tell the others that this process ends in order.
+
+        A thread that is still in torch's store when Python ends would abort the process.
+        """
         self._stopped.set()
+        self._thread.join(AT_THE_END)
 
     def _run(self) -> None:
         signs, seen = 0, dict[int, tuple[bytes, float]]()
