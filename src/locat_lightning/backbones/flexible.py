@@ -17,10 +17,15 @@ from locat_lightning.nn.gaussian import GaussianAugmentation, GaussianMixture
 GRAPHS = 8  # that `torch.compile` may make of a model with patches of one size: torch's own limit
 
 
-def check_rest(model: nn.Module, side: int) -> None:
-    """Warn if a model does not see all of square images; `InputError` if it does not take them."""
+def check_rest(model: nn.Module, side: int | None) -> None:
+    """Warn if a model does not see all of square images; `InputError` if it does not take them.
+
+    Images of which the side is not known pass.
+    """
     embed: Any = getattr(model, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad or not (rest := side % embed.patch_size[0]):
+    if side is None or not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+        return
+    if not (rest := side % embed.patch_size[0]):
         return
     multiple = f"images of {side} pixels are no multiple of the patch size {embed.patch_size[0]}"
     if not embed.strict_img_size:

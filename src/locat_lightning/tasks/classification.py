@@ -203,8 +203,7 @@ class Classification(TokenDistilled):
                 f"data.img_size is {given}, but {self.hp.backbone} takes {taken[0]}×{taken[1]}: make "
                 f"them agree, for example with --model.backbone_args.img_size {given}"
             )
-        if given is not None:
-            check_rest(self.backbone, given)
+        check_rest(self.backbone, given)
 
     def _take_patch_sizes(self) -> None:
         """Let the backbone take patches of all sizes, and note its own."""
@@ -231,7 +230,8 @@ class Classification(TokenDistilled):
             use_patches(self.backbone, self._own_patch)
 
     def after_step(self, step: int) -> None:
-        share(self.backbone, self.hp.expert_share * (step + 1) / self.steps)
+        if self.hp.experts is not None:
+            share(self.backbone, self.hp.expert_share * (step + 1) / self.steps)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the cross-entropy with soft targets; loss and accuracy are logged of the first process."""
