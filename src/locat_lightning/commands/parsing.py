@@ -197,7 +197,7 @@ def _unknown_choice(error: ArgumentError) -> InputError | None:
         return None
     option = ".".join(KEY.findall(found["keys"]))
     choices = [each.strip(" '") for each in found["choices"].split(",")]
-    value = found["value"].replace("None", "null")
+    value = "null" if found["value"] == "None" else found["value"]
     return InputError(f"--{option}: {value} is none of {', '.join(choices)}{near(value, choices)}")
 
 

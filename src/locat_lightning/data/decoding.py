@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import SAMPLESPERPIXEL, TiffImageFile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from locat_lightning.errors import InputError, in_a_line
@@ -27,7 +27,6 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 WHITE = dict.fromkeys(("I", "I;16", "I;16B", "I;16L", "I;16N"), (4095, 65535)) | {"F": (1,)}
 OUTLIERS = 0.1  # per cent of the pixels of these modes that may be brighter than white
 NO_DATA = 1e37  # values from here on stand for no data, as the largest of float32 does
-SAMPLES = 277  # TIFF's tag: channels of a pixel
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or inf  # Pillow's limit
 
 # A small file may stand for gigabytes of pixels: what Pillow only warns of is refused.
@@ -48,7 +47,7 @@ def open_image(file: str | PathLike[str] | IO[bytes], name: str = "") -> Iterato
     `InputError`, with the file or its `name`, if a viewer would leave out channels.
     """
     with Image.open(file, formats=FORMATS) as image:
-        channels = image.tag_v2.get(SAMPLES, 1) if isinstance(image, TiffImageFile) else 1
+        channels = image.tag_v2.get(SAMPLESPERPIXEL, 1) if isinstance(image, TiffImageFile) else 1
         if channels > len("CMYKA" if image.mode == "CMYK" else "RGBA"):
             named = name or (file if isinstance(file, str | PathLike) else getattr(file, "name", "an image"))
             raise InputError(

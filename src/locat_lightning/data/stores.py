@@ -75,9 +75,8 @@ class Store:
     cache: Path
     bound: int
     _kept: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
-    _given_up: list[tuple[float, str]] = field(
-        default_factory=list, repr=False, compare=False
-    )  # when and why
+    # When a shard was given up, and why.
+    _given_up: list[tuple[float, str]] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
     def is_local(self) -> bool:
