@@ -27,6 +27,7 @@ HEADLINES = (
     "tracking/J&F",
     "robustness/top1",
 )  # also by `_kN`, `_memoryN`
+LAST_ROWS = 2**16  # bytes of a table that hold its last row
 LOCK = ".lock"  # in the directory of a run, while a process trains there
 
 
@@ -168,7 +169,18 @@ def _describe(run: Path) -> tuple[str, str, str, str]:
     # To parse the YAML of many runs takes seconds.
     recorded = re.search(r"^seed_everything: (\w+)", _read(run / "config.yaml"), re.MULTILINE)
     seed = metrics.get("seed", recorded[1] if recorded else "")
-    return state, str(seed), str(metrics.get("epochs", "")), _headline(metrics)
+    epochs = str(metrics.get("epochs", "")) if metrics else _epoch_under_way(run / "metrics.csv")
+    return state, str(seed), epochs, _headline(metrics)
+
+
+def _epoch_under_way(table: Path) -> str:
+    """Return the epoch, from 0, of the last row that a run has logged: at least so many are finished."""
+    with suppress(OSError, ValueError, IndexError), table.open("rb") as file:
+        header = file.readline()
+        file.seek(max(len(header), table.stat().st_size - LAST_ROWS))
+        columns, row = csv.reader(line.decode() for line in (header, file.read().splitlines()[-1]))
+        return str(int(row[columns.index("epoch")]))
+    return ""
 
 
 def _headline(metrics: dict[str, Any]) -> str:

@@ -60,12 +60,14 @@ def test_shards_hold_the_images_and_labels_of_the_folder(images, shards, stream)
                 assert split == "train" or place == index
 
 
-def test_a_run_that_is_interrupted_says_what_is_to_be_typed_of_a_remote_stream(shards, stream):
+def test_a_run_that_is_interrupted_says_what_is_to_be_typed_of_what_is_fetched(shards, stream):
     told = {"--data.stream": stream["stream"], "--data.cache": stream["cache"]}
     assert ImageData(**stream).typed_again == told
     del stream["cache"], told["--data.cache"]
     assert ImageData(**stream).typed_again == told
     assert ImageData(stream=str(shards)).typed_again == ImageData(root=str(shards)).typed_again == {}
+    assert ImageData(dataset="hfds/some/one").typed_again == {"--data.dataset": "hfds/some/one"}
+    assert ImageData(dataset="torch/cifar10").typed_again == {}
 
 
 def test_images_and_masks_of_shards_are_those_of_the_folder(scenes, tmp_path):

@@ -14,6 +14,7 @@ from locat_lightning.backbones.weights import check_source, exported_config
 from locat_lightning.callbacks.record import flat_options
 from locat_lightning.data.base import ImageModule
 from locat_lightning.data.stores import is_remote
+from locat_lightning.data.timm_sources import is_fetched
 from locat_lightning.data.views import ViewTransform
 from locat_lightning.errors import InputError, in_a_line
 from locat_lightning.records import plain, refused
@@ -24,7 +25,6 @@ CLASSES: dict[str, type] = {"model": Task, "data": ImageModule, "views": ViewTra
 # Options of the trainer and of the checkpoints that are code, or say where files are written.
 NOT_DATA = {"callbacks", "logger", "plugins", "profiler", "default_root_dir", "model_registry"}
 NOT_DATA |= {"dirpath"}
-FETCHED = "hfds/"  # data sets of a package that fetches them, and runs what some of them hold
 UNUSED = (None, True, False)  # their values if they are not used
 
 
@@ -94,9 +94,9 @@ def read_record(file: Path, groups: Iterable[str], typed: Container[str]) -> dic
     if "--data.stream" not in typed and ("--data.root" in typed or "--data.dataset" in typed):
         data.pop("stream", None)  # other images are read
     for place, value in flat_options(known):
-        is_fetched = place.endswith(".dataset") and str(value).lower().startswith(FETCHED)
-        is_fetched |= place.endswith(".stream") and is_remote(str(value).removeprefix("file://"))
-        if is_fetched and f"--{place}" not in typed:
+        fetched = place.endswith(".dataset") and is_fetched(str(value))
+        fetched |= place.endswith(".stream") and is_remote(str(value).removeprefix("file://"))
+        if fetched and f"--{place}" not in typed:
             raise InputError(
                 f"{file} names a data set that is fetched: if you want it, add --{place} {value}"
                 + (" (and --data.cache, if it had one)" if place.endswith(".stream") else "")

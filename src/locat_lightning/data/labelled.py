@@ -21,7 +21,7 @@ from locat_lightning.data.loading import ImageLoader, UnreadableImages
 from locat_lightning.data.packing import SplitFiles
 from locat_lightning.data.shards import Meaning
 from locat_lightning.data.streams import OF_CLASSES, StreamableModule
-from locat_lightning.data.timm_sources import TimmSource, known_class_names, timm_source
+from locat_lightning.data.timm_sources import TimmSource, is_fetched, known_class_names, timm_source
 from locat_lightning.errors import InputError
 
 ROOT = "data"  # where none is given
@@ -90,6 +90,11 @@ class LabelledData(StreamableModule[Source]):
                 f"data set {self.dataset!r} does not know its classes: set --data.classes to their number"
             )
         return known
+
+    @property
+    def typed_again(self) -> dict[str, str]:
+        own = {"--data.dataset": self.dataset} if is_fetched(self.dataset) else {}
+        return own | super().typed_again
 
     @property
     def preprocessing(self) -> dict[str, Any]:

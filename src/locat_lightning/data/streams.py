@@ -190,7 +190,7 @@ class StreamableModule(ImageModule[Found]):
 
     @property
     def typed_again(self) -> dict[str, str]:
-        """Options of a remote stream that a user types again to resume: no record decides what is fetched."""
+        """Options that a user types again to resume: no record decides what is fetched."""
         if self.stream is None or not is_remote(self.stream):
             return {}
         own = {} if self.cache == default_cache() else {"--data.cache": str(self.cache)}

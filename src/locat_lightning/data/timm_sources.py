@@ -67,6 +67,11 @@ class TimmSource(Source[int]):
             yield to_rgb(image), -1 if label is None else int(label)
 
 
+def is_fetched(dataset: str) -> bool:
+    """Whether a package would fetch this data set, and run what some of them hold."""
+    return dataset.lower().startswith("hfds/")
+
+
 def known_class_names(source: TimmSource) -> list[str]:
     """Return the class names that a data set knows, in the order of their labels; [] if none."""
     if hasattr(source.dataset, "reader"):
