@@ -174,6 +174,8 @@ def test_an_interrupted_study_resumes_and_repeats_nothing(places, tmp_path, monk
     assert '\'--data.classes=["sky", "road", "car"]\'' in commands
     assert "'--weights={train}' --name=near` (k-NN: " in commands
     assert "'--weights={scenes}' --name=maps`" in commands
+    assert "measured alike after epochs 1, 2." in commands
+    assert "near_epoch_1" not in commands
     results = json.loads(page.with_suffix(".json").read_text())["results"]
     assert [(each["arm"], each["seed"]) for each in results] == [("vit", 0), ("locat", 0), ("dino", 0)]
     vit, locat_, dino = results

@@ -16,7 +16,7 @@ from locat_lightning.commands.study.differences import (
     in_words,
 )
 from locat_lightning.commands.study.pictures import draw, layers_by_epoch
-from locat_lightning.commands.study.plan import Study
+from locat_lightning.commands.study.plan import Study, epoch_of
 from locat_lightning.commands.study.steps import IMAGES, Results, by_seed
 from locat_lightning.evaluation.layers import MEASURES
 from locat_lightning.figures.layers import layers_of, short
@@ -94,6 +94,7 @@ def write_report(
         costs=_costs(study, results),
         figures=figures,
         baselines=dict.fromkeys(map(study.baseline_of, study.arms)),
+        of_epochs={epoch_of(step, epoch) for step in study.probes for epoch in study.epochs},
     )
     page.write_text(text.rstrip() + "\n", encoding="utf-8")
 
