@@ -131,9 +131,27 @@ def run(name, folder, saved, rank=0, processes=1, **how):
     }
 
 
+def of_experts(folder, rank=0, processes=1, **how):
+    """Weights after one step, which leaves all experts alike, whichever tokens each of them had."""
+    seed_everything(rank)  # tokens are shared out differently in each process
+    data, options = classes(rank, processes), {"experts": 2, "expert_share": 0.5, "optimizer": "sgd"}
+    options |= {"mixup": 0.0, "cutmix": 0.0, "lr": 0.1, "warmup_epochs": 0, "weight_decay": 0.0}
+    module = Classification(
+        "vit_tiny_patch16_224", backbone_args=test_classification.BACKBONE, **GATED, **options
+    )
+    test_classification.fit(folder, module, data, max_steps=1, use_distributed_sampler=False, **how)
+    return {
+        key: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for key, value in module.backbone.state_dict().items()
+    }
+
+
 def in_two_processes(rank, folder):
     """Runs, and runs that resume from checkpoints of one process: all in one launch, which takes long."""
-    found = {}
+    found = {
+        name: of_experts(folder, rank, 2, devices=2, strategy=strategy)
+        for name, strategy in {"ddp": "ddp", "fsdp": ShardedStrategy()}.items()
+    }
     for name in CASES:
         whole = run(name, folder, folder / "two", rank, 2)
         resumed = run(
@@ -179,6 +197,16 @@ def test_a_run_resumes_on_another_number_of_processes(of_one_and_two, name, tmp_
     close(first[name]["resumed"], one[name])  # 1 -> 2
     close(run(name, folder, tmp_path, ckpt_path=folder / "two" / name / "epoch=0.ckpt"), one[name])  # 2 -> 1
     assert len(list((folder / "two" / name / "epoch=0.parts" / "0").iterdir())) == 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_experts_learn_from_each_other_over_two_processes(of_one_and_two, strategy, tmp_path):
+    """Their mean has the mean gradient over all tokens; by a share of ½, both become that mean."""
+    one = of_experts(tmp_path)
+    for each in of_one_and_two[2]:
+        torch.testing.assert_close(each[strategy], one, atol=1e-5, rtol=0)
+    first, second = (one[f"blocks.1.mlp.experts.{number}.fc1.weight"] for number in (0, 1))
+    torch.testing.assert_close(first, second)
 
 
 def test_a_checkpoint_without_one_of_its_parts(of_one_and_two, tmp_path):
