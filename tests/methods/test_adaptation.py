@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from locat_lightning.backbones.create import load_backbone
+from locat_lightning.backbones.formats import write_model
 from locat_lightning.errors import InputError
 from locat_lightning.methods.adaptation import LocalityAdaptation, Shift, averaged_features, without_patches
 from locat_lightning.methods.base import features
@@ -199,8 +200,10 @@ def test_registers_are_added(tmp_path, positions):
     assert again.num_prefix_tokens == 4
     assert same(again.state_dict(), task.backbone.state_dict())
     # LocAt goes into what has registers now.
-    more = adaptation(backbone_args={"reg_tokens": 3} | positions, weights=last)
-    assert same(more.original.state_dict(), again.state_dict())
+    write_model(again, tmp_path / "exported")
+    for weights in (last, f"local-dir:{tmp_path}/exported"):
+        more = adaptation(backbone_args={"reg_tokens": 3} | positions, weights=weights)
+        assert same(more.original.state_dict(), again.state_dict())
 
 
 def test_checkpoints_hold_the_adapted_model_alone(tmp_path):
@@ -266,6 +269,7 @@ def test_what_cannot_be_adapted_is_an_error(options, message):
     ("options", "message"),
     [
         ({"locat": None}, "nothing that .* lacks: set model.locat or model.backbone_args.reg_tokens"),
+        ({"locat": {"start": "identity", "gaug": False}}, "patch features, which learn nothing if it alone"),
         ({"backbone_args": {"embed_dim": 48}}, "weights do not fit|less than half"),
         (
             {"of": {"reg_tokens": 2}, "backbone_args": {"reg_tokens": 4}},
@@ -279,12 +283,17 @@ def test_what_cannot_be_adapted_is_an_error(options, message):
         ({"backbone": "locatvit_tiny"}, "has it already: pass gaug=False"),
     ],
 )
-def test_models_that_do_not_fit_are_an_error(tmp_path, options, message):
-    of = {"name": "vit_tiny_patch16_224"} | options.pop("of", {})
-    model = timm.create_model(of.pop("name"), num_classes=0, **(BACKBONE | of))
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
+@pytest.mark.parametrize("exported", [False, True], ids=["file", "export"])
+def test_models_that_do_not_fit_are_an_error(tmp_path, options, message, exported):
+    own = {"name": "vit_tiny_patch16_224"} | options.get("of", {})
+    model = timm.create_model(own.pop("name"), num_classes=0, **(BACKBONE | own))
+    weights = f"local-dir:{tmp_path}/exported" if exported else str(tmp_path / "weights.pt")
+    if exported:
+        write_model(model, tmp_path / "exported")
+    else:
+        torch.save(model.state_dict(), weights)
     with pytest.raises(InputError, match=message):
-        adaptation(weights=str(tmp_path / "weights.pt"), **options)
+        adaptation(weights=weights, **{key: value for key, value in options.items() if key != "of"})
 
 
 def test_a_model_without_a_grid_of_patches_is_an_error():

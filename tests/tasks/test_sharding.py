@@ -78,6 +78,7 @@ CASES = {
     "Dino": (method("Dino"), views, {}),
     "Mae": (method("Mae"), views, {}),
     "Dinov2": (method("Dinov2"), views, {"accumulate_grad_batches": 2}),
+    "LocalityAdaptation": (method("LocalityAdaptation"), views, {}),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 

@@ -122,11 +122,16 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
                 f"{hp.backbone} has nothing that {self.weights} lacks: set model.locat or "
                 "model.backbone_args.reg_tokens, or train all (model.trained)"
             )
+        if hp.trained == "new" and all(name.startswith("attn_pool.") for name in new):
+            raise InputError(
+                "PRR comes after the patch features, which learn nothing if it alone is new: set "
+                "model.locat.gaug or model.backbone_args.reg_tokens, or train all (model.trained)"
+            )
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(hp.trained == "all" or name in new)
         if not hp.cls_weight:
             freeze_pooling(backbone)
-        self._new = {id(parameter) for name, parameter in backbone.named_parameters() if name in new}
+        self._new = new
         self.decoder = MaskedDecoder(width, hp.decoder_depth) if hp.masked_weight else None
         self._features = torch.compile(features, **self.compiler_options()) if hp.compile else features
         trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
@@ -137,7 +142,7 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
         weights, arguments = str(self.weights), noted_arguments(self.hp)
         arguments.pop("locat", None)
         contents = contents_of(weights)
-        state = {} if contents is None else read_state(weights, contents=contents)
+        state = read_state(weights, contents=contents)
         registers = next((value for name, value in state.items() if name.endswith("reg_token")), None)
         if registers is None:
             arguments.pop("reg_tokens", None)
@@ -169,7 +174,8 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
         layers = []
         if self.hp.trained == "all":
             layers = param_groups_layer_decay(self.backbone, 1.0, layer_decay=self.hp.layer_decay)
-        old = {id(p) for layer in layers for p in layer["params"]} - self._new
+        of_new = {id(p) for name, p in self.backbone.named_parameters() if name in self._new}
+        old = {id(p) for layer in layers for p in layer["params"]} - of_new
         new = [p for p in self.trained() if p.requires_grad and id(p) not in old]
         groups = [
             Group([p for p in new if p.ndim > 1], decays=True),

@@ -43,6 +43,8 @@ class ClassAttention:
             pooled = refinement.pool
         if getattr(model, "cls_token", None) is None or pooled != "token":
             raise ValueError("it pools no [CLS] token, whose attention could be read")
+        if not hasattr(model, "num_prefix_tokens"):
+            raise ValueError("its [CLS] and patches do not pass its blocks together, as in timm's ViTs")
         if getattr(getattr(model, "patch_drop", None), "prob", 0):
             raise ValueError("it drops patches (patch_drop_rate), so that their attention is not known")
         self._classes, self._prefix = model.cls_token.shape[1], model.num_prefix_tokens
