@@ -130,9 +130,16 @@ def test_models_of_other_kinds():
             ClassAttention(timm.create_model(name))
 
 
-def test_a_block_that_shows_no_queries():
-    with torch.device("meta"), pytest.raises(ValueError, match="does not show queries and keys"):
-        ClassAttention(timm.create_model("cait_xxs24_224", depth=1))
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("cait_xxs24_224", {"depth": 1}, "does not show queries and keys"),
+        ("pit_ti_224", {}, "do not pass its blocks together"),
+    ],
+)
+def test_models_that_keep_cls_another_way(name, options, why):
+    with torch.device("meta"), pytest.raises(ValueError, match=why):
+        ClassAttention(timm.create_model(name, **options))
 
 
 def test_by_head():

@@ -74,18 +74,24 @@ def _images_by_seed(arm: str, measure: str, results: Results, epoch: int) -> dic
     return {seed: record for seed, record in found.items() if record}
 
 
-def in_words(differences: Mapping[str, Difference | None]) -> str:
-    """Say by title of the measure where an arm is better, where worse, and where no difference is shown."""
+def in_words(differences: Mapping[str, Difference | None], over_images: Mapping[str, Interval | None]) -> str:
+    """Say by title of the measure where an arm is better, where worse, and where no difference is shown.
+
+    One is shown where the interval over the seeds excludes 0 and, if it is known, that over the images, too.
+    """
     titles: dict[str, list[str]] = {}
     for title, difference in differences.items():
         if difference is not None:
-            titles.setdefault(_verdict(difference), []).append(title)
+            titles.setdefault(_verdict(difference, over_images.get(title)), []).append(title)
     return "; ".join(f"{verdict} in {', '.join(names)}" for verdict, names in sorted(titles.items()))
 
 
-def _verdict(difference: Difference) -> str:
+def _verdict(difference: Difference, over_images: Interval | None) -> str:
     if difference.pairs == 1:
         return "no interval with one seed"
-    if difference.low > 0:
+    intervals = [difference, over_images or difference]
+    if all(each.low > 0 for each in intervals):
         return "better"
-    return "worse" if difference.high < 0 else "no difference shown (the interval includes 0)"
+    if all(each.high < 0 for each in intervals):
+        return "worse"
+    return "no difference shown (an interval includes 0)"

@@ -55,8 +55,9 @@ def write_report(
         found = {title: difference_between(baseline, arm, name, results) for title, name in measured.items()}
         if arm != baseline and any(found.values()):
             differences.append([f"{arm} − {baseline}", *map(_interval, found.values())])
-            verdicts[arm] = in_words(found)
             courses[arm] = {title: course(study, arm, name, results) for title, name in measured.items()}
+            last = {title: places[-1].over_images for title, places in courses[arm].items() if places}
+            verdicts[arm] = in_words(found, last)
     over_images = [
         [f"{arm} − {study.baseline_of(arm)}", *(_over_images(places) for places in of_arm.values())]
         for arm, of_arm in courses.items()
