@@ -201,7 +201,7 @@ def test_registers_are_added(tmp_path, positions):
     assert same(again.state_dict(), task.backbone.state_dict())
     # LocAt goes into what has registers now.
     write_model(again, tmp_path / "exported")
-    for weights in (last, f"local-dir:{tmp_path}/exported"):
+    for weights in (last, str(tmp_path / "exported")):
         more = adaptation(backbone_args={"reg_tokens": 3} | positions, weights=weights)
         assert same(more.original.state_dict(), again.state_dict())
 
@@ -287,7 +287,7 @@ def test_what_cannot_be_adapted_is_an_error(options, message):
 def test_models_that_do_not_fit_are_an_error(tmp_path, options, message, exported):
     own = {"name": "vit_tiny_patch16_224"} | options.get("of", {})
     model = timm.create_model(own.pop("name"), num_classes=0, **(BACKBONE | own))
-    weights = f"local-dir:{tmp_path}/exported" if exported else str(tmp_path / "weights.pt")
+    weights = str(tmp_path / ("exported" if exported else "weights.pt"))
     if exported:
         write_model(model, tmp_path / "exported")
     else:

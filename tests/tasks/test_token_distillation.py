@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from locat_lightning.backbones.create import load_backbone
+from locat_lightning.backbones.formats import write_model
 from locat_lightning.errors import InputError
 from locat_lightning.tasks import Classification
 from locat_lightning.tasks.average import WeightAverage
@@ -170,6 +171,19 @@ def test_the_teacher_is_frozen_out_of_checkpoints_and_of_evaluations(tmp_path, t
             ckpt_path=tmp_path / "last.ckpt",
             weights_only=True,
         )
+
+
+def test_an_exported_folder_is_a_teacher(tmp_path, teacher, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(load_backbone(teacher, "resnet10t", classifier=True), tmp_path / "exported")
+    module = student("exported", teacher_backbone=None)
+    module.check(trainer(tmp_path), training=True)
+    fit(tmp_path, module, max_steps=1, enable_checkpointing=True)
+    before, kept = torch.load(teacher, weights_only=True), module.teacher.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in kept.items())
+    [file] = tmp_path.rglob("*.ckpt")
+    reference = torch.load(file, weights_only=True)["taught_by"]
+    assert reference["weights"] == str(tmp_path / "exported")  # found from any directory
 
 
 def test_the_token_learns_what_the_teacher_says_whatever_the_labels_are(tmp_path, teacher):

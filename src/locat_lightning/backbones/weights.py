@@ -60,8 +60,8 @@ def load_weights(
     Args:
         model: Gets the weights.
         weights: `random` (leaves the model as it is), a file (checkpoint of Lightning, timm or DINO, plain
-            state dict, safetensors), or a name that timm knows (`vit_small_patch16_224.augreg_in21k`,
-            `hf-hub:…`, `local-dir:…`).
+            state dict, safetensors), a folder that `locat export` wrote, or a name that timm knows
+            (`vit_small_patch16_224.augreg_in21k`, `hf-hub:…`, `local-dir:…`).
         warm_start: Keep what the weights cannot have: a classifier of another size, and LocAt's parameters
             where a model without LocAt was trained.
         network: Which network of a checkpoint with a teacher and a student.
@@ -134,12 +134,17 @@ def state_for(
 
 def check_source(weights: str, option: str = "--weights") -> None:
     """Check that there is such a source of weights, without reading it: `InputError` if not."""
-    remote = weights.startswith((*HUBS, "local-dir:"))
+    remote = local_dir(weights).startswith((*HUBS, "local-dir:"))
     if not (weights == RANDOM or remote or Path(weights).is_file() or timm.is_model(weights)):
         raise InputError(
             f"{option}: no such file: {Path(weights).absolute()}; timm knows no such model either"
             f"{near(weights, timm.list_models())}"
         )
+
+
+def local_dir(weights: str) -> str:
+    """Return weights with timm's prefix if they are a folder."""
+    return f"local-dir:{weights}" if Path(weights).is_dir() else weights
 
 
 def check_here(weights: Any, file: object, option: str) -> None:
@@ -266,9 +271,9 @@ def read_state(
 
 
 def pretrained(name: str, **arguments: Any) -> nn.Module:
-    """Build a timm model with its pretrained weights by name (`hf-hub:…`, …); `InputError` if timm cannot."""
+    """Build a timm model with the weights of a name or of a folder; `InputError` if timm cannot."""
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
+        model: nn.Module = timm.create_model(local_dir(name), pretrained=True, **arguments)
     except Exception as error:  # each source has its own exceptions
         raise InputError(f"--weights: timm cannot load {name}: {in_a_line(error)}") from error
     return model

@@ -227,7 +227,7 @@ def _weights_of(given: str) -> str:
     if weights == given and Path(given).is_dir() and not exported_config(given):
         raise InputError(f"locat average: {given} has no checkpoints/best.ckpt: give the checkpoint itself")
     sources.check_weights(weights, "locat average")
-    return sources.local_dir(weights)
+    return weights
 
 
 def _images_of(weights: str) -> dict[str, Any]:

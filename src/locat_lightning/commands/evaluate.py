@@ -15,7 +15,7 @@ from torch import nn
 from locat.runs import claim
 from locat_lightning.backbones.channels import take_channels
 from locat_lightning.backbones.create import load_backbone
-from locat_lightning.backbones.weights import Role, contents_of
+from locat_lightning.backbones.weights import Role, contents_of, local_dir
 from locat_lightning.commands import checks, parsing, sources
 from locat_lightning.commands.accuracy import add_knn_options, add_linear_options, measure_knn, measure_linear
 from locat_lightning.commands.datasets import ending_of, options_of, show_together, subsets_of
@@ -142,7 +142,6 @@ def parse_with_weights(parser: ArgumentParser, arguments: list[str]) -> Namespac
     elif not (given.config or {"--help", "-h"} & set(arguments)):
         raise InputError(f"locat {command} needs --weights: a checkpoint of a run, a file or a timm name")
     config = parsing.parse(parser, arguments, recorded=recorded)
-    config.weights = sources.local_dir(config.weights)
     checks.check_name(config.name)
     checks.check_root(given, config.data.get("dataset"), config.data.get("stream"))
     return config
@@ -225,4 +224,4 @@ def name_of(weights: str) -> str:
     path = Path(weights)
     if (record := sources.record_of_run(path)) is not None:
         return record.parent.parent.name
-    return path.stem if path.is_file() else weights.replace("/", "_").replace(":", "_")
+    return path.stem if path.is_file() else local_dir(weights).replace("/", "_").replace(":", "_")

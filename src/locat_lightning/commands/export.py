@@ -22,7 +22,7 @@ from locat_lightning.commands.checks import check_writable
 from locat_lightning.commands.defaults import IMAGES
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import add_weights_options, command_parser, parse
-from locat_lightning.commands.sources import check_weights, load_record, local_dir, record_of_run
+from locat_lightning.commands.sources import check_weights, load_record, record_of_run
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation.cost import count_parameters
 from locat_lightning.tasks.long_tail import CLASS_COUNTS, class_counts_of
@@ -46,7 +46,6 @@ def main(arguments: list[str]) -> None:
     """Run `locat export …`."""
     config = parse(_parser(), arguments[1:])
     check_weights(config.weights)
-    config.weights = local_dir(config.weights)
     check_format(config.format)
     to = Path(config.to)
     check_target(to, config.overwrite)

@@ -34,7 +34,7 @@ from locat_lightning.commands import checks, defaults, parsing, resume
 from locat_lightning.commands.loggers import OptionParser, make_loggers
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.rendezvous import meet
-from locat_lightning.commands.sources import local_dir, record_of_run
+from locat_lightning.commands.sources import record_of_run
 from locat_lightning.data.statistics import read_statistics
 from locat_lightning.errors import InputError
 from locat_lightning.tasks.base import Task
@@ -58,8 +58,6 @@ class LocatCLI(LightningCLI):
         self._recorded = parsing.as_arguments(defaults.of_command(self._command, arguments[1:]))
         # Before what is typed, and checked like it.
         arguments = [self._command, *self._recorded, *arguments[1:]]
-        if self._given.weights is not None:
-            arguments = [*arguments, "--weights", local_dir(self._given.weights)]  # the last one counts
         options = {"exit_on_error": False, "allow_abbrev": False}
         usage = f"locat {self._command} --config CONFIG [options]"
         own = options | {"usage": usage, "description": HELP_TO_OPTIONS}

@@ -21,7 +21,7 @@ from locat_lightning.backbones.locate import architecture_of
 from locat_lightning.backbones.weights import RANDOM, Role
 from locat_lightning.commands.messages import errors_in_a_line
 from locat_lightning.commands.parsing import add_backbone_options, command_parser, mixed_precision, parse
-from locat_lightning.commands.sources import check_weights, local_dir
+from locat_lightning.commands.sources import check_weights
 from locat_lightning.errors import InputError
 from locat_lightning.evaluation import cost
 from locat_lightning.evaluation.batches import frozen
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
         check_weights(config.model)
         network: Role = "student" if config.student else "teacher"
         model = load_backbone(
-            local_dir(config.model), config.backbone, config.backbone_args, network=network, classifier=True
+            config.model, config.backbone, config.backbone_args, network=network, classifier=True
         )
     trained = not of_name and config.model != RANDOM
     found = _measure(model.to(device), device, config.batch_size, trained=trained)

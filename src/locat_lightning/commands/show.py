@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
     checks.check_name(config.name)
     for weights in config.weights:
         sources.check_weights(weights)
-    names = _distinct([name_of(sources.local_dir(each)) for each in config.weights])
+    names = _distinct([name_of(each) for each in config.weights])
     directory = Path(config.runs) / (config.name or f"{'_'.join(names)[: checks.LONGEST - 5]}_show")
     checks.check_writable("--runs", directory)
     reader = _reader(config)
@@ -188,7 +188,7 @@ def _place(patch: str | None, image: Image.Image | Bands, file: str) -> tuple[fl
 def _show_to(
     weights: str, images: list[Image.Image | Bands], config: Namespace, device: torch.device
 ) -> Model:
-    backbone = loaded(sources.local_dir(weights), config).to(device)
+    backbone = loaded(weights, config).to(device)
     known = images_for(weights, backbone)
     if known["channels"] is not None:
         take_channels(backbone, chosen_channels(known["channels"], len(known["mean"])))

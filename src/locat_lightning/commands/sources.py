@@ -33,17 +33,12 @@ def check_weights(weights: str, option: str = "--weights") -> None:
     if (path := Path(weights)).is_dir() and not exported_config(weights):
         best = path / "checkpoints" / "best.ckpt"
         raise InputError(f"{option}: {weights} is a directory{suggest_file(best)}")
-    check_source(local_dir(weights), option)
+    check_source(weights, option)
 
 
 def suggest_file(path: Path) -> str:
     """Return the end of a message about a directory where a file is expected."""
     return f": give a file, such as {path}" if path.is_file() else ", not a file"
-
-
-def local_dir(weights: str) -> str:
-    """Return weights with timm's prefix if they are a folder."""
-    return f"local-dir:{weights}" if Path(weights).is_dir() else weights
 
 
 def record_of_run(checkpoint: Path) -> Path | None:

@@ -16,7 +16,8 @@ def reference_to(source: str, network: nn.Module) -> dict[str, str]:
 
     The digest is that of all weights (`digest_of`).
     """
-    where = str(Path(source).absolute()) if Path(source).is_file() else source
+    path = Path(source.removeprefix("local-dir:"))
+    where = str(path.absolute()) if path.exists() else source
     return {"weights": where, "digest": digest_of(network.state_dict())}
 
 
