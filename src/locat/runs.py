@@ -153,9 +153,8 @@ def printable(text: str) -> str:
 
 
 def _describe(run: Path) -> tuple[str, str, str, str]:
-    metrics: dict[str, Any] = {}
     if is_locked(run):
-        state = "training"
+        state, metrics = "training", _logged(run / "metrics.csv")
     elif (file := run / "metrics.json").is_file():
         try:
             found = json.loads(file.read_text())
@@ -166,21 +165,23 @@ def _describe(run: Path) -> tuple[str, str, str, str]:
         metrics = found if is_record else {}
     else:
         state = "interrupted" if (run / "checkpoints" / "last.ckpt").is_file() else "no checkpoint"
+        metrics = _logged(run / "metrics.csv")
     # To parse the YAML of many runs takes seconds.
     recorded = re.search(r"^seed_everything: (\w+)", _read(run / "config.yaml"), re.MULTILINE)
     seed = metrics.get("seed", recorded[1] if recorded else "")
-    epochs = str(metrics.get("epochs", "")) if metrics else _epoch_under_way(run / "metrics.csv")
-    return state, str(seed), epochs, _headline(metrics)
+    return state, str(seed), str(metrics.get("epochs", "")), _headline(metrics)
 
 
-def _epoch_under_way(table: Path) -> str:
-    """Return the epoch, from 0, of the last row that a run has logged: at least so many are finished."""
-    with suppress(OSError, ValueError, IndexError), table.open("rb") as file:
+def _logged(table: Path) -> dict[str, Any]:
+    """Return what an unfinished run has logged last, by name; `epochs` is its epoch, counted from 0."""
+    with suppress(OSError, ValueError, LookupError), table.open("rb") as file:
         header = file.readline()
-        file.seek(max(len(header), table.stat().st_size - LAST_ROWS))
-        columns, row = csv.reader(line.decode() for line in (header, file.read().splitlines()[-1]))
-        return str(int(row[columns.index("epoch")]))
-    return ""
+        start = file.seek(max(len(header), table.stat().st_size - LAST_ROWS))
+        lines = file.read().decode().splitlines()[start > len(header) :]  # the first may be a part of one
+        columns, *rows = csv.reader([header.decode(), *lines])
+        found = {name: float(text) for row in rows for name, text in zip(columns, row, strict=False) if text}
+        return found | {"epochs": int(found["epoch"])}
+    return {}
 
 
 def _headline(metrics: dict[str, Any]) -> str:

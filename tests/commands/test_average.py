@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_named(other, expected, capsys):
 
 def test_other_mistakes(tmp_path, capsys):
     a, b = run("a", model(0)), run("b", model(1, num_classes=0), classes=None)
-    assert "takes two models or more before all options" in refused(capsys, a, "--to", "soup")
+    assert "needs two models or more before its options, not 1" in refused(capsys, a, "--to", "soup")
     assert "no such file" in refused(capsys, a, "nowhere.ckpt", "--to", "soup")
     Path(run("c", model(0)), "checkpoints", "best.ckpt").unlink()
     expected = "runs/c/version_0 has no checkpoints/best.ckpt: give the checkpoint itself"

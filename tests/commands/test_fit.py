@@ -183,7 +183,7 @@ NEGATIVE_LR = (
         ([*FIT, "--weights", "locatvit_tinny"], "no such model either; did you mean locatvit_tiny, "),
         (
             ["fit", "--config", "adapt_pretrained"],
-            "starts from the function of its weights: pass --weights (or 'random')",
+            "--weights is missing: the model that LocAt is put into, because model.locat has start: identity",
         ),
         (
             ["fit", "--config", "quickstart", "--model.backbone", "vit_tiny_patch16_224.nope"],
@@ -546,7 +546,7 @@ def test_a_run_that_is_still_training_cannot_be_gone_on_with(trained, capsys):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as other:
         other.stdout.readline()
-        assert list_runs(Path("runs")).splitlines()[1].split()[1:] == ["training", "0", "1"]
+        assert list_runs(Path("runs")).splitlines()[1].split()[1:] == ["training", "0", "1", "val/top1", "1"]
         assert refusal(capsys, [*FIT, *trained, "--ckpt_path", "last"]) == (
             f"--ckpt_path: another process is training in {RUN}: wait for its end, or stop it"
         )

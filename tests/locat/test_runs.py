@@ -26,7 +26,8 @@ def test_runs_are_listed_with_state_seed_and_metrics(tmp_path, monkeypatch):
     run("broken", '{"epochs": ')
     run("cut")
     (here / "cut" / "checkpoints" / "last.ckpt").touch()
-    (here / "cut" / "metrics.csv").write_text("a,epoch,step\n0.5,0,9\n" + "0.5,,19\n" * 20000 + ",2,29\n")
+    rows = ["a,epoch,step,val/top1", "0.5,0,9,", *["0.5,,19,"] * 20000, ",2,29,0.75", ",3,29,"]
+    (here / "cut" / "metrics.csv").write_text("\n".join(rows))
     run("failed")
     run("knn", json.dumps({"weights": "x", "seed": 7, "knn/top1_k20": 0.25}), config="")
     run("many", json.dumps(dict.fromkeys((*runs.HEADLINES, "knn/top1_k20"), 0.123456)))
@@ -39,7 +40,7 @@ def test_runs_are_listed_with_state_seed_and_metrics(tmp_path, monkeypatch):
     cells = [[cell.strip() for cell in row if cell.strip()] for row in columns]
     assert cells[0] == ["finished", "3", "3", "val/top1 0.5123 (best 0.6)"]
     assert cells[1] == ["finished, but metrics.json cannot be read", "3"]
-    assert cells[2:4] == [["interrupted", "3", "2"], ["no checkpoint", "3"]]
+    assert cells[2:4] == [["interrupted", "3", "3", "val/top1 0.75"], ["no checkpoint", "3"]]
     assert cells[4] == ["finished", "7", "knn/top1_k20 0.25"]
     assert all(len(line) <= 120 for line in lines)
     assert lines[6].endswith("…")

@@ -79,10 +79,19 @@ def add_locat(
 
 
 def architecture_of(model: nn.Module) -> str:
-    """Return timm's name of a built model; "NAME with LocAt" if LocAt was added to it."""
+    """Return timm's name of a built model, and what was added to it of LocAt, or left out."""
     of_timm: Any = model
     name: str = of_timm.pretrained_cfg["architecture"]
-    return f"{get_model_args(of_timm)['backbone']} with LocAt" if name == LOCATED else name
+    if name == LOCATED:
+        return f"{get_model_args(of_timm)['backbone']} with LocAt"
+    return name + lack(name, model)
+
+
+def lack(name: str, model: nn.Module) -> str:
+    """Return " without GAug and PRR" for a model that has LocAt in its name but not those, "" for others."""
+    parts = {"GAug": GaussianAugmentation | GaussianMixture, "PRR": PatchRefinement}
+    lacking = [part for part, of in parts.items() if not any(isinstance(m, of) for m in model.modules())]
+    return f" without {' and '.join(lacking)}" if lacking and name.startswith("locat") else ""
 
 
 def kernel_widening(state: Mapping[str, Tensor], model: Any) -> dict[str, float]:

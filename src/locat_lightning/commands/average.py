@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> None:
     parser = _parser()
     weights = [_weights_of(each) for each in given]
     if {"--help", "-h"}.isdisjoint(arguments) and len(weights) < 2:
-        raise InputError(f"locat average takes two models or more before all options: {USAGE}")
+        needed = f"two models or more before its options, not {len(weights)}"
+        raise InputError(f"locat average needs {needed}: {USAGE}")
     config = parsing.parse(parser, options := arguments[1 + len(given) :])
     if config.recipe == "greedy":  # otherwise no image is read
         typed = {argument.partition("=")[0] for argument in arguments}

@@ -64,12 +64,12 @@ def check_root(options: argparse.Namespace, dataset: str | None, stream: str | N
 
 
 def check_start(config: Namespace) -> None:
-    """Check that a model which starts from the function of its weights has some."""
+    """Check that a model that begins as a trained one has its weights."""
     locat = (config.get("model.init_args.locat") if "model" in config else None) or {}
     if locat.get("start") == "identity" and config.weights is None and config.ckpt_path is None:
         raise InputError(
-            "model.locat: with start: identity a model starts from the function of its weights: pass "
-            f"--weights (or '{RANDOM}')"
+            "--weights is missing: the model that LocAt is put into, because model.locat has start: identity "
+            f"('{RANDOM}' for an untrained one)"
         )
 
 

@@ -14,6 +14,7 @@ from locat_lightning.backbones.weights import RANDOM, check_source
 from locat_lightning.data.views import ViewBatch
 from locat_lightning.errors import InputError
 from locat_lightning.methods.base import Output, Pretraining, features, widths
+from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.frozen import FrozenNetwork, reference_to
 
 
@@ -67,6 +68,7 @@ class Distillation(Pretraining, FrozenNetwork):
         own = {"any_size": True, "channels": self.of_data("model_channels")}
         self.teacher = load_backbone(hp.teacher, hp.teacher_backbone, hp.teacher_args, **own)
         self.teacher.requires_grad_(False).eval()
+        announce_size(f"teacher {hp.teacher}", self.teacher)
         self._reference = reference_to(hp.teacher, self.teacher)
         pairs = zip(widths(self.backbone), widths(self.teacher), strict=True)
         self.project_cls, self.project_patches = (

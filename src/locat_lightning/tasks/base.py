@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from locat_lightning.backbones.create import check_arguments, noted_arguments
+from locat_lightning.backbones.locate import lack
 from locat_lightning.backbones.weights import check_source
 from locat_lightning.errors import InputError, check_finite, in_a_line
 from locat_lightning.evaluation.dense import patch_features
 from locat_lightning.figures.grid import rgb
 from locat_lightning.figures.validation import validation_figure
 from locat_lightning.inspection import cls_attention, gaussian_kernels, observe
-from locat_lightning.nn import GaussianAugmentation, GaussianMixture, PatchRefinement
 from locat_lightning.schedules import linear_rule
 from locat_lightning.tasks.average import WeightAverage
 from locat_lightning.tasks.sharding import clip, norms
@@ -344,7 +344,4 @@ class Task(Watched):
 
 def announce_size(name: str, model: nn.Module) -> None:
     """Print how many parameters a model has, and what it lacks of LocAt if its name has it."""
-    parts = {"GAug": GaussianAugmentation | GaussianMixture, "PRR": PatchRefinement}
-    lacking = [part for part, of in parts.items() if not any(isinstance(m, of) for m in model.modules())]
-    without = f" without {' and '.join(lacking)}" if lacking and name.startswith("locat") else ""
-    rank_zero_info(f"{name}{without}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    rank_zero_info(f"{name}{lack(name, model)}: {sum(p.numel() for p in model.parameters()):,} parameters")

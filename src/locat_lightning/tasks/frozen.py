@@ -11,13 +11,13 @@ from locat_lightning.tasks.average import frozen_in
 from locat_lightning.tasks.base import Task
 
 
-def reference_to(source: str, network: nn.Module) -> dict[str, str]:
+def reference_to(source: str | Path, network: nn.Module) -> dict[str, str]:
     """Return what a checkpoint holds in place of a network: the source of its weights, and a digest.
 
     The digest is that of all weights (`digest_of`).
     """
-    path = Path(source.removeprefix("local-dir:"))
-    where = str(path.absolute()) if path.exists() else source
+    path = Path(str(source).removeprefix("local-dir:"))
+    where = str(path.absolute()) if path.exists() else str(source)
     return {"weights": where, "digest": digest_of(network.state_dict())}
 
 

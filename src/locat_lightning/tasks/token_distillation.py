@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from locat_lightning.backbones.create import load_backbone
 from locat_lightning.backbones.weights import RANDOM, check_source, contents_of
 from locat_lightning.errors import InputError
+from locat_lightning.tasks.base import announce_size
 from locat_lightning.tasks.class_names import check_same_classes, classes_of
 from locat_lightning.tasks.frozen import FrozenNetwork, reference_to
 from locat_lightning.tasks.long_tail import LongTailed
@@ -118,6 +119,7 @@ class TokenDistilled(LongTailed, FrozenNetwork):
             except InputError as error:
                 raise InputError(f"model.teacher: {error}") from error
         self.teacher = teacher.requires_grad_(False).eval()
+        announce_size(f"teacher {hp.teacher}", teacher)
         self._agree_on_normalisation(contents or {})
         names = [*teacher.state_dict(prefix="teacher.")]  # which processes need not compare in each step
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # private
