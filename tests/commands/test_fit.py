@@ -552,7 +552,7 @@ def test_a_run_that_is_still_training_cannot_be_gone_on_with(trained, capsys):
         )
         other.communicate(b"\n")
     assert {path: path.read_bytes() for path in record} == record
-    assert list_runs(Path("runs")).splitlines()[1].split()[1:] == ["interrupted", "0", "1"]
+    assert list_runs(Path("runs")).splitlines()[1].split()[1:] == ["interrupted", "0", "1", "val/top1", "1"]
     main([*FIT, *trained, "--ckpt_path", "last", "--trainer.max_epochs", "3", "--allow_changes", "true"])
     assert not (RUN / LOCK).exists()
 
