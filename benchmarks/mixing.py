@@ -1,4 +1,4 @@
-"""What a training step costs with each mixing, with SAM, experts and other patches, as a multiple of mixup's.
+"""What a training step costs with each mixing, SAM, experts, a teacher, other patches: multiples of mixup's.
 
     python benchmarks/mixing.py [--backbone locatvit_tiny] [--size 224] [--batch 8] [--rounds 10]
 
@@ -9,9 +9,11 @@ own time: the machines are shared. Medians of the ratios of neighbouring steps.
 import argparse
 from collections.abc import Callable
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Any
 
+import timm
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.trainer import Trainer
@@ -30,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "patch_mixing": {"mixing": "patch_mixing"},
     "sam": {"sam": 0.05},
     "experts": {"experts": 4},
+    "teacher": {"teacher_backbone": "resnet10t"},
     "patches of 8 px": {"patch": 8},
     "patches of 28 px": {"patch": 28},
     "patches of 16 px, resized from 8": {"own": 8, "patch": 16},
@@ -42,13 +45,18 @@ def step(options: dict[str, Any], args: argparse.Namespace) -> Callable[[], None
     seed_everything(0, verbose=False)
     options = dict(options)
     patch, own = options.pop("patch", 16), options.pop("own", 16)
+    backbone = args.backbone
+    if teacher := options.get("teacher_backbone"):
+        backbone, options["teacher"] = f"{backbone}_distilled", f"{args.folder}/teacher.pth"
+        torch.save(timm.create_model(teacher, num_classes=100).state_dict(), options["teacher"])
     task = Classification(
-        args.backbone,
+        backbone,
         backbone_args={"img_size": args.size, "patch_size": own, "dynamic_img_size": patch != own},
         num_classes=100,
         **({"mixup": 0.0, "mixing_prob": 1.0} | options),  # every batch by patches, or by CutMix
     )
     task.configure_model()
+    task.add_teacher(task.backbone, [])
     if "experts" in options:
         add_experts(task.backbone, options["experts"])
     if patch != own:
@@ -84,7 +92,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    runs = {name: step(options, args) for name, options in OPTIONS.items()}
+    with TemporaryDirectory() as args.folder:
+        runs = {name: step(options, args) for name, options in OPTIONS.items()}
     for run in runs.values():
         run()
     rounds = [{name: seconds(run) for name, run in runs.items()} for _ in range(args.rounds)]
