@@ -103,6 +103,14 @@ def scale():
         del sys.path[0]
 
 
+def whole(module):
+    """The weights of a module, of which each process may have a part."""
+    return {
+        key: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for key, value in module.state_dict().items()
+    }
+
+
 def run(name, folder, saved, rank=0, processes=1, **how):
     """Train for two epochs, or resume after the first; return norms, and all weights."""
     make, batches, options = CASES[name]
@@ -119,14 +127,10 @@ def run(name, folder, saved, rank=0, processes=1, **how):
     )
     with count.counting():
         trainer.fit(module, datamodule=batches(rank, processes), weights_only=True, **how)
-    whole = {
-        key: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-        for key, value in module.state_dict().items()
-    }
     own = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
     return {
         "norms": list(norms.found.values()),
-        "weights": whole,
+        "weights": whole(module),
         "numbers": sum(each.numel() for each in own),
         "sent": dict(count.of_step),
     }
@@ -141,10 +145,7 @@ def of_experts(folder, rank=0, processes=1, **how):
         "vit_tiny_patch16_224", backbone_args=test_classification.BACKBONE, **GATED, **options
     )
     test_classification.fit(folder, module, data, max_steps=1, use_distributed_sampler=False, **how)
-    return {
-        key: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-        for key, value in module.backbone.state_dict().items()
-    }
+    return whole(module.backbone)
 
 
 def in_two_processes(rank, folder):
@@ -154,11 +155,11 @@ def in_two_processes(rank, folder):
         for name, strategy in {"ddp": "ddp", "fsdp": ShardedStrategy()}.items()
     }
     for name in CASES:
-        whole = run(name, folder, folder / "two", rank, 2)
+        uninterrupted = run(name, folder, folder / "two", rank, 2)
         resumed = run(
             name, folder, folder / "none", rank, 2, ckpt_path=folder / "one" / name / "epoch=0.ckpt"
         )
-        found[name] = {"whole": whole, "resumed": resumed}
+        found[name] = {"whole": uninterrupted, "resumed": resumed}
     torch.save(found, folder / f"{rank}.pt")
 
 
