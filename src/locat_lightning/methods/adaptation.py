@@ -151,7 +151,8 @@ class LocalityAdaptation(Pretraining, FrozenNetwork):
                 f"model.backbone_args.reg_tokens ({arguments['reg_tokens']}): {weights} has {number} "
                 "registers, to which none can be added"
             )
-        original = load_backbone(weights, self.hp.backbone, arguments, any_size=True, contents=contents)
+        known: dict[str, Any] = {"any_size": True, "contents": contents or state}  # not read twice
+        original = load_backbone(weights, self.hp.backbone, arguments, **known)
         for part, key in {"LocAt": ".gaug.", "registers": "reg_token"}.items():
             of_weights, of_model = (
                 any(key in name for name in each) for each in (state, original.state_dict())
